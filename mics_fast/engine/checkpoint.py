@@ -1,0 +1,120 @@
+"""Checkpoints: one folder a step, complete, atomic, loaded without executing code.
+
+A checkpoint is written under a hidden name and renamed when it is whole, so that a kill at any
+moment leaves only whole ones under their names:
+
+    checkpoints/<stage>/step-00001200/state.pt    tensors and plain numbers (``weights_only``)
+    checkpoints/<stage>/step-00001200/meta.json   what it belongs to
+    checkpoints/<stage>/best.json                 which step scored best on the val rows
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mics_fast.errors import InputError
+
+
+class Checkpoints:
+    """The checkpoints of one stage of one run.
+
+    Args:
+        folder: ``RUN/checkpoints/<stage>``; made when the first one is saved.
+        keep: how many of the latest to keep, beside the best.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+        """Write the checkpoint of a step; one that is already there for this step is kept."""
+        target = self.folder / f"step-{step:08d}"
+        if target.exists():
+            return target
+        partial = self.folder / f".partial-step-{step:08d}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        with open(partial / "state.pt", "wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        (partial / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=1))
+        partial.rename(target)
+        self._prune()
+        return target
+
+    def offer_best(self, step: int, score: float) -> None:
+        """Name this step the best if it scores higher than the best so far."""
+        best = self._best()
+        if best is not None and best["score"] >= score:
+            return
+        partial = self.folder / ".partial-best.json"
+        partial.write_text(json.dumps({"step": step, "score": score}))
+        partial.replace(self.folder / "best.json")
+        self._prune()
+
+    def latest(self) -> Path | None:
+        """The checkpoint of the highest step, None where there is none."""
+        steps = self._steps()
+        return steps[-1] if steps else None
+
+    def best(self) -> Path | None:
+        """The checkpoint that scored best; the latest where none was scored."""
+        best = self._best()
+        return self.latest() if best is None else self.folder / f"step-{best['step']:08d}"
+
+    def _best(self) -> dict[str, Any] | None:
+        path = self.folder / "best.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _steps(self) -> list[Path]:
+        return sorted(self.folder.glob("step-*"))
+
+    def _prune(self) -> None:
+        best = self.best()
+        for path in self._steps()[: -self.keep]:
+            if path != best:
+                shutil.rmtree(path)
+
+
+def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a checkpoint folder onto the CPU.
+
+    Args:
+        path: the checkpoint's folder.
+        expected: entries of ``meta.json`` that must agree (stage, model, modalities, classes).
+
+    Raises:
+        InputError: not a checkpoint, unreadable, or of another model.
+    """
+    meta = read_meta(path)
+    for key, wanted in expected.items():
+        if meta.get(key) != wanted:
+            raise InputError(
+                f"checkpoint {path} is of another model: its {key} is {meta.get(key)!r}, "
+                f"wanted {wanted!r}"
+            )
+    try:
+        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise InputError(f"checkpoint {path / 'state.pt'} cannot be read: {error}") from error
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What a checkpoint folder belongs to.
+
+    Raises:
+        InputError: the folder is not a checkpoint.
+    """
+    try:
+        return json.loads((path / "meta.json").read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not a checkpoint: meta.json cannot be read") from error
