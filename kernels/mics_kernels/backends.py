@@ -1,0 +1,126 @@
+"""Which implementation of an operator runs.
+
+The ``backend`` argument decides, else the environment variable ``MICS_KERNELS_BACKEND``, else the
+first implementation in the operator's row of ``IMPLEMENTATIONS`` that serves the tensor and can
+be imported. What was asked for and cannot run is an error with its reason; an automatic choice
+that cannot be imported is told once, with its cause, and the next one is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+class Implementation(NamedTuple):
+    """One row of the table.
+
+    Args:
+        backend: its name, one of ``BACKENDS``.
+        module: where it lives, below ``mics_kernels``.
+        refuses: why it cannot serve a tensor (device, dtype); "" when it can.
+    """
+
+    backend: str
+    module: str
+    refuses: Callable[[Tensor], str]
+
+
+class Choice(NamedTuple):
+    """The implementation that would run, and why."""
+
+    backend: str
+    reason: str
+
+
+def _serves_everything(tensor: Tensor) -> str:
+    return ""
+
+
+IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {  # best first
+    "consistency": (Implementation("reference", "consistency.reference", _serves_everything),),
+    "evidential": (Implementation("reference", "evidential.reference", _serves_everything),),
+    "moments": (Implementation("reference", "shift.reference", _serves_everything),),
+    "shift": (Implementation("reference", "shift.reference", _serves_everything),),
+}
+
+_modules: dict[str, ModuleType] = {}
+_broken: dict[str, str] = {}  # module -> why its import failed
+
+
+def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
+    """The implementation that serves ``tensor``, and why.
+
+    Args:
+        op: a key of ``IMPLEMENTATIONS``.
+        tensor: the operator's first tensor argument; device and dtype count.
+        backend: the name that was asked for; default ``MICS_KERNELS_BACKEND``, else the best one.
+
+    Raises:
+        ValueError: no such operator, no such backend, or the operator has none of that name.
+        RuntimeError: what was asked for cannot run here; the message says why.
+    """
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"op must be one of {', '.join(IMPLEMENTATIONS)}, got {op!r}")
+    if backend is not None:
+        return _requested(op, tensor, backend, "backend argument")
+    if asked := os.environ.get("MICS_KERNELS_BACKEND"):
+        return _requested(op, tensor, asked, "MICS_KERNELS_BACKEND")
+    skipped: list[str] = []
+    for row in IMPLEMENTATIONS[op]:
+        if not (obstacle := _obstacle(row, tensor)):
+            return Choice(row.backend, "; ".join(["the best available", *skipped]))
+        skipped.append(f"not {row.backend}: {obstacle}")
+    raise RuntimeError(f"no backend of {op} can run: {'; '.join(skipped)}")
+
+
+def implementation(op: str, tensor: Tensor, backend: str | None = None) -> ModuleType:
+    """The module whose functions serve ``tensor``; arguments and errors as ``explain``."""
+    chosen = explain(op, tensor, backend).backend
+    return _modules[next(row.module for row in IMPLEMENTATIONS[op] if row.backend == chosen)]
+
+
+def _requested(op: str, tensor: Tensor, backend: str, source: str) -> Choice:
+    if backend not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    rows = {row.backend: row for row in IMPLEMENTATIONS[op]}
+    if backend not in rows:
+        raise ValueError(f"{source} asks for {backend!r}, but {op} has only {', '.join(rows)}")
+    if obstacle := _obstacle(rows[backend], tensor):
+        raise RuntimeError(f"{source} asks for {backend!r}, but {op} cannot use it: {obstacle}")
+    return Choice(backend, f"asked for by the {source}")
+
+
+def _obstacle(row: Implementation, tensor: Tensor) -> str:
+    """Why this implementation cannot run; "" when it can, and is imported."""
+    if refusal := row.refuses(tensor):
+        return refusal
+    broken = _import(row.backend, row.module)
+    return f"its import failed ({broken})" if broken else ""
+
+
+@torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace the import
+def _import(backend: str, module: str) -> str:
+    """Import an implementation once; why that failed, "" when it did not."""
+    if module in _modules or module in _broken:
+        return _broken.get(module, "")
+    try:
+        _modules[module] = importlib.import_module(f"mics_kernels.{module}")
+    except Exception as error:  # a broken library raises anything
+        _broken[module] = f"{type(error).__name__}: {error}"
+        warnings.warn(
+            f"mics_kernels does without its {backend} backend ({module}): its import failed "
+            f"({_broken[module]})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return _broken.get(module, "")

@@ -1,0 +1,185 @@
+"""Checks of arguments: every refusal is one sentence with the argument, what it is, what is wanted.
+
+Shape, dtype and device are always checked. Values are checked on CPU tensors and Python numbers
+always; on a GPU, where a look costs a synchronisation, with ``MICS_KERNELS_CHECK=1``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LABELS = (torch.int64,)
+FLAGS = (torch.bool,)
+
+
+def check_tensor(
+    name: str,
+    value: object,
+    shape: Sequence[int | str],
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    device: torch.device | None = None,
+) -> None:
+    """Check type, shape, dtype and device of an argument.
+
+    Args:
+        name: the argument, as the user wrote it.
+        value: what was given.
+        shape: one entry a dimension: a size, or a letter where any size will do.
+        dtypes: the dtypes that will do.
+        device: where the tensor must be; None: anywhere.
+
+    Raises:
+        TypeError: not a plain tensor, or another dtype.
+        ValueError: another shape or device.
+    """
+    if not isinstance(value, Tensor) or type(value).__name__ == "DTensor":
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    fits = value.dim() == len(shape) and all(
+        isinstance(wanted, str) or wanted == given
+        for wanted, given in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        raise ValueError(f"{name} must have shape {_shape(shape)}, got {_shape(value.shape)}")
+    if value.dtype not in dtypes:
+        raise TypeError(f"{name} must be {_either(dtypes)}, got {_plain(value.dtype)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
+
+
+def check_number(
+    name: str, value: object, low: float, high: float = float("inf"), *, above: bool = False
+) -> None:
+    """Check a Python number in [low, high], or above ``low`` where ``above``.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: outside the range, or NaN.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (value > low if above else value >= low) or not value <= high:
+        raise ValueError(f"{name} must be {_range(low, high, above)}, got {value}")
+
+
+def check_whole(name: str, value: object, low: int, high: float = float("inf")) -> None:
+    """Check a Python int in [low, high].
+
+    Raises:
+        TypeError: not an int.
+        ValueError: outside the range.
+    """
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    check_number(name, value, low, high)
+
+
+def check_values(
+    name: str,
+    value: Tensor,
+    low: float,
+    high: float = float("inf"),
+    *,
+    above: bool = False,
+    where: Tensor | None = None,
+) -> None:
+    """Check that no element lies outside [low, high]; NaN passes, and shows in the result.
+
+    Args:
+        name: the argument, as the user wrote it.
+        value: any shape.
+        low: smallest value allowed; ``above``: already too small.
+        high: largest value allowed.
+        above: see ``low``.
+        where: bool, broadcastable to ``value``; elements marked False are not looked at.
+
+    Raises:
+        ValueError: an element is outside.
+    """
+    if not looks_at_values(value):
+        return
+    outside = (value > high) | ((value <= low) if above else (value < low))
+    if where is not None:
+        outside = outside & where
+    if outside.any():
+        worst = value[outside][0].item()
+        raise ValueError(f"{name} must be {_range(low, high, above)}, got {worst}")
+
+
+def check_target(
+    name: str, target: object, rows: int, classes: int, device: torch.device, ignored: int
+) -> None:
+    """Check a target: (B,) int64 labels in [0, C) or ``ignored``, or (B, C) probabilities.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another shape or device, a label or a probability out of range, or
+            probabilities that ask for a gradient.
+    """
+    if isinstance(target, Tensor) and target.dim() == 2:
+        check_tensor(name, target, (rows, classes), FLOATS, device)
+        check_constant(name, target)
+        check_values(name, target, 0.0, 1.0)
+        return
+    check_tensor(name, target, (rows,), LABELS, device)
+    assert isinstance(target, Tensor)
+    if looks_at_values(target):
+        wrong = ((target < 0) | (target >= classes)) & (target != ignored)
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0])
+            raise ValueError(
+                f"{name} must hold labels in [0, {classes}), or {ignored} for a row to skip, "
+                f"got {int(target[row])} in row {row}"
+            )
+
+
+def check_constant(name: str, value: Tensor) -> None:
+    """Refuse a tensor that asks for a gradient the operator does not give.
+
+    Raises:
+        ValueError: it requires a gradient, and gradients are being recorded.
+    """
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but this operator gives none to it: pass {name}.detach()"
+        )
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Check a word against the words that are understood.
+
+    Raises:
+        ValueError: another word.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be {_either([repr(c) for c in choices])}, got {value!r}")
+
+
+def looks_at_values(value: Tensor) -> bool:
+    """Whether the values of this tensor are checked: no synchronisation, no graph break."""
+    if torch.compiler.is_compiling():
+        return False
+    return value.device.type == "cpu" or os.environ.get("MICS_KERNELS_CHECK") == "1"
+
+
+def _range(low: float, high: float, above: bool) -> str:
+    if high < float("inf"):
+        return f"in {'(' if above else '['}{low:g}, {high:g}]"
+    return f"{'>' if above else '>='} {low:g}"
+
+
+def _shape(sizes: Sequence[int | str]) -> str:
+    return f"({', '.join(str(size) for size in sizes)}{',' if len(sizes) == 1 else ''})"
+
+
+def _either(choices: Sequence[object]) -> str:
+    names = [_plain(choice) for choice in choices]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"
+
+
+def _plain(choice: object) -> str:
+    return str(choice).removeprefix("torch.")

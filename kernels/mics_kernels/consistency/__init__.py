@@ -1,0 +1,251 @@
+"""Contrastive consistency between modalities, with a momentum teacher and a queue of negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mics_kernels import checks
+from mics_kernels.backends import implementation
+from mics_kernels.consistency.queue import FeatureQueue
+from mics_kernels.reductions import REDUCTIONS, reduce
+
+__all__ = ["FeatureQueue", "consistency_loss", "multimodal_consistency_loss"]
+
+
+def consistency_loss(
+    query: Tensor,
+    teacher: Tensor,
+    keys: Tensor,
+    queue: Tensor | None = None,
+    *,
+    temperature: float | Tensor,
+    alpha: float = 0.4,
+    queue_length: int | Tensor | None = None,
+    key_ids: Tensor | None = None,
+    queue_ids: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Contrastive loss of queries against keys, with soft targets from a teacher.
+
+    The cross-entropy of ``softmax(query . keys / T)`` over keys and queue, under the target
+    ``alpha * softmax(teacher . keys / T) + (1 - alpha) * onehot(positive)``; row i of ``keys`` is
+    the positive of query i.
+
+    Args:
+        query: (B, D), L2-normalised, float32 / bfloat16 / float16 (float64: reference only). Gets
+            a gradient, in its own dtype.
+        teacher: (B, D), the momentum teacher's view of the queries; no gradient.
+        keys: (K, D), K >= B, the teacher's features of the other modality; no gradient.
+        queue: (Q, D), older keys; no gradient.
+        temperature: T > 0, a float, or a 0-d tensor on the same device, which may ask for a
+            gradient (the soft targets give none).
+        alpha: share of the teacher's soft target, in [0, 1].
+        queue_length: only the first so many queue rows are read: an int in [0, Q] or a 0-d int64
+            tensor on the same device; default all.
+        key_ids: (K,) int64, the sample (or group) of each key. A key with the id of query i,
+            which is ``key_ids[i]``, other than its positive, is left out of both softmaxes; a key
+            with a negative id is never read. A query whose positive is not read has loss 0 and
+            does not count.
+        queue_ids: (Q,) int64, likewise; needs ``key_ids``.
+        reduction: "mean" over the queries that count (0 where none does), "sum", "none": (B,).
+        backend: see ``mics_kernels.backends``.
+
+    Returns:
+        The loss, float32 (float64 for a float64 query).
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, a value out of range, or a gradient asked for a tensor
+            that gets none.
+
+    Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
+    """
+    checks.check_tensor("query", query, ("B", "D"))
+    rows, device = len(query), query.device
+    _check_features("teacher", teacher, query, rows)
+    _check_keys("keys", keys, query, "K")
+    _check_queue("", queue, queue_length, queue_ids, query, key_ids)
+    _check_ids("key_ids", key_ids, len(keys), device)
+    _check_scalars(temperature, alpha, device, reduction)
+    losses, counted = implementation("consistency", query, backend).consistency_loss(
+        query, teacher, keys, queue, temperature, alpha, queue_length, key_ids, queue_ids
+    )
+    return reduce(losses, counted.sum(), reduction)
+
+
+def multimodal_consistency_loss(
+    features: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    queues: Sequence[Tensor] | None = None,
+    *,
+    keys: Sequence[Tensor] | None = None,
+    temperature: float | Tensor,
+    alpha: float = 0.4,
+    queue_lengths: Sequence[int | Tensor] | None = None,
+    key_ids: Tensor | None = None,
+    queue_ids: Sequence[Tensor] | None = None,
+    present: Tensor | None = None,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """``consistency_loss`` of every modality against every other one.
+
+    For each ordered pair (a, b): queries ``features[a]``, teacher ``teachers[a]``, keys
+    ``keys[b]`` and ``queues[b]``.
+
+    Args:
+        features: V >= 2 tensors (B, D), L2-normalised, one dtype. Get gradients.
+        teachers: V tensors (B, D), the momentum teacher's features; no gradient.
+        queues: V tensors (Q, D), older keys of each modality; no gradient.
+        keys: V tensors (K, D), teachers gathered from all ranks, which start with this rank's own
+            B rows; default ``teachers``.
+        temperature, alpha: see ``consistency_loss``.
+        queue_lengths: V times how many queue rows are read, ints or 0-d int64 tensors.
+        key_ids: (K,) int64, shared by the modalities; see ``consistency_loss``.
+        queue_ids: V tensors (Q,) int64; needs ``key_ids``.
+        present: (B, V) bool: a pair counts in the rows where both modalities are there, and an
+            absent feature is never read, neither as query nor as key. With gathered keys (K, V),
+            the gathered flags; of (B, V) the other ranks' keys count as there.
+        reduction: "mean" over the ordered pairs and rows that count (0 where none does); "sum";
+            "none": (B,), each row's sum over ordered pairs.
+        backend: see ``mics_kernels.backends``.
+
+    Returns:
+        The loss, float32 (float64 for float64 features).
+
+    Raises:
+        As ``consistency_loss``.
+
+    Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
+    """
+    keys_of = "teachers" if keys is None else "keys"
+    keys = teachers if keys is None else keys
+    _check_lists(features, teachers, keys, queues, queue_lengths, queue_ids)
+    query = features[0]
+    checks.check_tensor("features[0]", query, ("B", "D"))
+    for index in range(len(features)):
+        checks.check_tensor(
+            f"features[{index}]", features[index], query.shape, (query.dtype,), query.device
+        )
+        _check_features(f"teachers[{index}]", teachers[index], query, len(query))
+        _check_keys(f"{keys_of}[{index}]", keys[index], query, len(keys[0]) if index else "K")
+        _check_queue(
+            f"[{index}]",
+            None if queues is None else queues[index],
+            None if queue_lengths is None else queue_lengths[index],
+            None if queue_ids is None else queue_ids[index],
+            query,
+            key_ids,
+        )
+    _check_ids("key_ids", key_ids, len(keys[0]), query.device)
+    _check_scalars(temperature, alpha, query.device, reduction)
+    present = _present_keys(present, query, keys[0], len(features))
+    losses, counted = implementation("consistency", query, backend).multimodal_consistency_loss(
+        features, teachers, queues, keys, temperature, alpha, queue_lengths, key_ids, queue_ids,
+        present,
+    )  # fmt: skip
+    return reduce(losses.sum(0) if reduction == "none" else losses, counted.sum(), reduction)
+
+
+def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: int) -> Tensor | None:
+    """(K, V) flags of the keys' samples, from those or from (B, V) flags of the queries'."""
+    if present is None:
+        return None
+    rows = len(query)
+    if isinstance(present, Tensor) and present.shape == (len(keys), views):
+        rows = len(keys)
+    checks.check_tensor("present", present, (rows, views), checks.FLAGS, query.device)
+    return torch.cat([present, present.new_ones(len(keys) - rows, views)])
+
+
+def _check_lists(
+    features: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    queues: Sequence[Tensor] | None,
+    queue_lengths: Sequence[int | Tensor] | None,
+    queue_ids: Sequence[Tensor] | None,
+) -> None:
+    given = {
+        "features": features,
+        "teachers": teachers,
+        "keys": keys,
+        "queues": queues,
+        "queue_lengths": queue_lengths,
+        "queue_ids": queue_ids,
+    }
+    for name, values in given.items():
+        if values is None:
+            continue
+        if not isinstance(values, list | tuple):
+            raise TypeError(
+                f"{name} must be a list with one entry a modality, got {type(values).__name__}"
+            )
+        if len(values) != len(features):
+            raise ValueError(
+                f"{name} must have one entry a modality like features, {len(features)}, "
+                f"got {len(values)}"
+            )
+    if len(features) < 2:
+        raise ValueError(f"features must hold at least two modalities, got {len(features)}")
+
+
+def _check_features(name: str, value: Tensor, query: Tensor, rows: int | str) -> None:
+    checks.check_tensor(name, value, (rows, query.shape[1]), checks.FLOATS, query.device)
+    checks.check_constant(name, value)
+
+
+def _check_keys(name: str, keys: Tensor, query: Tensor, rows: int | str) -> None:
+    _check_features(name, keys, query, rows)
+    if len(keys) < len(query):
+        raise ValueError(
+            f"{name} must have a row for each of the {len(query)} queries first, got {len(keys)}"
+        )
+
+
+def _check_queue(
+    entry: str,
+    queue: Tensor | None,
+    length: int | Tensor | None,
+    ids: Tensor | None,
+    query: Tensor,
+    key_ids: Tensor | None,
+) -> None:
+    """``entry`` is "" for one queue, or which of the ``queues`` this is."""
+    plural = "s" if entry else ""
+    length_name = f"queue_length{plural}{entry}"
+    if queue is None:
+        if length is not None or ids is not None:
+            name = length_name if length is not None else f"queue_ids{entry}"
+            raise ValueError(f"{name} needs a queue, got None")
+        return
+    _check_features(f"queue{plural}{entry}", queue, query, "Q")
+    if isinstance(length, Tensor):
+        checks.check_tensor(length_name, length, (), checks.LABELS, query.device)
+        checks.check_values(length_name, length, 0, len(queue))
+    elif length is not None:
+        checks.check_whole(length_name, length, 0, len(queue))
+    if ids is not None and key_ids is None:
+        raise ValueError(f"queue_ids{entry} needs key_ids, got None")
+    _check_ids(f"queue_ids{entry}", ids, len(queue), query.device)
+
+
+def _check_ids(name: str, ids: Tensor | None, rows: int, device: torch.device) -> None:
+    if ids is not None:
+        checks.check_tensor(name, ids, (rows,), checks.LABELS, device)
+
+
+def _check_scalars(
+    temperature: float | Tensor, alpha: float, device: torch.device, reduction: str
+) -> None:
+    if isinstance(temperature, Tensor):
+        checks.check_tensor("temperature", temperature, (), checks.FLOATS, device)
+        checks.check_values("temperature", temperature, 0.0, above=True)
+    else:
+        checks.check_number("temperature", temperature, 0.0, above=True)
+    checks.check_number("alpha", alpha, 0.0, 1.0)
+    checks.check_choice("reduction", reduction, REDUCTIONS)

@@ -1,0 +1,264 @@
+"""Evidential (Dirichlet) opinions: fusion by Dempster's rule, their loss, and what they say."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mics_kernels import checks
+from mics_kernels.backends import implementation
+from mics_kernels.evidential import reference
+from mics_kernels.reductions import REDUCTIONS, reduce
+
+ACTIVATIONS = ("softplus", "exp", "relu")
+
+
+class FusionOutput(NamedTuple):
+    """What ``evidential_fusion_loss`` returns.
+
+    Args:
+        loss: 0-d, or (B,) for ``reduction="none"``.
+        fused_evidence: (B, C) evidence of all present views together; not differentiable.
+    """
+
+    loss: Tensor
+    fused_evidence: Tensor
+
+
+class Opinion(NamedTuple):
+    """A subjective opinion; ``belief.sum(-1) + uncertainty`` is 1.
+
+    Args:
+        belief: (..., C) belief mass of each class, in [0, 1).
+        uncertainty: (...,) vacuity, in (0, 1]: the share of mass no evidence speaks for.
+        probability: (..., C) expected class probabilities, sum 1.
+    """
+
+    belief: Tensor
+    uncertainty: Tensor
+    probability: Tensor
+
+
+def fuse_evidence(
+    evidence: Tensor, *, present: Tensor | None = None, backend: str | None = None
+) -> Tensor:
+    """Combine the evidence of V views into one opinion by Dempster's rule.
+
+    For Dirichlet opinions with a uniform prior the rule is a product per class,
+    ``1 + fused / C = prod_v (1 + evidence_v / C)``: associative, order-free, and a view without
+    evidence is neutral (derivation: README.md beside this file).
+
+    Args:
+        evidence: (B, V, C), non-negative, float32 / bfloat16 / float16 (float64: reference only);
+            V >= 1, C >= 2.
+        present: (B, V) bool; a view marked False counts as having no evidence and is never read.
+        backend: see ``mics_kernels.backends``.
+
+    Returns:
+        (B, C) fused evidence, float32 (float64 for float64 input). Differentiable.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, or negative evidence.
+
+    Source: Han et al., Trusted Multi-View Classification, ICLR 2021, Definition 4.
+    """
+    _check_views("evidence", evidence, present)
+    _check_evidence(evidence, present)
+    return implementation("evidential", evidence, backend).fuse_evidence(evidence, present)
+
+
+def evidential_loss(
+    evidence: Tensor,
+    target: Tensor,
+    *,
+    kl_weight: float,
+    present: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """Evidential loss of one opinion a row, or of many.
+
+    With alpha = evidence + 1 and S its sum, the expected cross-entropy
+    ``sum_k y_k (digamma(S) - digamma(alpha_k))`` plus ``kl_weight`` times
+    ``KL(Dirichlet(1 + (1 - y) evidence) || Dirichlet(1))``.
+
+    Args:
+        evidence: (B, C) or (B, V, C), non-negative, float32 / bfloat16 / float16 (float64:
+            reference only); C >= 2. Gets a gradient, in its own dtype.
+        target: (B,) int64 class labels or ``ignore_index``, or (B, C) class probabilities y.
+        kl_weight: weight of the KL term, >= 0.
+        present: (B, V) bool, with (B, V, C) evidence; a view marked False has loss 0.
+        weight: (B,) weight of each row; no gradient.
+        ignore_index: label of rows that have loss 0, gradient 0, and do not count.
+        reduction: "mean": sum of weight * loss over the number of rows that are not ignored (0
+            where there is none); "sum"; "none": (B,), or (B, V) for (B, V, C) evidence.
+        backend: see ``mics_kernels.backends``.
+
+    Returns:
+        The loss, float32 (float64 for float64 evidence).
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, negative evidence, a label or probability out of
+            range, kl_weight < 0, or a target or weight that asks for a gradient.
+
+    Source: Sensoy et al., Evidential Deep Learning, NeurIPS 2018, section 3; Han et al., Trusted
+    Multi-View Classification, ICLR 2021, section 3.
+    """
+    if isinstance(evidence, Tensor) and evidence.dim() == 2:
+        checks.check_tensor("evidence", evidence, ("B", "C"))
+        _check_classes("evidence", evidence)
+        if present is not None:
+            raise ValueError("present needs evidence of shape (B, V, C), got one opinion a row")
+    else:
+        _check_views("evidence", evidence, present)
+    _check_evidence(evidence, present)
+    _check_loss(evidence, target, kl_weight, weight, ignore_index, reduction)
+    losses = implementation("evidential", evidence, backend).evidential_loss(
+        evidence, target, kl_weight, present, weight, ignore_index
+    )
+    return reduce(losses, reference.counted_rows(target, ignore_index).sum(), reduction)
+
+
+def evidential_fusion_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    kl_weight: float,
+    activation: str = "softplus",
+    present: Tensor | None = None,
+    weight: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> FusionOutput:
+    """Logits of V views to evidence, to fused evidence, to the loss of all these opinions.
+
+    A row's loss is the sum of ``evidential_loss`` over its present views and over their fusion
+    (``fuse_evidence``), times its weight.
+
+    Args:
+        logits: (B, V, C), float32 / bfloat16 / float16 (float64: reference only); V >= 1,
+            C >= 2. Gets a gradient, in its own dtype.
+        target: (B,) int64 class labels or ``ignore_index``, or (B, C) class probabilities.
+        kl_weight: weight of the KL term, >= 0.
+        activation: "softplus"; "exp" of logits clamped to [-10, 10] (no gradient outside), since
+            fused evidence is a product over views; or "relu" (no gradient below 0).
+        present: (B, V) bool; a view marked False is never read; a row without any has loss 0,
+            gradient 0 and fused evidence 0.
+        weight: (B,) weight of each row; no gradient.
+        ignore_index: label of rows that have loss 0, gradient 0, and do not count; their fused
+            evidence is computed all the same.
+        reduction: "mean": sum of weight * loss over the number of rows that are not ignored (0
+            where there is none); "sum"; "none": (B,).
+        backend: see ``mics_kernels.backends``.
+
+    Returns:
+        ``FusionOutput(loss, fused_evidence)``, float32 (float64 for float64 logits).
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, a label or probability out of range, kl_weight < 0, an
+            unknown activation, or a target or weight that asks for a gradient.
+
+    Source: Han et al., Trusted Multi-View Classification, ICLR 2021, section 3.
+    """
+    _check_views("logits", logits, present)
+    checks.check_choice("activation", activation, ACTIVATIONS)
+    _check_loss(logits, target, kl_weight, weight, ignore_index, reduction)
+    losses, fused = implementation("evidential", logits, backend).evidential_fusion_loss(
+        logits, target, kl_weight, activation, present, weight, ignore_index
+    )
+    count = reference.counted_rows(target, ignore_index).sum()
+    return FusionOutput(reduce(losses, count, reduction), fused)
+
+
+def opinion(evidence: Tensor) -> Opinion:
+    """The subjective opinion that evidence states: belief, vacuity, expected probability.
+
+    With alpha = evidence + 1 and S its sum: ``belief = evidence / S``, ``uncertainty = C / S``,
+    ``probability = alpha / S``.
+
+    Args:
+        evidence: (..., C), non-negative, any float dtype; C >= 2.
+
+    Returns:
+        ``Opinion(belief (..., C), uncertainty (...,), probability (..., C))``, float32 (float64
+        for float64 input). Differentiable.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: no class dimension, or negative evidence.
+
+    Source: Jøsang, Subjective Logic, 2016; Sensoy et al., 2018, section 2.
+    """
+    leading = evidence.shape[:-1] if isinstance(evidence, Tensor) else ()
+    checks.check_tensor("evidence", evidence, (*leading, "C"))
+    _check_classes("evidence", evidence)
+    checks.check_values("evidence", evidence, 0.0)
+    return Opinion(*reference.opinion(evidence))
+
+
+def conflict(evidence: Tensor, *, present: Tensor | None = None) -> Tensor:
+    """The mass that Dempster's rule throws away: how much the views contradict each other.
+
+    ``1 - sum_k [prod_v (b_vk + u_v) - prod_v u_v] - prod_v u_v``: what is left after the
+    combinations of views that agree on a class, and the one where no view says anything.
+
+    Args:
+        evidence: (B, V, C), non-negative, any float dtype; V >= 1, C >= 2.
+        present: (B, V) bool; a view marked False has no opinion and contradicts nobody.
+
+    Returns:
+        (B,) in [0, 1], float32 (float64 for float64 input). Differentiable.
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, or negative evidence.
+
+    Source: Shafer, A Mathematical Theory of Evidence, 1976, chapter 3.
+    """
+    _check_views("evidence", evidence, present)
+    _check_evidence(evidence, present)
+    return reference.conflict(evidence, present)
+
+
+def _check_views(name: str, values: Tensor, present: Tensor | None) -> None:
+    checks.check_tensor(name, values, ("B", "V", "C"))
+    rows, views, _ = values.shape
+    if views < 1:
+        raise ValueError(f"{name} must hold at least one view, got shape {tuple(values.shape)}")
+    _check_classes(name, values)
+    if present is not None:
+        checks.check_tensor("present", present, (rows, views), checks.FLAGS, values.device)
+
+
+def _check_classes(name: str, values: Tensor) -> None:
+    if values.shape[-1] < 2:
+        raise ValueError(f"{name} must hold at least two classes, got {values.shape[-1]}")
+
+
+def _check_evidence(evidence: Tensor, present: Tensor | None) -> None:
+    where = None if present is None else present.unsqueeze(-1)
+    checks.check_values("evidence", evidence, 0.0, where=where)
+
+
+def _check_loss(
+    values: Tensor,
+    target: Tensor,
+    kl_weight: float,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+) -> None:
+    rows, classes, device = values.shape[0], values.shape[-1], values.device
+    checks.check_target("target", target, rows, classes, device, ignore_index)
+    checks.check_number("kl_weight", kl_weight, 0.0)
+    if weight is not None:
+        checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
+        checks.check_constant("weight", weight)
+    checks.check_choice("reduction", reduction, REDUCTIONS)

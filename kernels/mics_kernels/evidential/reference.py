@@ -1,0 +1,149 @@
+"""The evidential operators as formulas: the specification of every other file in this folder.
+
+Shapes: B rows, V views, C classes. Inputs of any float dtype; results are float32, or float64 for
+float64 inputs. Derivations and sources: README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def fuse_evidence(evidence: Tensor, present: Tensor | None) -> Tensor:
+    """Dempster's rule, ``1 + fused / C = prod_v (1 + evidence_v / C)``: (B, V, C) -> (B, C)."""
+    evidence = _keep(_wide(evidence), present)
+    classes = evidence.shape[-1]
+    fused = torch.zeros_like(evidence[:, 0])
+    for view in evidence.unbind(1):
+        fused = fused + view + fused * view / classes  # every term >= 0: nothing cancels
+    return fused
+
+
+def evidential_loss(
+    evidence: Tensor,
+    target: Tensor,
+    kl_weight: float,
+    present: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> Tensor:
+    """Weighted loss of each opinion, 0 where none counts: (B, C) -> (B,), (B, V, C) -> (B, V)."""
+    counted = counted_rows(target, ignore_index)
+    if evidence.dim() == 3:
+        counted = counted.unsqueeze(1)
+        counted = counted.expand(evidence.shape[:2]) if present is None else counted & present
+    # Before the formulas: a NaN nobody asked for must reach neither the loss nor the gradient.
+    evidence = _keep(_wide(evidence), counted)
+    probability = _probabilities(target, evidence.shape[-1])
+    if evidence.dim() == 3:
+        probability = probability.unsqueeze(1)
+    losses = _opinion_loss(evidence, probability, kl_weight)
+    if weight is not None:
+        losses = losses * (weight if losses.dim() == 1 else weight.unsqueeze(1))
+    return torch.where(counted, losses, 0.0).to(evidence.dtype)
+
+
+def evidential_fusion_loss(
+    logits: Tensor,
+    target: Tensor,
+    kl_weight: float,
+    activation: str,
+    present: Tensor | None,
+    weight: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Weighted loss of each row over its views and their fusion (B,), and fused evidence (B, C)."""
+    # Twice: the activation of a missing view is not zero, and its derivative at NaN is NaN.
+    evidence = _keep(_activate(_keep(_wide(logits), present), activation), present)
+    fused = fuse_evidence(evidence, None)
+    if present is None:
+        present = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
+    opinions = torch.cat([evidence, fused.unsqueeze(1)], dim=1)
+    counted = torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)
+    losses = evidential_loss(opinions, target, kl_weight, counted, weight, ignore_index)
+    return losses.sum(dim=1), fused.detach()
+
+
+def opinion(evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Belief (..., C), vacuity (...,) and expected probability (..., C) of evidence (..., C)."""
+    evidence = _wide(evidence)
+    classes = evidence.shape[-1]
+    strength = evidence.sum(-1, keepdim=True) + classes
+    return evidence / strength, (classes / strength).squeeze(-1), (evidence + 1.0) / strength
+
+
+def conflict(evidence: Tensor, present: Tensor | None) -> Tensor:
+    """Mass of the combinations of views that contradict each other: (B, V, C) -> (B,)."""
+    belief, uncertainty, _ = opinion(_keep(evidence, present))
+    silent = uncertainty.prod(dim=1)
+    agreed = (belief + uncertainty.unsqueeze(-1)).prod(dim=1) - silent.unsqueeze(-1)
+    return (1.0 - agreed.sum(-1) - silent).clamp(0.0, 1.0)
+
+
+def counted_rows(target: Tensor, ignore_index: int) -> Tensor:
+    """Rows with a target: (B,) bool. Rows of probabilities all have one."""
+    if target.dim() == 2:
+        return torch.ones(len(target), dtype=torch.bool, device=target.device)
+    return target != ignore_index
+
+
+def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float) -> Tensor:
+    """Expected cross-entropy plus ``kl_weight`` times KL, in float64.
+
+    A and KL are small differences of large digammas and log-gammas, and torch's float32 versions
+    of these are good to six digits at best: float64 here is what makes float32 losses accurate.
+
+    Args:
+        evidence: (..., C), non-negative.
+        probability: (..., C), y; broadcasts against ``evidence``.
+    """
+    evidence, probability = evidence.double(), probability.double()
+    alpha = evidence + 1.0
+    strength = alpha.sum(-1, keepdim=True)
+    cross_entropy = (probability * (torch.digamma(strength) - torch.digamma(alpha))).sum(-1)
+    return cross_entropy + kl_weight * _kl_from_uniform((1.0 - probability) * evidence)
+
+
+def _kl_from_uniform(evidence: Tensor) -> Tensor:
+    """KL(Dirichlet(1 + evidence) || Dirichlet(1)), in the form whose large terms have cancelled."""
+    classes = evidence.shape[-1]
+    alpha = evidence + 1.0
+    strength = alpha.sum(-1)
+    flat = torch.full_like(strength, classes)
+    return (
+        (_h(strength) - _h(flat))
+        + (classes - 1) * (torch.digamma(strength) - torch.digamma(flat))
+        - (_h(alpha) - 1.0).sum(-1)
+    )
+
+
+def _h(alpha: Tensor) -> Tensor:
+    """``lnGamma(a) - (a - 1) digamma(a) + a``, which grows like ``ln(a) / 2``; ``h(1) = 1``."""
+    return torch.lgamma(alpha) - (alpha - 1.0) * torch.digamma(alpha) + alpha
+
+
+def _activate(logits: Tensor, activation: str) -> Tensor:
+    if activation == "softplus":
+        return F.softplus(logits, threshold=40.0)  # torch's 20 is an error of 2e-9
+    if activation == "exp":
+        return logits.clamp(-10.0, 10.0).exp()
+    return logits.relu()
+
+
+def _probabilities(target: Tensor, classes: int) -> Tensor:
+    """(B, C) probabilities of a target; a label that is no class has none."""
+    if target.dim() == 2:
+        return target
+    return target.unsqueeze(1) == torch.arange(classes, device=target.device)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """float32 at least: a product over views leaves float16's range, and bfloat16's precision."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _keep(values: Tensor, present: Tensor | None) -> Tensor:
+    """Values of the views that are there, zero for the others, whatever was in them."""
+    return values if present is None else torch.where(present.unsqueeze(-1), values, 0.0)

@@ -1,0 +1,93 @@
+"""Philox4x32-10: random numbers as a function of a key and a counter, the same on every device.
+
+Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Unsigned 32-bit
+words are held in int64 tensors; every intermediate stays below 2**49, so nothing overflows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Word = int | Tensor  # unsigned 32 bits; tensors are int64
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_MASK = 0xFFFFFFFF
+
+
+def philox4x32(
+    key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four random 32-bit words for each (key, counter).
+
+    Args:
+        key: two words, Python ints or int64 tensors; of anything wider the low 32 bits are used.
+        counter: four words, likewise. Key and counter broadcast against each other, and all
+            tensors are on one device.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, values in [0, 2**32).
+    """
+    c0, c1, c2, c3 = (_word(part) for part in counter)
+    k0, k1 = (_word(part) for part in key)
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
+    # After ten rounds every output depends on every input: only the device of plain ints is open.
+    words = torch.broadcast_tensors(*(torch.as_tensor(part) for part in (c0, c1, c2, c3)))
+    return words[0], words[1], words[2], words[3]
+
+
+def uniforms(words: Tensor) -> Tensor:
+    """Uniform numbers in (0, 1) of 32-bit words: ``((word >> 8) + 0.5) * 2**-24``.
+
+    Args:
+        words: int64, any shape, values in [0, 2**32).
+
+    Returns:
+        float64, same shape. The value needs 25 bits: float32 would round the upper half.
+    """
+    return ((words >> 8).to(torch.float64) + 0.5) * 2.0**-24
+
+
+def normals(seed: Tensor, row_ids: Tensor, columns: int) -> Tensor:
+    """Standard normal numbers as a function of (seed, offset, row id, column).
+
+    The key is the low and the high half of the seed; the counter is (column // 4, row low, row
+    high, offset), of the offset the low 32 bits; the Box-Muller transform turns words (0, 1) and
+    (2, 3) into the normals of columns 4 j .. 4 j + 3: cosine, sine, cosine, sine.
+
+    Args:
+        seed: (2,) int64, (seed, offset).
+        row_ids: (B,) int64, any value.
+        columns: how many numbers a row, D.
+
+    Returns:
+        (B, D) float64.
+    """
+    draws = torch.arange((columns + 3) // 4, device=row_ids.device)
+    rows = row_ids.unsqueeze(1)
+    words = philox4x32((seed[0], seed[0] >> 32), (draws, rows, rows >> 32, seed[1]))
+    first, second = _box_muller(words[0], words[1]), _box_muller(words[2], words[3])
+    return torch.stack((*first, *second), dim=-1).flatten(1)[:, :columns]
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    radius = torch.sqrt(-2.0 * torch.log(uniforms(radius_word)))
+    angle = 2.0 * torch.pi * uniforms(angle_word)
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def _word(value: Word) -> Word:
+    return value & _MASK
+
+
+def _multiply(factor: int, word: Word) -> tuple[Word, Word]:
+    """High and low word of the 64-bit product, through 16-bit halves of ``word``."""
+    low = factor * (word & 0xFFFF)
+    rest = factor * (word >> 16) + (low >> 16)
+    return rest >> 16, ((rest & 0xFFFF) << 16) | (low & 0xFFFF)

@@ -1,0 +1,203 @@
+"""Class-conditional statistics: exact merging, and a module that accumulates them."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mics_kernels import checks
+from mics_kernels.backends import implementation
+
+
+class ClassMoments(NamedTuple):
+    """Weighted first and second moments of each class.
+
+    Args:
+        count: (C,) float64, sum of weights.
+        mean: (C, D), 0 for a class without rows.
+        m2: (C, D), weighted sum of squared deviations from the mean.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # the field's name, and a tuple's method
+    mean: Tensor
+    m2: Tensor
+
+
+def class_moments(
+    features: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    weight: Tensor | None = None,
+    backend: str | None = None,
+) -> ClassMoments:
+    """Count, mean and sum of squared deviations of the features of each class.
+
+    Args:
+        features: (B, D), float32 / bfloat16 / float16 (float64: reference only). The result is a
+            constant: no gradient flows back.
+        target: (B,) int64 class labels, -1 for a row to skip (it is never read), or (B, C)
+            posteriors, by which a row counts in every class.
+        num_classes: C >= 1.
+        weight: (B,) >= 0, further weight of each row.
+        backend: see ``mics_kernels.backends``.
+
+    Returns:
+        ``ClassMoments(count (C,) float64, mean (C, D), m2 (C, D))``, mean and m2 in float32
+        (float64 for float64 features).
+
+    Raises:
+        TypeError: wrong type or dtype.
+        ValueError: wrong shape or device, a label or posterior out of range, negative weight.
+
+    Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
+    variances, 1979 (two-pass form).
+    """
+    checks.check_tensor("features", features, ("B", "D"))
+    checks.check_whole("num_classes", num_classes, 1)
+    rows, device = len(features), features.device
+    with torch.no_grad():
+        checks.check_target("target", target, rows, num_classes, device, ignored=-1)
+        if weight is not None:
+            checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
+            checks.check_values("weight", weight, 0.0)
+        return ClassMoments(
+            *implementation("moments", features, backend).class_moments(
+                features, target, num_classes, weight
+            )
+        )
+
+
+def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
+    """Moments of the rows of ``a`` and ``b`` together, as if they had come in one batch.
+
+    Args:
+        a: moments of C classes and D features.
+        b: likewise.
+
+    Returns:
+        Their union; mean and m2 in the wider of the two dtypes.
+
+    Raises:
+        ValueError: the two differ in classes, features or device.
+
+    Source: Chan, Golub, LeVeque, 1979, equations 2.1.
+    """
+    checks.check_tensor("b.mean", b.mean, tuple(a.mean.shape), checks.FLOATS, a.mean.device)
+    dtype = torch.promote_types(a.mean.dtype, b.mean.dtype)
+    count = a.count + b.count
+    share = (b.count / torch.where(count > 0, count, 1.0)).unsqueeze(1)
+    distance = b.mean.double() - a.mean.double()
+    mean = a.mean + distance * share
+    m2 = a.m2.double() + b.m2.double() + distance.square() * share * a.count.unsqueeze(1)
+    return ClassMoments(count, mean.to(dtype), m2.to(dtype))
+
+
+class ClassStatistics(nn.Module):
+    """Running class-conditional mean and variance of features.
+
+    Without momentum every row counts alike. With momentum old rows fade: n new rows of a class
+    weigh ``1 - (1 - momentum) ** n`` in its statistics, and the distance between the old mean and
+    the new rows enters the variance (Chan's merge), so that a class that shows up once per batch
+    still gets its variance. A weighted row counts as that many rows.
+
+    Args:
+        num_classes: C >= 1.
+        dim: feature width D >= 1.
+        momentum: None: cumulative; else in (0, 1), the weight of one new row.
+
+    Attributes:
+        count, mean, m2: (C,), (C, D), (C, D), float64: rows so far, mean, count * variance.
+        synced_*: the same at the last ``sync``; pending_*: of this rank's rows since.
+
+    Raises:
+        ValueError: num_classes or dim below 1, momentum outside (0, 1).
+
+    Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.1; the
+    momentum form is this project's.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    def __init__(self, num_classes: int, dim: int, *, momentum: float | None = None) -> None:
+        super().__init__()
+        checks.check_whole("num_classes", num_classes, 1)
+        checks.check_whole("dim", dim, 1)
+        if momentum is not None and not 0.0 < momentum < 1.0:
+            raise ValueError(f"momentum must be > 0 and < 1, got {momentum}")
+        self.momentum = momentum
+        for part in ("", "synced_", "pending_"):
+            self.register_buffer(f"{part}count", torch.zeros(num_classes, dtype=torch.float64))
+            for moment in ("mean", "m2"):
+                zeros = torch.zeros(num_classes, dim, dtype=torch.float64)
+                self.register_buffer(f"{part}{moment}", zeros)
+
+    @torch.no_grad()
+    def update(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
+        """Take in one batch; arguments and errors as ``class_moments``."""
+        new = class_moments(features, target, len(self.count), weight=weight)
+        self._store("pending_", merge_moments(self._moments("pending_"), new))
+        self._store("", self._absorb(self._moments(""), new))
+
+    def variance(self) -> Tensor:
+        """(C, D) float32 variance of each class (divided by the count); 0 below two rows so far."""
+        variance = self.m2 / self.count.clamp(min=1.0).unsqueeze(1)
+        return torch.where(self.count.unsqueeze(1) < 2.0, 0.0, variance).float()
+
+    @torch.no_grad()
+    def sync(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Give every rank the statistics of the rows of all ranks, as if one rank had seen them.
+
+        Call it on all ranks, after any number of updates. One all-gather of C (1 + 2 D) numbers;
+        without torch.distributed, or before its initialisation, nothing happens.
+
+        Args:
+            group: the ranks to merge; default all.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        count, mean, m2 = self._moments("pending_")
+        own = torch.cat([count.unsqueeze(1), mean, m2], dim=1)
+        gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(gathered, own, group=group)
+        dim = mean.shape[1]
+        new = ClassMoments(torch.zeros_like(count), torch.zeros_like(mean), torch.zeros_like(m2))
+        self._store("pending_", new)
+        for part in gathered:
+            new = merge_moments(new, ClassMoments(*_split(part, dim)))
+        merged = self._absorb(self._moments("synced_"), new)
+        self._store("synced_", merged)
+        self._store("", merged)
+
+    def _absorb(self, old: ClassMoments, new: ClassMoments) -> ClassMoments:
+        """Merge new rows; with momentum the old ones weigh no more than their share."""
+        if self.momentum is None:
+            return merge_moments(old, new)
+        # An old count N gives n new rows the share n / (N + n): 1 - (1 - momentum) ** n where
+        # N = n (1 - momentum) ** n / (1 - (1 - momentum) ** n).
+        fade = new.count * math.log1p(-self.momentum)
+        cap = new.count * fade.exp() / -torch.where(new.count > 0, fade, -1.0).expm1()
+        weight = torch.where(new.count > 0, torch.minimum(old.count, cap), old.count)
+        kept = weight / torch.where(old.count > 0, old.count, 1.0)
+        merged = merge_moments(old._replace(count=weight, m2=old.m2 * kept.unsqueeze(1)), new)
+        count = old.count + new.count  # how many rows there were, whatever they weigh by now
+        scale = count / torch.where(merged.count > 0, merged.count, 1.0)
+        return ClassMoments(count, merged.mean, merged.m2 * scale.unsqueeze(1))
+
+    def _moments(self, part: str) -> ClassMoments:
+        return ClassMoments(
+            getattr(self, f"{part}count"), getattr(self, f"{part}mean"), getattr(self, f"{part}m2")
+        )
+
+    def _store(self, part: str, moments: ClassMoments) -> None:
+        for name, value in moments._asdict().items():
+            getattr(self, f"{part}{name}").copy_(value)
+
+
+def _split(packed: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    return packed[:, 0], packed[:, 1 : 1 + dim], packed[:, 1 + dim :]
