@@ -16,7 +16,8 @@ def decay_groups(
 
     A matrix is a parameter named ``...weight`` with at least two dimensions.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in named:
         is_matrix = name.endswith("weight") and parameter.ndim > 1
         (decayed if is_matrix else kept).append(parameter)

@@ -1,0 +1,1 @@
+"""Semi-supervised classification of paired medical images (MICS, arXiv 2509.17492)."""

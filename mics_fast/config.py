@@ -1,0 +1,260 @@
+"""Every option of the trainer, declared once, with its unit, its default and where it comes from.
+
+Defaults are those of ``vit_base`` on real frames; ``configs/`` holds the settings of other runs.
+Sources: [paper] arXiv 2509.17492, [code] its published pre-training code, [ALBEF], [MAE], [TMC],
+[EDL], [ISDA] the works it builds on, [ours] a decision of this project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Literal
+
+from mics_fast.errors import InputError
+
+Stage = Literal["pretrain", "finetune", "both"]
+ModelSize = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base"]
+
+
+@dataclass
+class ColourConfig:
+    """Photometric changes, drawn for each modality on its own [ours].
+
+    Args:
+        brightness: factor in [1 - x, 1 + x].
+        contrast: factor in [1 - x, 1 + x], around mid-grey.
+        saturation: factor in [1 - x, 1 + x].
+        hue: rotation in [-x, x] degrees.
+        blur: largest standard deviation of a Gaussian blur, in pixels; 0 = none.
+    """
+
+    brightness: float = 0.2
+    contrast: float = 0.2
+    saturation: float = 0.1
+    hue: float = 5.0
+    blur: float = 0.0
+
+
+@dataclass
+class AugmentConfig:
+    """What happens to a training pair; geometry is shared by the modalities of a pair.
+
+    Args:
+        crop_scale: smallest and largest area of the crop, as a fraction of the frame.
+        crop_ratio: smallest and largest aspect ratio of the crop, relative to the frame's.
+        flip: probability of a horizontal, and independently of a vertical, flip.
+        weak: colour changes of the weak view (the only one in pre-training).
+        strong: colour changes of the strong view (fine-tuning, unlabelled rows).
+    """
+
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    crop_ratio: tuple[float, float] = (0.8, 1.25)
+    flip: float = 0.5
+    weak: ColourConfig = field(default_factory=ColourConfig)
+    strong: ColourConfig = field(
+        default_factory=lambda: ColourConfig(0.4, 0.4, 0.3, hue=10.0, blur=1.5)
+    )
+
+
+@dataclass
+class DataConfig:
+    """Where the pairs come from and how their pixels are scaled.
+
+    Args:
+        manifest: path of the ``manifest.csv`` that ``python -m mics_fast.prepare`` wrote.
+        modalities: columns of the manifest to use; default: all of them.
+        normalize: "fixed" subtracts ``mean`` and divides by ``std``; "image" uses each image's
+            own channel mean and standard deviation (takes the lighting away; see docs).
+        mean: per modality, three channel means in [0, 1]; default ImageNet's.
+        std: per modality, three channel standard deviations; default ImageNet's.
+        threads: CPU threads of the image pipeline.
+    """
+
+    manifest: str = ""
+    modalities: list[str] | None = None
+    normalize: Literal["fixed", "image"] = "fixed"
+    mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    threads: int = 2
+
+
+@dataclass
+class ModelConfig:
+    """The encoder; decoder and discriminator scale with it (table in ``models/sizes.py``).
+
+    Args:
+        size: vit_micro (64 px / 8), vit_tiny, vit_small (224 / 16), vit_base (384 / 16) [paper].
+        pool: what a head reads: the class token, or the mean of the patch tokens [ours].
+        projection: width of the contrastive feature [ALBEF].
+        fusion_depth: blocks of the fusion encoder [ours].
+    """
+
+    size: ModelSize = "vit_base"
+    pool: Literal["cls", "mean"] = "cls"
+    projection: int = 256
+    fusion_depth: int = 4
+
+
+@dataclass
+class PretrainConfig:
+    """Stage 1, without labels: consistency, reconstruction, alignment.
+
+    Args:
+        epochs: passes over the train rows [code].
+        batch_size: pairs a step [ours].
+        lr: peak learning rate of AdamW [code].
+        lr_final: learning rate at the end of the cosine [code].
+        warmup: share of all steps with a linear warm-up [ours].
+        weight_decay: on matrices only [code].
+        clip: largest gradient norm; 0 = no clipping [ours].
+        discriminator_lr: of Adam with betas (0.5, 0.999) [ours].
+        consistency_weight: weight of the contrastive loss; 0 = off [code].
+        reconstruction_weight: weight of the masked reconstruction; 0 = off [code].
+        adversarial_weight: weight of the adversarial alignment; 0 = off [code].
+        alpha: share of the teacher's soft target, ramped over the first epoch [ALBEF].
+        temperature: at the start; learned within [0.001, 0.5] [ALBEF].
+        teacher_momentum: of the momentum encoder, a step [ALBEF].
+        queue_size: negatives a modality; default min(65536, train rows / 4) [ours].
+        mask_ratio: share of patches hidden [MAE].
+        augment: image augmentation; only the weak view is used.
+    """
+
+    epochs: int = 30
+    batch_size: int = 64
+    lr: float = 1e-4
+    lr_final: float = 1e-5
+    warmup: float = 0.05
+    weight_decay: float = 0.02
+    clip: float = 1.0
+    discriminator_lr: float = 2e-4
+    consistency_weight: float = 1.0
+    reconstruction_weight: float = 10.0
+    adversarial_weight: float = 0.1
+    alpha: float = 0.4
+    temperature: float = 0.07
+    teacher_momentum: float = 0.995
+    queue_size: int | None = None
+    mask_ratio: float = 0.75
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class FinetuneConfig:
+    """Stage 2: few labels, evidential fusion, distribution shift, pseudo-labels.
+
+    Args:
+        init: run folder or checkpoint whose pre-trained encoder to start from; default: this
+            run's pre-training if there is one; "none": from scratch.
+        epochs: passes over the train rows [ours].
+        labelled_batch: labelled pairs a step [ours].
+        unlabelled_batch: unlabelled pairs a step [ours].
+        lr: peak learning rate of the encoders (AdamW, cosine to 1 % of it) [ours].
+        head_lr_factor: fusion encoder and heads learn this many times faster [ours].
+        warmup: share of all steps with a linear warm-up [ours].
+        weight_decay: on matrices only [ours].
+        clip: largest gradient norm; 0 = no clipping [ours].
+        ema_momentum: of the averaged weights, a step; they evaluate and pseudo-label [ours].
+        kl_weight: weight of the KL term after annealing [EDL].
+        kl_anneal_epochs: epochs over which it grows from 0 [TMC].
+        unlabelled_weight: weight of the pseudo-label loss; 0 = off [ours].
+        unlabelled_ramp: share of all steps over which that weight grows from 0 [ours].
+        max_uncertainty: a pseudo-label needs a fused vacuity at most this [ours].
+        min_probability: ... and a class probability at least this [ours].
+        modality_consistency_weight: agreement of the modalities' opinions; 0 = off [ours].
+        shift_weight: weight of the evidential loss on shifted fusion features; 0 = off [ISDA].
+        shift_strength: of the shift at the end of training, ramped from 0 (0.7: ISDA's 0.5) [ISDA].
+        shift_momentum: of the class statistics, a row [ours].
+        augment: image augmentation.
+    """
+
+    init: str = ""
+    epochs: int = 50
+    labelled_batch: int = 16
+    unlabelled_batch: int = 48
+    lr: float = 1e-4
+    head_lr_factor: float = 10.0
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    ema_momentum: float = 0.999
+    kl_weight: float = 1.0
+    kl_anneal_epochs: float = 10.0
+    unlabelled_weight: float = 1.0
+    unlabelled_ramp: float = 0.2
+    max_uncertainty: float = 0.3
+    min_probability: float = 0.8
+    modality_consistency_weight: float = 0.1
+    shift_weight: float = 0.5
+    shift_strength: float = 0.7
+    shift_momentum: float = 0.01
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+
+
+@dataclass
+class TrainConfig:
+    """One run.
+
+    Args:
+        out: run folder; holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints/.
+        stage: pretrain, finetune, or both.
+        seed: of weights, order, augmentation, masks and shifts.
+        device: "auto" takes the GPU when there is one.
+        precision: of the encoders' arithmetic; "auto": bf16 on a GPU, fp32 on a CPU; losses are
+            always fp32.
+        compile: torch.compile of the encoder blocks; "auto": on a GPU.
+        log_every: steps between log lines.
+        checkpoint_every: steps between checkpoints; one is also written when a stage ends.
+        keep_checkpoints: how many of the latest to keep, beside the best.
+    """
+
+    out: str = ""
+    stage: Stage = "both"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    log_every: int = 10
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse values that no run can use, naming the option.
+
+    Raises:
+        InputError: the first option that is out of range.
+    """
+    positive = (
+        "log_every checkpoint_every keep_checkpoints data.threads model.projection "
+        "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.lr pretrain.temperature "
+        "finetune.epochs finetune.labelled_batch finetune.unlabelled_batch finetune.lr"
+    )
+    non_negative = (
+        "pretrain.clip pretrain.lr_final pretrain.weight_decay pretrain.consistency_weight "
+        "pretrain.reconstruction_weight pretrain.adversarial_weight finetune.clip "
+        "finetune.weight_decay finetune.kl_weight finetune.kl_anneal_epochs "
+        "finetune.unlabelled_weight finetune.modality_consistency_weight finetune.shift_weight "
+        "finetune.shift_strength"
+    )
+    shares = (
+        "pretrain.warmup pretrain.alpha pretrain.teacher_momentum finetune.warmup "
+        "finetune.ema_momentum finetune.unlabelled_ramp finetune.max_uncertainty "
+        "finetune.min_probability pretrain.augment.flip "
+        "finetune.augment.flip"
+    )
+    between = "pretrain.mask_ratio finetune.shift_momentum"
+    for names, accepts, wanted in (
+        (positive, lambda value: value > 0, "a number above 0"),
+        (non_negative, lambda value: value >= 0, "a number of at least 0"),
+        (shares, lambda value: 0 <= value <= 1, "a number from 0 to 1"),
+        (between, lambda value: 0 < value < 1, "a number between 0 and 1"),
+    ):
+        for name in names.split():
+            value = attrgetter(name)(config)
+            if not accepts(value):
+                raise InputError(f"option {name} is {value}, wanted {wanted}")

@@ -1,0 +1,4 @@
+"""The networks: encoder, masked auto-encoder, discriminator, and the model of each stage.
+
+A model computes no loss and reads no file.
+"""

@@ -1,0 +1,201 @@
+"""The model of the second stage: an encoder a modality, a fusion encoder, a head a view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mics_fast.errors import InputError
+from mics_fast.models.sizes import Size
+from mics_fast.models.vit import Block, Pool, VisionTransformer, initialise, pool_tokens
+
+FUSION = "fusion"
+# softplus(-4) = 0.018: an untrained head states hardly any evidence, however many views there are.
+INITIAL_HEAD_BIAS = -4.0
+
+
+@dataclass
+class ClassifierOutput:
+    """What each view says; the views are those of ``Classifier.views``, in that order.
+
+    Args:
+        logits: (B, V, C) float32; of a view that is not present, without meaning.
+        present: (B, V) bool.
+        fusion_feature: (B, width) float32, what the fusion head reads; None with one modality.
+    """
+
+    logits: Tensor
+    present: Tensor
+    fusion_feature: Tensor | None
+
+
+class FusionEncoder(nn.Module):
+    """Transformer over the patch tokens of all modalities, with a class token of its own.
+
+    Args:
+        modalities: number M of modalities.
+        width: channels of a token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+        pool: "cls", or "mean" over the tokens that are present.
+    """
+
+    def __init__(self, modalities: int, width: int, depth: int, heads: int, pool: Pool) -> None:
+        super().__init__()
+        self.pool = pool
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.modality_embed = nn.Parameter(torch.empty(modalities, 1, width))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.modality_embed, std=0.02)
+        initialise(self)
+
+    def forward(self, patches: Tensor, present: Tensor) -> Tensor:
+        """Fuse the modalities that are present; tokens of absent ones are never read.
+
+        Args:
+            patches: (B, M, N, width), finite everywhere.
+            present: (B, M) bool.
+
+        Returns:
+            (B, width).
+        """
+        batch, _, count, _ = patches.shape
+        cls_token = self.cls_token.expand(batch, -1, -1)
+        tokens = torch.cat([cls_token, (patches + self.modality_embed).flatten(1, 2)], dim=1)
+        readable = present.repeat_interleave(count, dim=1)
+        # The class token can always be read: the softmax of a row without modalities has a key.
+        mask = torch.cat([readable.new_ones(batch, 1), readable], dim=1)[:, None, None]
+        for block in self.blocks:
+            tokens = block(tokens, mask)
+        tokens = self.norm(tokens)
+        if self.pool == "cls":
+            return tokens[:, 0]
+        total = tokens[:, 1:].masked_fill(~readable.unsqueeze(-1), 0.0).sum(dim=1)
+        return total / readable.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+class Classifier(nn.Module):
+    """State an opinion for each modality and, from two modalities on, for their fusion.
+
+    Args:
+        size: a row of ``SIZES``.
+        modalities: names of the modalities; not "fusion", and without a dot.
+        num_classes: C.
+        pool: what a head reads: "cls" or "mean" of the patch tokens.
+        fusion_depth: blocks of the fusion encoder.
+
+    Raises:
+        InputError: a modality has a name that a view cannot have.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        modalities: Sequence[str],
+        num_classes: int,
+        *,
+        pool: Pool,
+        fusion_depth: int,
+    ) -> None:
+        super().__init__()
+        self.modalities = tuple(modalities)
+        self.pool = pool
+        self._check_names()
+        self.encoders = nn.ModuleDict(
+            {
+                name: VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
+                for name in self.modalities
+            }
+        )
+        self.views = self.modalities
+        self.fusion: FusionEncoder | None = None
+        if len(self.modalities) >= 2:
+            self.views += (FUSION,)
+            self.fusion = FusionEncoder(
+                len(self.modalities), size.width, fusion_depth, size.heads, pool
+            )
+        self.heads = nn.ModuleDict({view: _head(size.width, num_classes) for view in self.views})
+
+    def forward(self, views: dict[str, Tensor], present: Tensor) -> ClassifierOutput:
+        """Encode each modality, fuse, and let every view's head speak.
+
+        Args:
+            views: for each modality (B, 3, image, image), normalised; rows of an absent modality
+                may hold anything, NaN too, and change nothing.
+            present: (B, M) bool, in the order of ``modalities``.
+        """
+        tokens = [
+            self.encoders[name](_without_absent(views[name], present[:, index]))
+            for index, name in enumerate(self.modalities)
+        ]
+        features = {
+            name: pool_tokens(own, self.pool).float()
+            for name, own in zip(self.modalities, tokens, strict=True)
+        }
+        if self.fusion is not None:
+            patches = torch.stack([own[:, 1:] for own in tokens], dim=1)
+            features[FUSION] = self.fusion(patches, present).float()
+            several = present.sum(dim=1, keepdim=True) >= 2
+            present = torch.cat([present, several], dim=1)
+        logits = [self._logits(view, features[view]) for view in self.views]
+        return ClassifierOutput(torch.stack(logits, dim=1), present, features.get(FUSION))
+
+    def fusion_logits(self, feature: Tensor) -> Tensor:
+        """Apply the fusion head to a (shifted) feature: (B, width) -> (B, C) float32."""
+        return self._logits(FUSION, feature)
+
+    def load_encoder(self, state: Mapping[str, Tensor]) -> None:
+        """Start every modality's encoder from one pre-trained encoder.
+
+        Args:
+            state: ``PretrainModel.encoder.state_dict()``.
+
+        Raises:
+            InputError: a parameter is missing, left over, or has another shape.
+        """
+        own = self.encoders[self.modalities[0]].state_dict()
+        for name in sorted(own.keys() | state.keys()):
+            wanted = tuple(own[name].shape) if name in own else "absent"
+            given = tuple(state[name].shape) if name in state else "absent"
+            if given != wanted:
+                raise InputError(
+                    f"The pre-trained encoder does not fit the model: {name} is {given}, "
+                    f"but the model wants {wanted}; is model.size the same?"
+                )
+        for encoder in self.encoders.values():
+            encoder.load_state_dict(state)
+
+    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The encoders' parameters, and those of fusion encoder and heads, which start fresh."""
+        encoders = list(self.encoders.parameters())
+        fresh = [*self.heads.parameters()]
+        if self.fusion is not None:
+            fresh += self.fusion.parameters()
+        return encoders, fresh
+
+    def _check_names(self) -> None:
+        for name in self.modalities:
+            if name == FUSION or "." in name or hasattr(nn.ModuleDict, name):
+                raise InputError(f'"{name}" cannot be the name of a modality; rename its column.')
+
+    def _logits(self, view: str, feature: Tensor) -> Tensor:
+        # bfloat16 resolves a logit near -4 to 0.03 only.
+        with torch.autocast(feature.device.type, enabled=False):
+            return self.heads[view](feature.float())
+
+
+def _head(width: int, num_classes: int) -> nn.Linear:
+    head = nn.Linear(width, num_classes)
+    nn.init.trunc_normal_(head.weight, std=0.02)
+    nn.init.constant_(head.bias, INITIAL_HEAD_BIAS)
+    return head
+
+
+def _without_absent(images: Tensor, present: Tensor) -> Tensor:
+    # At the pixels, so that a NaN reaches neither an activation nor (as 0 * NaN) a gradient.
+    return images.masked_fill(~present[:, None, None, None], 0.0)

@@ -1,0 +1,161 @@
+"""The discriminator of the adversarial alignment: tells real from reconstructed patch sequences.
+
+A transformer whose Lipschitz constant is held: attention by L2 distance with tied queries and keys
+(Kim et al., ICML 2021) and linear layers of constant spectral norm (ViTGAN, Lee et al., ICLR 2022).
+Nothing couples the samples of a batch, so a logit's gradient belongs to its sample alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def l2_attention(points: Tensor, values: Tensor) -> Tensor:
+    """Average values with weights softmax_j(-|q_i - q_j|**2 / sqrt(d)).
+
+    As |q_i|**2 cancels in the softmax, these are the weights of dot-product attention of
+    [2 q_i, -1] with [q_j, |q_j|**2], so the fused kernels serve it. Squared distances have a
+    finite gradient everywhere.
+
+    Args:
+        points: (B, heads, N, d) float32 or float64, queries and keys in one.
+        values: (B, heads, N, d).
+
+    Returns:
+        (B, heads, N, d).
+
+    Source: Kim, Papamakarios, Mnih, The Lipschitz Constant of Self-Attention, section 3.2.
+    """
+    width = points.shape[-1]
+    # The fused float32 kernels want one width, a multiple of 4, for queries, keys and values.
+    padding = -(width + 1) % 4
+    squares = points.square().sum(dim=-1, keepdim=True)
+    query = F.pad(torch.cat([2 * points, -torch.ones_like(squares)], dim=-1), (0, padding))
+    key = F.pad(torch.cat([points, squares], dim=-1), (0, padding))
+    value = F.pad(values, (0, 1 + padding))
+    mixed = F.scaled_dot_product_attention(query, key, value, scale=width**-0.5)
+    return mixed[..., :width]
+
+
+class SpectralLinear(nn.Module):
+    """Linear layer whose weight is rescaled to keep the spectral norm it was born with.
+
+    The effective weight is ``weight * initial_norm / sigma`` with ``sigma = u^T weight v``. The
+    gradient passes through ``sigma`` but not through ``u`` and ``v``, its singular vectors, which
+    only ``advance_power_iteration`` moves: a forward changes nothing.
+
+    Args:
+        inputs: width of the input.
+        outputs: width of the output.
+        gain: of the Xavier-uniform initial weight, and so of the spectral norm for good.
+
+    Source: Miyato et al., ICLR 2018; the rescaling by the initial norm: ViTGAN, equation 8.
+    """
+
+    u: Tensor
+    v: Tensor
+    initial_norm: Tensor
+
+    def __init__(self, inputs: int, outputs: int, gain: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        nn.init.xavier_uniform_(self.weight, gain=gain)
+        left, _, right = torch.linalg.svd(self.weight.detach(), full_matrices=False)
+        self.register_buffer("u", left[:, 0].clone())
+        self.register_buffer("v", right[0].clone())
+        self.register_buffer("initial_norm", self.spectral_norm().detach())
+
+    @torch.no_grad()
+    def advance_power_iteration(self) -> None:
+        """Move ``u`` and ``v`` one step towards the leading singular vectors, in place."""
+        self.v.copy_(F.normalize(self.weight.T @ self.u, dim=0))
+        self.u.copy_(F.normalize(self.weight @ self.v, dim=0))
+
+    def spectral_norm(self) -> Tensor:
+        """The estimate u^T W v of the largest singular value, 0-d; differentiable in W."""
+        return torch.dot(self.u, self.weight @ self.v)
+
+    def effective_weight(self) -> Tensor:
+        """(outputs, inputs): the weight rescaled to its initial spectral norm."""
+        return self.weight * (self.initial_norm / self.spectral_norm())
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.effective_weight(), self.bias)
+
+
+class L2Block(nn.Module):
+    """Pre-norm transformer block with L2 attention and spectrally normalised layers."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        # Two normalised tokens are 2 d apart in squared distance; with this gain their logit is -2
+        # whatever d. At gain 1 it is -2 sqrt(d), each token reads itself alone, and hardly any
+        # gradient finds its way from the class token to the patches.
+        self.points = SpectralLinear(width, width, gain=(width / heads) ** -0.25)
+        self.values = SpectralLinear(width, width)
+        self.proj = SpectralLinear(width, width)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.fc1 = SpectralLinear(width, 4 * width)
+        self.fc2 = SpectralLinear(4 * width, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, width) -> (B, N, width)."""
+        features = self.norm1(tokens)
+        points = self.points(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        values = self.values(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        mixed = l2_attention(points, values).transpose(1, 2).flatten(2)
+        tokens = tokens + self.proj(mixed)
+        return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+
+
+class Discriminator(nn.Module):
+    """One logit a sample: is this sequence of normalised patches real?
+
+    Args:
+        num_patches: N.
+        patch_dim: numbers in a patch.
+        width: channels of a token; a multiple of ``heads``.
+        depth: number of blocks.
+        heads: attention heads of a block.
+    """
+
+    def __init__(
+        self, num_patches: int, patch_dim: int, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.embed = SpectralLinear(patch_dim, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
+        self.blocks = nn.ModuleList(L2Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = SpectralLinear(width, 1)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+
+    def advance_power_iteration(self) -> None:
+        """One power iteration in every layer; once a training step, before the forward."""
+        for layer in self.modules():
+            if isinstance(layer, SpectralLinear):
+                layer.advance_power_iteration()
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """Judge sequences of patches, in the dtype of the weights (float32) also under autocast.
+
+        Args:
+            patches: (B, N, patch_dim), in the space of ``patch_targets``.
+
+        Returns:
+            (B,) logits, float32 (float64 after ``.double()``): large = real.
+        """
+        with torch.autocast(patches.device.type, enabled=False):
+            tokens = self.embed(patches.to(self.cls_token.dtype))
+            cls_token = self.cls_token.expand(len(tokens), -1, -1)
+            tokens = torch.cat([cls_token, tokens], dim=1) + self.pos_embed
+            for block in self.blocks:
+                tokens = block(tokens)
+            return self.head(self.norm(tokens[:, 0])).squeeze(-1)

@@ -1,0 +1,148 @@
+"""The model of the first stage: a shared encoder, its momentum teacher, and the decoder."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mics_fast.errors import InputError
+from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets
+from mics_fast.models.sizes import Size
+from mics_fast.models.vit import Pool, VisionTransformer, pool_tokens
+
+LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
+
+
+@dataclass
+class PretrainOutput:
+    """What the losses of the first stage need, each keyed by modality.
+
+    Args:
+        features: (B, P) float32, L2-normalised, of the student.
+        teachers: (B, P) float32, L2-normalised, of the momentum teacher; no gradient.
+        predictions: (B, h, patch_dim) float32, the decoder's guesses at the hidden patches.
+        targets: (B, N, patch_dim) float32, the normalised patches of the image.
+        hidden: (B, h) int64, which patches were hidden.
+    """
+
+    features: dict[str, Tensor]
+    teachers: dict[str, Tensor]
+    predictions: dict[str, Tensor]
+    targets: dict[str, Tensor]
+    hidden: dict[str, Tensor]
+
+
+def paste_patches(targets: Tensor, hidden: Tensor, predictions: Tensor) -> Tensor:
+    """Replace the hidden patches of an image by their predictions.
+
+    Args:
+        targets: (B, N, patch_dim), the true normalised patches.
+        hidden: (B, h) int64, the patches to replace.
+        predictions: (B, h, patch_dim), in the dtype of ``targets``; gets a gradient.
+
+    Returns:
+        (B, N, patch_dim).
+    """
+    return targets.scatter(1, hidden.unsqueeze(-1).expand_as(predictions), predictions)
+
+
+class PretrainModel(nn.Module):
+    """Everything that pre-training trains, but for the discriminator.
+
+    Args:
+        size: a row of ``SIZES``.
+        modalities: names of the modalities; one encoder serves them all.
+        pool: what the contrastive feature reads: "cls" or "mean".
+        projection: width P of the contrastive feature.
+        temperature: at the start, within (0.001, 0.5).
+
+    Raises:
+        InputError: the temperature is outside its range.
+    """
+
+    def __init__(
+        self,
+        size: Size,
+        modalities: Sequence[str],
+        *,
+        pool: Pool,
+        projection: int,
+        temperature: float,
+    ) -> None:
+        super().__init__()
+        share = (temperature - LOWEST_TEMPERATURE) / TEMPERATURE_RANGE
+        if not 0 < share < 1:
+            raise InputError(
+                f"The temperature is {temperature:g}; it must lie between {LOWEST_TEMPERATURE:g} "
+                f"and {LOWEST_TEMPERATURE + TEMPERATURE_RANGE:g}, exclusive."
+            )
+        self.modalities = tuple(modalities)
+        self.pool = pool
+        self.patch_size = size.patch
+        self.encoder = VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
+        self.projection_head = nn.Linear(size.width, projection)
+        self.decoder = MaskedDecoder(
+            size.num_patches,
+            size.patch_dim,
+            size.width,
+            size.decoder_width,
+            size.decoder_depth,
+            size.decoder_heads,
+        )
+        self.theta = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
+        self.teacher_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.teacher_projection = copy.deepcopy(self.projection_head).requires_grad_(False)
+
+    def temperature(self) -> Tensor:
+        """The contrastive temperature, 0-d, within (0.001, 0.5), differentiable."""
+        return LOWEST_TEMPERATURE + TEMPERATURE_RANGE * self.theta.sigmoid()
+
+    def forward(
+        self, views: dict[str, Tensor], masks: dict[str, tuple[Tensor, Tensor]]
+    ) -> PretrainOutput:
+        """Encode every view whole, masked, and by the teacher; changes no state.
+
+        Args:
+            views: for each modality (B, 3, image, image), normalised. A missing modality's rows
+                hold any finite numbers; the losses leave them out.
+            masks: for each modality (visible, hidden) as from ``random_mask``.
+        """
+        images = torch.cat([views[name] for name in self.modalities])
+        visible = torch.cat([masks[name][0] for name in self.modalities])
+        hidden = torch.cat([masks[name][1] for name in self.modalities])
+        features = self._features(self.encoder, self.projection_head, images)
+        with torch.no_grad():
+            teachers = self._features(self.teacher_encoder, self.teacher_projection, images)
+        predictions = self.decoder(self.encoder(images, visible), visible, hidden).float()
+        return PretrainOutput(
+            features=self._by_modality(features),
+            teachers=self._by_modality(teachers),
+            predictions=self._by_modality(predictions),
+            targets=self._by_modality(patch_targets(images, self.patch_size)),
+            hidden=self._by_modality(hidden),
+        )
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher: teacher = momentum * teacher + (1 - momentum) * student.
+
+        Source: He et al., Momentum Contrast, CVPR 2020, equation 2.
+        """
+        teacher = (*self.teacher_encoder.parameters(), *self.teacher_projection.parameters())
+        student = (*self.encoder.parameters(), *self.projection_head.parameters())
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+
+    def _features(
+        self, encoder: VisionTransformer, projection: nn.Linear, images: Tensor
+    ) -> Tensor:
+        pooled = pool_tokens(encoder(images), self.pool)
+        return F.normalize(projection(pooled).float(), dim=-1)
+
+    def _by_modality(self, stacked: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self.modalities, stacked.chunk(len(self.modalities)), strict=True))

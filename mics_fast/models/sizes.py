@@ -1,0 +1,48 @@
+"""The four model sizes: decoder and discriminator scale with the encoder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """Widths, depths and head counts of one model size.
+
+    Args:
+        image: side of the square input, in pixels.
+        patch: side of a square patch, in pixels.
+        width, depth, heads: of the encoder.
+        decoder_width, decoder_depth, decoder_heads: of the reconstruction decoder.
+        discriminator_width, discriminator_depth, discriminator_heads: of the discriminator.
+    """
+
+    image: int
+    patch: int
+    width: int
+    depth: int
+    heads: int
+    decoder_width: int
+    decoder_depth: int
+    decoder_heads: int
+    discriminator_width: int
+    discriminator_depth: int
+    discriminator_heads: int
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image // self.patch) ** 2
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one patch: three channels of patch x patch pixels."""
+        return 3 * self.patch**2
+
+
+SIZES = {
+    "vit_micro": Size(64, 8, 128, 4, 4, 64, 2, 4, 128, 2, 4),
+    "vit_tiny": Size(224, 16, 192, 12, 3, 128, 4, 4, 192, 4, 3),
+    "vit_small": Size(224, 16, 384, 12, 6, 256, 4, 8, 384, 4, 6),
+    "vit_base": Size(384, 16, 768, 12, 12, 512, 8, 16, 768, 6, 6),
+}
