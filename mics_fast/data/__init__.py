@@ -1,0 +1,1 @@
+"""Manifest, splits, preparation and the image pipeline."""

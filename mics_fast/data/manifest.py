@@ -1,0 +1,164 @@
+"""The manifest: a CSV in which every row is a sample and every further column a modality."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mics_fast.errors import InputError
+
+RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample.
+
+    Args:
+        index: 0-based row number in the manifest: the sample id of the whole project.
+        id: unique text.
+        label: index into ``Manifest.classes``; -1 where the cell is empty.
+        labelled: may training use the label.
+        group: index of the group, the contrastive id; an empty cell is a group of its own.
+        split: train, val or test.
+        virtual: modalities that were derived from another one.
+        files: modality -> path of its image, None where it is missing.
+    """
+
+    index: int
+    id: str
+    label: int
+    labelled: bool
+    group: int
+    split: str
+    virtual: tuple[str, ...]
+    files: dict[str, Path | None]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All samples.
+
+    Args:
+        path: of the CSV file.
+        modalities: in the order of the columns.
+        classes: sorted names.
+        rows: in the order of the file.
+    """
+
+    path: Path
+    modalities: tuple[str, ...]
+    classes: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+    def select(self, split: str | None = None, labelled: bool | None = None) -> list[Row]:
+        """The rows of a split, with or without a usable label; None: any."""
+        return [
+            row
+            for row in self.rows
+            if split in (None, row.split) and labelled in (None, row.labelled)
+        ]
+
+
+def read_manifest(path: Path, modalities: Sequence[str] | None = None) -> Manifest:
+    """Read and check a manifest.
+
+    Args:
+        path: of the CSV file; the paths in it are relative to its folder.
+        modalities: columns to use; default: every column that is not reserved.
+
+    Raises:
+        InputError: no such file, no row, no such column, or a row that cannot be used; names the
+            file and the line.
+    """
+    path = Path(path)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = tuple(reader.fieldnames or ())
+            records = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"manifest {path} cannot be read: {error}") from None
+    for column in RESERVED:
+        if column not in columns:
+            raise InputError(f"manifest {path} has no column {column}")
+    available = tuple(name for name in columns if name not in RESERVED)
+    chosen = available if modalities is None else tuple(modalities)
+    for name in chosen:
+        if name not in available:
+            raise InputError(f"manifest {path} has no modality {name}, only {available}")
+    if not chosen:
+        raise InputError(f"manifest {path} has no modality: no column beside {RESERVED}")
+    if not records:
+        raise InputError(f"manifest {path} has no row")
+    classes = tuple(sorted({record["label"] for record in records if record["label"]}))
+    groups: dict[str, int] = {}
+    seen: set[str] = set()
+    rows = []
+    for index, record in enumerate(records):
+        where = f"manifest {path}, line {index + 2}"
+        _check(record, where, seen)
+        # A name no group can have, so that the rows without one do not share one.
+        group = record["group"] or f"\0{index}"
+        rows.append(
+            Row(
+                index=index,
+                id=record["id"],
+                label=classes.index(record["label"]) if record["label"] else -1,
+                labelled=record["labelled"] == "1",
+                group=groups.setdefault(group, len(groups)),
+                split=record["split"],
+                virtual=tuple(record["virtual"].split()),
+                files={name: _file(record[name], path.parent, name, where) for name in chosen},
+            )
+        )
+        if not any(rows[-1].files.values()):
+            raise InputError(f"{where}: no image in any of {', '.join(chosen)}")
+    return Manifest(path, chosen, classes, tuple(rows))
+
+
+def write_manifest(
+    path: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
+) -> None:
+    """Write a manifest under a temporary name, then rename it.
+
+    Args:
+        path: of the CSV file.
+        records: for each row the reserved columns and one path a modality, "" where missing.
+        modalities: names of the further columns.
+    """
+    partial = path.with_name(f".partial-{path.name}")
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*RESERVED, *modalities])
+        writer.writeheader()
+        writer.writerows(records)
+    partial.replace(path)
+
+
+def _check(record: Mapping[str, str | None], where: str, seen: set[str]) -> None:
+    """Refuse a row whose reserved columns cannot be used."""
+    if None in record.values() or None in record:
+        raise InputError(f"{where}: another number of cells than the header")
+    name = record["id"]
+    if not name or name in seen:
+        raise InputError(f"{where}: id {name!r} is {'used twice' if name else 'empty'}")
+    seen.add(name)
+    if record["split"] not in SPLITS:
+        raise InputError(f"{where}: split is {record['split']!r}, wanted one of {SPLITS}")
+    if record["labelled"] not in ("0", "1"):
+        raise InputError(f"{where}: labelled is {record['labelled']!r}, wanted 0 or 1")
+    if record["labelled"] == "1" and not record["label"]:
+        raise InputError(f"{where}: labelled is 1, but the label is empty")
+
+
+def _file(cell: str, folder: Path, modality: str, where: str) -> Path | None:
+    """The path of an image, None for an empty cell."""
+    if not cell:
+        return None
+    path = folder / cell
+    if not path.is_file():
+        raise InputError(f"{where}: the {modality} image {path} does not exist")
+    return path

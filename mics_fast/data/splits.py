@@ -1,0 +1,92 @@
+"""Which rows are trained, validated and tested on, and which train rows keep their label.
+
+Both draws are functions of the seed alone: raw words of numpy's PCG64, the same on any machine.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from mics_fast.data.manifest import SPLITS
+
+
+def split_rows(
+    labels: Sequence[str], groups: Sequence[str], fractions: Sequence[float], seed: int
+) -> list[str]:
+    """Deal whole groups out to train, val and test, class by class.
+
+    A group belongs to the class of its first row. Each group, in random order, goes to the split
+    that is furthest behind its share of the class; a split with a fraction above 0 gets a row of
+    every class that has as many groups.
+
+    Args:
+        labels: class name of each row.
+        groups: group name of each row; "" = a group of its own.
+        fractions: of train, val and test; they sum to 1.
+        seed: of the draw.
+
+    Returns:
+        "train", "val" or "test" for each row.
+    """
+    split = [""] * len(labels)
+    for label, members in _shuffled_groups(labels, groups, seed, purpose=0).items():
+        rows = sum(len(group) for group in members)
+        counts = np.zeros(3)
+        for group in members:
+            # Empty splits first, test before val: a class with few groups is still tested.
+            empty = [k for k in (0, 2, 1) if counts[k] == 0 and fractions[k] > 0]
+            behind = np.array(fractions) * rows - counts
+            chosen = empty[0] if empty else int(np.argmax(behind))
+            counts[chosen] += len(group)
+            for row in group:
+                split[row] = SPLITS[chosen]
+        assert label is not None
+    return split
+
+
+def label_rows(
+    labels: Sequence[str], groups: Sequence[str], fraction: float, seed: int
+) -> list[bool]:
+    """Choose whole groups of train rows that keep their label.
+
+    Args:
+        labels: class name of each train row; "" = unknown, never labelled.
+        groups: as ``split_rows``.
+        fraction: of the rows of each class: max(1, round(fraction * n)) of them, and no more
+            than the last whole group adds.
+        seed: of the draw.
+
+    Returns:
+        For each row, whether training may use its label.
+    """
+    labelled = [False] * len(labels)
+    for label, members in _shuffled_groups(labels, groups, seed, purpose=1).items():
+        wanted = max(1, round(fraction * sum(len(group) for group in members))) if label else 0
+        for group in members:
+            if wanted <= 0:
+                break
+            wanted -= len(group)
+            for row in group:
+                labelled[row] = bool(labels[row])
+    return labelled
+
+
+def _shuffled_groups(
+    labels: Sequence[str], groups: Sequence[str], seed: int, purpose: int
+) -> dict[str, list[list[int]]]:
+    """Class -> its groups (lists of row numbers) in random order; classes sorted."""
+    members: dict[str, list[int]] = defaultdict(list)
+    for row, group in enumerate(groups):
+        members[f"group {group}" if group else f"row {row}"].append(row)
+    by_class: dict[str, list[list[int]]] = defaultdict(list)
+    for rows in members.values():
+        by_class[labels[rows[0]]].append(rows)
+    generator = np.random.PCG64([seed, purpose])
+    shuffled = {}
+    for label in sorted(by_class):
+        order = np.argsort(generator.random_raw(len(by_class[label])), kind="stable")
+        shuffled[label] = [by_class[label][k] for k in order]
+    return shuffled
