@@ -1,0 +1,153 @@
+"""A run folder: its configuration, its checkpoints, and what they belong to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from mics_fast.config import TrainConfig, check_config
+from mics_fast.data.manifest import Manifest
+from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.errors import InputError
+
+# What may differ when a run goes on: none of these changes its losses.
+FREE_ON_RESUME = {
+    "stage", "device", "log_every", "checkpoint_every", "keep_checkpoints", "data.threads",
+}  # fmt: skip
+
+
+class Run:
+    """The folder of one run.
+
+    Args:
+        folder: holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/.
+        config: the run's options.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self.folder, self.config = folder, config
+
+    @staticmethod
+    def start(config: TrainConfig, *, resume: bool) -> Run:
+        """Make the folder of a new run, or open the one to go on with.
+
+        Raises:
+            InputError: there is a run already and ``resume`` is False; it was started with other
+                options; the folder cannot be written.
+        """
+        folder = Path(config.out)
+        file = folder / "config.yaml"
+        if file.exists() and not resume:
+            raise InputError(f"{folder} holds a run; add --resume to go on, or name another --out")
+        if file.exists():
+            refuse_changes(read_config(file), config, folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = folder / ".partial-config.yaml"
+            partial.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+            partial.replace(file)
+        except OSError as error:
+            raise InputError(f"--out {folder} cannot be written: {error.strerror}") from None
+        return Run(folder, config)
+
+    @staticmethod
+    def open(folder: Path) -> Run:
+        """Open a run to read.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        file = folder / "config.yaml"
+        if not file.exists():
+            raise InputError(f"{folder} holds no run: config.yaml is missing")
+        return Run(folder, read_config(file))
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        """The checkpoints of a stage, "pretrain" or "finetune"."""
+        return Checkpoints(self.folder / "checkpoints" / stage, self.config.keep_checkpoints)
+
+
+def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
+    """What a checkpoint of a stage belongs to: weights fit only where all of it agrees."""
+    model = asdict(config.model)
+    if stage == "pretrain":
+        model.pop("fusion_depth")
+        return {"stage": stage, "model": model, "modalities": list(manifest.modalities)}
+    model.pop("projection")
+    return {
+        "stage": stage,
+        "model": model,
+        "modalities": list(manifest.modalities),
+        "classes": list(manifest.classes),
+    }
+
+
+def config_parser() -> ArgumentParser:
+    """The options of ``TrainConfig`` as a YAML file and a command line."""
+    parser = ArgumentParser(
+        prog="python -m mics_fast.train",
+        description="Train a classifier of paired images from few labels (MICS).",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+    """Options from a command line, and whether it asks to resume.
+
+    Raises:
+        InputError: an unknown or ill-typed option, or a value out of range.
+    """
+    parser = config_parser()
+    try:
+        values = vars(parser.instantiate(parser.parse_args(arguments)))
+    except argparse.ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from None
+    resume = values.pop("resume")
+    values.pop("config", None)
+    config = TrainConfig(**values)
+    check_config(config)
+    return config, resume
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The options stored in a YAML file.
+
+    Raises:
+        InputError: as ``parse_config``.
+    """
+    return parse_config(["--config", str(file)])[0]
+
+
+def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
+    """Refuse to go on with a run under options that would change what it computes.
+
+    Raises:
+        InputError: names the first such option and both its values.
+    """
+    old, new = flatten(asdict(before)), flatten(asdict(now))
+    for name in new.keys() - FREE_ON_RESUME - {"out"}:
+        if old.get(name) != new[name]:
+            raise InputError(
+                f"option {name} is {new[name]!r}, but the run in {folder} was started with "
+                f"{old.get(name)!r}; go on with that, or name another --out"
+            )
+
+
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,233 @@
+"""Stage 2, few labels: evidential fusion, pseudo-labels, distribution shift (arXiv 2509.17492).
+
+What each term is and where it comes from: docs/method.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from mics_fast.config import FinetuneConfig
+from mics_fast.data.pipeline import PairBatch
+from mics_fast.engine.loop import Losses
+from mics_fast.models.classifier import Classifier, ClassifierOutput
+from mics_fast.stages.pretrain import masked_mean
+from mics_kernels import (
+    ClassStatistics,
+    evidential_fusion_loss,
+    evidential_loss,
+    fuse_evidence,
+    opinion,
+    shift_features,
+)
+
+NO_LABEL = -1
+
+
+@dataclass
+class Rows:
+    """The rows of the student's forward: the labelled ones, then the unlabelled ones.
+
+    Args:
+        views: modality -> (R, 3, H, W): weak views of labelled, strong views of unlabelled rows.
+        present: (R, M) bool.
+        sample_id: (R,) int64.
+        label: (R,) int64, a label or an accepted pseudo-label; ``NO_LABEL``: neither.
+        weight: (R,): 1 for a label, 1 - uncertainty for a pseudo-label.
+        sizes: number of labelled and of unlabelled rows.
+    """
+
+    views: dict[str, Tensor]
+    present: Tensor
+    sample_id: Tensor
+    label: Tensor
+    weight: Tensor
+    sizes: tuple[int, int]
+
+    def means(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Means over all labelled and over all unlabelled rows; 0 for no rows."""
+        labelled, unlabelled = values.split(list(self.sizes))
+        return labelled.sum() / max(1, self.sizes[0]), unlabelled.sum() / max(1, self.sizes[1])
+
+
+class FinetuneStage(nn.Module):
+    """A classifier with several views, its moving average, and class-conditional statistics.
+
+    Args:
+        config: options of the stage.
+        model: the classifier, its encoders pre-trained or not.
+        num_classes: C.
+        steps, steps_per_epoch: for the ramps.
+        seed: of the shifts.
+        autocast: dtype of the encoders' arithmetic, None for float32.
+    """
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: Classifier,
+        *,
+        num_classes: int,
+        width: int,
+        steps: int,
+        steps_per_epoch: int,
+        seed: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.autocast = config, autocast
+        self.steps, self.steps_per_epoch, self.seed = steps, steps_per_epoch, seed
+        self.model = model
+        self.average = copy.deepcopy(model).requires_grad_(False)
+        self.statistics = ClassStatistics(num_classes, width, momentum=config.shift_momentum)
+        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def losses(self, batch: tuple[PairBatch, ...], step: int) -> Iterator[Losses]:
+        """One forward of the average over weak unlabelled views, then one of the student.
+
+        ``batch`` is the labelled rows and, where a term reads them, the unlabelled ones.
+        """
+        config = self.config
+        rows, metrics = self._rows(batch)
+        output = self._forward(self.model, rows.views, rows.present)
+        kl_weight = config.kl_weight * ramp(step / self.steps_per_epoch, config.kl_anneal_epochs)
+        pseudo_weight = config.unlabelled_weight * ramp(step / self.steps, config.unlabelled_ramp)
+        metrics |= {"kl_weight": kl_weight}
+        terms, weights = {}, {}
+        per_row = evidential_fusion_loss(
+            output.logits,
+            rows.label,
+            kl_weight=kl_weight,
+            present=output.present,
+            weight=rows.weight,
+            ignore_index=NO_LABEL,
+            reduction="none",
+        ).loss
+        terms["supervised"], pseudo = rows.means(per_row)
+        if config.unlabelled_weight:
+            terms["pseudo"], weights["pseudo"] = pseudo, pseudo_weight
+        if config.modality_consistency_weight and len(self.model.modalities) > 1:
+            terms["modality_consistency"] = self._agreement(output)
+            weights["modality_consistency"] = config.modality_consistency_weight
+        if config.shift_weight and output.fusion_feature is not None:
+            shifted, pseudo = rows.means(self._shift(output, rows, step, kl_weight))
+            terms["shift"] = shifted + pseudo_weight * pseudo
+            weights["shift"] = config.shift_weight
+        yield Losses("model", terms, weights, metrics)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Advance the averaged weights and the class statistics, once."""
+        torch._foreach_lerp_(
+            list(self.average.parameters()),
+            list(self.model.parameters()),
+            1 - self.config.ema_momentum,
+        )
+        if self._seen is not None:
+            self.statistics.update(*self._seen)
+            self._seen = None
+
+    def _forward(
+        self, model: Classifier, views: dict[str, Tensor], present: Tensor
+    ) -> ClassifierOutput:
+        with torch.autocast(present.device.type, self.autocast, enabled=self.autocast is not None):
+            return model(views, present)
+
+    def _rows(self, batch: tuple[PairBatch, ...]) -> tuple[Rows, dict[str, Tensor | float]]:
+        """Labelled rows alone, or followed by the unlabelled ones with their pseudo-labels."""
+        labelled = batch[0]
+        one = torch.ones_like(labelled.label, dtype=torch.float32)
+        if len(batch) == 1:
+            sizes = (len(labelled.label), 0)
+            return Rows(
+                labelled.views, labelled.present, labelled.sample_id, labelled.label, one, sizes
+            ), {}
+        unlabelled = batch[1]
+        assert unlabelled.strong is not None
+        label, weight, metrics = self._pseudo_labels(unlabelled)
+        rows = Rows(
+            {name: torch.cat([x, unlabelled.strong[name]]) for name, x in labelled.views.items()},
+            torch.cat([labelled.present, unlabelled.present]),
+            torch.cat([labelled.sample_id, unlabelled.sample_id]),
+            torch.cat([labelled.label, label]),
+            torch.cat([one, weight]),
+            (len(labelled.label), len(unlabelled.label)),
+        )
+        return rows, metrics
+
+    @torch.no_grad()
+    def _pseudo_labels(
+        self, unlabelled: PairBatch
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
+        """Labels the averaged model is sure of, their weights 1 - u, and how good they are."""
+        if not self.config.unlabelled_weight:
+            none = torch.full_like(unlabelled.label, NO_LABEL)
+            return none, torch.zeros_like(none, dtype=torch.float32), {}
+        output = self._forward(self.average, unlabelled.views, unlabelled.present)
+        fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
+        probability, label = fused.probability.max(-1)
+        accepted = fused.uncertainty <= self.config.max_uncertainty
+        accepted &= probability >= self.config.min_probability
+        known = accepted & (unlabelled.label >= 0)
+        metrics: dict[str, Tensor | float] = {
+            "pseudo_accepted": accepted.float().mean(),
+            "pseudo_accuracy": masked_mean((label == unlabelled.label).float(), known),
+            "uncertainty": fused.uncertainty.mean(),
+        }
+        return torch.where(accepted, label, NO_LABEL), 1 - fused.uncertainty, metrics
+
+    def _agreement(self, output: ClassifierOutput) -> Tensor:
+        """1 - sum_k sqrt(p_ak p_bk) over pairs of modalities that are both there.
+
+        Probabilities, not belief: minimising the conflict mass drives opinions to vacuity.
+        """
+        modalities = range(len(self.model.modalities))
+        probability = opinion(softplus(output.logits)).probability
+        distances, both = [], []
+        for a, b in combinations(modalities, 2):
+            distances.append(1 - (probability[:, a] * probability[:, b]).sqrt().sum(-1))
+            both.append(output.present[:, a] & output.present[:, b])
+        return masked_mean(torch.stack(distances, 1), torch.stack(both, 1))
+
+    def _shift(self, output: ClassifierOutput, rows: Rows, step: int, kl_weight: float) -> Tensor:
+        """Evidential loss (R,) of the fusion view on features moved along their class's spread.
+
+        The unmoved features are kept for the statistics, which advance after the step.
+        """
+        feature = output.fusion_feature
+        assert feature is not None
+        label = torch.where(output.present[:, -1], rows.label, NO_LABEL)
+        self._seen = (feature.detach(), label, rows.weight)
+        moved = shift_features(
+            feature,
+            label,
+            self.statistics.variance(),
+            strength=self.config.shift_strength * step / self.steps * rows.weight,
+            seed=torch.tensor([self.seed, step], device=feature.device),
+            row_ids=rows.sample_id,
+        )
+        return evidential_loss(
+            softplus(self.model.fusion_logits(moved)),
+            label,
+            kl_weight=kl_weight,
+            weight=rows.weight,
+            ignore_index=NO_LABEL,
+            reduction="none",
+        )
+
+
+def wants_unlabelled(config: FinetuneConfig) -> bool:
+    """Whether any term of the stage reads unlabelled rows."""
+    return config.unlabelled_weight > 0 or config.modality_consistency_weight > 0
+
+
+def ramp(progress: float, end: float) -> float:
+    """Grows from 0 to 1 while ``progress`` goes from 0 to ``end``; 1 at once for ``end`` = 0."""
+    return min(1.0, progress / end) if end > 0 else 1.0

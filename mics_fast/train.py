@@ -1,0 +1,293 @@
+"""``python -m mics_fast.train``: both stages of MICS, from a manifest to a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.data.manifest import Manifest, Row, read_manifest
+from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
+from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
+from mics_fast.engine.log import RunLog
+from mics_fast.engine.loop import Loop, Plan, Stage
+from mics_fast.engine.optimiser import decay_groups
+from mics_fast.errors import InputError, run_command
+from mics_fast.evaluate import collect_opinions, view_metrics
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import Block
+from mics_fast.run import Run, identity, parse_config
+from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
+from mics_fast.stages.pretrain import PretrainStage
+
+Batches = Iterator[tuple[PairBatch, ...]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run the stages it asks for."""
+    config, resume = parse_config(arguments)
+    if not config.data.manifest or not config.out:
+        missing = "--out" if config.data.manifest else "--data.manifest"
+        raise InputError(f"option {missing} is missing")
+    manifest = read_manifest(Path(config.data.manifest), config.data.modalities)
+    trainer = Trainer(config, manifest, resume=resume)
+    stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
+    for stage in stages:
+        finished = trainer.pretrain() if stage == "pretrain" else trainer.finetune()
+        if not finished:
+            print(f"stopped and saved: go on with --resume --out {config.out}")
+            return
+    print(f"finished: {config.out}")
+
+
+class Trainer:
+    """Builds each stage from the configuration and the manifest, and runs it.
+
+    Args:
+        config: the run's options.
+        manifest: what to train on.
+        resume: go on with the run in ``config.out`` if there is one.
+
+    Raises:
+        InputError: nothing to train on, no such device, or a run folder that cannot be used.
+    """
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
+        self.config, self.manifest = config, manifest
+        self.rows = manifest.select("train")
+        if not self.rows:
+            raise InputError(f"{manifest.path} has no row with split train")
+        self.device = pick_device(config.device)
+        self.size = SIZES[config.model.size]
+        on_gpu = self.device.type == "cuda"
+        bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
+        self.autocast = torch.bfloat16 if bf16 else None
+        self.run = Run.start(config, resume=resume)
+
+    def pretrain(self) -> bool:
+        """Stage 1 over all train rows; False where it was asked to stop before its end."""
+        options, model = self.config.pretrain, self.config.model
+        steps_per_epoch = max(1, len(self.rows) // options.batch_size)
+        torch.manual_seed(self.config.seed)
+        stage = PretrainStage(
+            options,
+            self.size,
+            self.manifest.modalities,
+            pool=model.pool,
+            projection=model.projection,
+            queue_size=options.queue_size or max(1, min(65536, len(self.rows) // 4)),
+            steps_per_epoch=steps_per_epoch,
+            seed=self.config.seed,
+            autocast=self.autocast,
+        ).to(self.device)
+        parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
+        groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
+        optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups)}
+        if options.adversarial_weight:
+            optimisers["discriminator"] = torch.optim.Adam(
+                stage.discriminator.parameters(), lr=options.discriminator_lr, betas=(0.5, 0.999)
+            )
+        plan = self._plan(
+            "pretrain", options, steps_per_epoch, optimisers, options.lr_final / options.lr
+        )
+
+        def batches(step: int) -> Batches:
+            return zip(self._loader(self.rows, options.batch_size, options.augment, step))
+
+        return self._run(stage, plan, batches)
+
+    def finetune(self) -> bool:
+        """Stage 2; False where it was asked to stop before its end."""
+        options = self.config.finetune
+        labelled = [row for row in self.rows if row.labelled]
+        if not labelled:
+            raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
+        steps_per_epoch = max(1, len(self.rows) // options.unlabelled_batch)
+        steps = options.epochs * steps_per_epoch
+        torch.manual_seed(self.config.seed)
+        model = Classifier(
+            self.size,
+            self.manifest.modalities,
+            len(self.manifest.classes),
+            pool=self.config.model.pool,
+            fusion_depth=self.config.model.fusion_depth,
+        )
+        self._load_encoder(model)
+        stage = FinetuneStage(
+            options,
+            model,
+            num_classes=len(self.manifest.classes),
+            width=self.size.width,
+            steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            seed=self.config.seed,
+            autocast=self.autocast,
+        ).to(self.device)
+        groups = []
+        for fresh, lr in ((False, options.lr), (True, options.lr * options.head_lr_factor)):
+            named = [
+                (name, parameter)
+                for name, parameter in model.named_parameters()
+                if name.startswith("encoders.") != fresh
+            ]
+            groups += decay_groups(named, lr=lr, weight_decay=options.weight_decay)
+        optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups)}
+        plan = self._plan("finetune", options, steps_per_epoch, optimisers, 0.01)
+
+        def batches(step: int) -> Batches:
+            loaders = [self._loader(labelled, options.labelled_batch, options.augment, step)]
+            if wants_unlabelled(options):
+                size = options.unlabelled_batch
+                loaders.append(self._loader(self.rows, size, options.augment, step, strong=True))
+            return zip(*loaders, strict=True)
+
+        return self._run(stage, plan, batches, self._validation(stage))
+
+    def _plan(
+        self,
+        name: str,
+        options: PretrainConfig | FinetuneConfig,
+        steps_per_epoch: int,
+        optimisers: dict[str, Optimizer],
+        final_lr: float,
+    ) -> Plan:
+        steps = options.epochs * steps_per_epoch
+        return Plan(
+            name=name,
+            steps=steps,
+            steps_per_epoch=steps_per_epoch,
+            optimisers=optimisers,
+            warmup=round(options.warmup * steps),
+            final_lr={"model": final_lr},
+            clip=options.clip,
+            log_every=self.config.log_every,
+            checkpoint_every=self.config.checkpoint_every,
+        )
+
+    def _run(
+        self,
+        stage: Stage,
+        plan: Plan,
+        batches: Callable[[int], Batches],
+        validate: Callable[[], dict[str, float]] | None = None,
+    ) -> bool:
+        """Go on from the stage's last checkpoint, or from its beginning."""
+        assert isinstance(stage, nn.Module)
+        if self.config.compile == "on" or (
+            self.config.compile == "auto" and self.device.type == "cuda"
+        ):
+            for module in stage.modules():
+                if isinstance(module, Block):
+                    module.compile()
+        meta = identity(self.config, self.manifest, plan.name)
+        checkpoints = self.run.checkpoints(plan.name)
+        log = RunLog(self.run.folder)
+        try:
+            loop = Loop(stage, plan, checkpoints, meta, log, validate)
+            latest = checkpoints.latest()
+            if latest is not None:
+                loop.load(load_checkpoint(latest, meta))
+            return loop.step == plan.steps or loop.run(batches(loop.step))
+        finally:
+            log.close()
+
+    def _loader(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        augment: AugmentConfig,
+        step: int,
+        *,
+        strong: bool = False,
+    ) -> TrainLoader:
+        return TrainLoader(
+            rows,
+            self.manifest.modalities,
+            data=self.config.data,
+            augment=augment,
+            image_size=self.size.image,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            step=step,
+            strong=strong,
+            device=self.device,
+        )
+
+    def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
+        """Scores of the averaged model on the val rows; None where there are none."""
+        rows = [row for row in self.manifest.select("val") if row.label >= 0]
+        if not rows:
+            return None
+        loader = EvalLoader(
+            rows,
+            self.manifest.modalities,
+            data=self.config.data,
+            image_size=self.size.image,
+            batch_size=self.config.finetune.unlabelled_batch,
+            device=self.device,
+        )
+
+        def validate() -> dict[str, float]:
+            fused = collect_opinions(stage.average, loader)["fused"]
+            metrics = view_metrics(fused, len(self.manifest.classes))
+            return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
+
+        return validate
+
+    def _load_encoder(self, model: Classifier) -> None:
+        """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
+        init = self.config.finetune.init
+        if init == "none":
+            return
+        checkpoint = (
+            find_pretraining(Path(init)) if init else self.run.checkpoints("pretrain").latest()
+        )
+        if checkpoint is None:
+            print("fine-tuning from scratch: this run has no pre-training")
+            return
+        state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
+        prefix = "model.encoder."
+        encoder = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in state["stage"].items()
+            if name.startswith(prefix)
+        }
+        model.load_encoder(encoder)
+        print(f"fine-tuning from {checkpoint}")
+
+
+def find_pretraining(path: Path) -> Path:
+    """The checkpoint folder that a run folder, a checkpoint folder or its state.pt names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.name == "state.pt":
+        path = path.parent
+    if (path / "meta.json").exists():
+        return path
+    latest = Checkpoints(path / "checkpoints" / "pretrain").latest()
+    if latest is None:
+        raise InputError(f"finetune.init {path} holds no pre-training checkpoint")
+    return latest
+
+
+def pick_device(name: str) -> torch.device:
+    """The device an option names.
+
+    Raises:
+        InputError: "cuda" where there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("option device is cuda, but torch sees no GPU")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+if __name__ == "__main__":
+    run_command(main)

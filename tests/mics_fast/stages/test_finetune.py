@@ -1,0 +1,180 @@
+"""Stage 2: which rows count for what, and what advances when."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mics_fast.config import FinetuneConfig
+from mics_fast.models.classifier import Classifier
+from mics_fast.stages.finetune import NO_LABEL, FinetuneStage, ramp, wants_unlabelled
+
+
+@pytest.fixture
+def make_stage(tiny):
+    def make(**options):
+        torch.manual_seed(0)
+        model = Classifier(tiny, ("wli", "nbi"), 3, pool="mean", fusion_depth=1)
+        return FinetuneStage(
+            FinetuneConfig(**options),
+            model,
+            num_classes=3,
+            width=tiny.width,
+            steps=100,
+            steps_per_epoch=10,
+            seed=0,
+        )
+
+    return make
+
+
+ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
+
+
+def run_step(stage, batch, step=50, lr=0.0):
+    (losses,) = stage.losses(batch, step)
+    stage.zero_grad()
+    losses.total().backward()
+    torch.optim.SGD(stage.model.parameters(), lr=lr).step()
+    stage.after_step()
+    return losses
+
+
+def test_an_untrained_model_accepts_no_pseudo_label(make_stage, make_batch):
+    stage = make_stage()
+    losses = run_step(stage, (make_batch(4), make_batch(8, strong=True)))
+    assert losses.metrics["pseudo_accepted"] == 0
+    assert losses.metrics["uncertainty"] > 0.9
+    assert losses.terms["pseudo"] == 0
+
+
+def test_pseudo_labels_are_the_average_s_and_weigh_one_minus_uncertainty(make_stage, make_batch):
+    stage = make_stage(**ACCEPT_ALL)
+    with torch.no_grad():
+        for head in stage.average.heads.values():
+            head.bias.copy_(torch.tensor([-4.0, 3.0, -4.0]))
+    label, weight, metrics = stage._pseudo_labels(make_batch(9, strong=True))
+    assert (label == 1).all()
+    torch.testing.assert_close(1 - weight.mean(), metrics["uncertainty"])
+    assert metrics["pseudo_accepted"] == 1
+    assert metrics["pseudo_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_a_pseudo_label_needs_certainty_and_probability(make_stage, make_batch):
+    batch = make_batch(6, strong=True)
+    for limits in ({"max_uncertainty": 0.0}, {"min_probability": 1.0}):
+        label, _, _ = make_stage(**{**ACCEPT_ALL, **limits})._pseudo_labels(batch)
+        assert (label == NO_LABEL).all()
+
+
+def test_rejected_rows_count_in_the_divisor(make_stage, make_batch):
+    stage = make_stage()
+    rows, _ = stage._rows((make_batch(4), make_batch(8, strong=True)))
+    assert rows.sizes == (4, 8)
+    labelled, unlabelled = rows.means(torch.ones(12))
+    assert labelled == 1 and unlabelled == 1
+    only_one = torch.zeros(12)
+    only_one[5] = 1
+    assert rows.means(only_one)[1] == pytest.approx(1 / 8)
+
+
+def test_the_student_sees_weak_labelled_and_strong_unlabelled_views(make_stage, make_batch):
+    labelled, unlabelled = make_batch(2, seed=1), make_batch(3, strong=True, seed=2)
+    rows, _ = make_stage()._rows((labelled, unlabelled))
+    for name in ("wli", "nbi"):
+        assert torch.equal(rows.views[name][:2], labelled.views[name])
+        assert torch.equal(rows.views[name][2:], unlabelled.strong[name])
+
+
+def test_labels_alone_need_no_unlabelled_rows(make_stage, make_batch):
+    options = {"unlabelled_weight": 0.0, "modality_consistency_weight": 0.0, "shift_weight": 0.0}
+    assert not wants_unlabelled(FinetuneConfig(**options))
+    losses = run_step(make_stage(**options), (make_batch(4),))
+    assert set(losses.terms) == {"supervised"}
+
+
+def test_every_term_reaches_the_encoders(make_stage, make_batch):
+    for kept in ("modality_consistency", "shift", "pseudo"):
+        stage = make_stage(**ACCEPT_ALL)
+        (losses,) = stage.losses((make_batch(4), make_batch(8, strong=True)), 50)
+        losses.terms[kept].backward()
+        gradient = stage.model.encoders["wli"].blocks[0].attn.qkv.weight.grad
+        assert gradient is not None and gradient.abs().max() > 0, kept
+
+
+def test_agreeing_modalities_cost_nothing(make_stage, make_batch):
+    stage = make_stage()
+    output = stage.model(make_batch(4).views, make_batch(4).present)
+    logits = output.logits.detach().clone()
+    logits[:, 1] = logits[:, 0]
+    output.logits = logits
+    torch.testing.assert_close(stage._agreement(output), torch.zeros(()), atol=1e-6, rtol=0)
+    logits[:, 1] = torch.tensor([5.0, -5.0, -5.0])
+    logits[:, 0] = torch.tensor([-5.0, 5.0, -5.0])
+    assert stage._agreement(output) > 0.1
+
+
+def test_the_average_and_the_statistics_advance_once_after_the_step(make_stage, make_batch):
+    stage = make_stage(ema_momentum=0.9)
+    before = {name: p.clone() for name, p in stage.average.named_parameters()}
+    batch = (make_batch(4), make_batch(8, strong=True))
+    (losses,) = stage.losses(batch, 50)
+    losses.total().backward()
+    torch.optim.SGD(stage.model.parameters(), lr=0.1).step()
+    assert all(torch.equal(before[n], p) for n, p in stage.average.named_parameters())
+    stage.after_step()
+    student = dict(stage.model.named_parameters())
+    for name, average in stage.average.named_parameters():
+        torch.testing.assert_close(average, before[name].lerp(student[name], 0.1))
+
+
+def test_the_shift_grows_from_nothing(make_stage, make_batch, monkeypatch):
+    strengths = []
+    from mics_kernels import shift_features
+
+    def spy(*args, strength, **kwargs):
+        strengths.append(strength)
+        return shift_features(*args, strength=strength, **kwargs)
+
+    monkeypatch.setattr("mics_fast.stages.finetune.shift_features", spy)
+    stage = make_stage(**ACCEPT_ALL, shift_strength=0.7)
+    batch = (make_batch(4), make_batch(8, strong=True))
+    for step in (0, 50, 100):
+        run_step(stage, batch, step)
+    assert (strengths[0] == 0).all()
+    assert torch.allclose(strengths[1][:4], torch.tensor(0.35))
+    assert torch.allclose(strengths[2][:4], torch.tensor(0.7))
+    assert (strengths[2][4:] < 0.7).all()
+
+
+def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make_batch):
+    stage = make_stage(unlabelled_weight=0.0, modality_consistency_weight=0.0)
+    batch = make_batch(4)
+    batch.present[1, 0] = False
+    (losses,) = stage.losses((batch,), 50)
+    assert torch.isfinite(losses.total())
+    feature, label, _ = stage._seen
+    assert label.tolist() == [0, NO_LABEL, 2, 0]
+    assert torch.isfinite(feature).all()
+
+
+def test_the_kl_weight_is_annealed(make_stage, make_batch):
+    stage = make_stage(kl_weight=1.0, kl_anneal_epochs=10)
+    batch = (make_batch(4), make_batch(8, strong=True))
+    weights = [run_step(stage, batch, step).metrics["kl_weight"] for step in (0, 50, 100, 150)]
+    assert weights == [0.0, 0.5, 1.0, 1.0]
+
+
+def test_ramp():
+    assert [ramp(x, 0.2) for x in (0.0, 0.1, 0.2, 1.0)] == [0.0, 0.5, 1.0, 1.0]
+    assert ramp(0.0, 0.0) == 1.0
+
+
+def test_the_state_holds_everything_a_step_needs(make_stage, make_batch):
+    one, two = make_stage(**ACCEPT_ALL), make_stage(**ACCEPT_ALL)
+    for step in range(3):
+        batch = (make_batch(4, seed=step), make_batch(8, strong=True, seed=step + 10))
+        run_step(one, batch, step + 60, lr=0.05)
+    two.load_state_dict(one.state_dict())
+    batch = (make_batch(4, seed=20), make_batch(8, strong=True, seed=21))
+    assert torch.equal(run_step(one, batch, 63).total(), run_step(two, batch, 63).total())
