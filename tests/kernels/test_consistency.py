@@ -156,11 +156,12 @@ def test_a_query_whose_positive_is_not_read_does_not_count(parts):
 
 def test_a_batch_without_any_key_costs_nothing(parts):
     query, teacher, keys, _ = parts
-    query.requires_grad_()
-    loss = consistency_loss(query, teacher, keys, temperature=0.1, key_ids=torch.full((K,), -1))
-    (gradient,) = torch.autograd.grad(loss, query)
+    inputs = (query.requires_grad_(), torch.tensor(0.1, requires_grad=True))
+    nothing = torch.full((K,), -1)
+    loss = consistency_loss(query, teacher, keys, temperature=inputs[1], key_ids=nothing)
     assert loss.item() == 0
-    assert torch.equal(gradient, torch.zeros_like(gradient))
+    for gradient in torch.autograd.grad(loss, inputs):
+        assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
 @pytest.mark.parametrize("length", [0, 3, Q, torch.tensor(3)])
@@ -221,6 +222,13 @@ def test_narrow_features_give_a_float32_loss_and_their_own_gradient(parts, dtype
     torch.testing.assert_close(ours.double(), wanted, rtol=0, atol=5e-6)
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(query.grad.double(), exact.grad, rtol=2 * eps, atol=5e-6)
+
+
+def test_autocast_does_not_touch_the_loss(parts):
+    narrow = [part.float() for part in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = consistency_loss(*narrow, temperature=0.07)
+    assert torch.equal(inside, consistency_loss(*narrow, temperature=0.07))
 
 
 @pytest.mark.parametrize("name", ["teacher", "keys", "queue"])

@@ -108,6 +108,13 @@ def test_features_keep_their_dtype_and_are_rounded_once(dtype):
     torch.testing.assert_close(moved.double(), exact, rtol=eps, atol=2e-7)
 
 
+def test_autocast_does_not_touch_the_shift():
+    features, posteriors = torch.randn(6, 5), torch.rand(6, 2).softmax(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = shift(features, posteriors, torch.ones(2, 5))
+    assert torch.equal(inside, shift(features, posteriors, torch.ones(2, 5)))
+
+
 def test_no_rows_are_shifted_to_no_rows():
     empty = shift(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.ones(2, 5))
     assert empty.shape == (0, 5)

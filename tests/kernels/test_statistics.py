@@ -56,6 +56,14 @@ def test_skipped_rows_may_hold_nan():
     assert_moments(class_moments(features, target, C, weight=weight), wanted, rtol=1e-14)
 
 
+def test_autocast_does_not_touch_the_moments():
+    features, target, weight = sample(50, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = class_moments(features, target, C, weight=weight)
+    outside = class_moments(features, target, C, weight=weight)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_a_class_without_rows_has_zero_moments():
     moments = class_moments(torch.ones(2, D), torch.tensor([0, -1]), C)
     assert moments.count.tolist() == [1, 0, 0]

@@ -44,10 +44,11 @@ def consistency_loss(
     teacher = torch.where(counted.unsqueeze(1), teacher.to(dtype), 0.0)
 
     allowed = _allowed(readable, counted, key_ids, queue_ids, len(query))
-    logits = query @ pool.T / temperature  # scaled first, then masked: -inf / T has no gradient
-    log_sum = logits.masked_fill(~allowed, -torch.inf).logsumexp(1)
-    targets = _targets(teacher, pool, allowed, temperature, alpha)
-    losses = log_sum - (targets * logits).sum(1)
+    with torch.autocast(query.device.type, enabled=False):  # it would round the products
+        logits = query @ pool.T / temperature  # scaled first, then masked: -inf / T has no gradient
+        log_sum = logits.masked_fill(~allowed, -torch.inf).logsumexp(1)
+        targets = _targets(teacher, pool, allowed, temperature, alpha)
+        losses = log_sum - (targets * logits).sum(1)
     return torch.where(counted, losses, 0.0), counted
 
 
