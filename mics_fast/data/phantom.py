@@ -92,16 +92,16 @@ def make_scene(rng: np.random.Generator, label: int) -> Scene:
     """Draw a scene of a class."""
     distance, angle, radius = _lesion_shape(rng)
     lesion = _sigmoid((1 - distance) * radius / 0.05)
-    yellow, green = 0.08 * _cloud(rng, 4) ** 2, 0.08 * _cloud(rng, 4) ** 2
+    yellow, green = 0.12 * _cloud(rng, 4) ** 2, 0.12 * _cloud(rng, 4) ** 2
     superficial = rng.uniform(0.1, 0.2) * np.exp(0.2 * _cloud(rng, 3))
     superficial += 0.10 * _vessels(rng, scale=7, width=0.12)
     deep = rng.uniform(0.9, 1.5) * np.exp(0.3 * _cloud(rng, 2))
     deep += 1.2 * _vessels(rng, scale=2.2, width=0.14)
-    height = 0.04 * _folds(rng)
+    height = 0.025 * _folds(rng)
     strength = rng.uniform(0.8, 1.2)
     name = CLASSES[label]
     if name.startswith("plaque"):
-        pigment = 0.36 * strength * lesion * np.exp(0.2 * _cloud(rng, 6))
+        pigment = 0.8 * strength * lesion * np.exp(0.2 * _cloud(rng, 6))
         yellow, green = (
             (yellow + pigment, green) if name == "plaque-yellow" else (yellow, green + pigment)
         )
@@ -114,13 +114,13 @@ def make_scene(rng: np.random.Generator, label: int) -> Scene:
         if name == "bump-diffuse":
             redness = lesion * np.exp(0.3 * _cloud(rng, 5))
             superficial += 0.14 * strength * redness
-            deep += 1.6 * strength * redness
+            deep += 2.5 * strength * redness
         else:
             rim = lesion * _sigmoid((distance - 0.7) / 0.06)
             rays = 0.5 + 0.5 * np.cos(rng.integers(9, 14) * angle + 2 * _cloud(rng, 3))
             superficial += strength * rim * (0.16 + 0.22 * rays) - 0.06 * (lesion - rim)
             superficial = superficial.clip(0.02)
-            deep += strength * (1.8 * rim - 0.4 * (lesion - rim))
+            deep += strength * (2.6 * rim - 0.5 * (lesion - rim))
     light, glare = _lighting(rng, height)
     return Scene(label, lesion, superficial, deep, yellow, green, light, glare)
 
@@ -133,7 +133,7 @@ def _expose(rng: np.random.Generator, scene: Scene, response: np.ndarray) -> np.
     density = blood * path * 0.6
     density += _YELLOW[used, None, None] * scene.yellow + _GREEN[used, None, None] * scene.green
     linear = np.tensordot(response[:, used], np.exp(-density), axes=1)
-    balance = np.exp(rng.normal(0, 0.1, 3))[:, None, None]
+    balance = np.exp(rng.normal(0, 0.2, 3))[:, None, None]
     linear = linear * balance * scene.light * np.exp(rng.normal(0, 0.1)) + scene.glare
     linear = _blur(linear, rng.uniform(0.2, 0.9))
     srgb = 255 * linear.clip(0, 1) ** (1 / 2.2)
@@ -157,7 +157,7 @@ def _lighting(rng: np.random.Generator, height: np.ndarray) -> tuple[np.ndarray,
     """Irradiance times Lambert shading, and glare where the surface mirrors the lamp."""
     lamp = rng.uniform(-0.4, 0.4, 2)
     slope_y, slope_x = np.gradient(height, 2 / SIDE)
-    tilt = rng.normal(0, 0.25, 2)
+    tilt = rng.normal(0, 0.15, 2)
     slope_x, slope_y = slope_x + tilt[0], slope_y + tilt[1]
     norm = np.sqrt(1 + slope_x**2 + slope_y**2)
     toward_x, toward_y = lamp[0] - _X, lamp[1] - _Y
