@@ -7,7 +7,8 @@ Sources: [paper] arXiv 2509.17492, [code] its published pre-training code, [ALBE
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import asdict, dataclass, field
 from operator import attrgetter
 from typing import Literal
 
@@ -258,3 +259,20 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
+    for stage in ("pretrain", "finetune"):
+        _check_augment(f"{stage}.augment", getattr(config, stage).augment)
+
+
+def _check_augment(option: str, augment: AugmentConfig) -> None:
+    """Refuse ranges that cannot be drawn from."""
+    low, high = augment.crop_scale
+    if not 0 < low <= high <= 1:
+        raise InputError(f"option {option}.crop_scale is {low, high}, wanted 0 < low <= high <= 1")
+    low, high = augment.crop_ratio
+    if not 0 < low <= high:
+        raise InputError(f"option {option}.crop_ratio is {low, high}, wanted 0 < low <= high")
+    for view in ("weak", "strong"):
+        for name, value in asdict(getattr(augment, view)).items():
+            largest = 1 if name in ("brightness", "contrast", "saturation") else math.inf
+            if not 0 <= value <= largest:
+                raise InputError(f"option {option}.{view}.{name} is {value}, out of its range")

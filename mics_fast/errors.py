@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 
 class InputError(Exception):
     """Bad input: the message is one sentence with what was given, what is wanted, and where."""
+
+
+class SentenceParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one sentence."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
 
 
 def run_command(main: Callable[[], None]) -> None:

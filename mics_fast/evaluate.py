@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,7 +24,7 @@ from torchmetrics.functional.classification import (
 from mics_fast.data.manifest import Manifest, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch
 from mics_fast.engine.checkpoint import load_checkpoint
-from mics_fast.errors import InputError, run_command
+from mics_fast.errors import InputError, SentenceParser, run_command
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
 from mics_fast.run import Run, identity
@@ -182,13 +181,6 @@ def print_table(result: dict[str, Any]) -> None:
         values = [f"{metrics[name]:.3f}" for name in names[:-1]] + [str(metrics["n"])]
         table.add_row(view, *values)
     Console().print(table)
-
-
-class SentenceParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -22,12 +21,13 @@ from mics_fast.data import phantom
 from mics_fast.data.manifest import SPLITS, write_manifest
 from mics_fast.data.splits import label_rows, split_rows
 from mics_fast.data.virtual_nbi import virtual_nbi
-from mics_fast.errors import InputError, run_command
+from mics_fast.errors import InputError, SentenceParser, run_command
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; what training decodes
 
 
 @dataclass
@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_rows(samples, options)
     except OSError as error:
         raise InputError(f"{error.filename or out}: {error.strerror or error}") from None
+    except UnicodeEncodeError as error:
+        raise InputError(f"file name {error.object!r} is not UTF-8, wanted one that is") from None
     if orphans:
         print(f"left out, without a partner of the same name: {len(orphans)} images")
         for path in orphans[:10]:
@@ -84,18 +86,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(
             f"--label-fraction is {options.label_fraction}, wanted above 0 and up to 1"
         )
-    if min(options.split) < 0 or options.split[0] == 0 or abs(sum(options.split) - 1) > 1e-6:
+    split = options.split
+    if not (min(split) >= 0 and split[0] > 0 and abs(sum(split) - 1) < 1e-6):
         raise InputError(f"--split is {options.split}, wanted three fractions that sum to 1")
+    if options.source == "phantom" and options.virtual_nbi:
+        raise InputError("--virtual-nbi is for WLI frames alone, but the phantom has NBI")
     if options.seed < 0 or options.pairs < 1:
         raise InputError("--seed must be at least 0 and --pairs at least 1")
     return options
-
-
-class SentenceParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
 
 
 def find_samples(options: argparse.Namespace) -> tuple[list[Sample], list[Path]]:
@@ -105,33 +103,62 @@ def find_samples(options: argparse.Namespace) -> tuple[list[Sample], list[Path]]
     source = Path(options.source)
     if not source.is_dir():
         raise InputError(f"source {source} is not a folder")
-    folders = sorted(path for path in source.iterdir() if path.is_dir())
-    paired = [path for path in folders if path.name.endswith(("_WLI", "_NBI"))]
+    paired, single = class_folders(source, options.out)
     if paired:
         samples, orphans = match_pairs(paired)
     else:
         samples, orphans = (
             [
                 Sample(f"{folder.name}/{path.stem}", folder.name, {"wli": path})
-                for folder in folders
+                for folder in single
                 for path in images_of(folder)
             ],
             [],
         )
     if not samples:
-        raise InputError(
-            f"source {source} holds no images in <class>/ or in <class>_WLI/ and <class>_NBI/ "
-            f"(of the kinds {', '.join(sorted(SUFFIXES))})"
-        )
+        raise InputError(f"source {source} has no WLI and NBI image of the same name")
     if options.virtual_nbi:
         if paired:
             raise InputError(f"--virtual-nbi is for WLI frames alone, but {source} has NBI folders")
         in_threads(lambda sample: add_virtual_nbi(sample, options.out), samples, "virtual NBI")
     else:
-        in_threads(
-            lambda sample: [decode(path) for path in sample.files.values()], samples, "checking"
-        )
+        in_threads(check_images, samples, "checking")
     return samples, orphans
+
+
+def class_folders(source: Path, out: Path) -> tuple[list[Path], list[Path]]:
+    """The folders of a source: those of the pair layout, or those of the one-modality layout.
+
+    Raises:
+        InputError: there is none, there are both, one holds no image, or one has no partner.
+    """
+    written = (out.resolve(), (out / "nbi").resolve())  # by an earlier run
+    folders = sorted(
+        path
+        for path in source.iterdir()
+        if path.is_dir() and not path.name.startswith(".")
+        if path.resolve() not in written or images_of(path)
+    )
+    paired = [path for path in folders if path.name.endswith(("_WLI", "_NBI"))]
+    single = [path for path in folders if path not in paired]
+    if not folders:
+        raise InputError(
+            f"source {source} has no folder, wanted <class>/ or <class>_WLI/ and <class>_NBI/"
+        )
+    if paired and single:
+        raise InputError(
+            f"source {source} holds {paired[0].name} and {single[0].name}, wanted pairs of folders "
+            "or single folders, not both"
+        )
+    for folder in folders:
+        if not images_of(folder):
+            kinds = ", ".join(sorted(SUFFIXES))
+            raise InputError(f"{folder} holds no image, wanted files that end in {kinds}")
+    for folder in paired:
+        other = folder.name[:-3] + ("NBI" if folder.name.endswith("WLI") else "WLI")
+        if not (source / other).is_dir():
+            raise InputError(f"{folder} has no partner, wanted {other} beside it")
+    return paired, single
 
 
 def match_pairs(folders: Sequence[Path]) -> tuple[list[Sample], list[Path]]:
@@ -158,7 +185,11 @@ def images_of(folder: Path) -> list[Path]:
     Raises:
         InputError: two of them differ in their suffix alone.
     """
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    )
     for name, count in Counter(path.stem for path in files).items():
         if count > 1:
             raise InputError(f"{folder} holds {count} images named {name}, wanted one")
@@ -166,18 +197,27 @@ def images_of(folder: Path) -> list[Path]:
 
 
 def decode(path: Path) -> np.ndarray:
-    """The image as (H, W, 3) uint8, after a full decode.
+    """The image as (H, W, 3) uint8, upright, after a full decode.
 
     Raises:
         InputError: the file is no image, or a broken one.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
+        with Image.open(path, formats=FORMATS) as image:
+            upright = ImageOps.exif_transpose(image)  # as the image pipeline does
+            if upright.mode.startswith("I"):  # 16 bits, which convert() would clip
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return np.asarray(upright.convert("RGB"))
+    except UnidentifiedImageError:
+        raise InputError(f"{path} is no image, or none of {', '.join(FORMATS)}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{path} cannot be decoded as an image: {error}") from None
+
+
+def check_images(sample: Sample) -> None:
+    """Decode every image of a sample once; nothing is kept."""
+    for path in sample.files.values():
+        decode(path)
 
 
 def add_virtual_nbi(sample: Sample, out: Path) -> None:
@@ -203,10 +243,10 @@ def make_phantom(out: Path, pairs: int, seed: int) -> list[Sample]:
 
 
 def save(image: np.ndarray, target: Path) -> None:
-    """Write an image (JPEG at quality 95) under a temporary name, then rename it."""
+    """Write an image under a temporary name, then rename it; JPEG in full chroma, for vessels."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{target.name}")
-    Image.fromarray(image).save(partial, quality=95)
+    Image.fromarray(image).save(partial, quality=95, subsampling=0)
     partial.replace(target)
 
 
@@ -234,6 +274,8 @@ def write_rows(samples: Sequence[Sample], options: argparse.Namespace) -> None:
         options.seed,
     )
     labelled = {row for row, keeps in zip(train, chosen, strict=True) if keeps}
+    # Resolved: "out/.." is not the parent of a folder that is reached through a link.
+    out = options.out.resolve()
     modalities = list(dict.fromkeys(name for sample in samples for name in sample.files))
     records = [
         {
@@ -243,12 +285,17 @@ def write_rows(samples: Sequence[Sample], options: argparse.Namespace) -> None:
             "group": groups[row],
             "split": splits[row],
             "virtual": " ".join(sample.virtual),
-            **{name: os.path.relpath(path, options.out) for name, path in sample.files.items()},
+            **{name: relative(path, out) for name, path in sample.files.items()},
         }
         for row, sample in enumerate(samples)
     ]
     write_manifest(options.out / "manifest.csv", records, modalities)
     print_summary(records, modalities)
+
+
+def relative(file: Path, folder: Path) -> str:
+    """The way from a resolved folder to a file, whose own name may be a link."""
+    return os.path.relpath(file.parent.resolve() / file.name, folder)
 
 
 def print_summary(records: Sequence[dict[str, str]], modalities: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from mics_fast.engine.loop import Loop, Plan, Stage
 from mics_fast.engine.optimiser import decay_groups
 from mics_fast.errors import InputError, run_command
 from mics_fast.evaluate import collect_opinions, view_metrics
-from mics_fast.models.classifier import Classifier
+from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Block
 from mics_fast.run import Run, identity, parse_config
@@ -62,6 +62,12 @@ class Trainer:
         self.rows = manifest.select("train")
         if not self.rows:
             raise InputError(f"{manifest.path} has no row with split train")
+        check_modality_names(manifest.modalities)
+        for name in (*config.data.mean, *config.data.std):
+            if name not in manifest.modalities:
+                raise InputError(
+                    f"option data.mean or data.std names {name}, no modality of the run"
+                )
         self.device = pick_device(config.device)
         self.size = SIZES[config.model.size]
         on_gpu = self.device.type == "cuda"

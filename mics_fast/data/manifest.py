@@ -25,7 +25,7 @@ class Row:
         group: index of the group, the contrastive id; an empty cell is a group of its own.
         split: train, val or test.
         virtual: modalities that were derived from another one.
-        files: modality -> path of its image, None where it is missing.
+        files: modality -> absolute path of its image, None where it is missing.
     """
 
     index: int
@@ -68,20 +68,27 @@ def read_manifest(path: Path, modalities: Sequence[str] | None = None) -> Manife
 
     Args:
         path: of the CSV file; the paths in it are relative to its folder.
-        modalities: columns to use; default: every column that is not reserved.
+        modalities: columns to use; default: every column that is not reserved. A row that has
+            images, but none of these, is left out.
 
     Raises:
         InputError: no such file, no row, no such column, or a row that cannot be used; names the
             file and the line.
     """
     path = Path(path)
+    folder = path.parent.absolute()
     try:
-        with open(path, newline="", encoding="utf-8") as file:
+        # utf-8-sig: spreadsheets put a byte order mark in front.
+        with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             columns = tuple(reader.fieldnames or ())
             records = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"manifest {path} cannot be read: {error}") from None
+    for column in columns:
+        if not column or columns.count(column) > 1:
+            problem = f"{column} twice" if column else "without a name"
+            raise InputError(f"manifest {path} has a column {problem}, wanted each name once")
     for column in RESERVED:
         if column not in columns:
             raise InputError(f"manifest {path} has no column {column}")
@@ -101,6 +108,10 @@ def read_manifest(path: Path, modalities: Sequence[str] | None = None) -> Manife
     for index, record in enumerate(records):
         where = f"manifest {path}, line {index + 2}"
         _check(record, where, seen)
+        if not any(record[name] for name in available):
+            raise InputError(f"{where}: no image in any of {', '.join(available)}")
+        if not any(record[name] for name in chosen):
+            continue  # it has none of the modalities that were asked for
         # A name no group can have, so that the rows without one do not share one.
         group = record["group"] or f"\0{index}"
         rows.append(
@@ -112,11 +123,9 @@ def read_manifest(path: Path, modalities: Sequence[str] | None = None) -> Manife
                 group=groups.setdefault(group, len(groups)),
                 split=record["split"],
                 virtual=tuple(record["virtual"].split()),
-                files={name: _file(record[name], path.parent, name, where) for name in chosen},
+                files={name: _file(record[name], folder, name, where) for name in chosen},
             )
         )
-        if not any(rows[-1].files.values()):
-            raise InputError(f"{where}: no image in any of {', '.join(chosen)}")
     return Manifest(path, chosen, classes, tuple(rows))
 
 

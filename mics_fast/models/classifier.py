@@ -90,7 +90,7 @@ class Classifier(nn.Module):
         fusion_depth: blocks of the fusion encoder.
 
     Raises:
-        InputError: a modality has a name that a view cannot have.
+        InputError: as ``check_modality_names``.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class Classifier(nn.Module):
         fusion_depth: int,
     ) -> None:
         super().__init__()
+        check_modality_names(modalities)
         self.modalities = tuple(modalities)
         self.pool = pool
-        self._check_names()
         self.encoders = nn.ModuleDict(
             {
                 name: VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
@@ -170,19 +170,6 @@ class Classifier(nn.Module):
         for encoder in self.encoders.values():
             encoder.load_state_dict(state)
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The encoders' parameters, and those of fusion encoder and heads, which start fresh."""
-        encoders = list(self.encoders.parameters())
-        fresh = [*self.heads.parameters()]
-        if self.fusion is not None:
-            fresh += self.fusion.parameters()
-        return encoders, fresh
-
-    def _check_names(self) -> None:
-        for name in self.modalities:
-            if name == FUSION or "." in name or hasattr(nn.ModuleDict, name):
-                raise InputError(f'"{name}" cannot be the name of a modality; rename its column.')
-
     def _logits(self, view: str, feature: Tensor) -> Tensor:
         # bfloat16 resolves a logit near -4 to 0.03 only.
         with torch.autocast(feature.device.type, enabled=False):
@@ -194,6 +181,17 @@ def _head(width: int, num_classes: int) -> nn.Linear:
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.constant_(head.bias, INITIAL_HEAD_BIAS)
     return head
+
+
+def check_modality_names(modalities: Sequence[str]) -> None:
+    """Refuse names that a view of the classifier cannot have.
+
+    Raises:
+        InputError: a name with a dot, that of another view, or that of a module's attribute.
+    """
+    for name in modalities:
+        if name in (FUSION, "fused") or "." in name or hasattr(nn.ModuleDict, name):
+            raise InputError(f'"{name}" cannot be the name of a modality; rename its column.')
 
 
 def _without_absent(images: Tensor, present: Tensor) -> Tensor:

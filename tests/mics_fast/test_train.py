@@ -182,7 +182,7 @@ def test_an_unknown_option_is_named(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("pretrain.epochs", "x", "pretrain.epochs.* int.*x"),
+        ("pretrain.epochs", "x", "pretrain.epochs.*int.*x"),
         ("model.size", "vit_huge", "model.size.*vit_micro.*vit_huge"),
         ("pretrain.epochs", "0", "option pretrain.epochs is 0, wanted a number above 0"),
         ("pretrain.mask_ratio", "1.0", "option pretrain.mask_ratio is 1.0, wanted"),

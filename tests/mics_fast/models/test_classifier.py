@@ -208,14 +208,6 @@ def test_a_modality_cannot_have_a_reserved_name(name):
         tiny_classifier(("wli", name))
 
 
-def test_parameter_groups_part_the_encoders_from_what_starts_fresh():
-    model = tiny_classifier()
-    encoders, fresh = model.parameter_groups()
-    assert {id(p) for p in encoders} == {id(p) for p in model.encoders.parameters()}
-    assert {id(p) for p in fresh}.isdisjoint(id(p) for p in encoders)
-    assert len(encoders) + len(fresh) == len(list(model.parameters()))
-
-
 @POOLS
 @pytest.mark.parametrize("modalities", [("wli",), PAIR], ids=len)
 def test_every_parameter_learns(pool, modalities):

@@ -1,0 +1,185 @@
+"""The manifest: what a row means, and what is refused, with its file and line."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from mics_fast.data.manifest import RESERVED, read_manifest, write_manifest
+from mics_fast.errors import InputError
+
+HEADER = "id,label,labelled,group,split,virtual,wli,nbi"
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(line, ...) -> path of a manifest with these rows; images a.png and b.png exist."""
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"not read")
+
+    def manifest(*lines, header=HEADER):
+        path = tmp_path / "manifest.csv"
+        path.write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+        return path
+
+    return manifest
+
+
+def record(**cells):
+    row = dict.fromkeys(RESERVED, "") | {"id": "x", "label": "polyp", "labelled": "0"}
+    return row | {"split": "train", "wli": "a.png", "nbi": "b.png"} | cells
+
+
+def test_what_is_written_is_read_back(tmp_path, write):
+    path = write()
+    write_manifest(
+        path,
+        [
+            record(id="one", label='polyp, "flat"', labelled="1", group="g", virtual="nbi"),
+            record(id="zwei – 2", label="caecum", split="test", group="g", nbi=""),
+        ],
+        ["wli", "nbi"],
+    )
+    manifest = read_manifest(path)
+    assert manifest.path == path
+    assert manifest.modalities == ("wli", "nbi")
+    assert manifest.classes == ("caecum", 'polyp, "flat"')
+    first, second = manifest.rows
+    assert (first.index, first.id, first.label, first.labelled) == (0, "one", 1, True)
+    assert (first.split, first.virtual) == ("train", ("nbi",))
+    assert first.files == {"wli": tmp_path / "a.png", "nbi": tmp_path / "b.png"}
+    assert (second.index, second.id, second.label, second.labelled) == (1, "zwei – 2", 0, False)
+    assert second.files == {"wli": tmp_path / "a.png", "nbi": None}
+    assert first.group == second.group
+
+
+def test_writing_replaces_the_manifest_and_leaves_nothing_else(tmp_path, write):
+    path = write("old,,0,,train,,a.png,b.png")
+    before = set(tmp_path.iterdir())
+    write_manifest(path, [record(id="new")], ["wli", "nbi"])
+    assert [row.id for row in read_manifest(path).rows] == ["new"]
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_a_failed_write_leaves_the_old_manifest(write):
+    path = write("old,,0,,train,,a.png,b.png")
+    with pytest.raises(ValueError):
+        write_manifest(path, [record(id="new", depth="a.png")], ["wli", "nbi"])
+    assert [row.id for row in read_manifest(path).rows] == ["old"]
+
+
+def test_rows_without_a_group_are_groups_of_their_own(write):
+    path = write(
+        "1,,0,,train,,a.png,", "2,,0,g,train,,a.png,", "3,,0,,train,,a.png,", "4,,0,g,train,,a.png,"
+    )
+    first, second, third, fourth = (row.group for row in read_manifest(path).rows)
+    assert second == fourth and len({first, second, third}) == 3
+
+
+def test_a_row_without_a_label_has_label_minus_one_and_makes_no_class(write):
+    manifest = read_manifest(write("1,,0,,train,,a.png,", "2,polyp,1,,train,,a.png,"))
+    assert [row.label for row in manifest.rows] == [-1, 0]
+    assert manifest.classes == ("polyp",)
+
+
+def test_an_absolute_path_is_taken_as_it_is(tmp_path, write):
+    manifest = read_manifest(write(f"1,,0,,train,,{tmp_path / 'a.png'},"))
+    assert manifest.rows[0].files["wli"] == tmp_path / "a.png"
+
+
+def test_paths_are_absolute_even_if_that_of_the_manifest_is_not(tmp_path, write, monkeypatch):
+    path = write("1,,0,,train,,a.png,")
+    monkeypatch.chdir(tmp_path)
+    assert read_manifest(path.name).rows[0].files["wli"] == tmp_path / "a.png"
+
+
+def test_a_byte_order_mark_of_a_spreadsheet_is_no_part_of_the_first_name(write):
+    path = write("1,,0,,train,,a.png,", header="\ufeff" + HEADER)
+    assert read_manifest(path).rows[0].id == "1"
+
+
+@pytest.mark.parametrize(("name", "complaint"), [("wli", "wli twice"), ("", "without a name")])
+def test_every_column_has_a_name_of_its_own(write, name, complaint):
+    with pytest.raises(InputError, match=complaint):
+        read_manifest(write("1,,0,,train,,a.png,b.png", header=HEADER.replace("nbi", name)))
+
+
+def test_only_the_modalities_asked_for_are_read(write):
+    path = write("1,,0,,train,,absent.png,b.png")
+    manifest = read_manifest(path, ["nbi"])
+    assert manifest.modalities == ("nbi",) and list(manifest.rows[0].files) == ["nbi"]
+
+
+def test_select_filters_by_split_and_by_label_use(write):
+    manifest = read_manifest(
+        write("1,p,1,,train,,a.png,", "2,p,0,,train,,a.png,", "3,p,1,,test,,a.png,")
+    )
+
+    def ids(**chosen):
+        return [row.id for row in manifest.select(**chosen)]
+
+    assert ids() == ["1", "2", "3"]
+    assert ids(split="train") == ["1", "2"]
+    assert ids(split="train", labelled=True) == ["1"]
+    assert ids(labelled=False) == ["2"]
+
+
+GOOD = "1,polyp,1,,train,,a.png,b.png"
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("1,polyp,1,,test,,a.png,b.png", "'1' is used twice"),
+        (",polyp,1,,test,,a.png,b.png", "id '' is empty"),
+        ("2,polyp,1,,training,,a.png,b.png", "split is 'training', wanted one of .*train.*val"),
+        ("2,polyp,yes,,train,,a.png,b.png", "labelled is 'yes', wanted 0 or 1"),
+        ("2,,1,,train,,a.png,b.png", "labelled is 1, but the label is empty"),
+        ("2,polyp,1,,train,,absent.png,b.png", "the wli image .*absent.png does not exist"),
+        ("2,polyp,1,,train,,,", "no image in any of wli, nbi"),
+        ("2,polyp,1,,train,,a.png", "number of cells"),
+        ("2,polyp,1,,train,,a.png,b.png,c.png", "number of cells"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_file_and_line(write, line, complaint):
+    path = write(GOOD, line)
+    with pytest.raises(InputError, match=complaint) as caught:
+        read_manifest(path)
+    assert f"{path}, line 3" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match=re.escape(str(tmp_path / "absent.csv"))):
+        read_manifest(tmp_path / "absent.csv")
+
+
+def test_a_binary_file_is_refused(tmp_path):
+    path = tmp_path / "picture.csv"
+    path.write_bytes(b"\xff\xd8\xff\xe0\x00")
+    with pytest.raises(InputError, match=re.escape(str(path))):
+        read_manifest(path)
+
+
+def test_a_manifest_without_rows_is_refused(write):
+    path = write()
+    with pytest.raises(InputError, match=f"{re.escape(str(path))} has no row"):
+        read_manifest(path)
+
+
+def test_a_manifest_without_a_modality_is_refused(write):
+    path = write("1,,0,,train,", header=",".join(RESERVED))
+    with pytest.raises(InputError, match="no modality"):
+        read_manifest(path)
+
+
+@pytest.mark.parametrize("column", RESERVED)
+def test_a_missing_reserved_column_is_named(write, column):
+    path = write(GOOD, header=HEADER.replace(column, "other", 1))
+    with pytest.raises(InputError, match=f"no column {column}"):
+        read_manifest(path)
+
+
+def test_a_modality_that_is_no_column_is_named(write):
+    with pytest.raises(InputError, match=r"no modality depth.*wli.*nbi"):
+        read_manifest(write(GOOD), ["wli", "depth"])
