@@ -139,6 +139,7 @@ def evaluate(run: Run, manifest: Manifest, split: str) -> dict[str, Any]:
         "n": len(rows),
         "classes": list(manifest.classes),
         "split": split,
+        "virtual": sorted({name for row in rows for name in row.virtual}),
     }
 
 
@@ -171,7 +172,7 @@ def load_classifier(run: Run, manifest: Manifest) -> Classifier:
 
 
 def print_table(result: dict[str, Any]) -> None:
-    """The metrics as a table, a row for each view."""
+    """The metrics as a table, a row for each view; derived modalities are called virtual."""
     table = Table(title=f"{result['split']}: {result['n']} pairs, {len(result['classes'])} classes")
     names = ["accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "uncertainty", "n"]
     table.add_column("view")
@@ -179,7 +180,7 @@ def print_table(result: dict[str, Any]) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for view, metrics in result["views"].items():
         values = [f"{metrics[name]:.3f}" for name in names[:-1]] + [str(metrics["n"])]
-        table.add_row(view, *values)
+        table.add_row(f"virtual {view}" if view in result["virtual"] else view, *values)
     Console().print(table)
 
 

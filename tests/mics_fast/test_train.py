@@ -95,7 +95,17 @@ def test_evaluate_reports_each_modality_and_the_fused_opinion(finished, tmp_path
     wanted = {"accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"}
     assert all(wanted <= set(metrics) for metrics in result["views"].values())
     assert result["n"] == 12 and result["split"] == "test" and len(result["classes"]) == 6
-    assert "fused" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "fused" in shown and "virtual" not in shown
+
+
+def test_a_derived_modality_is_called_virtual(finished, manifest, capsys):
+    lines = Path(manifest).read_text().splitlines()
+    derived = [",nbi,".join(line.rsplit(",,", 1)) for line in lines[1:]]
+    other = Path(manifest).parent / "derived.csv"
+    other.write_text("\n".join([lines[0], *derived]) + "\n")
+    evaluate.main([str(finished), "--manifest", str(other)])
+    assert "virtual nbi" in capsys.readouterr().out
 
 
 def test_evaluating_twice_gives_the_same_numbers(finished, tmp_path):
