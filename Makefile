@@ -1,20 +1,36 @@
-# make demo | test | lint | clean: everything happens in .venv, installed once.
+# make demo | test | lint | gpu | check-kernels | clean: everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-native lint gpu check-kernels clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
-test: lint
+test: lint test-native
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/test_evidential_backends.py
+
+# The C++ headers alone, by CTest.
+test-native: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+test-native: $(INSTALLED)
+	cmake -S . -B build/tests -G Ninja -DBUILD_TESTING=ON -DMICS_PYTHON=OFF -DMICS_CUDA=OFF
+	cmake --build build/tests
+	ctest --test-dir build/tests --output-on-failure
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# On a machine with an NVIDIA GPU: builds in a scratch place with the installed tools, tests, times.
+gpu:
+	PYTHONPATH=kernels $(PYTHON) bench/gpu.py
+
+# Compiles the GPU kernels for all supported chips, without one; fails where registers spill.
+check-kernels: $(INSTALLED)
+	$(PY) csrc/tools/check_kernels.py
 
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)

@@ -1,12 +1,83 @@
-// The Python door of the native module. It takes addresses, sizes and streams, and no torch header:
-// one binary serves every torch version. No operator is native yet; the module says how it was built.
+// The Python door of the native module. It takes addresses, sizes, dtypes and streams, and no torch
+// header: one binary serves every torch version. Whoever calls has checked shapes and devices.
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
+#include <stdexcept>
 #include <string>
+
+#include "evidential_cpu.h"
+#ifdef MICS_WITH_CUDA
+#include "evidential_cuda.h"
+#endif
 
 namespace py = pybind11;
 
-static std::string compiler() {
+namespace {
+
+template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+mics::DType dtype_of(const std::string& name) {
+    if (name == "float32") return mics::DType::float32;
+    if (name == "bfloat16") return mics::DType::bfloat16;
+    if (name == "float16") return mics::DType::float16;
+    throw std::invalid_argument("dtype must be float32, bfloat16 or float16, got " + name);
+}
+
+mics::Activation activation_of(const std::string& name) {
+    if (name == "identity") return mics::Activation::identity;
+    if (name == "softplus") return mics::Activation::softplus;
+    if (name == "exp") return mics::Activation::exp;
+    if (name == "relu") return mics::Activation::relu;
+    throw std::invalid_argument("activation must be identity, softplus, exp or relu, got " + name);
+}
+
+mics::EvidentialCall evidential_call(uintptr_t input, const std::string& dtype, uintptr_t labels,
+                                     uintptr_t targets, uintptr_t present, uintptr_t weight,
+                                     uintptr_t count, uintptr_t losses, uintptr_t fused,
+                                     uintptr_t gradient, int64_t rows, int views, int classes,
+                                     const std::string& activation, float kl_weight,
+                                     uintptr_t kl_weight_on_gpu, int64_t ignore_index) {
+    if (views < 1 || views > mics::kMaxViews) throw std::invalid_argument("views must be in [1, 8]");
+    mics::EvidentialCall call{};
+    call.input = pointer<const void>(input);
+    call.labels = pointer<const int64_t>(labels);
+    call.targets = pointer<const float>(targets);
+    call.present = pointer<const uint8_t>(present);
+    call.weight = pointer<const float>(weight);
+    call.count = pointer<const float>(count);
+    call.losses = pointer<float>(losses);
+    call.fused = pointer<float>(fused);
+    call.gradient = pointer<void>(gradient);
+    call.rows = rows;
+    call.ignore_index = ignore_index;
+    call.views = views;
+    call.classes = classes;
+    call.kl_weight = kl_weight;
+    call.kl_weight_on_gpu = pointer<const float>(kl_weight_on_gpu);
+    call.activation = activation_of(activation);
+    call.dtype = dtype_of(dtype);
+    call.fuse = fused != 0;
+    return call;
+}
+
+mics::FusionCall fusion_call(uintptr_t evidence, const std::string& dtype, uintptr_t present,
+                             uintptr_t fused, uintptr_t outer, uintptr_t gradient, int64_t rows,
+                             int views, int classes) {
+    mics::FusionCall call{};
+    call.evidence = pointer<const void>(evidence);
+    call.present = pointer<const uint8_t>(present);
+    call.fused = pointer<float>(fused);
+    call.outer = pointer<const float>(outer);
+    call.gradient = pointer<void>(gradient);
+    call.rows = rows;
+    call.views = views;
+    call.classes = classes;
+    call.dtype = dtype_of(dtype);
+    return call;
+}
+
+std::string compiler() {
 #if defined(__clang__)
     return "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -16,12 +87,53 @@ static std::string compiler() {
 #endif
 }
 
+}  // namespace
+
 PYBIND11_MODULE(_native, module) {
-    module.doc() = "Native (C++) implementations of the mics_kernels operators.";
+    module.doc() = "Native (C++ and CUDA) implementations of the mics_kernels operators.";
+
     module.def("build_info", [] {
         py::dict info;
         info["compiler"] = compiler();
+        info["instruction set"] = mics::instruction_set();
+#ifdef MICS_WITH_CUDA
+        info["cuda"] = MICS_CUDA_VERSION;
+        info["cuda architectures"] = MICS_CUDA_ARCHITECTURES;
+#else
         info["cuda"] = false;
+#endif
         return info;
     });
+    module.def("use_instruction_set", [](const std::string& name) {
+        return mics::use_instruction_set(name.c_str());
+    });
+
+    // Addresses of 0 stand for None.
+    using namespace py::literals;
+    py::class_<mics::EvidentialCall>(module, "EvidentialCall")
+        .def(py::init(&evidential_call), py::kw_only(), "input"_a, "dtype"_a, "labels"_a,
+             "targets"_a, "present"_a, "weight"_a, "count"_a, "losses"_a, "fused"_a, "gradient"_a,
+             "rows"_a, "views"_a, "classes"_a, "activation"_a, "kl_weight"_a,
+             "kl_weight_on_gpu"_a, "ignore_index"_a);
+    py::class_<mics::FusionCall>(module, "FusionCall")
+        .def(py::init(&fusion_call), py::kw_only(), "evidence"_a, "dtype"_a, "present"_a, "fused"_a,
+             "outer"_a, "gradient"_a, "rows"_a, "views"_a, "classes"_a);
+
+    const auto unlocked = py::call_guard<py::gil_scoped_release>();
+    module.def("evidential_cpu", &mics::evidential_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("fuse_evidence_cpu", &mics::fuse_evidence_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("fuse_evidence_gradient_cpu", &mics::fuse_evidence_gradient_cpu, "call"_a,
+               "threads"_a, unlocked);
+#ifdef MICS_WITH_CUDA
+    // stream: the address of a cudaStream_t
+    module.def("count_labels_cuda", [](uintptr_t labels, int64_t rows, int64_t ignore_index,
+                                       uintptr_t count, uintptr_t stream) {
+        mics::count_labels_cuda(pointer<const int64_t>(labels), rows, ignore_index,
+                                pointer<float>(count), stream);
+    });
+    module.def("evidential_cuda", &mics::evidential_cuda, "call"_a, "stream"_a, unlocked);
+    module.def("fuse_evidence_cuda", &mics::fuse_evidence_cuda, "call"_a, "stream"_a, unlocked);
+    module.def("fuse_evidence_gradient_cuda", &mics::fuse_evidence_gradient_cuda, "call"_a,
+               "stream"_a, unlocked);
+#endif
 }

@@ -1,0 +1,125 @@
+// Digamma, trigamma and their relatives for arguments a = 1 + e >= 1, e >= 0, in float32.
+//
+// With t = 1/a in (0, 1], what is left of each function once its logarithm is taken out is a
+// polynomial in t (special_coefficients.h; derivation: kernels/mics_kernels/evidential/README.md).
+// No branch, no recurrence, no table: F is float on a GPU and a vector of floats on a CPU.
+//
+// Each translation unit may be compiled for another instruction set, so everything here lies in a
+// namespace of its own, MICS_NAMESPACE: the linker must never merge two versions of one function.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "special_coefficients.h"
+
+#if defined(__CUDACC__)
+#define MICS_INLINE __device__ __forceinline__
+#define MICS_UNROLL _Pragma("unroll")
+#else
+#define MICS_INLINE inline __attribute__((always_inline))
+#define MICS_UNROLL
+#endif
+
+#ifndef MICS_NAMESPACE
+#define MICS_NAMESPACE mics_scalar
+#endif
+
+namespace MICS_NAMESPACE {
+
+// The integer type with the lanes of F, and the conversion between both.
+template <class F> struct Lanes32;
+template <> struct Lanes32<float> {
+    using Int = int32_t;
+    static MICS_INLINE float to_float(int32_t i) { return static_cast<float>(i); }
+};
+
+template <class To, class From> MICS_INLINE To bits(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same number of bits");
+    To to;
+    memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+template <class Mask, class F> MICS_INLINE F select(Mask mask, F yes, F no) {
+    return mask ? yes : no;
+}
+
+// 1 / a; a vector type may know a faster way (simd.h).
+template <class F> MICS_INLINE F reciprocal(F a) { return 1.0f / a; }
+
+// c0 + c1 t + c2 t^2 + ... in pairs, by Horner's rule in t^2: half as long a chain of operations that
+// wait for each other, which is what limits these kernels.
+template <class F> MICS_INLINE F pairs(F, F, float c) { return F{} + c; }
+template <class F> MICS_INLINE F pairs(F t, F, float c0, float c1) { return c0 + t * c1; }
+template <class F, class... Rest>
+MICS_INLINE F pairs(F t, F square, float c0, float c1, float c2, Rest... rest) {
+    return (c0 + t * c1) + square * pairs(t, square, c2, rest...);
+}
+template <class F, class... C> MICS_INLINE F polynomial(F t, C... c) { return pairs(t, t * t, c...); }
+
+// ln(x) for positive, normal x.
+template <class F> MICS_INLINE F log_of(F x) {
+#if defined(__CUDA_ARCH__)
+    return logf(x);
+#else
+    using Int = typename Lanes32<F>::Int;
+    const Int pattern = bits<Int>(x);
+    const Int exponent = (pattern - 0x3f3504f3) >> 23;  // so that x / 2^exponent >= sqrt(1/2)
+    const F f = bits<F>(Int(pattern - exponent * (1 << 23))) - 1.0f;
+    const F k = Lanes32<F>::to_float(exponent);
+    const F rest = f * f * (f * polynomial(f, MICS_LOG_COEFFICIENTS) - 0.5f);
+    return k * 0.693359375f + (f + (rest - k * 2.12194440e-4f));  // ln(2) in two parts
+#endif
+}
+
+// exp(x) for x <= 88; below -87 it stays at exp(-87).
+template <class F> MICS_INLINE F exp_of(F x) {
+#if defined(__CUDA_ARCH__)
+    return expf(x);
+#else
+    using Int = typename Lanes32<F>::Int;
+    x = select(x < -87.0f, F{} - 87.0f, x);
+    const F shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the fraction is rounded off
+    const F n = shifted - 12582912.0f;
+    const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    const F p = 1.0f + (r + r * r * polynomial(r, MICS_EXP_COEFFICIENTS));
+    const Int power = (bits<Int>(shifted) - 0x4b400000 + 127) * (1 << 23);
+    return p * bits<F>(power);
+#endif
+}
+
+// ln(1 + q) for q in [0, 1].
+template <class F> MICS_INLINE F log1p_of_unit(F q) {
+    return q * polynomial(q, MICS_LOG1P_COEFFICIENTS);
+}
+
+// ln(1 + e), relatively accurate for small e too: what rounding 1 + e lost is added back.
+template <class F> MICS_INLINE F log1p_of(F e, F t) {
+    const F a = 1.0f + e;
+    return log_of(a) + select(e < 1.0f, (e - (a - 1.0f)) * t, F{});
+}
+
+// h(1 + e) - 1 with h(a) = lnGamma(a) - (a - 1) digamma(a) + a, less its logarithm ln(a) / 2.
+template <class F> MICS_INLINE F h_rest(F one_minus_t, F t) {
+    return one_minus_t * polynomial(t, MICS_H_REST_COEFFICIENTS);
+}
+
+// digamma(a) - ln(a)
+template <class F> MICS_INLINE F digamma_rest(F t) {
+    return t * polynomial(t, MICS_DIGAMMA_COEFFICIENTS);
+}
+
+template <class F> MICS_INLINE F digamma(F a) { return log_of(a) + digamma_rest(reciprocal(a)); }
+
+template <class F> MICS_INLINE F trigamma(F a) {
+    const F t = reciprocal(a);
+    return t * polynomial(t, MICS_TRIGAMMA_COEFFICIENTS);
+}
+
+// h'(a) = 1 - (a - 1) trigamma(a), from 1 - 1/a and t = 1/a; 1 at a = 1, near 1/(2a) for large a
+template <class F> MICS_INLINE F h_slope(F one_minus_t, F t) {
+    return t * (1.0f - one_minus_t * polynomial(t, MICS_H_SLOPE_COEFFICIENTS));
+}
+
+}  // namespace MICS_NAMESPACE

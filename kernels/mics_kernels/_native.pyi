@@ -1,0 +1,51 @@
+"""What csrc/bindings.cpp offers; addresses of 0 stand for None, streams are addresses too."""
+
+class EvidentialCall:
+    def __init__(
+        self,
+        *,
+        input: int,
+        dtype: str,
+        labels: int,
+        targets: int,
+        present: int,
+        weight: int,
+        count: int,
+        losses: int,
+        fused: int,
+        gradient: int,
+        rows: int,
+        views: int,
+        classes: int,
+        activation: str,
+        kl_weight: float,
+        kl_weight_on_gpu: int,
+        ignore_index: int,
+    ) -> None: ...
+
+class FusionCall:
+    def __init__(
+        self,
+        *,
+        evidence: int,
+        dtype: str,
+        present: int,
+        fused: int,
+        outer: int,
+        gradient: int,
+        rows: int,
+        views: int,
+        classes: int,
+    ) -> None: ...
+
+def build_info() -> dict[str, object]: ...
+def use_instruction_set(name: str) -> bool: ...
+def evidential_cpu(call: EvidentialCall, threads: int) -> None: ...
+def fuse_evidence_cpu(call: FusionCall, threads: int) -> None: ...
+def fuse_evidence_gradient_cpu(call: FusionCall, threads: int) -> None: ...
+def count_labels_cuda(
+    labels: int, rows: int, ignore_index: int, count: int, stream: int
+) -> None: ...
+def evidential_cuda(call: EvidentialCall, stream: int) -> None: ...
+def fuse_evidence_cuda(call: FusionCall, stream: int) -> None: ...
+def fuse_evidence_gradient_cuda(call: FusionCall, stream: int) -> None: ...
