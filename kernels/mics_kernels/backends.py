@@ -46,9 +46,40 @@ def _serves_everything(tensor: Tensor) -> str:
     return ""
 
 
+def _evidential_on_cpu(tensor: Tensor) -> str:
+    if tensor.device.type != "cpu":
+        return f"it serves CPU tensors, not {tensor.device}"
+    return _evidential_limits(tensor)
+
+
+def _evidential_on_gpu(tensor: Tensor) -> str:
+    if tensor.device.type != "cuda":
+        return f"it serves CUDA tensors, not {tensor.device}"
+    return _evidential_limits(tensor)
+
+
+def _evidential_in_triton(tensor: Tensor) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":  # runs anywhere, slowly: for tests
+        return _evidential_limits(tensor)
+    return _evidential_on_gpu(tensor)
+
+
+def _evidential_limits(tensor: Tensor) -> str:
+    if tensor.dtype == torch.float64:
+        return "it computes in float32, and float64 asks for more"
+    if tensor.dim() == 3 and tensor.shape[1] > 8:
+        return f"it combines at most 8 views, not {tensor.shape[1]}"
+    return ""
+
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {  # best first
     "consistency": (Implementation("reference", "consistency.reference", _serves_everything),),
-    "evidential": (Implementation("reference", "evidential.reference", _serves_everything),),
+    "evidential": (
+        Implementation("cpu", "evidential.cpu", _evidential_on_cpu),
+        Implementation("triton", "evidential.triton_kernels", _evidential_in_triton),
+        Implementation("cuda", "evidential.cuda", _evidential_on_gpu),
+        Implementation("reference", "evidential.reference", _serves_everything),
+    ),
     "moments": (Implementation("reference", "shift.reference", _serves_everything),),
     "shift": (Implementation("reference", "shift.reference", _serves_everything),),
 }

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mics_kernels import checks
-from mics_kernels.backends import implementation
-from mics_kernels.evidential import reference
+from mics_kernels.backends import explain
+from mics_kernels.evidential import boundary, reference
 from mics_kernels.reductions import REDUCTIONS, reduce
 
 ACTIVATIONS = ("softplus", "exp", "relu")
@@ -66,7 +66,10 @@ def fuse_evidence(
     """
     _check_views("evidence", evidence, present)
     _check_evidence(evidence, present)
-    return implementation("evidential", evidence, backend).fuse_evidence(evidence, present)
+    chosen = explain("evidential", evidence, backend).backend
+    if chosen == "reference":
+        return reference.fuse_evidence(evidence, present)
+    return boundary.fused_evidence(evidence, present, chosen)
 
 
 def evidential_loss(
@@ -118,9 +121,13 @@ def evidential_loss(
         _check_views("evidence", evidence, present)
     _check_evidence(evidence, present)
     _check_loss(evidence, target, kl_weight, weight, ignore_index, reduction)
-    losses = implementation("evidential", evidence, backend).evidential_loss(
-        evidence, target, kl_weight, present, weight, ignore_index
-    )
+    chosen = explain("evidential", evidence, backend).backend
+    if chosen != "reference":
+        loss, _ = boundary.reduced_loss(
+            evidence, target, kl_weight, None, present, weight, ignore_index, reduction, chosen
+        )
+        return loss
+    losses = reference.evidential_loss(evidence, target, kl_weight, present, weight, ignore_index)
     return reduce(losses, reference.counted_rows(target, ignore_index).sum(), reduction)
 
 
@@ -170,7 +177,22 @@ def evidential_fusion_loss(
     _check_views("logits", logits, present)
     checks.check_choice("activation", activation, ACTIVATIONS)
     _check_loss(logits, target, kl_weight, weight, ignore_index, reduction)
-    losses, fused = implementation("evidential", logits, backend).evidential_fusion_loss(
+    chosen = explain("evidential", logits, backend).backend
+    if chosen != "reference":
+        return FusionOutput(
+            *boundary.reduced_loss(
+                logits,
+                target,
+                kl_weight,
+                activation,
+                present,
+                weight,
+                ignore_index,
+                reduction,
+                chosen,
+            )
+        )
+    losses, fused = reference.evidential_fusion_loss(
         logits, target, kl_weight, activation, present, weight, ignore_index
     )
     count = reference.counted_rows(target, ignore_index).sum()
