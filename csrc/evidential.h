@@ -80,7 +80,8 @@ template <class F> MICS_INLINE F activate(F z, Activation activation, F& slope) 
 template <class F> struct Sums {
     F evidence{};    // of all classes
     F misleading{};  // of the wrong ones, (1 - y) e
-    F h{};           // h(1 + (1 - y) e) - 1
+    LogSum<F> logs;  // ln(a), a = 1 + (1 - y) e
+    F h{};           // h(a) - 1 - ln(a) / 2
     F expected{};    // labels: e of the right class; probabilities: y digamma(1 + e)
 };
 
@@ -89,13 +90,19 @@ template <bool Soft, class F> MICS_INLINE void add_class(Sums<F>& sums, F e, F y
     const F t = reciprocal(1.0f + wrong);
     sums.evidence += e;
     sums.misleading += wrong;
-    sums.h += 0.5f * log1p_of(wrong, t) + h_rest(wrong * t, t);
+    sums.logs.add(1.0f + wrong);
+    sums.h += 0.5f * rounded_off(wrong, t) + h_rest(wrong * t, t);
     if constexpr (Soft) {
         sums.expected += y * digamma(1.0f + e);
     } else {
         sums.expected += y * e;
     }
 }
+
+// The same of the classes that all lanes hold.
+template <class F> struct Totals {
+    F evidence, misleading, h, expected;  // h: with the logarithms
+};
 
 // An opinion's loss, and the parts of its gradient that all classes share.
 template <class F> struct Opinion {
@@ -106,7 +113,7 @@ template <class F> struct Opinion {
 };
 
 template <bool Soft, class F>
-MICS_INLINE Opinion<F> judge(const Sums<F>& sums, F target_mass, int classes, float kl_weight) {
+MICS_INLINE Opinion<F> judge(const Totals<F>& sums, F target_mass, int classes, float kl_weight) {
     const float flat = static_cast<float>(classes);
     const float flat_t = 1.0f / flat;
     const F alpha_right = 1.0f + sums.expected;
@@ -175,9 +182,10 @@ MICS_INLINE void evidential_row(Lanes& lanes, const EvidentialCall& call) {
     MICS_UNROLL
     for (int v = 0; v < kOpinions; ++v) {
         if (v >= call.views && v < kMaxViews) continue;
-        Sums<F>& s = sums[v];
-        s = {lanes.sum(s.evidence), lanes.sum(s.misleading), lanes.sum(s.h), lanes.sum(s.expected)};
-        opinions[v] = judge<Soft>(s, lanes.target_mass(), call.classes, call.kl_weight);
+        const Sums<F>& s = sums[v];
+        const Totals<F> totals = {lanes.sum(s.evidence), lanes.sum(s.misleading),
+                                  lanes.sum(s.h + 0.5f * s.logs.value()), lanes.sum(s.expected)};
+        opinions[v] = judge<Soft>(totals, lanes.target_mass(), call.classes, call.kl_weight);
         const F there = v < kMaxViews ? lanes.present(v) : lanes.any_present();
         const F loss = select(there * lanes.counted() > 0.0f, lanes.weight() * opinions[v].loss, F{});
         total += loss;

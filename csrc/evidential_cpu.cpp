@@ -14,18 +14,31 @@ namespace {
 // From here on the work of a row (digammas of its sums) costs less than transposing it.
 constexpr int kManyClasses = 8 * kWidth;
 
-MICS_INLINE float read(const void* array, int64_t i, mics::DType dtype) {
-    if (dtype == mics::DType::float32) return static_cast<const float*>(array)[i];
-    const uint16_t half = static_cast<const uint16_t*>(array)[i];
-    return dtype == mics::DType::bfloat16 ? from_bfloat16(half) : from_float16(half);
+// Numbers of an array from index `from` on, as float32.
+MICS_INLINE void widen(const void* array, int64_t from, mics::DType dtype, float* to, int count) {
+    if (dtype == mics::DType::float32) {
+        memcpy(to, static_cast<const float*>(array) + from, sizeof(float) * count);
+        return;
+    }
+    const uint16_t* halves = static_cast<const uint16_t*>(array) + from;
+    if (dtype == mics::DType::bfloat16) {
+        for (int i = 0; i < count; ++i) to[i] = from_bfloat16(halves[i]);
+    } else {
+        for (int i = 0; i < count; ++i) to[i] = from_float16(halves[i]);
+    }
 }
 
-MICS_INLINE void write(void* array, int64_t i, mics::DType dtype, float x) {
+// float32 numbers into an array from index `to` on.
+MICS_INLINE void narrow(const float* from, void* array, int64_t to, mics::DType dtype, int count) {
     if (dtype == mics::DType::float32) {
-        static_cast<float*>(array)[i] = x;
+        memcpy(static_cast<float*>(array) + to, from, sizeof(float) * count);
+        return;
+    }
+    uint16_t* halves = static_cast<uint16_t*>(array) + to;
+    if (dtype == mics::DType::bfloat16) {
+        for (int i = 0; i < count; ++i) halves[i] = to_bfloat16(from[i]);
     } else {
-        const bool brain = dtype == mics::DType::bfloat16;
-        static_cast<uint16_t*>(array)[i] = brain ? to_bfloat16(x) : to_float16(x);
+        for (int i = 0; i < count; ++i) halves[i] = to_float16(from[i]);
     }
 }
 
@@ -112,104 +125,108 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
     // Lane by lane into arrays, and then at once into vectors: setting one lane of a vector costs
     // a store and a load of all of it.
     void read_flags() {
-        float present[kMaxViews][kWidth] = {}, any[kWidth] = {}, weight[kWidth] = {};
-        float counted[kWidth] = {}, mass[kWidth] = {}, last_step[kWidth] = {};
-        int32_t labels[kWidth];
-        for (int l = 0; l < kWidth; ++l) {
-            labels[l] = -1;
-            last_step[l] = (steps_ - 1) * kWidth + l < call_.classes ? 1.0f : 0.0f;
-            if (!AcrossClasses && l >= rows_) continue;
-            const int64_t row = first_ + (AcrossClasses ? 0 : l);
-            for (int v = 0; v < call_.views; ++v) {
-                const bool there = !call_.present || call_.present[row * call_.views + v];
+        float present[kMaxViews][kWidth], any[kWidth] = {}, weight[kWidth] = {};
+        for (int l = 0; l < kWidth; ++l) weight[l] = call_.weight ? call_.weight[row_of(l)] * scale_ : scale_;
+        for (int v = 0; v < call_.views; ++v) {
+            for (int l = 0; l < kWidth; ++l) {
+                const bool there = !call_.present || call_.present[row_of(l) * call_.views + v];
                 present[v][l] = there ? 1.0f : 0.0f;
                 any[l] = there ? 1.0f : any[l];
             }
-            weight[l] = (call_.weight ? call_.weight[row] : 1.0f) * scale_;
-            counted[l] = 1.0f;
-            if constexpr (!Soft) {
-                const int64_t label = call_.labels[row];
-                const bool valid = label >= 0 && label < call_.classes;
-                counted[l] = label != call_.ignore_index ? 1.0f : 0.0f;
-                mass[l] = valid ? 1.0f : 0.0f;
-                labels[l] = valid ? static_cast<int32_t>(label) : -1;
-            }
+            present_[v] = load(present[v]);
         }
-        for (int v = 0; v < call_.views; ++v) present_[v] = load(present[v]);
         any_present_ = load(any);
         weight_ = load(weight);
-        counted_ = load(counted);
-        target_mass_ = load(mass);
-        last_step_ = load(last_step);
-        memcpy(&labels_, labels, sizeof labels_);
+        last_step_ = select(lane_numbers() + (steps_ - 1) * kWidth < call_.classes, Vec{} + 1.0f, Vec{});
+        counted_ = Vec{} + 1.0f;
+        target_mass_ = Vec{};
         if constexpr (Soft) {
             for (int j = 0; j < steps_; ++j) target_mass_ += targets_[j];
             target_mass_ = sum(target_mass_);
+        } else {
+            read_labels();
         }
     }
+
+    void read_labels() {
+        int32_t labels[kWidth];
+        float counted[kWidth];
+        for (int l = 0; l < kWidth; ++l) {
+            const int64_t label = call_.labels[row_of(l)];
+            counted[l] = label != call_.ignore_index ? 1.0f : 0.0f;
+            labels[l] = label >= 0 && label < call_.classes ? static_cast<int32_t>(label) : -1;
+        }
+        counted_ = load(counted);
+        memcpy(&labels_, labels, sizeof labels_);
+        target_mass_ = select(labels_ >= 0, Vec{} + 1.0f, Vec{});
+    }
+
+    // The row of a lane; lanes past the last row repeat the first, and are kept nowhere.
+    MICS_INLINE int64_t row_of(int l) const { return first_ + (l < rows_ ? l : 0); }
 
     // (rows, views, C) of an array, to `views` blocks of steps.
     void read_block(const void* array, mics::DType dtype, int views, Vec* block) const {
-        float* to = reinterpret_cast<float*>(block);
-        const int64_t width = static_cast<int64_t>(views) * call_.classes;
         if constexpr (AcrossClasses) {
             for (int v = 0; v < views; ++v) {
-                block[v * steps_ + steps_ - 1] = Vec{};
-                float* view = to + static_cast<int64_t>(v) * steps_ * kWidth;
-                const int64_t from = first_ * width + static_cast<int64_t>(v) * call_.classes;
-                if (dtype == mics::DType::float32) {
-                    memcpy(view, static_cast<const float*>(array) + from, sizeof(float) * call_.classes);
-                } else {
-                    for (int k = 0; k < call_.classes; ++k) view[k] = read(array, from + k, dtype);
-                }
+                Vec* view = block + v * steps_;
+                view[steps_ - 1] = Vec{};
+                const int64_t from = (first_ * views + v) * call_.classes;
+                widen(array, from, dtype, reinterpret_cast<float*>(view), call_.classes);
             }
         } else {
-            if (rows_ < kWidth) memset(to, 0, sizeof(float) * kWidth * width);
-            int64_t done = 0;
-            if (rows_ == kWidth && dtype == mics::DType::float32) {
-                const float* from = static_cast<const float*>(array) + first_ * width;
-                for (; done + kWidth <= width; done += kWidth) {
-                    Vec tile[kWidth];
-                    for (int l = 0; l < kWidth; ++l) tile[l] = load(from + l * width + done);
-                    transpose(tile);
-                    for (int i = 0; i < kWidth; ++i) block[done + i] = tile[i];
-                }
-            }
-            for (int l = 0; l < rows_; ++l) {
-                const int64_t from = (first_ + l) * width;
-                for (int64_t i = done; i < width; ++i) to[i * kWidth + l] = read(array, from + i, dtype);
+            const int width = views * call_.classes;
+            for (int done = 0; done < width; done += kWidth) {
+                Vec tile[kWidth];
+                const int columns = width - done < kWidth ? width - done : kWidth;
+                for (int l = 0; l < kWidth; ++l) tile[l] = read_lanes(array, dtype, l, done, columns, width);
+                transpose(tile);
+                for (int i = 0; i < columns; ++i) block[done + i] = tile[i];
             }
         }
     }
 
+    // `columns` numbers of row l from `done` on; behind them may stand others of the same tile.
+    MICS_INLINE Vec read_lanes(const void* array, mics::DType dtype, int l, int done, int columns, int width) const {
+        if (l >= rows_) return Vec{};
+        const int64_t from = (first_ + l) * width + done;
+        if (dtype == mics::DType::float32 && l * width + done + kWidth <= rows_ * width) {
+            return load(static_cast<const float*>(array) + from);
+        }
+        float lanes[kWidth] = {};
+        widen(array, from, dtype, lanes, columns);
+        return load(lanes);
+    }
+
     void write_block(const Vec* block, int views, void* array, mics::DType dtype) const {
-        const float* from = reinterpret_cast<const float*>(block);
-        const int64_t width = static_cast<int64_t>(views) * call_.classes;
         if constexpr (AcrossClasses) {
             for (int v = 0; v < views; ++v) {
-                const float* view = from + static_cast<int64_t>(v) * steps_ * kWidth;
-                const int64_t to = first_ * width + static_cast<int64_t>(v) * call_.classes;
-                if (dtype == mics::DType::float32) {
-                    memcpy(static_cast<float*>(array) + to, view, sizeof(float) * call_.classes);
-                } else {
-                    for (int k = 0; k < call_.classes; ++k) write(array, to + k, dtype, view[k]);
-                }
+                const int64_t to = (first_ * views + v) * call_.classes;
+                const float* view = reinterpret_cast<const float*>(block + v * steps_);
+                narrow(view, array, to, dtype, call_.classes);
             }
         } else {
-            int64_t done = 0;
-            if (rows_ == kWidth && dtype == mics::DType::float32) {
-                float* to = static_cast<float*>(array) + first_ * width;
-                for (; done + kWidth <= width; done += kWidth) {
-                    Vec tile[kWidth];
-                    for (int i = 0; i < kWidth; ++i) tile[i] = block[done + i];
-                    transpose(tile);
-                    for (int l = 0; l < kWidth; ++l) store(to + l * width + done, tile[l]);
-                }
+            // Backwards and then down the rows: what a vector writes past its columns is put right
+            // by those that follow.
+            const int width = views * call_.classes;
+            for (int done = (width - 1) / kWidth * kWidth; done >= 0; done -= kWidth) {
+                Vec tile[kWidth];
+                const int columns = width - done < kWidth ? width - done : kWidth;
+                for (int i = 0; i < kWidth; ++i) tile[i] = i < columns ? block[done + i] : Vec{};
+                transpose(tile);
+                for (int l = 0; l < rows_; ++l) write_lanes(tile[l], array, dtype, l, done, columns, width);
             }
-            for (int l = 0; l < rows_; ++l) {
-                const int64_t to = (first_ + l) * width;
-                for (int64_t i = done; i < width; ++i) write(array, to + i, dtype, from[i * kWidth + l]);
-            }
+        }
+    }
+
+    MICS_INLINE void write_lanes(Vec values, void* array, mics::DType dtype, int l, int done, int columns,
+                                 int width) const {
+        const int64_t to = (first_ + l) * width + done;
+        if (dtype == mics::DType::float32 && l * width + done + kWidth <= rows_ * width) {
+            store(static_cast<float*>(array) + to, values);
+        } else {
+            float lanes[kWidth];
+            store(lanes, values);
+            narrow(lanes, array, to, dtype, columns);
         }
     }
 
@@ -251,56 +268,59 @@ int64_t scratch_floats(int views, int classes) {
                                    : CpuLanes<true, false>::scratch_floats(views, classes);
 }
 
-template <mics::DType D> void fuse_as(const mics::FusionCall& call, int64_t first, int64_t last) {
+// Dempster's rule alone works on the numbers of a row in pieces of a vector.
+MICS_INLINE Vec read_piece(const void* array, int64_t from, mics::DType dtype, int count) {
+    if (dtype == mics::DType::float32 && count == kWidth) return load(static_cast<const float*>(array) + from);
+    float lanes[kWidth] = {};
+    widen(array, from, dtype, lanes, count);
+    return load(lanes);
+}
+
+MICS_INLINE void write_piece(Vec values, void* array, int64_t to, mics::DType dtype, int count) {
+    if (dtype == mics::DType::float32 && count == kWidth) return store(static_cast<float*>(array) + to, values);
+    float lanes[kWidth];
+    store(lanes, values);
+    narrow(lanes, array, to, dtype, count);
+}
+
+template <bool Gradient, mics::DType D>
+void fuse_as(const mics::FusionCall& call, int64_t first, int64_t last) {
     const float share = 1.0f / static_cast<float>(call.classes);
     for (int64_t row = first; row < last; ++row) {
-        float* __restrict fused = call.fused + row * call.classes;
-        for (int k = 0; k < call.classes; ++k) fused[k] = 0.0f;
-        for (int v = 0; v < call.views; ++v) {
-            const int64_t view = row * call.views + v;
-            if (call.present && !call.present[view]) continue;
-            for (int k = 0; k < call.classes; ++k) {
-                const float e = read(call.evidence, view * call.classes + k, D);
-                fused[k] = fused[k] + e + fused[k] * e * share;
+        for (int k = 0; k < call.classes; k += kWidth) {
+            const int count = call.classes - k < kWidth ? call.classes - k : kWidth;
+            const int64_t place = row * call.classes + k;
+            Vec fused{}, outer{};
+            if constexpr (Gradient) {
+                fused = read_piece(call.fused, place, mics::DType::float32, count);
+                outer = read_piece(call.outer, place, mics::DType::float32, count) * (1.0f + fused * share);
             }
+            for (int64_t view = row * call.views; view < (row + 1) * call.views; ++view) {
+                const bool there = !call.present || call.present[view];
+                const int64_t at = view * call.classes + k;
+                const Vec e = there ? read_piece(call.evidence, at, D, count) : Vec{};
+                if constexpr (Gradient) {
+                    const Vec g = outer * reciprocal(1.0f + e * share);
+                    write_piece(there ? g : Vec{}, call.gradient, at, D, count);
+                } else {
+                    fused = fused + e + fused * e * share;
+                }
+            }
+            if constexpr (!Gradient) write_piece(fused, call.fused, place, mics::DType::float32, count);
         }
     }
 }
 
-template <mics::DType D>
-void fuse_gradient_as(const mics::FusionCall& call, int64_t first, int64_t last) {
-    const float share = 1.0f / static_cast<float>(call.classes);
-    for (int64_t row = first; row < last; ++row) {
-        const float* __restrict fused = call.fused + row * call.classes;
-        const float* __restrict outer = call.outer + row * call.classes;
-        for (int64_t view = row * call.views; view < (row + 1) * call.views; ++view) {
-            const bool there = !call.present || call.present[view];
-            for (int k = 0; k < call.classes; ++k) {
-                const int64_t i = view * call.classes + k;
-                const float e = there ? read(call.evidence, i, D) : 0.0f;
-                const float g = outer[k] * ((1.0f + fused[k] * share) / (1.0f + e * share));
-                write(call.gradient, i, D, there ? g : 0.0f);
-            }
-        }
-    }
-}
-
-void fuse(const mics::FusionCall& call, int64_t first, int64_t last) {
-    if (call.dtype == mics::DType::float32) return fuse_as<mics::DType::float32>(call, first, last);
-    if (call.dtype == mics::DType::bfloat16) return fuse_as<mics::DType::bfloat16>(call, first, last);
-    fuse_as<mics::DType::float16>(call, first, last);
-}
-
-void fuse_gradient(const mics::FusionCall& call, int64_t first, int64_t last) {
+template <bool Gradient> void fuse_rows(const mics::FusionCall& call, int64_t first, int64_t last) {
     using mics::DType;
-    if (call.dtype == DType::float32) return fuse_gradient_as<DType::float32>(call, first, last);
-    if (call.dtype == DType::bfloat16) return fuse_gradient_as<DType::bfloat16>(call, first, last);
-    fuse_gradient_as<DType::float16>(call, first, last);
+    if (call.dtype == DType::float32) return fuse_as<Gradient, DType::float32>(call, first, last);
+    if (call.dtype == DType::bfloat16) return fuse_as<Gradient, DType::bfloat16>(call, first, last);
+    fuse_as<Gradient, DType::float16>(call, first, last);
 }
 
 }  // namespace
 
 extern const mics::EvidentialKernels kernels;
-const mics::EvidentialKernels kernels = {kWidth, scratch_floats, rows, fuse, fuse_gradient};
+const mics::EvidentialKernels kernels = {kWidth, scratch_floats, rows, fuse_rows<false>, fuse_rows<true>};
 
 }  // namespace MICS_NAMESPACE

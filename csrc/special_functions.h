@@ -94,11 +94,41 @@ template <class F> MICS_INLINE F log1p_of_unit(F q) {
     return q * polynomial(q, MICS_LOG1P_COEFFICIENTS);
 }
 
-// ln(1 + e), relatively accurate for small e too: what rounding 1 + e lost is added back.
-template <class F> MICS_INLINE F log1p_of(F e, F t) {
-    const F a = 1.0f + e;
-    return log_of(a) + select(e < 1.0f, (e - (a - 1.0f)) * t, F{});
+// What ln(1 + e) loses when 1 + e is rounded.
+template <class F> MICS_INLINE F rounded_off(F e, F t) {
+    return select(e < 1.0f, (e - ((1.0f + e) - 1.0f)) * t, F{});
 }
+
+// ln(1 + e), relatively accurate for small e too: what rounding 1 + e lost is added back.
+template <class F> MICS_INLINE F log1p_of(F e, F t) { return log_of(1.0f + e) + rounded_off(e, t); }
+
+// The sum of ln(x) over positive, normal x. On a CPU it is one logarithm, of their product, which
+// hands over its exponent after each factor; a GPU has a logarithm that is cheaper than that.
+template <class F> class LogSum {
+  public:
+#if defined(__CUDA_ARCH__)
+    MICS_INLINE void add(F x) { total_ += logf(x); }
+    MICS_INLINE F value() const { return total_; }
+
+  private:
+    F total_{};
+#else
+    MICS_INLINE void add(F x) {
+        const Int pattern = bits<Int>(product_ * x);
+        const Int exponent = (pattern - 0x3f3504f3) >> 23;  // so that a product >= sqrt(1/2) is left
+        exponents_ += exponent;
+        product_ = bits<F>(Int(pattern - exponent * (1 << 23)));
+    }
+    MICS_INLINE F value() const {
+        return Lanes32<F>::to_float(exponents_) * 0.69314718f + log_of(product_);
+    }
+
+  private:
+    using Int = typename Lanes32<F>::Int;
+    F product_ = F{} + 1.0f;
+    Int exponents_{};
+#endif
+};
 
 // h(1 + e) - 1 with h(a) = lnGamma(a) - (a - 1) digamma(a) + a, less its logarithm ln(a) / 2.
 template <class F> MICS_INLINE F h_rest(F one_minus_t, F t) {

@@ -12,3 +12,9 @@ inline void expect_near(const char* what, double at, double got, double wanted, 
                 std::fabs(got - wanted), tolerance);
     ++failures;
 }
+
+inline void expect(const char* what, bool holds) {
+    if (holds) return;
+    std::printf("wrong: %s\n", what);
+    ++failures;
+}
