@@ -175,6 +175,15 @@ def fixed_problem(classes: int = 5, rows: int = ROWS, reduction: str = "none") -
     return Problem(logits, target, None, None, 0.5, "softplus", reduction)
 
 
+def test_serves_eight_views_of_4096_classes(backend: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 8, 4096, generator=generator)
+    problem = Problem(logits, torch.tensor([7, 4095]), None, None, 0.5, "softplus", "none")
+    exact = solve(problem, "reference", torch.float64)
+    for ours, wanted in zip(solve(problem, backend), exact, strict=True):
+        assert_close(ours, wanted, 2e-6, 2e-6)
+
+
 @pytest.mark.parametrize("classes", [8, 200])
 def test_the_order_of_views_does_not_matter(backend: str, classes: int) -> None:
     problem = fixed_problem(classes)

@@ -185,14 +185,24 @@ def _scale_evidence_now(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
 
 
 class _Loss(torch.autograd.Function):
-    forward = staticmethod(_loss)
-    setup_context = staticmethod(_keep_gradient)
+    # Not a setup_context of its own: torch would bind the arguments to their names at every call,
+    # which takes longer than a small batch.
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _loss(*inputs)
+        _keep_gradient(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_scale_gradient_now)
 
 
 class _Fusion(torch.autograd.Function):
-    forward = staticmethod(_fuse)
-    setup_context = staticmethod(_keep_evidence)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _fuse(*inputs)
+        _keep_evidence(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_scale_evidence_now)
 
 
