@@ -1,12 +1,16 @@
 // The Python door of the native module. It takes addresses, sizes, dtypes and streams, and no torch
 // header: one binary serves every torch version. Whoever calls has checked shapes and devices.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "consistency_cpu.h"
 #include "evidential_cpu.h"
+#include "instruction_set.h"
 #ifdef MICS_WITH_CUDA
 #include "evidential_cuda.h"
 #endif
@@ -77,6 +81,49 @@ mics::FusionCall fusion_call(uintptr_t evidence, const std::string& dtype, uintp
     return call;
 }
 
+// What a pair points to is kept alive by whoever makes the call.
+mics::ConsistencyPair consistency_pair(uintptr_t query, uintptr_t teacher, uintptr_t query_present,
+                                       uintptr_t keys, const std::string& keys_dtype,
+                                       uintptr_t queue, const std::string& queue_dtype,
+                                       uintptr_t key_present, uintptr_t queue_ids,
+                                       int64_t queue_length, uintptr_t losses, uintptr_t counted,
+                                       uintptr_t gradient, uintptr_t temperature) {
+    mics::ConsistencyPair pair{};
+    pair.query = pointer<const float>(query);
+    pair.teacher = pointer<const float>(teacher);
+    pair.present = pointer<const uint8_t>(query_present);
+    pair.source.keys = pointer<const void>(keys);
+    pair.source.queue = pointer<const void>(queue);
+    pair.source.present = pointer<const uint8_t>(key_present);
+    pair.source.queue_ids = pointer<const int64_t>(queue_ids);
+    pair.source.queue_length = queue_length;
+    pair.source.keys_dtype = dtype_of(keys_dtype);
+    pair.source.queue_dtype = dtype_of(queue_dtype);
+    pair.losses = pointer<float>(losses);
+    pair.counted = pointer<uint8_t>(counted);
+    pair.gradient = pointer<float>(gradient);
+    pair.temperature = pointer<float>(temperature);
+    return pair;
+}
+
+void consistency_cpu(const std::vector<mics::ConsistencyPair>& pairs, uintptr_t key_ids, int64_t queries,
+                     int64_t keys, int64_t present_stride, int dim, float temperature, float alpha,
+                     bool want_gradient, int threads) {
+    mics::ConsistencyCall call{};
+    call.pairs = pairs.data();
+    call.pair_count = static_cast<int>(pairs.size());
+    call.key_ids = pointer<const int64_t>(key_ids);
+    call.queries = queries;
+    call.keys = keys;
+    call.present_stride = present_stride;
+    call.dim = dim;
+    call.temperature = temperature;
+    call.alpha = alpha;
+    call.want_gradient = want_gradient;
+    const py::gil_scoped_release unlocked;
+    mics::consistency_cpu(call, threads);
+}
+
 std::string compiler() {
 #if defined(__clang__)
     return "clang " __clang_version__;
@@ -95,7 +142,7 @@ PYBIND11_MODULE(_native, module) {
     module.def("build_info", [] {
         py::dict info;
         info["compiler"] = compiler();
-        info["instruction set"] = mics::instruction_set();
+        info["instruction set"] = mics::instruction_set().name;
 #ifdef MICS_WITH_CUDA
         info["cuda"] = MICS_CUDA_VERSION;
         info["cuda architectures"] = MICS_CUDA_ARCHITECTURES;
@@ -118,6 +165,14 @@ PYBIND11_MODULE(_native, module) {
     py::class_<mics::FusionCall>(module, "FusionCall")
         .def(py::init(&fusion_call), py::kw_only(), "evidence"_a, "dtype"_a, "present"_a, "fused"_a,
              "outer"_a, "gradient"_a, "rows"_a, "views"_a, "classes"_a);
+
+    py::class_<mics::ConsistencyPair>(module, "ConsistencyPair")
+        .def(py::init(&consistency_pair), py::kw_only(), "query"_a, "teacher"_a, "query_present"_a,
+             "keys"_a, "keys_dtype"_a, "queue"_a, "queue_dtype"_a, "key_present"_a, "queue_ids"_a,
+             "queue_length"_a, "losses"_a, "counted"_a, "gradient"_a, "temperature"_a);
+    module.def("consistency_cpu", &consistency_cpu, "pairs"_a, py::kw_only(), "key_ids"_a,
+               "queries"_a, "keys"_a, "present_stride"_a, "dim"_a, "temperature"_a, "alpha"_a,
+               "want_gradient"_a, "threads"_a);
 
     const auto unlocked = py::call_guard<py::gil_scoped_release>();
     module.def("evidential_cpu", &mics::evidential_cpu, "call"_a, "threads"_a, unlocked);

@@ -14,34 +14,6 @@ namespace {
 // From here on the work of a row (digammas of its sums) costs less than transposing it.
 constexpr int kManyClasses = 8 * kWidth;
 
-// Numbers of an array from index `from` on, as float32.
-MICS_INLINE void widen(const void* array, int64_t from, mics::DType dtype, float* to, int count) {
-    if (dtype == mics::DType::float32) {
-        memcpy(to, static_cast<const float*>(array) + from, sizeof(float) * count);
-        return;
-    }
-    const uint16_t* halves = static_cast<const uint16_t*>(array) + from;
-    if (dtype == mics::DType::bfloat16) {
-        for (int i = 0; i < count; ++i) to[i] = from_bfloat16(halves[i]);
-    } else {
-        for (int i = 0; i < count; ++i) to[i] = from_float16(halves[i]);
-    }
-}
-
-// float32 numbers into an array from index `to` on.
-MICS_INLINE void narrow(const float* from, void* array, int64_t to, mics::DType dtype, int count) {
-    if (dtype == mics::DType::float32) {
-        memcpy(static_cast<float*>(array) + to, from, sizeof(float) * count);
-        return;
-    }
-    uint16_t* halves = static_cast<uint16_t*>(array) + to;
-    if (dtype == mics::DType::bfloat16) {
-        for (int i = 0; i < count; ++i) halves[i] = to_bfloat16(from[i]);
-    } else {
-        for (int i = 0; i < count; ++i) halves[i] = to_float16(from[i]);
-    }
-}
-
 // The lanes of evidential.h. AcrossClasses: lane l of step j is class j * width + l of row `first`;
 // otherwise step j is class j and lane l is row first + l.
 template <bool Soft, bool AcrossClasses> class CpuLanes {
@@ -320,7 +292,7 @@ template <bool Gradient> void fuse_rows(const mics::FusionCall& call, int64_t fi
 
 }  // namespace
 
-extern const mics::EvidentialKernels kernels;
-const mics::EvidentialKernels kernels = {kWidth, scratch_floats, rows, fuse_rows<false>, fuse_rows<true>};
+extern const mics::EvidentialKernels evidential;
+const mics::EvidentialKernels evidential = {kWidth, scratch_floats, rows, fuse_rows<false>, fuse_rows<true>};
 
 }  // namespace MICS_NAMESPACE

@@ -27,10 +27,6 @@ struct EvidentialKernels {
     void (*fuse_gradient)(const FusionCall&, int64_t first, int64_t last);
 };
 
-const char* instruction_set();  // the best one that this processor and this build have
-// For tests: use the named instruction set from now on; false where it is not to be had.
-bool use_instruction_set(const char* name);
-
 void evidential_cpu(const EvidentialCall& call, int threads);
 void fuse_evidence_cpu(const FusionCall& call, int threads);
 void fuse_evidence_gradient_cpu(const FusionCall& call, int threads);

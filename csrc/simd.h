@@ -5,11 +5,15 @@
 #include <immintrin.h>
 #endif
 
+#include "dtype.h"
 #include "special_functions.h"
 
 #ifndef MICS_WIDTH
 #define MICS_WIDTH 4  // SSE2 and NEON, the baselines of x86-64 and arm64
 #endif
+
+// Before a loop whose arrays are to live in registers.
+#define MICS_UNROLLED _Pragma("GCC unroll 32")
 
 namespace MICS_NAMESPACE {
 
@@ -42,6 +46,17 @@ MICS_INLINE IntVec lane_numbers() {
     IntVec v;
     for (int i = 0; i < kWidth; ++i) v[i] = i;
     return v;
+}
+
+// Lane l of the result is lane `from[l]` of `v`.
+MICS_INLINE Vec shuffle(Vec v, IntVec from) {
+#if defined(__clang__)
+    Vec to;
+    for (int l = 0; l < kWidth; ++l) to[l] = v[from[l]];
+    return to;
+#else
+    return __builtin_shuffle(v, from);
+#endif
 }
 
 // Stage of a transpose: rows i and i + Half of each block of 2 Half swap their off-diagonal blocks.
@@ -107,6 +122,34 @@ MICS_INLINE uint16_t to_float16(float x) {  // to nearest, ties to even
         return static_cast<uint16_t>(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) & 0x7ffu));
     }
     return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+}
+
+// Numbers of an array from index `from` on, as float32.
+MICS_INLINE void widen(const void* array, int64_t from, mics::DType dtype, float* to, int count) {
+    if (dtype == mics::DType::float32) {
+        memcpy(to, static_cast<const float*>(array) + from, sizeof(float) * count);
+        return;
+    }
+    const uint16_t* halves = static_cast<const uint16_t*>(array) + from;
+    if (dtype == mics::DType::bfloat16) {
+        for (int i = 0; i < count; ++i) to[i] = from_bfloat16(halves[i]);
+    } else {
+        for (int i = 0; i < count; ++i) to[i] = from_float16(halves[i]);
+    }
+}
+
+// float32 numbers into an array from index `to` on.
+MICS_INLINE void narrow(const float* from, void* array, int64_t to, mics::DType dtype, int count) {
+    if (dtype == mics::DType::float32) {
+        memcpy(static_cast<float*>(array) + to, from, sizeof(float) * count);
+        return;
+    }
+    uint16_t* halves = static_cast<uint16_t*>(array) + to;
+    if (dtype == mics::DType::bfloat16) {
+        for (int i = 0; i < count; ++i) halves[i] = to_bfloat16(from[i]);
+    } else {
+        for (int i = 0; i < count; ++i) halves[i] = to_float16(from[i]);
+    }
 }
 
 }  // namespace MICS_NAMESPACE

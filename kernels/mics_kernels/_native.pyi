@@ -38,8 +38,41 @@ class FusionCall:
         classes: int,
     ) -> None: ...
 
+class ConsistencyPair:
+    def __init__(
+        self,
+        *,
+        query: int,
+        teacher: int,
+        query_present: int,
+        keys: int,
+        keys_dtype: str,
+        queue: int,
+        queue_dtype: str,
+        key_present: int,
+        queue_ids: int,
+        queue_length: int,
+        losses: int,
+        counted: int,
+        gradient: int,
+        temperature: int,
+    ) -> None: ...
+
 def build_info() -> dict[str, object]: ...
 def use_instruction_set(name: str) -> bool: ...
+def consistency_cpu(
+    pairs: list[ConsistencyPair],
+    *,
+    key_ids: int,
+    queries: int,
+    keys: int,
+    present_stride: int,
+    dim: int,
+    temperature: float,
+    alpha: float,
+    want_gradient: bool,
+    threads: int,
+) -> None: ...
 def evidential_cpu(call: EvidentialCall, threads: int) -> None: ...
 def fuse_evidence_cpu(call: FusionCall, threads: int) -> None: ...
 def fuse_evidence_gradient_cpu(call: FusionCall, threads: int) -> None: ...

@@ -46,6 +46,18 @@ def _serves_everything(tensor: Tensor) -> str:
     return ""
 
 
+def _float32_on_cpu(tensor: Tensor) -> str:
+    if tensor.device.type != "cpu":
+        return f"it serves CPU tensors, not {tensor.device}"
+    return _float32_limits(tensor)
+
+
+def _float32_limits(tensor: Tensor) -> str:
+    if tensor.dtype == torch.float64:
+        return "it computes in float32, and float64 asks for more"
+    return ""
+
+
 def _evidential_on_cpu(tensor: Tensor) -> str:
     if tensor.device.type != "cpu":
         return f"it serves CPU tensors, not {tensor.device}"
@@ -73,7 +85,10 @@ def _evidential_limits(tensor: Tensor) -> str:
 
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {  # best first
-    "consistency": (Implementation("reference", "consistency.reference", _serves_everything),),
+    "consistency": (
+        Implementation("cpu", "consistency.cpu", _float32_on_cpu),
+        Implementation("reference", "consistency.reference", _serves_everything),
+    ),
     "evidential": (
         Implementation("cpu", "evidential.cpu", _evidential_on_cpu),
         Implementation("triton", "evidential.triton_kernels", _evidential_in_triton),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import permutations
 
 import torch
 from torch import Tensor
 
 from mics_kernels import checks
-from mics_kernels.backends import implementation
+from mics_kernels.backends import explain
+from mics_kernels.consistency import boundary, reference
 from mics_kernels.consistency.queue import FeatureQueue
 from mics_kernels.reductions import REDUCTIONS, reduce
 
@@ -22,7 +24,7 @@ def consistency_loss(
     queue: Tensor | None = None,
     *,
     temperature: float | Tensor,
-    alpha: float = 0.4,
+    alpha: float | Tensor = 0.4,
     queue_length: int | Tensor | None = None,
     key_ids: Tensor | None = None,
     queue_ids: Tensor | None = None,
@@ -43,7 +45,8 @@ def consistency_loss(
         queue: (Q, D), older keys; no gradient.
         temperature: T > 0, a float, or a 0-d tensor on the same device, which may ask for a
             gradient (the soft targets give none).
-        alpha: share of the teacher's soft target, in [0, 1].
+        alpha: share of the teacher's soft target, in [0, 1], a float or a 0-d tensor on the same
+            device (what a captured CUDA graph is to read anew); no gradient.
         queue_length: only the first so many queue rows are read: an int in [0, Q] or a 0-d int64
             tensor on the same device; default all.
         key_ids: (K,) int64, the sample (or group) of each key. A key with the id of query i,
@@ -71,9 +74,18 @@ def consistency_loss(
     _check_queue("", queue, queue_length, queue_ids, query, key_ids)
     _check_ids("key_ids", key_ids, len(keys), device)
     _check_scalars(temperature, alpha, device, reduction)
-    losses, counted = implementation("consistency", query, backend).consistency_loss(
-        query, teacher, keys, queue, temperature, alpha, queue_length, key_ids, queue_ids
-    )
+    chosen = explain("consistency", query, backend).backend
+    if chosen == "reference":
+        losses, counted = reference.consistency_loss(
+            query, teacher, keys, queue, temperature, alpha, queue_length, key_ids, queue_ids
+        )
+    else:
+        losses, counted = boundary.losses_and_counted(
+            [query], [teacher], [keys], None if queue is None else [queue], temperature, alpha,
+            None if queue_length is None else [queue_length], key_ids,
+            None if queue_ids is None else [queue_ids], None, [(0, 0)], chosen,
+        )  # fmt: skip
+        losses, counted = losses[0], counted[0]
     return reduce(losses, counted.sum(), reduction)
 
 
@@ -84,7 +96,7 @@ def multimodal_consistency_loss(
     *,
     keys: Sequence[Tensor] | None = None,
     temperature: float | Tensor,
-    alpha: float = 0.4,
+    alpha: float | Tensor = 0.4,
     queue_lengths: Sequence[int | Tensor] | None = None,
     key_ids: Tensor | None = None,
     queue_ids: Sequence[Tensor] | None = None,
@@ -144,10 +156,13 @@ def multimodal_consistency_loss(
     _check_ids("key_ids", key_ids, len(keys[0]), query.device)
     _check_scalars(temperature, alpha, query.device, reduction)
     present = _present_keys(present, query, keys[0], len(features))
-    losses, counted = implementation("consistency", query, backend).multimodal_consistency_loss(
-        features, teachers, queues, keys, temperature, alpha, queue_lengths, key_ids, queue_ids,
-        present,
-    )  # fmt: skip
+    pairs = list(permutations(range(len(features)), 2))
+    given = (features, teachers, keys, queues, temperature, alpha, queue_lengths, key_ids)
+    chosen = explain("consistency", query, backend).backend
+    if chosen == "reference":
+        losses, counted = reference.multimodal_consistency_loss(*given, queue_ids, present, pairs)
+    else:
+        losses, counted = boundary.losses_and_counted(*given, queue_ids, present, pairs, chosen)
     return reduce(losses.sum(0) if reduction == "none" else losses, counted.sum(), reduction)
 
 
@@ -240,12 +255,17 @@ def _check_ids(name: str, ids: Tensor | None, rows: int, device: torch.device) -
 
 
 def _check_scalars(
-    temperature: float | Tensor, alpha: float, device: torch.device, reduction: str
+    temperature: float | Tensor, alpha: float | Tensor, device: torch.device, reduction: str
 ) -> None:
     if isinstance(temperature, Tensor):
         checks.check_tensor("temperature", temperature, (), checks.FLOATS, device)
         checks.check_values("temperature", temperature, 0.0, above=True)
     else:
         checks.check_number("temperature", temperature, 0.0, above=True)
-    checks.check_number("alpha", alpha, 0.0, 1.0)
+    if isinstance(alpha, Tensor):
+        checks.check_tensor("alpha", alpha, (), checks.FLOATS, device)
+        checks.check_constant("alpha", alpha)
+        checks.check_values("alpha", alpha, 0.0, 1.0)
+    else:
+        checks.check_number("alpha", alpha, 0.0, 1.0)
     checks.check_choice("reduction", reduction, REDUCTIONS)

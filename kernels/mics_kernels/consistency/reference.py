@@ -8,7 +8,6 @@ float dtype; losses are float32, or float64 for float64 queries. The logits are 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ def consistency_loss(
     keys: Tensor,
     queue: Tensor | None,
     temperature: float | Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     queue_length: int | Tensor | None,
     key_ids: Tensor | None,
     queue_ids: Tensor | None,
@@ -55,23 +54,25 @@ def consistency_loss(
 def multimodal_consistency_loss(
     features: Sequence[Tensor],
     teachers: Sequence[Tensor],
-    queues: Sequence[Tensor] | None,
     keys: Sequence[Tensor],
+    queues: Sequence[Tensor] | None,
     temperature: float | Tensor,
-    alpha: float,
+    alpha: float | Tensor,
     queue_lengths: Sequence[int | Tensor] | None,
     key_ids: Tensor | None,
     queue_ids: Sequence[Tensor] | None,
     present: Tensor | None,
+    pairs: Sequence[tuple[int, int]],
 ) -> tuple[Tensor, Tensor]:
-    """Losses of the ordered pairs of modalities (V (V - 1), B), and which of them count.
+    """Losses of P ordered pairs of modalities (P, B), and which of them count.
 
     Args:
+        pairs: which modality's queries are held against which one's keys.
         present: (K, V) bool, of the samples the keys belong to.
         The others: see ``mics_kernels.multimodal_consistency_loss``.
     """
     losses, counted = [], []
-    for a, b in permutations(range(len(features)), 2):
+    for a, b in pairs:
         pair_losses, pair_counted = consistency_loss(
             features[a],
             teachers[a],
@@ -136,7 +137,11 @@ def _allowed(
 
 
 def _targets(
-    teacher: Tensor, pool: Tensor, allowed: Tensor, temperature: float | Tensor, alpha: float
+    teacher: Tensor,
+    pool: Tensor,
+    allowed: Tensor,
+    temperature: float | Tensor,
+    alpha: float | Tensor,
 ) -> Tensor:
     """``alpha softmax(teacher . keys / T) + (1 - alpha) onehot(positive)``, (B, N), a constant."""
     with torch.no_grad():

@@ -8,13 +8,12 @@ backward pass only scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mics_kernels.autograd import differentiable_once
 from mics_kernels.backends import implementation
 
 
@@ -105,22 +104,6 @@ def _loss_shapes(
     return loss, fused, values.new_empty(values.shape if want_gradient else 0)
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse ``create_graph=True``; torch's ``once_differentiable`` lets through what asks for it
-    by way of the inputs alone, without a gradient and without a word."""
-
-    @wraps(backward)
-    def checked(ctx: Any, *outer: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient of this operator cannot be differentiated again (create_graph=True): "
-                'use backend="reference"'
-            )
-        return backward(ctx, *outer)
-
-    return checked
-
-
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, fused, gradient = output
     ctx.save_for_backward(gradient)
@@ -128,7 +111,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_gradient(ctx: Any, outer: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 9
     if outer is None:
@@ -138,7 +121,7 @@ def _scale_gradient(ctx: Any, outer: Tensor | None, *_: Any) -> tuple[Tensor | N
     return (gradient * outer).to(gradient.dtype), *nothing
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_gradient_now(ctx: Any, outer: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     # On a CPU a look costs nothing, and the common factor 1 saves a pass over the gradient.
     if outer is not None and outer.dim() == 0 and outer.device.type == "cpu" and outer == 1.0:
@@ -172,13 +155,13 @@ def _fuse_gradient_shapes(
     return evidence.new_empty(evidence.shape)
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_evidence(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     compute = torch.ops.mics_kernels.fuse_evidence_gradient
     return compute(*ctx.saved_tensors, outer, ctx.backend), None, None
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_evidence_now(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     evidence, present, fused = ctx.saved_tensors
     return _fuse_gradient(evidence, present, fused, outer, ctx.backend), None, None

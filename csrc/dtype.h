@@ -1,0 +1,8 @@
+// The element types that tensors may have; arithmetic is float32 throughout.
+#pragma once
+
+namespace mics {
+
+enum class DType : int { float32, bfloat16, float16 };
+
+}  // namespace mics
