@@ -78,11 +78,10 @@ template <class F> MICS_INLINE F activate(F z, Activation activation, F& slope) 
 
 // What an opinion's loss needs from its classes.
 template <class F> struct Sums {
-    F evidence{};    // of all classes
-    F misleading{};  // of the wrong ones, (1 - y) e
-    LogSum<F> logs;  // ln(a), a = 1 + (1 - y) e
-    F h{};           // h(a) - 1 - ln(a) / 2
-    F expected{};    // labels: e of the right class; probabilities: y digamma(1 + e)
+    F evidence{};     // of all classes
+    F misleading{};   // of the wrong ones, (1 - y) e
+    HalfLogSum<F> h;  // h(1 + (1 - y) e) - 1
+    F expected{};     // labels: e of the right class; probabilities: y digamma(1 + e)
 };
 
 template <bool Soft, class F> MICS_INLINE void add_class(Sums<F>& sums, F e, F y) {
@@ -90,8 +89,7 @@ template <bool Soft, class F> MICS_INLINE void add_class(Sums<F>& sums, F e, F y
     const F t = reciprocal(1.0f + wrong);
     sums.evidence += e;
     sums.misleading += wrong;
-    sums.logs.add(1.0f + wrong);
-    sums.h += 0.5f * rounded_off(wrong, t) + h_rest(wrong * t, t);
+    sums.h.add(1.0f + wrong, 0.5f * rounded_off(wrong, t) + h_rest(wrong * t, t));
     if constexpr (Soft) {
         sums.expected += y * digamma(1.0f + e);
     } else {
@@ -101,7 +99,7 @@ template <bool Soft, class F> MICS_INLINE void add_class(Sums<F>& sums, F e, F y
 
 // The same of the classes that all lanes hold.
 template <class F> struct Totals {
-    F evidence, misleading, h, expected;  // h: with the logarithms
+    F evidence, misleading, h, expected;
 };
 
 // An opinion's loss, and the parts of its gradient that all classes share.
@@ -184,7 +182,7 @@ MICS_INLINE void evidential_row(Lanes& lanes, const EvidentialCall& call) {
         if (v >= call.views && v < kMaxViews) continue;
         const Sums<F>& s = sums[v];
         const Totals<F> totals = {lanes.sum(s.evidence), lanes.sum(s.misleading),
-                                  lanes.sum(s.h + 0.5f * s.logs.value()), lanes.sum(s.expected)};
+                                  lanes.sum(s.h.value()), lanes.sum(s.expected)};
         opinions[v] = judge<Soft>(totals, lanes.target_mass(), call.classes, call.kl_weight);
         const F there = v < kMaxViews ? lanes.present(v) : lanes.any_present();
         const F loss = select(there * lanes.counted() > 0.0f, lanes.weight() * opinions[v].loss, F{});

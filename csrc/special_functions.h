@@ -102,28 +102,31 @@ template <class F> MICS_INLINE F rounded_off(F e, F t) {
 // ln(1 + e), relatively accurate for small e too: what rounding 1 + e lost is added back.
 template <class F> MICS_INLINE F log1p_of(F e, F t) { return log_of(1.0f + e) + rounded_off(e, t); }
 
-// The sum of ln(x) over positive, normal x. On a CPU it is one logarithm, of their product, which
-// hands over its exponent after each factor; a GPU has a logarithm that is cheaper than that.
-template <class F> class LogSum {
+// The sum of ln(x) / 2 + rest over positive, normal x. On a CPU it takes one logarithm, that of their
+// product, which hands over its exponent after each factor; a GPU has a logarithm cheaper than that,
+// and registers for one number only.
+template <class F> class HalfLogSum {
   public:
 #if defined(__CUDA_ARCH__)
-    MICS_INLINE void add(F x) { total_ += logf(x); }
-    MICS_INLINE F value() const { return total_; }
-
-  private:
-    F total_{};
+    MICS_INLINE void add(F x, F rest) { rest_ += 0.5f * logf(x) + rest; }
+    MICS_INLINE F value() const { return rest_; }
 #else
-    MICS_INLINE void add(F x) {
+    MICS_INLINE void add(F x, F rest) {
         const Int pattern = bits<Int>(product_ * x);
         const Int exponent = (pattern - 0x3f3504f3) >> 23;  // so that a product >= sqrt(1/2) is left
         exponents_ += exponent;
         product_ = bits<F>(Int(pattern - exponent * (1 << 23)));
+        rest_ += rest;
     }
     MICS_INLINE F value() const {
-        return Lanes32<F>::to_float(exponents_) * 0.69314718f + log_of(product_);
+        const F whole = Lanes32<F>::to_float(exponents_) * 0.69314718f;
+        return rest_ + 0.5f * (whole + log_of(product_));
     }
+#endif
 
   private:
+    F rest_{};
+#if !defined(__CUDA_ARCH__)
     using Int = typename Lanes32<F>::Int;
     F product_ = F{} + 1.0f;
     Int exponents_{};
