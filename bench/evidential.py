@@ -1,35 +1,23 @@
-"""Time and check the evidential operators: forward + gradient, every implementation in one run.
+"""Time the evidential operators: forward + gradient, every implementation in one run.
 
-Implementations take turns, a few calls each a round; the ratio of medians and the ratio of minima
-are both shown. "cores" is CPU time over wall time of the whole row: well below the number of
-threads, the machine was busy with something else, and the row proves nothing (a reference that
-waits at OpenMP barriers suffers more from that than plain threads do). Then measure again, with
---threads 1. Beside the reference (float64 inside) stands the textbook formula in float32, the
-code a user would have written: cheaper, and less exact. On a GPU times are those of a replayed
-CUDA graph (torch.compile: of an ordinary call, where a graph of the compiled backward cannot be
-captured).
+Beside the reference (float64 inside) stands the textbook formula in float32, the code a user would
+have written: cheaper, and less exact. How it is timed: timing.py.
 
-    python bench/evidential.py [--device cuda] [--quick] [--json FILE]
+    python bench/evidential.py [--device cuda] [--quick] [--threads N] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from timing import Step, rows_of, run, take_turns
 from torch import Tensor
 
 from mics_kernels import evidential_fusion_loss, evidential_loss, fuse_evidence
 from mics_kernels.backends import explain
 
 SHAPES = ((8192, 3, 8), (2048, 3, 1000))
-Step = Callable[[], object]
 
 
 def textbook_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -81,117 +69,29 @@ def step_of(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Te
     return lambda: torch.autograd.grad(loss(logits, target), logits)[0]
 
 
-def replayed(step: Step) -> Step:
-    """The same call as a CUDA graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-def seconds(step: Step, device: torch.device, repeats: int) -> float:
-    """Mean time of ``repeats`` calls in a row."""
-    if device.type == "cpu":
-        start = time.perf_counter()
-        for _ in range(repeats):
-            step()
-        return (time.perf_counter() - start) / repeats
-    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    begin.record()
-    for _ in range(repeats):
-        step()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / repeats
-
-
-def measure(
-    operator: str, shape: tuple[int, int, int], device: torch.device, budget: float
-) -> tuple[dict[str, list[float]], float]:
-    """Seconds a call of each implementation, round by round, and CPU time over wall time."""
+def steps_of(operator: str, shape: tuple[int, int, int], device: torch.device) -> dict[str, Step]:
+    """One call of each implementation on the same inputs."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape, generator=generator)
     if operator != "evidential_fusion_loss":
         logits = logits.exp()  # evidence
     logits = logits.to(device).requires_grad_()
     target = torch.randint(shape[2], shape[:1], generator=generator).to(device)
-    steps: dict[str, Step] = {}
-    for name, loss in losses_of(operator, device).items():
-        step = step_of(loss, logits, target)
-        step()  # compiles
-        graphed = device.type == "cuda" and "compiled" not in name
-        steps[name] = replayed(step) if graphed else step
-    repeats = {name: max(1, int(0.02 / seconds(step, device, 1))) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    start, used = time.perf_counter(), time.process_time()
-    while len(times["reference"]) < 5 or time.perf_counter() - start < budget:
-        for name, step in steps.items():
-            times[name].append(seconds(step, device, repeats[name]))
-    cores = (time.process_time() - used) / (time.perf_counter() - start)
-    return times, cores
+    losses = losses_of(operator, device)
+    return {name: step_of(loss, logits, target) for name, loss in losses.items()}
 
 
-def row_of(values: list[float], best: list[float]) -> dict[str, float]:
-    """Median and minimum of an implementation, and how they compare with the best of ours."""
-    return {
-        "median_ms": statistics.median(values) * 1e3,
-        "min_ms": min(values) * 1e3,
-        "ratio_of_medians": statistics.median(values) / statistics.median(best),
-        "ratio_of_minima": min(values) / min(best),
-        "rounds": len(values),
-    }
-
-
-def table(device: torch.device, budget: float) -> list[dict]:
+def table(device: torch.device, budget: float) -> list[dict[str, object]]:
     """Measure everything; one row for each operator, shape and implementation."""
-    rows = []
+    rows: list[dict[str, object]] = []
     for operator in ("evidential_fusion_loss", "evidential_loss", "fuse_evidence"):
         for shape in SHAPES:
             torch._dynamo.reset()
-            times, cores = measure(operator, shape, device, budget)
-            ours = [name for name in ("cpu", "triton", "cuda") if name in times]
-            best = min(ours or ["reference"], key=lambda name: statistics.median(times[name]))
-            for name, values in times.items():
-                row = row_of(values, times[best])
-                rows.append({"operator": operator, "shape": shape, "implementation": name} | row)
-                rows[-1]["cores"] = cores
-                print(
-                    f"{operator:23} {'x'.join(map(str, shape)):12} {name:20} "
-                    f"{row['median_ms']:10.4f} ms (min {row['min_ms']:.4f})  "
-                    f"{row['ratio_of_medians']:7.1f}x (of minima {row['ratio_of_minima']:.1f}x)  "
-                    f"cores {cores:.2f}",
-                    flush=True,
-                )
+            times, cores = take_turns(steps_of(operator, shape, device), device, budget)
+            label: dict[str, object] = {"operator": operator, "shape": "x".join(map(str, shape))}
+            rows += rows_of(label, times, cores)
     return rows
 
 
-def main() -> None:
-    """Print the table; write it, with what it ran on, as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="1 s for each row instead of 10")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", type=Path, help="write results here")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    torch.set_num_threads(arguments.threads)
-    machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
-    rows = table(device, 1.0 if arguments.quick else 10.0)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-
-
 if __name__ == "__main__":
-    main()
+    run(__doc__.splitlines()[0], table)

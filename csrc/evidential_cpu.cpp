@@ -240,45 +240,52 @@ int64_t scratch_floats(int views, int classes) {
                                    : CpuLanes<true, false>::scratch_floats(views, classes);
 }
 
-// Dempster's rule alone works on the numbers of a row in pieces of a vector.
-MICS_INLINE Vec read_piece(const void* array, int64_t from, mics::DType dtype, int count) {
-    if (dtype == mics::DType::float32 && count == kWidth) return load(static_cast<const float*>(array) + from);
+// `count` numbers from index `at` on; up to `end` of the array more may be read than are wanted.
+MICS_INLINE Vec read_piece(const void* array, int64_t at, int64_t end, mics::DType dtype, int count) {
+    if (dtype == mics::DType::float32 && at + kWidth <= end) return load(static_cast<const float*>(array) + at);
     float lanes[kWidth] = {};
-    widen(array, from, dtype, lanes, count);
+    widen(array, at, dtype, lanes, count);
     return load(lanes);
 }
 
-MICS_INLINE void write_piece(Vec values, void* array, int64_t to, mics::DType dtype, int count) {
-    if (dtype == mics::DType::float32 && count == kWidth) return store(static_cast<float*>(array) + to, values);
+// Up to `end` more may be written than is wanted: only where it is written again, later.
+MICS_INLINE void write_piece(Vec values, void* array, int64_t at, int64_t end, mics::DType dtype, int count) {
+    if (dtype == mics::DType::float32 && (count == kWidth || at + kWidth <= end)) {
+        return store(static_cast<float*>(array) + at, values);
+    }
     float lanes[kWidth];
     store(lanes, values);
-    narrow(lanes, array, to, dtype, count);
+    narrow(lanes, array, at, dtype, count);
 }
 
+// Dempster's rule alone, or its gradient.
 template <bool Gradient, mics::DType D>
 void fuse_as(const mics::FusionCall& call, int64_t first, int64_t last) {
+    constexpr mics::DType kFloat = mics::DType::float32;
     const float share = 1.0f / static_cast<float>(call.classes);
+    const int64_t end = last * call.classes, views_end = end * call.views;
+    const int64_t rewritten = call.classes < kWidth ? views_end : 0;  // else views take turns
     for (int64_t row = first; row < last; ++row) {
         for (int k = 0; k < call.classes; k += kWidth) {
             const int count = call.classes - k < kWidth ? call.classes - k : kWidth;
             const int64_t place = row * call.classes + k;
             Vec fused{}, outer{};
             if constexpr (Gradient) {
-                fused = read_piece(call.fused, place, mics::DType::float32, count);
-                outer = read_piece(call.outer, place, mics::DType::float32, count) * (1.0f + fused * share);
+                fused = read_piece(call.fused, place, end, kFloat, count);
+                outer = read_piece(call.outer, place, end, kFloat, count) * (1.0f + fused * share);
             }
             for (int64_t view = row * call.views; view < (row + 1) * call.views; ++view) {
                 const bool there = !call.present || call.present[view];
                 const int64_t at = view * call.classes + k;
-                const Vec e = there ? read_piece(call.evidence, at, D, count) : Vec{};
+                const Vec e = there ? read_piece(call.evidence, at, views_end, D, count) : Vec{};
                 if constexpr (Gradient) {
-                    const Vec g = outer * reciprocal(1.0f + e * share);
-                    write_piece(there ? g : Vec{}, call.gradient, at, D, count);
+                    const Vec g = there ? outer * reciprocal(1.0f + e * share) : Vec{};
+                    write_piece(g, call.gradient, at, rewritten, D, count);
                 } else {
                     fused = fused + e + fused * e * share;
                 }
             }
-            if constexpr (!Gradient) write_piece(fused, call.fused, place, mics::DType::float32, count);
+            if constexpr (!Gradient) write_piece(fused, call.fused, place, end, kFloat, count);
         }
     }
 }
