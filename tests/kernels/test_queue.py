@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import multiprocessing
 
 from mics_kernels import FeatureQueue, consistency_loss
 
@@ -87,3 +88,38 @@ def test_a_queue_needs_room(size):
 def test_a_batch_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"features must have shape \(B, 2\), got \(4, 3\)"):
         FeatureQueue(5, 2).enqueue(torch.zeros(4, 3))
+
+
+def _enqueue_on_a_rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    queue = FeatureQueue(5, 2)
+    for step in range(4):
+        batch, ids, present = ranks_of_batches(step)[rank]
+        gathered = []
+        for own in (batch, ids, present):
+            parts = [torch.empty_like(own) for _ in range(2)]
+            torch.distributed.all_gather(parts, own)
+            gathered.append(torch.cat(parts))
+        queue.enqueue(*gathered)
+    torch.save(queue.state_dict(), folder / f"queue-{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def ranks_of_batches(step):
+    batch = rows(6 * step, 6 * step + 6)
+    ids, present = torch.arange(6 * step, 6 * step + 6), torch.arange(6) % 4 != step
+    return [(batch[own], ids[own], present[own]) for own in (slice(0, 3), slice(3, 6))]
+
+
+def test_ranks_that_enqueue_what_all_have_hold_the_same_queue(tmp_path):
+    multiprocessing.spawn(_enqueue_on_a_rank, (tmp_path,), nprocs=2)
+    alone = FeatureQueue(5, 2)
+    for step in range(4):
+        for part in ranks_of_batches(step):
+            alone.enqueue(*part)
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f"queue-{rank}", weights_only=True)
+        assert all(torch.equal(state[name], value) for name, value in alone.state_dict().items())

@@ -14,7 +14,8 @@ class FeatureQueue(nn.Module):
     """The latest features of one modality, first in, first out.
 
     Rows are written in place, around the end, without a look at the device's data. State is in
-    buffers, so it is saved, restored and moved with the module.
+    buffers, so it is saved, restored and moved with the module. With several ranks, enqueue what
+    all of them have, gathered in the order of ranks: their queues stay identical.
 
     Args:
         size: rows it holds, Q >= 1.
