@@ -45,7 +45,14 @@ def report(**environment):
 
 def test_the_report_names_versions_devices_and_every_operator():
     text = report(MICS_KERNELS_BACKEND="")
-    for word in ("python", torch.__version__, "numpy", "native module", "cpu", *IMPLEMENTATIONS):
+    for word in (
+        "python",
+        torch.__version__.split("+")[0],
+        "numpy",
+        "native module",
+        "cpu",
+        *IMPLEMENTATIONS,
+    ):
         assert word in text
     assert "the best available" in text
 
