@@ -1,9 +1,9 @@
-# make demo | test | lint | gpu | check-kernels | clean: everything happens in .venv, installed once.
+# make demo | test | lint | drill | gpu | check-kernels | clean: everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-native lint gpu check-kernels clean
+.PHONY: demo test test-native lint drill gpu check-kernels clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
@@ -23,6 +23,10 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
+drill: $(INSTALLED)
+	MICS_DRILL_KILLS=20 $(PY) -m pytest tests/mics_fast/test_drill.py
 
 # On a machine with an NVIDIA GPU: builds in a scratch place with the installed tools, tests, times.
 gpu:

@@ -195,9 +195,9 @@ class Trainer:
         log = RunLog(self.run.folder)
         try:
             loop = Loop(stage, plan, checkpoints, meta, log, validate)
-            latest = checkpoints.latest()
-            if latest is not None:
-                loop.load(load_checkpoint(latest, meta))
+            state = checkpoints.load_latest(meta)
+            if state is not None:
+                loop.load(state)
             return loop.step == plan.steps or loop.run(batches(loop.step))
         finally:
             log.close()

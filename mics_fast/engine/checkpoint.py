@@ -1,25 +1,49 @@
 """Checkpoints: one folder a step, complete, atomic, loaded without executing code.
 
 A checkpoint is written under a hidden name and renamed when it is whole, so that a kill at any
-moment leaves only whole ones under their names:
+moment leaves only whole ones under their names; a checksum tells what a disk did to them since:
 
     checkpoints/<stage>/step-00001200/state.pt    tensors and plain numbers (``weights_only``)
-    checkpoints/<stage>/step-00001200/meta.json   what it belongs to
+    checkpoints/<stage>/step-00001200/meta.json   what it belongs to, and the checksum of state.pt
     checkpoints/<stage>/best.json                 which step scored best on the val rows
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 
 from mics_fast.errors import InputError
+
+
+class DamagedCheckpoint(InputError):
+    """A checkpoint that is not what was written."""
+
+
+class HashingFile:
+    """A file to write to that keeps the SHA-256 of what it was given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._hash = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self._hash.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def checksum(self) -> str:
+        return self._hash.hexdigest()
 
 
 class Checkpoints:
@@ -35,21 +59,43 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step; one that is already there for this step is kept."""
+        """Write the checkpoint of a step; one that is already there for this step is kept.
+
+        Raises:
+            OSError: it cannot be written; those before it are left alone.
+        """
         target = self.folder / f"step-{step:08d}"
         if target.exists():
             return target
         partial = self.folder / f".partial-step-{step:08d}"
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with open(partial / "state.pt", "wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        (partial / "meta.json").write_text(json.dumps({**meta, "step": step}, indent=1))
-        partial.rename(target)
+        try:
+            partial.mkdir(parents=True)
+            write_state(partial, state, {**meta, "step": step})
+            partial.rename(target)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         self._prune()
         return target
+
+    def load_latest(self, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The state of the highest step that is whole, None where there is none.
+
+        A damaged one is named on stderr and moved out of the way.
+
+        Raises:
+            InputError: it is of another model.
+        """
+        for path in reversed(self._steps()):
+            try:
+                return load_checkpoint(path, expected)
+            except DamagedCheckpoint as error:
+                print(f"{error}; going on from the one before it", file=sys.stderr)
+                damaged = path.with_name(f".damaged-{path.name}")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.rename(damaged)
+        return None
 
     def offer_best(self, step: int, score: float) -> None:
         """Name this step the best if it scores higher than the best so far."""
@@ -93,7 +139,8 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         expected: entries of ``meta.json`` that must agree (stage, model, modalities, classes).
 
     Raises:
-        InputError: not a checkpoint, unreadable, or of another model.
+        DamagedCheckpoint: not a checkpoint, or unreadable.
+        InputError: of another model.
     """
     meta = read_meta(path)
     for key, wanted in expected.items():
@@ -102,19 +149,38 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
                 f"checkpoint {path} is of another model: its {key} is {meta.get(key)!r}, "
                 f"wanted {wanted!r}"
             )
+    file = path / "state.pt"
     try:
-        return torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise InputError(f"checkpoint {path / 'state.pt'} cannot be read: {error}") from error
+        with open(file, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != meta["sha256"]:
+            raise DamagedCheckpoint(f"checkpoint {file} cannot be read: its checksum is wrong")
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many kinds
+        reason = " ".join(str(error).split())
+        raise DamagedCheckpoint(f"checkpoint {file} cannot be read: {reason}") from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:
     """What a checkpoint folder belongs to.
 
     Raises:
-        InputError: the folder is not a checkpoint.
+        DamagedCheckpoint: the folder is not a checkpoint.
     """
     try:
         return json.loads((path / "meta.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not a checkpoint: meta.json cannot be read") from error
+        raise DamagedCheckpoint(f"{path} is not a checkpoint: meta.json cannot be read") from error
+
+
+def write_state(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    """Write state.pt, to the disk itself, and meta.json with its checksum."""
+    with open(folder / "state.pt", "wb") as file:
+        hashing = HashingFile(file)
+        torch.save(dict(state), cast(BinaryIO, hashing))  # it only writes and flushes
+        file.flush()
+        os.fsync(file.fileno())
+    text = json.dumps({**meta, "sha256": hashing.checksum()}, indent=1)
+    (folder / "meta.json").write_text(text)

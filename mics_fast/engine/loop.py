@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.log import RunLog, Timer
 from mics_fast.engine.optimiser import cosine_with_warmup, set_learning_rate
+from mics_fast.errors import InputError
 
 
 @dataclass
@@ -136,7 +138,7 @@ class Loop:
                 last = self.step == plan.steps or stop.asked
                 save = last or self.step % plan.checkpoint_every == 0
                 if save or self.step % plan.log_every == 0:
-                    self._record(values, save)
+                    self._record(values, save, last)
                 if stop.asked:
                     break
         return self.step == plan.steps
@@ -169,7 +171,7 @@ class Loop:
             factor = cosine_with_warmup(self.step, self.plan.steps, self.plan.warmup, final)
             set_learning_rate(self.plan.optimisers[name], factor)
 
-    def _record(self, values: dict[str, Tensor | float], save: bool) -> None:
+    def _record(self, values: dict[str, Tensor | float], save: bool, last: bool) -> None:
         """One log record, after the checkpoint and its score where one is due."""
         plan = self.plan
         record = {
@@ -181,7 +183,7 @@ class Loop:
             if name.startswith("loss") and not math.isfinite(value):
                 raise FloatingPointError(f"{plan.name} step {self.step}: {name} is {value}")
         if save:
-            record |= self._save()
+            record |= self._save(last)
         progress = (
             f"{plan.name}  epoch {record['epoch']:.1f}  step {self.step}/{plan.steps}  "
             f"{record['pairs_per_second']:.0f} pairs/s  data wait {record['data_wait']:.0%}"
@@ -189,8 +191,12 @@ class Loop:
         self.log.write(plan.name, self.step, record, progress)
         self.timer.restart()
 
-    def _save(self) -> dict[str, float]:
-        """Write a checkpoint; its scores, where there is something to score it on."""
+    def _save(self, last: bool) -> dict[str, float]:
+        """Write a checkpoint; its scores, where there is something to score it on.
+
+        Raises:
+            InputError: the last one cannot be written; without another, training goes on.
+        """
         scores = self.validate() if self.validate else {}
         state = {
             "step": self.step,
@@ -199,7 +205,15 @@ class Loop:
             "rng": torch.get_rng_state(),
             "seconds": self.timer.read()["seconds"],
         }
-        self.checkpoints.save(self.step, state, self.meta)
+        try:
+            self.checkpoints.save(self.step, state, self.meta)
+        except OSError as error:
+            where = f"the checkpoint of {self.plan.name} step {self.step}"
+            sentence = f"{where} cannot be written: {error.strerror or error}"
+            if last:
+                raise InputError(sentence) from None
+            print(f"{sentence}; going on without it", file=sys.stderr)
+            return scores
         if scores:
             self.checkpoints.offer_best(self.step, next(iter(scores.values())))
         return scores

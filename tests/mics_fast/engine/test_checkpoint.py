@@ -7,7 +7,12 @@ import pickle
 import pytest
 import torch
 
-from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
+from mics_fast.engine.checkpoint import (
+    Checkpoints,
+    DamagedCheckpoint,
+    load_checkpoint,
+    write_state,
+)
 from mics_fast.errors import InputError
 
 META = {"stage": "pretrain", "classes": ["a", "b"]}
@@ -75,6 +80,38 @@ def test_a_torn_file_is_named(tmp_path):
         load_checkpoint(path, META)
 
 
+@pytest.mark.parametrize("position", [100, -100])
+def test_a_flipped_bit_is_noticed(tmp_path, position):
+    path = Checkpoints(tmp_path).save(1, {"w": torch.zeros(1000)}, META)
+    data = bytearray((path / "state.pt").read_bytes())
+    data[position] ^= 1
+    (path / "state.pt").write_bytes(data)
+    with pytest.raises(DamagedCheckpoint, match="checksum"):
+        load_checkpoint(path, META)
+
+
+def test_of_damaged_checkpoints_the_one_before_is_taken_and_the_step_can_be_saved_again(
+    tmp_path, capsys
+):
+    checkpoints = Checkpoints(tmp_path, keep=4)
+    for step in (1, 2, 3, 4):
+        checkpoints.save(step, {"step": step}, META)
+    (tmp_path / "step-00000003" / "state.pt").write_bytes(b"torn")
+    (tmp_path / "step-00000004" / "meta.json").write_text("{")
+    assert checkpoints.load_latest(META)["step"] == 2
+    told = capsys.readouterr().err
+    assert "step-00000003" in told and "step-00000004" in told
+    checkpoints.save(4, {"step": 4, "again": True}, META)
+    assert checkpoints.load_latest(META)["again"]
+
+
+def test_a_checkpoint_of_another_model_is_not_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {}, META)
+    with pytest.raises(InputError, match="is of another model"):
+        checkpoints.load_latest({"stage": "finetune"})
+
+
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     path = Checkpoints(tmp_path).save(1, {}, META)
     ran = tmp_path / "ran"
@@ -83,7 +120,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
         def __reduce__(self):
             return (open, (str(ran), "w"))
 
-    torch.save({"evil": Evil()}, path / "state.pt")
-    with pytest.raises(InputError):
+    write_state(path, {"evil": Evil()}, META)
+    with pytest.raises(DamagedCheckpoint, match="weights_only"):
         load_checkpoint(path, META)
     assert not ran.exists()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Losses, Plan
+from mics_fast.errors import InputError
 
 
 @dataclass
@@ -156,3 +157,35 @@ def test_a_loss_that_broke_is_named_and_not_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="pretrain step 5: loss"):
         loop.run(poisoned())
     assert loop.checkpoints.latest() is None
+
+
+def full_disk(step):
+    """A ``save`` that finds the disk full at one step."""
+    save = Checkpoints.save
+
+    def limited(self, at, state, meta):
+        if at == step:
+            raise OSError(28, "No space left on device")
+        return save(self, at, state, meta)
+
+    return limited
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
+    loop = make_loop(tmp_path)
+    monkeypatch.setattr(Checkpoints, "save", full_disk(10))
+    assert loop.run(batches(0))
+    told = capsys.readouterr().err
+    assert "step 10 cannot be written: No space left on device; going on without it" in told
+    assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == [
+        "step-00000005",
+        "step-00000012",
+    ]
+
+
+def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_in_words(tmp_path, monkeypatch):
+    loop = make_loop(tmp_path)
+    monkeypatch.setattr(Checkpoints, "save", full_disk(12))
+    with pytest.raises(InputError, match="pretrain step 12 cannot be written: No space left"):
+        loop.run(batches(0))
+    assert loop.checkpoints.load_latest({"stage": "pretrain"})["step"] == 10
