@@ -135,11 +135,9 @@ def steps_of(batch: int, device: torch.device) -> dict[str, Step]:
     return steps
 
 
-def extra_megabytes(batch: int, name: str, device: torch.device) -> float:
+def extra_megabytes(batch: int, name: str, step: Step, device: torch.device) -> float:
     """Peak memory of a call beyond what it was given."""
     if device.type == "cuda":
-        step = steps_of(batch, device)[name]
-        step()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
@@ -175,11 +173,11 @@ def table(device: torch.device, budget: float) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for batch in (*BATCHES, *((1024,) if device.type == "cuda" else ())):
         torch._dynamo.reset()
-        times, cores = take_turns(steps_of(batch, device), device, budget)
+        steps = steps_of(batch, device)
+        times, cores = take_turns(steps, device, budget)
         for row in rows_of({"batch": f"B = {batch}"}, times, cores):
-            rows.append(
-                row | {"extra_mb": extra_megabytes(batch, str(row["implementation"]), device)}
-            )
+            name = str(row["implementation"])
+            rows.append(row | {"extra_mb": extra_megabytes(batch, name, steps[name], device)})
             print(f"{'':63} {rows[-1]['extra_mb']:10.1f} MB extra", flush=True)
     return rows
 

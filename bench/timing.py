@@ -63,10 +63,10 @@ def take_turns(
         device: what they run on.
         budget: seconds for all of them; five rounds at least.
     """
-    for name, step in steps.items():
+    for step in steps.values():
         step()  # compiles
-        if device.type == "cuda" and "compiled" not in name:
-            steps[name] = replayed(step)
+    if device.type == "cuda":
+        steps = {n: step if "compiled" in n else replayed(step) for n, step in steps.items()}
     repeats = {name: max(1, int(0.02 / seconds(step, device, 1))) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     start, used, rounds = time.perf_counter(), time.process_time(), 0
