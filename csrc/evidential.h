@@ -15,6 +15,7 @@
 //   keep_loss(v, x), keep_gradient(v, j, x)
 #pragma once
 
+#include "dtype.h"
 #include "special_functions.h"
 
 namespace mics {
@@ -22,7 +23,6 @@ namespace mics {
 constexpr int kMaxViews = 8;
 
 enum class Activation : int { identity, softplus, exp, relu };
-enum class DType : int { float32, bfloat16, float16 };
 
 // A call of evidential_loss (fuse = false) or evidential_fusion_loss; every array is contiguous.
 struct EvidentialCall {

@@ -8,14 +8,13 @@ backward pass only scales.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mics_kernels.backends import implementation
+from mics_kernels.registration import differentiable_once, library, register
 
 
 def reduced_loss(
@@ -105,22 +104,6 @@ def _loss_shapes(
     return loss, fused, values.new_empty(values.shape if want_gradient else 0)
 
 
-def _differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse ``create_graph=True``; torch's ``once_differentiable`` lets through what asks for it
-    by way of the inputs alone, without a gradient and without a word."""
-
-    @wraps(backward)
-    def checked(ctx: Any, *outer: Any) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the gradient of this operator cannot be differentiated again (create_graph=True): "
-                'use backend="reference"'
-            )
-        return backward(ctx, *outer)
-
-    return checked
-
-
 def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, fused, gradient = output
     ctx.save_for_backward(gradient)
@@ -128,7 +111,7 @@ def _keep_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_gradient(ctx: Any, outer: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 9
     if outer is None:
@@ -138,7 +121,7 @@ def _scale_gradient(ctx: Any, outer: Tensor | None, *_: Any) -> tuple[Tensor | N
     return (gradient * outer).to(gradient.dtype), *nothing
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_gradient_now(ctx: Any, outer: Tensor | None, *rest: Any) -> tuple[Tensor | None, ...]:
     # On a CPU a look costs nothing, and the common factor 1 saves a pass over the gradient.
     if outer is not None and outer.dim() == 0 and outer.device.type == "cpu" and outer == 1.0:
@@ -172,13 +155,13 @@ def _fuse_gradient_shapes(
     return evidence.new_empty(evidence.shape)
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_evidence(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     compute = torch.ops.mics_kernels.fuse_evidence_gradient
     return compute(*ctx.saved_tensors, outer, ctx.backend), None, None
 
 
-@_differentiable_once
+@differentiable_once
 def _scale_evidence_now(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
     evidence, present, fused = ctx.saved_tensors
     return _fuse_gradient(evidence, present, fused, outer, ctx.backend), None, None
@@ -196,35 +179,25 @@ class _Fusion(torch.autograd.Function):
     backward = staticmethod(_scale_evidence_now)
 
 
-_library = torch.library.Library("mics_kernels", "FRAGMENT")
-
-
-def _register(schema: str, run: Any, shapes: Any) -> None:
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mics_kernels::{name}", shapes, lib=_library)
-
-
-_register(
+register(
     "evidential_loss(Tensor values, Tensor target, Tensor kl_weight, str? activation, "
     "Tensor? present, Tensor? weight, int ignore_index, str reduction, str backend, "
     "bool want_gradient) -> (Tensor, Tensor, Tensor)",
     _loss,
     _loss_shapes,
 )
-_register(
+register(
     "fuse_evidence(Tensor evidence, Tensor? present, str backend) -> Tensor", _fuse, _fuse_shapes
 )
-_register(
+register(
     "fuse_evidence_gradient(Tensor evidence, Tensor? present, Tensor fused, Tensor outer, "
     "str backend) -> Tensor",
     _fuse_gradient,
     _fuse_gradient_shapes,
 )
 torch.library.register_autograd(
-    "mics_kernels::evidential_loss", _scale_gradient, setup_context=_keep_gradient, lib=_library
+    "mics_kernels::evidential_loss", _scale_gradient, setup_context=_keep_gradient, lib=library
 )
 torch.library.register_autograd(
-    "mics_kernels::fuse_evidence", _scale_evidence, setup_context=_keep_evidence, lib=_library
+    "mics_kernels::fuse_evidence", _scale_evidence, setup_context=_keep_evidence, lib=library
 )

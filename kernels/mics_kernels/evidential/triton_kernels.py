@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mics_kernels.evidential import coefficients
+from mics_kernels import coefficients
 
 # The compiler takes constants as tl.constexpr only, the interpreter as themselves only.
 _constant = tuple if triton.knobs.runtime.interpret else tl.constexpr
