@@ -81,13 +81,13 @@ MICS_INLINE void words_of_draws(const PhiloxKey& key, int64_t first, int64_t row
 // sqrt(-2 ln u) with u = (n + 1/2) 2^-24, n the upper 24 bits of a word.
 MICS_INLINE Vec radius_of(UintVec word) {
     const Vec n = Lanes32<Vec>::to_float(IntVec(word >> 8));
-    const IntVec exponent = (bits<IntVec>(Vec(n + 0.5f)) - 0x3f3504f3) >> 23;
-    const Vec scale = bits<Vec>(IntVec((127 - exponent) * (1 << 23)));  // 2^-exponent
+    // u = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; k stays where a float has its exponent.
+    const IntVec k = (bits<IntVec>(Vec(n + 0.5f)) - (0x3f3504f3 + (24 << 23))) & ~0x7fffff;
+    const Vec scale = bits<Vec>(IntVec(((127 - 24) << 23) - k));
     // u has 25 bits, but f has 24 or fewer: every step is exact, and ln(u) right up to u = 1.
     const Vec f = (n * scale - 1.0f) + 0.5f * scale;
-    const Vec k = Lanes32<Vec>::to_float(exponent - 24);
-    const Vec rest = f * f * (f * polynomial(f, MICS_LOG_COEFFICIENTS) - 0.5f);
-    const Vec log = k * 0.693359375f + (f + (rest - k * 2.12194440e-4f));  // ln(2) in two parts
+    const Vec rest = f + f * f * (f * polynomial(f, MICS_LOG_SHORT_COEFFICIENTS) - 0.5f);
+    const Vec log = Lanes32<Vec>::to_float(k) * 8.2629582e-8f + rest;  // ln(2) / 2^23
     return square_root(-2.0f * log);
 }
 

@@ -67,6 +67,12 @@ FITS: dict[str, Fit] = {
         (0.5**0.5 - 1, 2**0.5 - 1),
         7,
     ),
+    "LOG_SHORT": (
+        "the same, as exact as a normal number needs it",
+        log_rest,
+        (0.5**0.5 - 1, 2**0.5 - 1),
+        6,
+    ),
     "SINE": (
         "sin(pi t / 2) / t in s = t^2 for |t| <= 1/2",
         lambda s: mp.sin(mp.pi / 2 * mp.sqrt(s)) / mp.sqrt(s),
@@ -77,7 +83,7 @@ FITS: dict[str, Fit] = {
         "(cos(pi t / 2) - 1) / t^2 in s = t^2 for |t| <= 1/2",
         lambda s: (mp.cos(mp.pi / 2 * mp.sqrt(s)) - 1) / s,
         (0, 0.25),
-        3,
+        2,
     ),
     "EXP": ("(exp(x) - 1 - x) / x^2 for |x| <= ln(2)/2", exp_rest, (-0.34658, 0.34658), 4),
 }

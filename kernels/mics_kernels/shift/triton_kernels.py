@@ -19,7 +19,7 @@ from torch import Tensor
 from mics_kernels import coefficients
 from mics_kernels.triton_common import constant, device_of, polynomial
 
-_LOG = constant(coefficients.LOG)
+_LOG = constant(coefficients.LOG_SHORT)
 _SINE = constant(coefficients.SINE)
 _COSINE = constant(coefficients.COSINE)
 
@@ -59,13 +59,13 @@ def philox(seed, c0, c1, c2, c3):
 def _radius(word):
     """sqrt(-2 ln u) with u = (n + 1/2) 2^-24, n the upper 24 bits of the word."""
     n = (word >> 8).to(tl.float32)
-    exponent = ((n + 0.5).to(tl.int32, bitcast=True) - 0x3F3504F3) >> 23
-    scale = ((127 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^-exponent
+    # u = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; k stays where a float has its exponent.
+    k = ((n + 0.5).to(tl.int32, bitcast=True) - 0x4B3504F3) & -0x800000
+    scale = (0x33800000 - k).to(tl.float32, bitcast=True)
     # u has 25 bits, but f has 24 or fewer: every step is exact, and ln(u) right up to u = 1.
     f = (n * scale - 1.0) + 0.5 * scale
-    k = (exponent - 24).to(tl.float32)
-    rest = f * f * (f * polynomial(f, _LOG) - 0.5)
-    log = k * 0.693359375 + (f + (rest - k * 2.12194440e-4))  # ln(2) in two parts
+    rest = f + f * f * (f * polynomial(f, _LOG) - 0.5)
+    log = k.to(tl.float32) * 8.2629582e-8 + rest  # ln(2) / 2^23
     return tl.sqrt(-2.0 * log)
 
 
@@ -116,11 +116,12 @@ def _strength(strength, row, inside, IN_MEMORY: tl.constexpr, STRIDE: tl.constex
 
 @triton.jit(do_not_specialize=["strength", "rows"])
 def shift_kernel(
-    features, target, variance, seed, row_ids, moved, rows, strength,
+    features, target, spread, seed, row_ids, moved, rows, strength,
     D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SOFT: tl.constexpr,
     HAS_IDS: tl.constexpr, IN_MEMORY: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """features (B, D), target (B,) or (B, C), variance (C, D), row_ids (B,) -> moved (B, D)."""
+    """features (B, D), target (B,) or (B, C), row_ids (B,) -> moved (B, D); spread (C, D) holds
+    deviations for labels, variances for posteriors."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     column = tl.program_id(1) * K + tl.arange(0, K)
     inside = row < rows
@@ -132,24 +133,23 @@ def shift_kernel(
     z0, z1, z2, z3 = _normals(tl.load(seed), tl.load(seed + 1), row_id[:, None], draw[None, :])
     normal = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape((R, K))
 
-    is_class = inside
     if SOFT:
-        spread = tl.zeros((R, K), tl.float32)
+        total = tl.zeros((R, K), tl.float32)
         for c in range(C):
             share = tl.load(target + row * C + c, mask=inside, other=0.0)
-            own = tl.load(variance + c * D + column, mask=column < D, other=0.0)
-            spread += share[:, None] * own[None, :]
+            place = tl.cast(c, tl.int64) * D + column
+            own = tl.load(spread + place, mask=column < D, other=0.0)
+            total += share[:, None] * own[None, :]
+        spread = tl.sqrt(total)
     else:
         label = tl.load(target + row, mask=inside, other=-1)
-        is_class = (label >= 0) & (label < C)
-        place = label[:, None] * D + column[None, :]
-        spread = tl.load(variance + place, mask=mask & is_class[:, None], other=0.0)
+        there = mask & ((label >= 0) & (label < C))[:, None]
+        spread = tl.load(spread + label[:, None] * D + column[None, :], mask=there, other=0.0)
     scale = _strength(strength, row, inside, IN_MEMORY, STRIDE)
     place = row[:, None] * D + column[None, :]
     x = tl.load(features + place, mask=mask, other=0.0)
-    out = x.to(tl.float32) + scale[:, None] * tl.sqrt(spread) * normal
-    out = tl.where(is_class[:, None], out.to(moved.dtype.element_ty), x)
-    tl.store(moved + place, out, mask=mask)
+    out = x.to(tl.float32) + (scale[:, None] * spread) * normal
+    tl.store(moved + place, out.to(moved.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -235,8 +235,9 @@ def moments_kernel(
     m2s += part * C * D + column
     for c in range(C):
         tl.store(counts + c, 0.0)
-        tl.store(means + c * D, tl.zeros((K,), tl.float64), mask=real)
-        tl.store(m2s + c * D, tl.zeros((K,), tl.float64), mask=real)
+        place = tl.cast(c, tl.int64) * D
+        tl.store(means + place, tl.zeros((K,), tl.float64), mask=real)
+        tl.store(m2s + place, tl.zeros((K,), tl.float64), mask=real)
     end = tl.minimum((part + 1) * segment, rows)
     for start in range(part * segment, end, R):
         tl.debug_barrier()  # what one thread wrote, another may read
@@ -259,7 +260,8 @@ def moments_kernel(
                 w = tl.where(label == c, mass, 0.0)
             w = tl.where(reads, w, 0.0)
             if tl.sum(w, 0) != 0.0:
-                _merge_block(x, w, counts + c, means + c * D, m2s + c * D, real)
+                own = tl.cast(c, tl.int64) * D
+                _merge_block(x, w, counts + c, means + own, m2s + own, real)
 
 
 @triton.jit
@@ -363,22 +365,28 @@ def losses_kernel(
 
 
 def shift_blocks(dim: int) -> dict[str, int]:
-    """Tile of the shift: 2,048 elements, which is what four warps hold at 16 each; columns in
-    blocks of a power of two that divides D where there is one."""
+    """Tile of the shift: 4,096 elements, 32 a thread, which share what is worked out once a row or
+    column; columns in blocks of a power of two that divides D where there is one."""
     block = dim & -dim
     if block < 32:
         block = triton.next_power_of_2(dim)
     block = max(4, min(block, 256))
-    return {"D": dim, "R": 2048 // block, "K": block}
+    return {"D": dim, "R": 4096 // block, "K": block}
 
 
 def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
     """Tile and segments of the moments: up to 64 segments, fewer where many classes would take
     too much memory. They depend on shapes alone, and so does every bit of the result."""
-    block = {"R": 64, "K": min(64, triton.next_power_of_2(dim))}
+    block = {"R": 32, "K": min(64, triton.next_power_of_2(dim))}
     most = max(1, min(64, 2**23 // (classes * dim)))
     segment = triton.cdiv(triton.cdiv(max(rows, 1), most), block["R"]) * block["R"]
     return {**block, "segment": segment, "S": triton.cdiv(max(rows, 1), segment)}
+
+
+def loss_blocks(classes: int) -> dict[str, int]:
+    """Tile of the shifted cross-entropy: 1,024 logits, of whole rows where they fit."""
+    block = min(triton.next_power_of_2(classes), 1024)
+    return {"C": classes, "R": 1024 // block, "K": block}
 
 
 def class_moments(
@@ -440,9 +448,10 @@ def shift_features(
             )  # fmt: skip
         else:
             assert variance is not None
-            variance = variance.to(torch.float32).contiguous()
+            spread = variance.to(torch.float32).contiguous()
+            spread = spread if soft else spread.sqrt()  # once a class, not once a row
             shift_kernel[grid](
-                features, target, variance, seed.contiguous(), row_ids, moved, rows,
+                features, target, spread, seed.contiguous(), row_ids, moved, rows,
                 C=len(variance), **tile, **options,
             )  # fmt: skip
     return moved
@@ -458,12 +467,11 @@ def shifted_losses(
     gradient = logits.new_empty(logits.shape if want_gradient else 0)
     if rows == 0:
         return losses, gradient
-    block = min(triton.next_power_of_2(classes), 1024)
-    tile = {"R": max(1, 1024 // block), "K": block}
+    tile = loss_blocks(classes)
     with device_of(logits):
         losses_kernel[(triton.cdiv(rows, tile["R"]),)](
             logits, target.contiguous(), table.contiguous(), losses, gradient, rows,
-            C=classes, GRADIENT=want_gradient, **tile, **_strength_options(strength),
+            GRADIENT=want_gradient, **tile, **_strength_options(strength),
         )  # fmt: skip
     return losses, gradient
 
