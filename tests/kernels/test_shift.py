@@ -158,8 +158,8 @@ def spread(kind):
 def bound(strength, kind, reduction="none", head=HEAD, rows=ROWS, margin=0.0):
     variance, directions = spread(kind)
     return shifted_cross_entropy(
-        rows @ head.T + margin * torch.eye(3)[LABELS], LABELS, head, variance, strength=strength, directions=directions,
-        reduction=reduction,
+        rows @ head.T + margin * torch.eye(3)[LABELS], LABELS, head, variance,
+        strength=strength, directions=directions, reduction=reduction,
     )  # fmt: skip
 
 
