@@ -45,15 +45,18 @@ struct PhiloxKey {
     }
 };
 
-// Counter to random words, in place; W is uint64_t or WordVec.
-template <class W> MICS_INLINE void philox4x32(const PhiloxKey& key, W (&c)[4]) {
+// Counters to random words, in place; W is uint64_t or WordVec. Several at once, since each is one
+// long chain of operations that wait for each other.
+template <class W, int Count> MICS_INLINE void philox4x32(const PhiloxKey& key, W (&counters)[Count][4]) {
     for (int round = 0; round < kRounds; ++round) {
-        const W first = multiply_words(c[0], W{} + uint64_t{0xd2511f53u});
-        const W second = multiply_words(c[2], W{} + uint64_t{0xcd9e8d57u});
-        c[0] = (second >> 32) ^ c[1] ^ key.words[round][0];
-        c[1] = second;
-        c[2] = (first >> 32) ^ c[3] ^ key.words[round][1];
-        c[3] = first;
+        for (W(&c)[4] : counters) {
+            const W first = multiply_words(c[0], W{} + uint64_t{0xd2511f53u});
+            const W second = multiply_words(c[2], W{} + uint64_t{0xcd9e8d57u});
+            c[0] = (second >> 32) ^ c[1] ^ key.words[round][0];
+            c[1] = second;
+            c[2] = (first >> 32) ^ c[3] ^ key.words[round][1];
+            c[3] = first;
+        }
     }
 }
 
@@ -63,19 +66,19 @@ constexpr int draw_of_lane(int lane) { return lane % 4 * (kWidth / 4) + lane / 4
 
 // The words of kWidth draws of a row: words[k] is word k, one draw in each lane.
 MICS_INLINE void words_of_draws(const PhiloxKey& key, int64_t first, int64_t row, int64_t offset, UintVec (&words)[4]) {
-    WordVec even[4], odd[4];  // lanes 0, 2, 4 .. and 1, 3, 5 ..
-    for (int l = 0; l < kWidth / 2; ++l) {
-        even[0][l] = static_cast<uint64_t>(draw_of_lane(2 * l));
-        odd[0][l] = static_cast<uint64_t>(draw_of_lane(2 * l + 1));
+    WordVec halves[2][4];  // lanes 0, 2, 4 .. and lanes 1, 3, 5 ..
+    for (int odd = 0; odd < 2; ++odd) {
+        WordVec(&c)[4] = halves[odd];
+        for (int l = 0; l < kWidth / 2; ++l) c[0][l] = static_cast<uint64_t>(draw_of_lane(2 * l + odd));
+        c[0] += static_cast<uint64_t>(first);
+        c[1] = WordVec{} + static_cast<uint64_t>(row);
+        c[2] = WordVec{} + (static_cast<uint64_t>(row) >> 32);
+        c[3] = WordVec{} + static_cast<uint64_t>(offset);
     }
-    even[0] += static_cast<uint64_t>(first);
-    odd[0] += static_cast<uint64_t>(first);
-    even[1] = odd[1] = WordVec{} + static_cast<uint64_t>(row);
-    even[2] = odd[2] = WordVec{} + (static_cast<uint64_t>(row) >> 32);
-    even[3] = odd[3] = WordVec{} + static_cast<uint64_t>(offset);
-    philox4x32(key, even);
-    philox4x32(key, odd);
-    for (int k = 0; k < 4; ++k) words[k] = bits<UintVec>(WordVec((even[k] & kLowWord) | (odd[k] << 32)));
+    philox4x32(key, halves);
+    for (int k = 0; k < 4; ++k) {
+        words[k] = bits<UintVec>(WordVec((halves[0][k] & kLowWord) | (halves[1][k] << 32)));
+    }
 }
 
 // sqrt(-2 ln u) with u = (n + 1/2) 2^-24, n the upper 24 bits of a word.

@@ -50,7 +50,8 @@ void mix_deviation(const ShiftCall& call, const float* shares, float* deviation)
         const int count = lanes(call.dim - d);
         Vec variance{};
         for (int c = 0; c < call.classes; ++c) {
-            variance += shares[c] * load_as<kFloat>(call.spread, static_cast<int64_t>(c) * call.dim + d, count);
+            const float* own = call.spread + static_cast<int64_t>(c) * call.dim;
+            variance += shares[c] * (count == kWidth ? load(own + d) : load_as<kFloat>(own, d, count));
         }
         store(deviation + d, square_root(variance));
     }
@@ -169,39 +170,52 @@ struct Chunk {
 };
 
 // Merges the chunk into the moments of its class, whose rows so far weigh `before`; Chan, Golub,
-// LeVeque, 1979. mean and m2 are those of columns [first, last).
+// LeVeque, 1979. Columns d .. of `Vectors` whole vectors, or of one of which `count` lanes are real.
+template <DType D, int Vectors, bool Whole>
+MICS_INLINE void merge_columns(const MomentsCall& call, const Chunk& chunk, double before, int64_t d, int count, double* __restrict mean, double* __restrict m2) {
+    const auto load_row = [&](int i, int k) {
+        const int64_t at = chunk.rows[i] * call.dim + d + k * kWidth;
+        return Whole ? load_as<D>(call.features, at) : load_as<D>(call.features, at, count);
+    };
+    const double per_mass = 1.0 / chunk.mass, share = chunk.mass / (before + chunk.mass);
+    // The mean but for rounding; then what that left over, and the squares around it, on a second
+    // look at rows that are still in cache.
+    Vec centre[Vectors] = {}, rest[Vectors] = {}, squares[Vectors] = {};
+    for (int i = 0; i < chunk.size; ++i) {
+        for (int k = 0; k < Vectors; ++k) centre[k] += chunk.weights[i] * load_row(i, k);
+    }
+    for (int k = 0; k < Vectors; ++k) centre[k] *= static_cast<float>(per_mass);
+    for (int i = 0; i < chunk.size; ++i) {
+        for (int k = 0; k < Vectors; ++k) {
+            const Vec distance = load_row(i, k) - centre[k];
+            const Vec weighted = chunk.weights[i] * distance;
+            rest[k] += weighted;
+            squares[k] += weighted * distance;
+        }
+    }
+    float centres[Vectors * kWidth], rests[Vectors * kWidth], square_sums[Vectors * kWidth];
+    for (int k = 0; k < Vectors; ++k) {
+        store(centres + k * kWidth, centre[k]);
+        store(rests + k * kWidth, rest[k]);
+        store(square_sums + k * kWidth, squares[k]);
+    }
+    for (int l = 0; l < (Whole ? Vectors * kWidth : count); ++l) {
+        const double offset = rests[l] * per_mass;
+        const double distance = centres[l] + offset - mean[l];
+        mean[l] += distance * share;
+        m2[l] += square_sums[l] - rests[l] * offset + distance * distance * (share * before);
+    }
+}
+
+// The same for columns [first, last), whose moments are mean and m2.
 template <DType D>
 void merge(const MomentsCall& call, const Chunk& chunk, double before, int64_t first, int64_t last, double* mean, double* m2) {
-    const double share = chunk.mass / (before + chunk.mass);
-    const float per_mass = static_cast<float>(1.0 / chunk.mass);
-    for (int64_t d = first; d < last; d += kWidth) {
-        const int count = lanes(last - d);
-        Vec sum{};
-        for (int i = 0; i < chunk.size; ++i) {
-            sum += chunk.weights[i] * load_as<D>(call.features, chunk.rows[i] * call.dim + d, count);
-        }
-        // The mean but for rounding; what that left over, and the squares around it, on a second
-        // look at rows that are still in cache.
-        const Vec centre = sum * per_mass;
-        Vec rest{}, squares{};
-        for (int i = 0; i < chunk.size; ++i) {
-            const Vec distance = load_as<D>(call.features, chunk.rows[i] * call.dim + d, count) - centre;
-            const Vec weighted = chunk.weights[i] * distance;
-            rest += weighted;
-            squares += weighted * distance;
-        }
-        float centres[kWidth], rests[kWidth], square_sums[kWidth];
-        store(centres, centre);
-        store(rests, rest);
-        store(square_sums, squares);
-        double* __restrict mean_here = mean + (d - first);
-        double* __restrict m2_here = m2 + (d - first);
-        for (int l = 0; l < count; ++l) {
-            const double offset = rests[l] / chunk.mass;
-            const double distance = centres[l] + offset - mean_here[l];
-            mean_here[l] += distance * share;
-            m2_here[l] += square_sums[l] - rests[l] * offset + distance * distance * share * before;
-        }
+    int64_t d = first;
+    for (; d + kBlock <= last; d += kBlock) {
+        merge_columns<D, 4, true>(call, chunk, before, d, kWidth, mean + (d - first), m2 + (d - first));
+    }
+    for (; d < last; d += kWidth) {
+        merge_columns<D, 1, false>(call, chunk, before, d, lanes(last - d), mean + (d - first), m2 + (d - first));
     }
 }
 

@@ -26,13 +26,13 @@ int64_t seed_of(const uint32_t* key) { return static_cast<int64_t>(uint64_t{key[
 
 template <class W> void check_answers() {
     for (const Answer& answer : kAnswers) {
-        W c[4];
+        W c[1][4];
         // What lies above the low word must not matter.
-        for (int k = 0; k < 4; ++k) c[k] = W{} + (0xabcdef0100000000u | answer.counter[k]);
+        for (int k = 0; k < 4; ++k) c[0][k] = W{} + (0xabcdef0100000000u | answer.counter[k]);
         philox4x32(PhiloxKey(seed_of(answer.key)), c);
         for (int k = 0; k < 4; ++k) {
             uint64_t first;
-            memcpy(&first, &c[k], sizeof first);
+            memcpy(&first, &c[0][k], sizeof first);
             expect_near("known answer", k, static_cast<uint32_t>(first), answer.words[k], 0);
         }
     }
@@ -49,10 +49,10 @@ void check_draws() {
     normals_of_draws(key, first, row, offset, normals);
     for (int l = 0; l < kWidth; ++l) {
         const int draw = draw_of_lane(l);
-        uint64_t c[4] = {static_cast<uint64_t>(first + draw), static_cast<uint32_t>(row),
-                         static_cast<uint64_t>(row) >> 32, static_cast<uint64_t>(offset)};
+        uint64_t c[1][4] = {{static_cast<uint64_t>(first + draw), static_cast<uint32_t>(row),
+                             static_cast<uint64_t>(row) >> 32, static_cast<uint64_t>(offset)}};
         philox4x32(key, c);
-        for (int k = 0; k < 4; ++k) expect_near("word", draw, words[k][l], static_cast<uint32_t>(c[k]), 0);
+        for (int k = 0; k < 4; ++k) expect_near("word", draw, words[k][l], static_cast<uint32_t>(c[0][k]), 0);
         for (int k = 0; k < 4; ++k) {
             const double radius = std::sqrt(-2.0 * std::log(uniform(words[k & 2][l])));
             const double angle = 2.0 * 3.14159265358979323846 * uniform(words[(k & 2) + 1][l]);
