@@ -11,6 +11,7 @@ demo: $(INSTALLED)
 test: lint test-native
 	$(PY) -m pytest
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/test_evidential_backends.py
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/test_shift_backends.py
 
 # The C++ headers alone, by CTest.
 test-native: export PATH := $(CURDIR)/.venv/bin:$(PATH)

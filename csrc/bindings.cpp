@@ -11,6 +11,7 @@
 #include "consistency_cpu.h"
 #include "evidential_cpu.h"
 #include "instruction_set.h"
+#include "shift.h"
 #ifdef MICS_WITH_CUDA
 #include "evidential_cuda.h"
 #endif
@@ -124,6 +125,66 @@ void consistency_cpu(const std::vector<mics::ConsistencyPair>& pairs, uintptr_t 
     mics::consistency_cpu(call, threads);
 }
 
+mics::ShiftCall shift_call(uintptr_t features, const std::string& dtype, uintptr_t moved,
+                           uintptr_t labels, uintptr_t shares, uintptr_t spread,
+                           uintptr_t directions, uintptr_t strengths, uintptr_t row_ids,
+                           uintptr_t seed, int64_t rows, int dim, int classes, int rank,
+                           float strength) {
+    mics::ShiftCall call{};
+    call.features = pointer<const void>(features);
+    call.moved = pointer<void>(moved);
+    call.labels = pointer<const int64_t>(labels);
+    call.shares = pointer<const float>(shares);
+    call.spread = pointer<const float>(spread);
+    call.directions = pointer<const float>(directions);
+    call.strengths = pointer<const float>(strengths);
+    call.row_ids = pointer<const int64_t>(row_ids);
+    call.seed = pointer<const int64_t>(seed);
+    call.rows = rows;
+    call.dim = dim;
+    call.classes = classes;
+    call.rank = rank;
+    call.strength = strength;
+    call.dtype = dtype_of(dtype);
+    return call;
+}
+
+mics::MomentsCall moments_call(uintptr_t features, const std::string& dtype, uintptr_t labels,
+                               uintptr_t shares, uintptr_t weight, uintptr_t count, uintptr_t mean,
+                               uintptr_t m2, int64_t rows, int dim, int classes) {
+    mics::MomentsCall call{};
+    call.features = pointer<const void>(features);
+    call.labels = pointer<const int64_t>(labels);
+    call.shares = pointer<const float>(shares);
+    call.weight = pointer<const float>(weight);
+    call.count = pointer<double>(count);
+    call.mean = pointer<float>(mean);
+    call.m2 = pointer<float>(m2);
+    call.rows = rows;
+    call.dim = dim;
+    call.classes = classes;
+    call.dtype = dtype_of(dtype);
+    return call;
+}
+
+mics::ShiftedLossCall shifted_loss_call(uintptr_t logits, const std::string& dtype,
+                                        uintptr_t labels, uintptr_t table, uintptr_t strengths,
+                                        uintptr_t losses, uintptr_t gradient, int64_t rows,
+                                        int classes, float strength) {
+    mics::ShiftedLossCall call{};
+    call.logits = pointer<const void>(logits);
+    call.labels = pointer<const int64_t>(labels);
+    call.table = pointer<const float>(table);
+    call.strengths = pointer<const float>(strengths);
+    call.losses = pointer<float>(losses);
+    call.gradient = pointer<void>(gradient);
+    call.rows = rows;
+    call.classes = classes;
+    call.strength = strength;
+    call.dtype = dtype_of(dtype);
+    return call;
+}
+
 std::string compiler() {
 #if defined(__clang__)
     return "clang " __clang_version__;
@@ -165,6 +226,17 @@ PYBIND11_MODULE(_native, module) {
     py::class_<mics::FusionCall>(module, "FusionCall")
         .def(py::init(&fusion_call), py::kw_only(), "evidence"_a, "dtype"_a, "present"_a, "fused"_a,
              "outer"_a, "gradient"_a, "rows"_a, "views"_a, "classes"_a);
+    py::class_<mics::ShiftCall>(module, "ShiftCall")
+        .def(py::init(&shift_call), py::kw_only(), "features"_a, "dtype"_a, "moved"_a, "labels"_a,
+             "shares"_a, "spread"_a, "directions"_a, "strengths"_a, "row_ids"_a, "seed"_a,
+             "rows"_a, "dim"_a, "classes"_a, "rank"_a, "strength"_a);
+    py::class_<mics::MomentsCall>(module, "MomentsCall")
+        .def(py::init(&moments_call), py::kw_only(), "features"_a, "dtype"_a, "labels"_a,
+             "shares"_a, "weight"_a, "count"_a, "mean"_a, "m2"_a, "rows"_a, "dim"_a, "classes"_a);
+    py::class_<mics::ShiftedLossCall>(module, "ShiftedLossCall")
+        .def(py::init(&shifted_loss_call), py::kw_only(), "logits"_a, "dtype"_a, "labels"_a,
+             "table"_a, "strengths"_a, "losses"_a, "gradient"_a, "rows"_a, "classes"_a,
+             "strength"_a);
 
     py::class_<mics::ConsistencyPair>(module, "ConsistencyPair")
         .def(py::init(&consistency_pair), py::kw_only(), "query"_a, "teacher"_a, "query_present"_a,
@@ -179,6 +251,13 @@ PYBIND11_MODULE(_native, module) {
     module.def("fuse_evidence_cpu", &mics::fuse_evidence_cpu, "call"_a, "threads"_a, unlocked);
     module.def("fuse_evidence_gradient_cpu", &mics::fuse_evidence_gradient_cpu, "call"_a,
                "threads"_a, unlocked);
+    module.def("shift_cpu", &mics::shift_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("class_moments_cpu", &mics::class_moments_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("shifted_loss_cpu", &mics::shifted_loss_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("philox_words_cpu", [](int64_t seed, int64_t offset, int64_t row, int64_t draws,
+                                      uintptr_t words) {
+        mics::philox_words_cpu(seed, offset, row, draws, pointer<uint32_t>(words));
+    });
 #ifdef MICS_WITH_CUDA
     // stream: the address of a cudaStream_t
     module.def("count_labels_cuda", [](uintptr_t labels, int64_t rows, int64_t ignore_index,

@@ -8,6 +8,7 @@
 // might serve the others.
 #include "consistency_cpu.h"
 #include "simd.h"
+#include "vector_memory.h"
 
 namespace MICS_NAMESPACE {
 namespace {
@@ -110,7 +111,7 @@ Block gather(const ConsistencyCall& call, const TilePlan& plan, const KeySource&
     for (int64_t i = start; i < start + last - first; ++i) {
         if (queued ? source.queue_ids && source.queue_ids[i] < 0 : !readable(call, source, i)) continue;
         for (int d = call.dim; d < plan.padded_dim; ++d) to[d] = 0.0f;
-        widen(array, i * call.dim, dtype, to, call.dim);
+        read_floats(array, i * call.dim, dtype, to, call.dim);
         to += plan.padded_dim;
     }
     return block;
@@ -350,7 +351,7 @@ void combine_query(const ConsistencyCall& call, const TilePlan& plan, const Cons
     float* const taught = outer + plan.padded_dim;
     const float* const x = pair.query + query * call.dim;
     const int64_t row = query / plan.queries * plan.lanes + query % plan.queries;
-    widen(pair.source.keys, query * call.dim, pair.source.keys_dtype, own, call.dim);
+    read_floats(pair.source.keys, query * call.dim, pair.source.keys_dtype, own, call.dim);
     const float log_sum = finish(plan, parts, part_count, row, width, outer);
     for (int d = 0; d < width; ++d) taught[d] = 0.0f;
     if (is_soft(call)) finish(plan, parts, part_count, row + plan.queries, width, taught);

@@ -7,6 +7,7 @@
 #include "evidential.h"
 #include "evidential_cpu.h"
 #include "simd.h"
+#include "vector_memory.h"
 
 namespace MICS_NAMESPACE {
 namespace {
@@ -143,7 +144,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
                 Vec* view = block + v * steps_;
                 view[steps_ - 1] = Vec{};
                 const int64_t from = (first_ * views + v) * call_.classes;
-                widen(array, from, dtype, reinterpret_cast<float*>(view), call_.classes);
+                read_floats(array, from, dtype, reinterpret_cast<float*>(view), call_.classes);
             }
         } else {
             const int width = views * call_.classes;
@@ -165,7 +166,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
             return load(static_cast<const float*>(array) + from);
         }
         float lanes[kWidth] = {};
-        widen(array, from, dtype, lanes, columns);
+        read_floats(array, from, dtype, lanes, columns);
         return load(lanes);
     }
 
@@ -174,7 +175,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
             for (int v = 0; v < views; ++v) {
                 const int64_t to = (first_ * views + v) * call_.classes;
                 const float* view = reinterpret_cast<const float*>(block + v * steps_);
-                narrow(view, array, to, dtype, call_.classes);
+                write_floats(view, array, to, dtype, call_.classes);
             }
         } else {
             // Backwards and then down the rows: what a vector writes past its columns is put right
@@ -198,7 +199,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
         } else {
             float lanes[kWidth];
             store(lanes, values);
-            narrow(lanes, array, to, dtype, columns);
+            write_floats(lanes, array, to, dtype, columns);
         }
     }
 
@@ -244,7 +245,7 @@ int64_t scratch_floats(int views, int classes) {
 MICS_INLINE Vec read_piece(const void* array, int64_t at, int64_t end, mics::DType dtype, int count) {
     if (dtype == mics::DType::float32 && at + kWidth <= end) return load(static_cast<const float*>(array) + at);
     float lanes[kWidth] = {};
-    widen(array, at, dtype, lanes, count);
+    read_floats(array, at, dtype, lanes, count);
     return load(lanes);
 }
 
@@ -255,7 +256,7 @@ MICS_INLINE void write_piece(Vec values, void* array, int64_t at, int64_t end, m
     }
     float lanes[kWidth];
     store(lanes, values);
-    narrow(lanes, array, at, dtype, count);
+    write_floats(lanes, array, at, dtype, count);
 }
 
 // Dempster's rule alone, or its gradient.

@@ -3,10 +3,11 @@
 #include <cstring>
 #include <vector>
 
-#define MICS_DECLARE_KERNELS(set)                     \
-    namespace set {                                   \
-    extern const mics::EvidentialKernels evidential;  \
+#define MICS_DECLARE_KERNELS(set)                      \
+    namespace set {                                    \
+    extern const mics::EvidentialKernels evidential;   \
     extern const mics::ConsistencyKernels consistency; \
+    extern const mics::ShiftKernels shifts;            \
     }
 MICS_DECLARE_KERNELS(mics_baseline)
 #if defined(__x86_64__)
@@ -17,7 +18,7 @@ MICS_DECLARE_KERNELS(mics_avx512)
 namespace mics {
 namespace {
 
-#define MICS_KERNELS(set) &set::evidential, &set::consistency
+#define MICS_KERNELS(set) &set::evidential, &set::consistency, &set::shifts
 
 const std::vector<InstructionSet>& instruction_sets() {  // best first
     static const std::vector<InstructionSet> sets = [] {

@@ -4,6 +4,7 @@
 
 #include "consistency_cpu.h"
 #include "evidential_cpu.h"
+#include "shift.h"
 
 namespace mics {
 
@@ -12,6 +13,7 @@ struct InstructionSet {
     bool available;
     const EvidentialKernels* evidential;
     const ConsistencyKernels* consistency;
+    const ShiftKernels* shift;
 };
 
 const InstructionSet& instruction_set();

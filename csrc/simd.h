@@ -1,11 +1,10 @@
 // A vector of MICS_WIDTH floats, in the compiler's own vector types (gcc and clang; x86 and ARM).
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
-#include "dtype.h"
 #include "special_functions.h"
 
 #ifndef MICS_WIDTH
@@ -20,6 +19,7 @@ namespace MICS_NAMESPACE {
 constexpr int kWidth = MICS_WIDTH;
 typedef float Vec __attribute__((vector_size(4 * MICS_WIDTH)));
 typedef int32_t IntVec __attribute__((vector_size(4 * MICS_WIDTH)));
+typedef uint32_t UintVec __attribute__((vector_size(4 * MICS_WIDTH)));
 
 template <> struct Lanes32<Vec> {
     using Int = IntVec;
@@ -33,6 +33,19 @@ template <> MICS_INLINE Vec reciprocal<Vec>(Vec a) {
     return t + t * (1.0f - a * t);
 }
 #endif
+
+MICS_INLINE Vec square_root(Vec x) {
+#if defined(__AVX512F__) && MICS_WIDTH == 16
+    return (Vec)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__) && MICS_WIDTH == 8
+    return (Vec)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__) && MICS_WIDTH == 4
+    return (Vec)_mm_sqrt_ps((__m128)x);
+#else
+    for (int l = 0; l < kWidth; ++l) x[l] = __builtin_sqrtf(x[l]);
+    return x;
+#endif
+}
 
 MICS_INLINE Vec load(const float* from) {
     Vec v;
@@ -60,13 +73,13 @@ MICS_INLINE Vec shuffle(Vec v, IntVec from) {
 }
 
 // Stage of a transpose: rows i and i + Half of each block of 2 Half swap their off-diagonal blocks.
-template <int Half> MICS_INLINE void swap_blocks(Vec (&rows)[kWidth]) {
+template <int Half, int Rows> MICS_INLINE void swap_blocks(Vec (&rows)[Rows]) {
     IntVec low, high;
     for (int i = 0; i < kWidth; ++i) {
         low[i] = i & Half ? kWidth + (i ^ Half) : i;
         high[i] = i & Half ? kWidth + i : i ^ Half;
     }
-    for (int i = 0; i < kWidth; ++i) {
+    for (int i = 0; i < Rows; ++i) {
         if (i & Half) continue;
         const Vec a = rows[i], b = rows[i + Half];
 #if defined(__clang__)
@@ -81,9 +94,10 @@ template <int Half> MICS_INLINE void swap_blocks(Vec (&rows)[kWidth]) {
     }
 }
 
-template <int Half = kWidth / 2> MICS_INLINE void transpose(Vec (&rows)[kWidth]) {
+// Transposes Rows vectors in blocks of Rows lanes: of as many rows as lanes, the whole.
+template <int Rows, int Half = Rows / 2> MICS_INLINE void transpose(Vec (&rows)[Rows]) {
     swap_blocks<Half>(rows);
-    if constexpr (Half > 1) transpose<Half / 2>(rows);
+    if constexpr (Half > 1) transpose<Rows, Half / 2>(rows);
 }
 
 MICS_INLINE float sum_of_lanes(Vec v) {  // pairwise, so the order is fixed and the error small
@@ -95,61 +109,45 @@ MICS_INLINE float sum_of_lanes(Vec v) {  // pairwise, so the order is fixed and 
     return lanes[0];
 }
 
-MICS_INLINE float from_bfloat16(uint16_t x) { return bits<float>(static_cast<uint32_t>(x) << 16); }
+// Halves in the low 16 bits of U (uint32_t, or a vector of them), to F and back.
+template <class F, class U> MICS_INLINE F widen_bfloat16(U x) { return bits<F>(U(x << 16)); }
 
-MICS_INLINE uint16_t to_bfloat16(float x) {  // to nearest, ties to even
-    const uint32_t pattern = bits<uint32_t>(x);
-    const uint32_t rounded = (pattern + 0x7fffu + ((pattern >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>(x != x ? 0x7fc0u : rounded);
+template <class U, class F> MICS_INLINE U narrow_bfloat16(F x) {  // to nearest, ties to even
+    const U pattern = bits<U>(x);
+    const U rounded = (pattern + 0x7fffu + ((pattern >> 16) & 1u)) >> 16;
+    return select(x != x, U{} + 0x7fc0u, rounded);
 }
 
-MICS_INLINE float from_float16(uint16_t x) {
-    const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
-    const uint32_t rest = static_cast<uint32_t>(x & 0x7fffu) << 13;
+template <class F, class U> MICS_INLINE F widen_float16(U x) {
+    const U sign = (x & 0x8000u) << 16;
+    const U rest = (x & 0x7fffu) << 13;
     // Read as float32 the exponent is 112 too small; a product with 2^112 mends subnormals too.
-    const float scaled = bits<float>(rest) * 5.192296858534828e33f;
-    const uint32_t magnitude = (x & 0x7c00u) == 0x7c00u ? rest | 0x7f800000u : bits<uint32_t>(scaled);
-    return bits<float>(sign | magnitude);
+    const F scaled = bits<F>(rest) * 5.192296858534828e33f;
+    const U magnitude = select((x & 0x7c00u) == 0x7c00u, U(rest | 0x7f800000u), bits<U>(scaled));
+    return bits<F>(U(sign | magnitude));
 }
 
-MICS_INLINE uint16_t to_float16(float x) {  // to nearest, ties to even
-    const uint32_t pattern = bits<uint32_t>(x);
-    const uint32_t sign = (pattern >> 16) & 0x8000u;
-    const uint32_t magnitude = pattern & 0x7fffffffu;
-    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u);
-    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);
-    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 aligns the bits of a subnormal
-        return static_cast<uint16_t>(sign | (bits<uint32_t>(bits<float>(magnitude) + 0.5f) & 0x7ffu));
-    }
-    return static_cast<uint16_t>(sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13));
+template <class U, class F> MICS_INLINE U narrow_float16(F x) {  // to nearest, ties to even
+    const U pattern = bits<U>(x);
+    const U sign = (pattern >> 16) & 0x8000u;
+    const U magnitude = pattern & 0x7fffffffu;
+    // Below 2^-14: adding 0.5 aligns the bits of a subnormal.
+    const U subnormal = bits<U>(F(bits<F>(magnitude) + 0.5f)) & 0x7ffu;
+    U half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    half = select(magnitude < 0x38800000u, subnormal, half);
+    half = select(magnitude >= 0x477ff000u, U{} + 0x7c00u, half);
+    return sign | select(magnitude > 0x7f800000u, U{} + 0x7e00u, half);
 }
 
-// Numbers of an array from index `from` on, as float32.
-MICS_INLINE void widen(const void* array, int64_t from, mics::DType dtype, float* to, int count) {
-    if (dtype == mics::DType::float32) {
-        memcpy(to, static_cast<const float*>(array) + from, sizeof(float) * count);
-        return;
-    }
-    const uint16_t* halves = static_cast<const uint16_t*>(array) + from;
-    if (dtype == mics::DType::bfloat16) {
-        for (int i = 0; i < count; ++i) to[i] = from_bfloat16(halves[i]);
-    } else {
-        for (int i = 0; i < count; ++i) to[i] = from_float16(halves[i]);
-    }
+MICS_INLINE float from_bfloat16(uint16_t x) { return widen_bfloat16<float>(uint32_t{x}); }
+MICS_INLINE float from_float16(uint16_t x) { return widen_float16<float>(uint32_t{x}); }
+
+MICS_INLINE uint16_t to_bfloat16(float x) {
+    return static_cast<uint16_t>(narrow_bfloat16<uint32_t>(x));
 }
 
-// float32 numbers into an array from index `to` on.
-MICS_INLINE void narrow(const float* from, void* array, int64_t to, mics::DType dtype, int count) {
-    if (dtype == mics::DType::float32) {
-        memcpy(static_cast<float*>(array) + to, from, sizeof(float) * count);
-        return;
-    }
-    uint16_t* halves = static_cast<uint16_t*>(array) + to;
-    if (dtype == mics::DType::bfloat16) {
-        for (int i = 0; i < count; ++i) halves[i] = to_bfloat16(from[i]);
-    } else {
-        for (int i = 0; i < count; ++i) halves[i] = to_float16(from[i]);
-    }
+MICS_INLINE uint16_t to_float16(float x) {
+    return static_cast<uint16_t>(narrow_float16<uint32_t>(x));
 }
 
 }  // namespace MICS_NAMESPACE

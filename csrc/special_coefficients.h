@@ -1,4 +1,4 @@
-// Polynomials of special_functions.h. Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
+// Polynomials of special_functions.h and philox.h. Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
 #pragma once
 
 // (h(a) - ln(a)/2 - 1) / (1 - t)
@@ -24,6 +24,18 @@
 // (ln(1 + f) - f + f^2/2) / f^3 for 1 + f in [sqrt(1/2), sqrt(2)]
 #define MICS_LOG_COEFFICIENTS \
     3.333333e-01f, -2.5000307e-01f, 2.0001045e-01f, -1.6641282e-01f, 1.4214496e-01f, -1.2998183e-01f, 1.2622319e-01f, -7.902744e-02f
+
+// the same, as exact as a normal number needs it
+#define MICS_LOG_SHORT_COEFFICIENTS \
+    3.3333415e-01f, -2.5000703e-01f, 1.9984223e-01f, -1.6602719e-01f, 1.47039e-01f, -1.4030892e-01f, 9.0487845e-02f
+
+// sin(pi t / 2) / t in s = t^2 for |t| <= 1/2
+#define MICS_SINE_COEFFICIENTS \
+    1.5707964e+00f, -6.459635e-01f, 7.968022e-02f, -4.602149e-03f
+
+// (cos(pi t / 2) - 1) / t^2 in s = t^2 for |t| <= 1/2
+#define MICS_COSINE_COEFFICIENTS \
+    -1.2337002e+00f, 2.5363752e-01f, -2.0521404e-02f
 
 // (exp(x) - 1 - x) / x^2 for |x| <= ln(2)/2
 #define MICS_EXP_COEFFICIENTS \

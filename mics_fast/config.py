@@ -15,6 +15,7 @@ from typing import Literal
 from mics_fast.errors import InputError
 
 Stage = Literal["pretrain", "finetune", "both"]
+ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
 ModelSize = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base"]
 
 
@@ -163,9 +164,14 @@ class FinetuneConfig:
         max_uncertainty: a pseudo-label needs a fused vacuity at most this [ours].
         min_probability: ... and a class probability at least this [ours].
         modality_consistency_weight: agreement of the modalities' opinions; 0 = off [ours].
-        shift_weight: weight of the evidential loss on shifted fusion features; 0 = off [ISDA].
+        shift: how fusion features are augmented: "none"; "diagonal": moved at random by their
+            class's variance; "low-rank": moved along the latest rows of their class; both under
+            the evidential loss; "closed-form": not moved, but a cross-entropy that bounds the
+            expected one of the diagonal shift [ISDA].
+        shift_weight: weight of that loss; 0 = off [ISDA].
         shift_strength: of the shift at the end of training, ramped from 0 (0.7: ISDA's 0.5) [ISDA].
         shift_momentum: of the class statistics, a row [ours].
+        shift_rank: rows kept a class for the low-rank shift [ours].
         augment: image augmentation.
     """
 
@@ -186,9 +192,11 @@ class FinetuneConfig:
     max_uncertainty: float = 0.3
     min_probability: float = 0.8
     modality_consistency_weight: float = 0.1
+    shift: ShiftForm = "diagonal"
     shift_weight: float = 0.5
     shift_strength: float = 0.7
     shift_momentum: float = 0.01
+    shift_rank: int = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
 
 
@@ -233,7 +241,8 @@ def check_config(config: TrainConfig) -> None:
     positive = (
         "log_every checkpoint_every keep_checkpoints data.threads model.projection "
         "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.lr pretrain.temperature "
-        "finetune.epochs finetune.labelled_batch finetune.unlabelled_batch finetune.lr"
+        "finetune.epochs finetune.labelled_batch finetune.unlabelled_batch finetune.lr "
+        "finetune.shift_rank"
     )
     non_negative = (
         "pretrain.clip pretrain.lr_final pretrain.weight_decay pretrain.consistency_weight "

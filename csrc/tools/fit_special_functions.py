@@ -1,9 +1,9 @@
-"""Fit the polynomials of special_functions.h, and write them where C++ and Triton read them.
+"""Fit the polynomials of special_functions.h and philox.h, where C++ and Triton read them.
 
-Every function is smooth in t = 1 / a for a >= 1 once its logarithm is taken out, so one polynomial
-on (0, 1] replaces recurrences and asymptotic series (README.md of the evidential operator). Each is
-interpolated in 40 digits at Chebyshev nodes, which is within a few per cent of the minimax fit,
-and then rounded to float32.
+Functions of the gamma family are smooth in t = 1 / a for a >= 1 once their logarithm is taken out,
+so one polynomial on (0, 1] replaces recurrences and asymptotic series (README.md of the evidential
+operator). Each is interpolated in 40 digits at Chebyshev nodes, which is within a few per cent of
+the minimax fit, and then rounded to float32.
 
 Run from the root of the repository: python csrc/tools/fit_special_functions.py
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 HEADER = ROOT / "csrc" / "special_coefficients.h"
-MODULE = ROOT / "kernels" / "mics_kernels" / "evidential" / "coefficients.py"
+MODULE = ROOT / "kernels" / "mics_kernels" / "coefficients.py"
 
 mp.mp.dps = 40
 
@@ -67,6 +67,24 @@ FITS: dict[str, Fit] = {
         (0.5**0.5 - 1, 2**0.5 - 1),
         7,
     ),
+    "LOG_SHORT": (
+        "the same, as exact as a normal number needs it",
+        log_rest,
+        (0.5**0.5 - 1, 2**0.5 - 1),
+        6,
+    ),
+    "SINE": (
+        "sin(pi t / 2) / t in s = t^2 for |t| <= 1/2",
+        lambda s: mp.sin(mp.pi / 2 * mp.sqrt(s)) / mp.sqrt(s),
+        (0, 0.25),
+        3,
+    ),
+    "COSINE": (
+        "(cos(pi t / 2) - 1) / t^2 in s = t^2 for |t| <= 1/2",
+        lambda s: (mp.cos(mp.pi / 2 * mp.sqrt(s)) - 1) / s,
+        (0, 0.25),
+        2,
+    ),
     "EXP": ("(exp(x) - 1 - x) / x^2 for |x| <= ln(2)/2", exp_rest, (-0.34658, 0.34658), 4),
 }
 
@@ -101,8 +119,8 @@ def main() -> None:
     for name, coefficients in table.items():
         print(f"{name:9} degree {FITS[name][3]}  {float32_error(name, coefficients):.1e}")
     note = "Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1"
-    header = [f"// Polynomials of special_functions.h. {note}.", "#pragma once", ""]
-    module = ['"""Polynomials of the evidential kernels.', "", f"{note}.", '"""', ""]
+    header = [f"// Polynomials of special_functions.h and philox.h. {note}.", "#pragma once", ""]
+    module = ['"""Polynomials of the kernels.', "", f"{note}.", '"""', ""]
     for name, coefficients in table.items():
         digits = [np.format_float_scientific(c, unique=True, trim="0") for c in coefficients]
         header += [f"// {FITS[name][0]}", f"#define MICS_{name}_COEFFICIENTS \\"]

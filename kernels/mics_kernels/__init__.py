@@ -22,6 +22,7 @@ from mics_kernels.shift import (
     class_moments,
     merge_moments,
     shift_features,
+    shifted_cross_entropy,
 )
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "multimodal_consistency_loss",
     "opinion",
     "shift_features",
+    "shifted_cross_entropy",
 ]
 
 __version__ = "0.1.0"

@@ -58,6 +58,60 @@ class ConsistencyPair:
         temperature: int,
     ) -> None: ...
 
+class ShiftCall:
+    def __init__(
+        self,
+        *,
+        features: int,
+        dtype: str,
+        moved: int,
+        labels: int,
+        shares: int,
+        spread: int,
+        directions: int,
+        strengths: int,
+        row_ids: int,
+        seed: int,
+        rows: int,
+        dim: int,
+        classes: int,
+        rank: int,
+        strength: float,
+    ) -> None: ...
+
+class MomentsCall:
+    def __init__(
+        self,
+        *,
+        features: int,
+        dtype: str,
+        labels: int,
+        shares: int,
+        weight: int,
+        count: int,
+        mean: int,
+        m2: int,
+        rows: int,
+        dim: int,
+        classes: int,
+    ) -> None: ...
+
+class ShiftedLossCall:
+    def __init__(
+        self,
+        *,
+        logits: int,
+        dtype: str,
+        labels: int,
+        table: int,
+        strengths: int,
+        losses: int,
+        gradient: int,
+        rows: int,
+        classes: int,
+        strength: float,
+    ) -> None: ...
+
 def build_info() -> dict[str, object]: ...
 def use_instruction_set(name: str) -> bool: ...
 def consistency_cpu(
@@ -76,6 +130,10 @@ def consistency_cpu(
 def evidential_cpu(call: EvidentialCall, threads: int) -> None: ...
 def fuse_evidence_cpu(call: FusionCall, threads: int) -> None: ...
 def fuse_evidence_gradient_cpu(call: FusionCall, threads: int) -> None: ...
+def shift_cpu(call: ShiftCall, threads: int) -> None: ...
+def class_moments_cpu(call: MomentsCall, threads: int) -> None: ...
+def shifted_loss_cpu(call: ShiftedLossCall, threads: int) -> None: ...
+def philox_words_cpu(seed: int, offset: int, row: int, draws: int, words: int) -> None: ...
 def count_labels_cuda(
     labels: int, rows: int, ignore_index: int, count: int, stream: int
 ) -> None: ...

@@ -84,6 +84,30 @@ def _evidential_limits(tensor: Tensor) -> str:
     return ""
 
 
+def _shift_on_cpu(tensor: Tensor) -> str:
+    if tensor.device.type != "cpu":
+        return f"it serves CPU tensors, not {tensor.device}"
+    return _shift_limits(tensor)
+
+
+def _shift_in_triton(tensor: Tensor) -> str:
+    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it serves CUDA tensors, not {tensor.device}"
+    return _shift_limits(tensor)
+
+
+def _shift_limits(tensor: Tensor) -> str:
+    if tensor.dtype == torch.float64:
+        return "it computes in float32, and float64 asks for more"
+    return ""
+
+
+_SHIFT = (
+    Implementation("cpu", "shift.cpu", _shift_on_cpu),
+    Implementation("triton", "shift.triton_kernels", _shift_in_triton),
+    Implementation("reference", "shift.reference", _serves_everything),
+)
+
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {  # best first
     "consistency": (
         Implementation("cpu", "consistency.cpu", _float32_on_cpu),
@@ -95,8 +119,8 @@ IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {  # best first
         Implementation("cuda", "evidential.cuda", _evidential_on_gpu),
         Implementation("reference", "evidential.reference", _serves_everything),
     ),
-    "moments": (Implementation("reference", "shift.reference", _serves_everything),),
-    "shift": (Implementation("reference", "shift.reference", _serves_everything),),
+    "moments": _SHIFT,
+    "shift": _SHIFT,
 }
 
 _modules: dict[str, ModuleType] = {}

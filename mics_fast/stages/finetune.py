@@ -17,7 +17,7 @@ from torch.nn.functional import softplus
 from mics_fast.config import FinetuneConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.loop import Losses
-from mics_fast.models.classifier import Classifier, ClassifierOutput
+from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
 from mics_fast.stages.pretrain import masked_mean
 from mics_kernels import (
     ClassStatistics,
@@ -26,6 +26,7 @@ from mics_kernels import (
     fuse_evidence,
     opinion,
     shift_features,
+    shifted_cross_entropy,
 )
 
 NO_LABEL = -1
@@ -86,7 +87,10 @@ class FinetuneStage(nn.Module):
         self.steps, self.steps_per_epoch, self.seed = steps, steps_per_epoch, seed
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
-        self.statistics = ClassStatistics(num_classes, width, momentum=config.shift_momentum)
+        rank = config.shift_rank if config.shift == "low-rank" else 0
+        self.statistics = ClassStatistics(
+            num_classes, width, momentum=config.shift_momentum, rank=rank
+        )
         self._seen: tuple[Tensor, Tensor, Tensor] | None = None
 
     def losses(self, batch: tuple[PairBatch, ...], step: int) -> Iterator[Losses]:
@@ -116,7 +120,8 @@ class FinetuneStage(nn.Module):
         if config.modality_consistency_weight and len(self.model.modalities) > 1:
             terms["modality_consistency"] = self._agreement(output)
             weights["modality_consistency"] = config.modality_consistency_weight
-        if config.shift_weight and output.fusion_feature is not None:
+        shifts = config.shift != "none" and config.shift_weight > 0
+        if shifts and output.fusion_feature is not None:
             shifted, pseudo = rows.means(self._shift(output, rows, step, kl_weight))
             terms["shift"] = shifted + pseudo_weight * pseudo
             weights["shift"] = config.shift_weight
@@ -132,6 +137,7 @@ class FinetuneStage(nn.Module):
         )
         if self._seen is not None:
             self.statistics.update(*self._seen)
+            self.statistics.sync()
             self._seen = None
 
     def _forward(
@@ -197,7 +203,7 @@ class FinetuneStage(nn.Module):
         return masked_mean(torch.stack(distances, 1), torch.stack(both, 1))
 
     def _shift(self, output: ClassifierOutput, rows: Rows, step: int, kl_weight: float) -> Tensor:
-        """Evidential loss (R,) of the fusion view on features moved along their class's spread.
+        """Loss (R,) of the fusion view on features that vary as their class does.
 
         The unmoved features are kept for the statistics, which advance after the step.
         """
@@ -205,13 +211,17 @@ class FinetuneStage(nn.Module):
         assert feature is not None
         label = torch.where(output.present[:, -1], rows.label, NO_LABEL)
         self._seen = (feature.detach(), label, rows.weight)
+        strength = self.config.shift_strength * step / self.steps * rows.weight
+        if self.config.shift == "closed-form":
+            return rows.weight * self._bound(output, label, strength)
         moved = shift_features(
             feature,
             label,
             self.statistics.variance(),
-            strength=self.config.shift_strength * step / self.steps * rows.weight,
+            strength=strength,
             seed=torch.tensor([self.seed, step], device=feature.device),
             row_ids=rows.sample_id,
+            directions=self.statistics.directions() if self.config.shift == "low-rank" else None,
         )
         return evidential_loss(
             softplus(self.model.fusion_logits(moved)),
@@ -219,6 +229,20 @@ class FinetuneStage(nn.Module):
             kl_weight=kl_weight,
             weight=rows.weight,
             ignore_index=NO_LABEL,
+            reduction="none",
+        )
+
+    def _bound(self, output: ClassifierOutput, label: Tensor, strength: Tensor) -> Tensor:
+        """What the diagonal shift would cost the fusion head in the mean, at most (R,): softmax
+        cross-entropy, since the evidential loss has no such bound."""
+        head = self.model.heads[FUSION]
+        assert isinstance(head, nn.Linear)
+        return shifted_cross_entropy(
+            output.logits[:, -1],
+            label,
+            head.weight,
+            self.statistics.variance(),
+            strength=strength,
             reduction="none",
         )
 

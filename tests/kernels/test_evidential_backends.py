@@ -406,7 +406,7 @@ class TestTheNativeModule:
 def test_cpp_and_triton_read_the_same_coefficients() -> None:
     from pathlib import Path
 
-    from mics_kernels.evidential import coefficients
+    from mics_kernels import coefficients
 
     header = (Path(__file__).parents[2] / "csrc" / "special_coefficients.h").read_text()
     for line in header.replace("\\\n", "").splitlines():

@@ -29,6 +29,7 @@ def test_the_public_names_are_these():
         "multimodal_consistency_loss",
         "opinion",
         "shift_features",
+        "shifted_cross_entropy",
     ]
     assert all(hasattr(mics_kernels, name) for name in mics_kernels.__all__)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mics_kernels import shift_features
+from mics_kernels import shift_features, shifted_cross_entropy
 from mics_kernels.philox import normals
 
 SEED = torch.tensor([42, 3])
@@ -118,3 +118,118 @@ def test_autocast_does_not_touch_the_shift():
 def test_no_rows_are_shifted_to_no_rows():
     empty = shift(torch.zeros(0, 5), torch.zeros(0, dtype=torch.int64), torch.ones(2, 5))
     assert empty.shape == (0, 5)
+
+
+def test_something_to_vary_by_is_asked_for_in_words():
+    target = torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="variance must be given where directions are not"):
+        shift(torch.zeros(2, 3), target, None)
+    with pytest.raises(ValueError, match=r"directions must have shape \(2, r, 3\)"):
+        shift(torch.zeros(2, 3), target, torch.ones(2, 3), directions=torch.ones(4, 1, 3))
+    with pytest.raises(ValueError, match="at least one direction"):
+        shift(torch.zeros(2, 3), target, None, directions=torch.ones(2, 0, 3))
+
+
+def test_directions_take_the_place_of_the_variance():
+    features, target = torch.randn(3, 4), torch.tensor([0, 1, -1])
+    directions = torch.randn(2, 5, 4)
+    moved = shift(features, target, None, directions=directions)
+    assert torch.equal(shift(features, target, torch.ones(2, 4), directions=directions), moved)
+    wanted = normals(SEED, torch.arange(3), 5)[:, None] @ directions[[0, 1, 0]].double() / 5**0.5
+    wanted = features + 0.5 * wanted.squeeze(1).float()
+    torch.testing.assert_close(moved[:2], wanted[:2])
+    assert torch.equal(moved[2], features[2])
+
+
+# --- The closed form: an upper bound of what the sampled shift costs in the mean ---
+
+HEAD = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)).double()
+ROWS = torch.randn(6, 4, generator=torch.Generator().manual_seed(2)).double()
+LABELS = torch.arange(6) % 3
+
+
+def spread(kind):
+    generator = torch.Generator().manual_seed(3)
+    if kind == "diagonal":
+        return torch.rand(3, 4, generator=generator).double(), None
+    return None, torch.randn(3, 5, 4, generator=generator).double()
+
+
+def bound(strength, kind, reduction="none", head=HEAD, rows=ROWS, margin=0.0):
+    variance, directions = spread(kind)
+    return shifted_cross_entropy(
+        rows @ head.T + margin * torch.eye(3)[LABELS], LABELS, head, variance,
+        strength=strength, directions=directions, reduction=reduction,
+    )  # fmt: skip
+
+
+def sampled(strength, kind, draws, margin=0.0):
+    """(draws, 6) cross-entropy of shifted rows; margin: added to the logit of the label."""
+    variance, directions = spread(kind)
+    moved = shift(
+        ROWS.repeat(draws, 1), LABELS.repeat(draws), variance, strength=strength,
+        directions=directions,
+    )  # fmt: skip
+    logits = moved @ HEAD.T + margin * torch.eye(3)[LABELS].repeat(draws, 1)
+    losses = torch.nn.functional.cross_entropy(logits, LABELS.repeat(draws), reduction="none")
+    return losses.reshape(draws, 6)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "directions"])
+@pytest.mark.parametrize("strength", [0.25, 0.5, 1.0, 2.0])
+def test_the_closed_form_bounds_the_expected_loss_of_shifted_features(kind, strength):
+    losses = sampled(strength, kind, 20_000)
+    error = losses.std(0) / math.sqrt(len(losses))
+    assert (bound(strength, kind) > losses.mean(0) - 4 * error).all()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "directions"])
+def test_the_bound_is_tight_for_rows_that_are_right_beyond_doubt(kind):
+    """There log(1 + x) is x, and the bound an equation: a term of another size would be off."""
+    losses = sampled(0.4, kind, 100_000, margin=16.0)
+    error = losses.std(0) / math.sqrt(len(losses))
+    assert (bound(0.4, kind, margin=16.0) - losses.mean(0) < 5 * error).all()
+    assert (bound(0.4 / 2**0.5, kind, margin=16.0) - losses.mean(0) < -5 * error).all()
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "directions"])
+def test_bound_and_expectation_meet_where_the_shift_vanishes(kind):
+    plain = torch.nn.functional.cross_entropy(ROWS @ HEAD.T, LABELS, reduction="none")
+    torch.testing.assert_close(bound(0.0, kind), plain, rtol=1e-12, atol=1e-12)
+    gaps = [bound(s, kind) - sampled(s, kind, 20_000).mean(0) for s in (0.02, 0.01)]
+    assert gaps[0].abs().max() < 2e-3 and gaps[1].abs().max() < 1e-3
+    ratio = (bound(0.02, kind) - plain) / (bound(0.01, kind) - plain)
+    torch.testing.assert_close(ratio, torch.full((6,), 4.0).double(), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "directions"])
+def test_the_bound_is_the_cross_entropy_of_the_logits_isda_writes_down(kind):
+    """Entry by entry: y_ij + lambda / 2 (w_j - w_y)^T Sigma_y (w_j - w_y) with lambda = s^2."""
+    variance, directions = spread(kind)
+    logits = ROWS @ HEAD.T
+    for i, y in enumerate(LABELS.tolist()):
+        sigma = (
+            torch.diag(variance[y]) if directions is None else directions[y].T @ directions[y] / 5
+        )
+        for j in range(3):
+            difference = HEAD[j] - HEAD[y]
+            logits[i, j] += 0.7**2 / 2 * difference @ sigma @ difference
+    wanted = torch.nn.functional.cross_entropy(logits, LABELS, reduction="none")
+    torch.testing.assert_close(bound(0.7, kind), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["diagonal", "directions"])
+def test_the_bound_s_gradients_are_its_derivatives(kind):
+    head, rows = HEAD.clone().requires_grad_(), ROWS.clone().requires_grad_()
+    for reduction in ("mean", "none"):
+        torch.autograd.gradcheck(
+            lambda h, r, reduction=reduction: bound(0.7, kind, reduction, h, r), (head, rows)
+        )
+
+
+def test_the_bound_refuses_posteriors():
+    with pytest.raises(ValueError, match="target must have shape"):
+        shifted_cross_entropy(
+            torch.zeros(2, 3), torch.ones(2, 3) / 3, torch.ones(3, 4), torch.ones(3, 4),
+            strength=0.5,
+        )  # fmt: skip

@@ -173,14 +173,89 @@ def test_with_momentum_the_variance_follows_a_drift():
     assert fading.variance().mean() < 1.4 < 3 < cumulative.variance().mean()
 
 
-def test_restored_statistics_go_on_where_they_were():
-    first, second = ClassStatistics(C, D, momentum=0.1), ClassStatistics(C, D, momentum=0.1)
-    features, target, _ = sample(20)
-    first.update(features, target)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_restored_statistics_go_on_where_they_were_to_the_bit(rank):
+    first, second = (ClassStatistics(C, D, momentum=0.1, rank=rank) for _ in range(2))
+    features, target, weight = sample(20)
+    first.update(features, target, weight)
     second.load_state_dict(first.state_dict())
     for statistics in (first, second):
-        statistics.update(features.flip(0), target)
-    assert torch.equal(first.variance(), second.variance())
+        statistics.update(features.flip(0), target, weight)
+    for name, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[name], value), name
+
+
+def test_half_precision_around_the_statistics_leaves_them_as_they_are():
+    statistics = ClassStatistics(C, D, rank=3)
+    statistics.update(*sample(20))
+    before = {name: value.clone() for name, value in statistics.state_dict().items()}
+    torch.nn.Sequential(statistics, torch.nn.Linear(2, 2)).to("cpu").to(torch.bfloat16).half()
+    for name, value in statistics.state_dict().items():
+        assert value.dtype == before[name].dtype and torch.equal(value, before[name]), name
+
+
+def covariance(rows, weight=None):
+    """(D, D) by numpy, divided by the sum of weights."""
+    return np.cov(rows.double().numpy().T, aweights=weight, bias=True)
+
+
+def outer_mean(directions):
+    return (directions.double().transpose(1, 2) @ directions.double() / directions.shape[1]).numpy()
+
+
+@pytest.mark.parametrize("split", [[60], [1] * 60, [7, 1, 30, 0, 22]])
+def test_directions_have_the_covariance_of_the_latest_rows(split):
+    statistics = ClassStatistics(C, D, rank=5)
+    features, target, weight = sample(60)
+    for part in torch.arange(60).split(split):
+        statistics.update(features[part], target[part], weight[part])
+    directions = statistics.directions()
+    assert directions.shape == (C, 5, D) and directions.dtype == torch.float32
+    for label in range(C):
+        latest = torch.nonzero(target == label).flatten()[-5:]
+        wanted = covariance(features[latest], weight[latest].numpy())
+        np.testing.assert_allclose(outer_mean(directions)[label], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_directions_of_fewer_rows_than_rank_have_their_covariance_too():
+    statistics = ClassStatistics(C, D, rank=40)
+    features, target, _ = sample(30)
+    statistics.update(features, target)
+    for label in range(C):
+        wanted = covariance(features[target == label])
+        np.testing.assert_allclose(
+            outer_mean(statistics.directions())[label], wanted, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_a_class_has_no_directions_before_its_second_row():
+    statistics = ClassStatistics(C, D, rank=4)
+    features = torch.randn(3, D)
+    statistics.update(features, torch.tensor([0, 1, -1]))
+    assert torch.equal(statistics.directions(), torch.zeros(C, 4, D))
+    statistics.update(features, torch.tensor([-1, -1, 0]))
+    assert statistics.directions()[0].abs().max() > 0
+    assert torch.equal(statistics.directions()[1:], torch.zeros(2, 4, D))
+
+
+def test_a_row_with_posteriors_gives_a_direction_to_its_most_probable_class():
+    statistics = ClassStatistics(C, D, rank=2)
+    rows = torch.arange(4.0 * D).reshape(4, D)
+    posteriors = torch.tensor([[0.6, 0.4, 0.0], [0.5, 0.1, 0.4], [0.1, 0.9, 0.0], [0.2, 0.1, 0.7]])
+    statistics.update(rows, posteriors)
+    assert torch.equal(statistics.recent_rows[0], rows[:2])
+    torch.testing.assert_close(
+        statistics.recent_weight, torch.tensor([[0.6, 0.5], [0.0, 0.9], [0.0, 0.7]]).double()
+    )
+
+
+def test_skipped_rows_never_become_directions():
+    statistics = ClassStatistics(1, D, rank=3)
+    features = torch.randn(4, D)
+    features[[1, 2]] = float("nan")
+    statistics.update(features, torch.tensor([0, -1, 0, 0]), torch.tensor([1.0, 1.0, 0.0, 1.0]))
+    assert torch.equal(statistics.recent_rows[0, 1:], features[[0, 3]])
+    assert statistics.directions().isfinite().all()
 
 
 def test_sync_alone_changes_nothing():
@@ -199,7 +274,7 @@ def _sync_on_a_rank(rank, folder):
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
     for momentum in (None, 0.1):
-        statistics = ClassStatistics(C, D, momentum=momentum)
+        statistics = ClassStatistics(C, D, momentum=momentum, rank=4)
         for step in range(3):
             features, target, weight = sample(21, seed=step)
             for own in ([slice(0, 5)], [slice(5, 7), slice(7, 21)])[rank]:
@@ -213,7 +288,7 @@ def _sync_on_a_rank(rank, folder):
 def test_synced_ranks_hold_the_statistics_of_one_rank_that_saw_all_rows(tmp_path):
     multiprocessing.spawn(_sync_on_a_rank, (tmp_path,), nprocs=2)
     for momentum in (None, 0.1):
-        alone = ClassStatistics(C, D, momentum=momentum)
+        alone = ClassStatistics(C, D, momentum=momentum, rank=4)
         for step in range(3):
             alone.update(*sample(21, seed=step))
         ranks = [torch.load(tmp_path / f"{momentum}-{rank}", weights_only=True) for rank in (0, 1)]
@@ -222,3 +297,6 @@ def test_synced_ranks_hold_the_statistics_of_one_rank_that_saw_all_rows(tmp_path
             torch.testing.assert_close(
                 ranks[0][name], alone.state_dict()[name], rtol=1e-9, atol=1e-9
             )
+        for name in ("recent_rows", "recent_weight"):
+            assert torch.equal(ranks[0][name], ranks[1][name])
+            assert torch.equal(ranks[0][name], alone.state_dict()[name])

@@ -174,6 +174,14 @@ def test_print_config_shows_every_option():
     assert yaml.safe_load(shown)["finetune"]["shift_strength"] == 0.7
 
 
+@pytest.mark.parametrize("form", ["none", "diagonal", "low-rank", "closed-form"])
+def test_one_option_chooses_the_form_of_the_shift(form):
+    command = [sys.executable, "-m", "mics_fast.train", "--config", CONFIG, "--print_config"]
+    command += [f"--finetune.shift={form}"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert yaml.safe_load(shown)["finetune"]["shift"] == form
+
+
 def fails(module, arguments):
     """The one line that a failing command leaves on stderr; its exit status is 2."""
     done = subprocess.run(

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mics_kernels.autograd import differentiable_once
 from mics_kernels.backends import implementation
+from mics_kernels.registration import differentiable_once, library, register
 
 
 def losses_and_counted(
@@ -176,18 +176,17 @@ def _scale_gradients(ctx: Any, outer: Tensor | None, *_: Any) -> tuple[Any, ...]
     return queries, teachers, keys, queues, temperature, None, lengths, None, ids, *nothing
 
 
-_library = torch.library.Library("mics_kernels", "FRAGMENT")
-_library.define(
+register(
     "consistency_losses(Tensor[] queries, Tensor[] teachers, Tensor[] keys, Tensor[] queues, "
     "Tensor temperature, Tensor alpha, Tensor[] queue_lengths, Tensor? key_ids, "
     "Tensor[] queue_ids, Tensor? present, int[] pairs, str backend, bool want_gradient) "
-    "-> (Tensor, Tensor, Tensor, Tensor)"
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _losses,
+    _shapes,
 )
-_library.impl("consistency_losses", _losses, "CompositeExplicitAutograd")
-torch.library.register_fake("mics_kernels::consistency_losses", _shapes, lib=_library)
 torch.library.register_autograd(
     "mics_kernels::consistency_losses",
     _scale_gradients,
     setup_context=_keep_gradients,
-    lib=_library,
+    lib=library,
 )

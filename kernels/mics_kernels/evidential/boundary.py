@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mics_kernels.autograd import differentiable_once
 from mics_kernels.backends import implementation
+from mics_kernels.registration import differentiable_once, library, register
 
 
 def reduced_loss(
@@ -189,35 +189,25 @@ class _Fusion(torch.autograd.Function):
     backward = staticmethod(_scale_evidence_now)
 
 
-_library = torch.library.Library("mics_kernels", "FRAGMENT")
-
-
-def _register(schema: str, run: Any, shapes: Any) -> None:
-    name = schema.partition("(")[0]
-    _library.define(schema)
-    _library.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"mics_kernels::{name}", shapes, lib=_library)
-
-
-_register(
+register(
     "evidential_loss(Tensor values, Tensor target, Tensor kl_weight, str? activation, "
     "Tensor? present, Tensor? weight, int ignore_index, str reduction, str backend, "
     "bool want_gradient) -> (Tensor, Tensor, Tensor)",
     _loss,
     _loss_shapes,
 )
-_register(
+register(
     "fuse_evidence(Tensor evidence, Tensor? present, str backend) -> Tensor", _fuse, _fuse_shapes
 )
-_register(
+register(
     "fuse_evidence_gradient(Tensor evidence, Tensor? present, Tensor fused, Tensor outer, "
     "str backend) -> Tensor",
     _fuse_gradient,
     _fuse_gradient_shapes,
 )
 torch.library.register_autograd(
-    "mics_kernels::evidential_loss", _scale_gradient, setup_context=_keep_gradient, lib=_library
+    "mics_kernels::evidential_loss", _scale_gradient, setup_context=_keep_gradient, lib=library
 )
 torch.library.register_autograd(
-    "mics_kernels::fuse_evidence", _scale_evidence, setup_context=_keep_evidence, lib=_library
+    "mics_kernels::fuse_evidence", _scale_evidence, setup_context=_keep_evidence, lib=library
 )

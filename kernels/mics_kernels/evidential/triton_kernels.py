@@ -16,28 +16,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mics_kernels.evidential import coefficients
+from mics_kernels import coefficients
+from mics_kernels.triton_common import constant, device_of, polynomial
 
-# The compiler takes constants as tl.constexpr only, the interpreter as themselves only.
-_constant = tuple if triton.knobs.runtime.interpret else tl.constexpr
-
-_H_REST = _constant(coefficients.H_REST)
-_DIGAMMA = _constant(coefficients.DIGAMMA)
-_TRIGAMMA = _constant(coefficients.TRIGAMMA)
-_H_SLOPE = _constant(coefficients.H_SLOPE)
-_LOG1P = _constant(coefficients.LOG1P)
-_LOG = _constant(coefficients.LOG)
+_H_REST = constant(coefficients.H_REST)
+_DIGAMMA = constant(coefficients.DIGAMMA)
+_TRIGAMMA = constant(coefficients.TRIGAMMA)
+_H_SLOPE = constant(coefficients.H_SLOPE)
+_LOG1P = constant(coefficients.LOG1P)
+_LOG = constant(coefficients.LOG)
 
 _ACTIVATIONS = {None: 0, "softplus": 1, "exp": 2, "relu": 3}
-
-
-@triton.jit
-def _polynomial(t, c: tl.constexpr):
-    """Horner's rule: c[0] + t (c[1] + t (c[2] + ...))."""
-    total = t * 0.0 + c[len(c) - 1]
-    for i in tl.static_range(1, len(c)):
-        total = total * t + c[len(c) - 1 - i]
-    return total
 
 
 @triton.jit
@@ -54,7 +43,7 @@ def _log(x):
     exponent = (pattern - 0x3F3504F3) >> 23
     f = (pattern - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     k = exponent.to(tl.float32)
-    rest = f * f * (f * _polynomial(f, _LOG) - 0.5)
+    rest = f * f * (f * polynomial(f, _LOG) - 0.5)
     return k * 0.693359375 + (f + (rest - k * 2.12194440e-4))
 
 
@@ -66,24 +55,24 @@ def _rounded_off(e, t):
 
 @triton.jit
 def _h_rest(one_minus_t, t):
-    return one_minus_t * _polynomial(t, _H_REST)
+    return one_minus_t * polynomial(t, _H_REST)
 
 
 @triton.jit
 def _h_slope(one_minus_t, t):
-    return t * (1.0 - one_minus_t * _polynomial(t, _H_SLOPE))
+    return t * (1.0 - one_minus_t * polynomial(t, _H_SLOPE))
 
 
 @triton.jit
 def _digamma(a):
     t = _reciprocal(a)
-    return _log(a) + t * _polynomial(t, _DIGAMMA)
+    return _log(a) + t * polynomial(t, _DIGAMMA)
 
 
 @triton.jit
 def _trigamma(a):
     t = _reciprocal(a)
-    return t * _polynomial(t, _TRIGAMMA)
+    return t * polynomial(t, _TRIGAMMA)
 
 
 @triton.jit
@@ -93,7 +82,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
         q = tl.exp(-tl.abs(z))
         positive = 1.0 / (1.0 + q)
         # z + |z| instead of a maximum: NaN stays NaN
-        e = 0.5 * (z + tl.abs(z)) + q * _polynomial(q, _LOG1P)
+        e = 0.5 * (z + tl.abs(z)) + q * polynomial(q, _LOG1P)
         slope = tl.where(z < 0.0, q * positive, positive)
     elif ACTIVATION == 2:
         inside = tl.where(z < -10.0, -10.0, tl.where(z > 10.0, 10.0, z))
@@ -157,7 +146,7 @@ def _judge(evidence, misleading, h, expected, mass, kl_weight, C: tl.constexpr, 
     strength = C + misleading
     t = _reciprocal(strength)
     rest = _h_rest(1.0 - t, t) - _h_rest(1.0 - flat_t, flat_t)
-    rest += (C - 1) * (t * _polynomial(t, _DIGAMMA) - flat_t * _polynomial(flat_t, _DIGAMMA))
+    rest += (C - 1) * (t * polynomial(t, _DIGAMMA) - flat_t * polynomial(flat_t, _DIGAMMA))
     log = _log(1.0 + excess) + _rounded_off(excess, _reciprocal(1.0 + excess))
     kl = (C - 0.5) * log + (rest - h)
     everything = C + evidence
@@ -360,7 +349,7 @@ def loss_and_gradient(
     if rows == 0:
         return losses, fused, gradient
     tile = blocks(views, classes)
-    with _device_of(values):
+    with device_of(values):
         count = _count(target, ignore_index) if mean else None
         evidential_rows_kernel[(triton.cdiv(rows, tile["R"]),)](
             values, target, target, present, weight, count, losses, fused, gradient,
@@ -404,7 +393,7 @@ def _launch_fuse(
     present = None if present is None else present.contiguous()
     tile = blocks(views, classes)
     grid = (triton.cdiv(rows, tile["R"]), triton.cdiv(classes, tile["K"]))
-    with _device_of(evidence):
+    with device_of(evidence):
         fuse_kernel[grid](
             evidence, present, fused, outer, gradient, rows, **tile,
             HAS_PRESENT=present is not None, GRADIENT=gradient is not None,
@@ -417,8 +406,3 @@ def _count(target: Tensor, ignore_index: int) -> Tensor:
         return count.fill_(len(target))
     count_kernel[(1,)](target, count, ignore_index, len(target), BLOCK=1024)
     return count
-
-
-def _device_of(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current GPU, which need not be the tensor's; -1 leaves a CPU alone."""
-    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)

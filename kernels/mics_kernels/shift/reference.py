@@ -1,6 +1,8 @@
-"""Class moments and the feature shift as formulas: the specification of every other file here.
+"""Class moments, feature shift and shifted cross-entropy as formulas: the specification of every
+other file here.
 
-Shapes: B rows, D feature width, C classes. Sources: README.md beside this file.
+Shapes: B rows, D feature width, C classes, r directions a class. Sources: README.md beside this
+file.
 """
 
 from __future__ import annotations
@@ -25,34 +27,94 @@ def class_moments(
     m2 = torch.zeros_like(mean)
     for label in range(num_classes):
         m2[label] = shares[:, label] @ (rows - mean[label]).square()
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    dtype = _result_dtype(features)
     return count, mean.to(dtype), m2.to(dtype)
 
 
 def shift_features(
     features: Tensor,
     target: Tensor,
-    variance: Tensor,
+    variance: Tensor | None,
     strength: float | Tensor,
     seed: Tensor,
-    row_ids: Tensor,
+    row_ids: Tensor | None,
+    directions: Tensor | None,
 ) -> Tensor:
-    """``features + strength * sqrt(variance[target]) * normal``, in the dtype of the features."""
-    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    deviation = _row_variance(target, variance.double()).sqrt()
-    noise = (deviation * normals(seed, row_ids, features.shape[1])).to(dtype)
+    """``features + strength * noise``, in the dtype of the features."""
+    dtype = _result_dtype(features)
+    if row_ids is None:
+        row_ids = torch.arange(len(features), device=features.device)
+    if directions is not None:
+        noise = _combination(target, directions.double(), seed, row_ids)
+    else:
+        assert variance is not None
+        deviation = _row_variance(target, variance.double()).sqrt()
+        noise = deviation * normals(seed, row_ids, features.shape[1])
     if isinstance(strength, Tensor):
-        strength = strength.to(dtype).unsqueeze(1)
-    return (features.to(dtype) + strength * noise).to(features.dtype)
+        strength = strength.to(dtype).reshape(-1, 1)
+    return (features.to(dtype) + strength * noise.to(dtype)).to(features.dtype)
+
+
+def spread_table(weight: Tensor, variance: Tensor | None, directions: Tensor | None) -> Tensor:
+    """(C, C) float64: ``(w_j - w_y)^T Sigma_y (w_j - w_y)`` for class y and logit j.
+
+    Expanded into matrix products, so that nothing of shape (C, C, D) is made; what then cancels has
+    the digits of float64 to lose.
+    """
+    weight = weight.double()
+    if directions is not None:
+        projected = directions.double() @ weight.T  # (C, r, C): direction of class y on w_j
+        own = projected.diagonal(dim1=0, dim2=2).T
+        return (projected - own.unsqueeze(2)).square().mean(1)
+    assert variance is not None
+    variance = variance.double()
+    cross = (variance * weight) @ weight.T
+    return variance @ weight.square().T - 2.0 * cross + cross.diagonal().unsqueeze(1)
+
+
+def shifted_losses(
+    logits: Tensor, target: Tensor, table: Tensor, strength: float | Tensor
+) -> Tensor:
+    """(B,) cross-entropy of ``logits + strength**2 / 2 * table[target]``; 0 for a label -1."""
+    is_class, label = _class_of(target, logits.shape[1])
+    if isinstance(strength, Tensor):
+        strength = strength.double().reshape(-1, 1)
+    moved = logits.double() + 0.5 * strength**2 * table[label]
+    moved = torch.where(is_class.unsqueeze(1), moved, 0.0)
+    right = moved.gather(1, label.unsqueeze(1)).squeeze(1)
+    losses = torch.where(is_class, moved.logsumexp(1) - right, 0.0)
+    return losses.to(_result_dtype(logits))
+
+
+def _combination(target: Tensor, directions: Tensor, seed: Tensor, row_ids: Tensor) -> Tensor:
+    """(B, D): ``sum_j normal_j directions[target, j] / sqrt(r)``.
+
+    Of posteriors p every class takes normals of its own, c r + j, and enters with sqrt(p_c): so the
+    covariance is the mixture.
+    """
+    classes, rank, dim = directions.shape
+    if target.dim() == 2:
+        own = target.double().sqrt().repeat_interleave(rank, dim=1)
+        noise = (own * normals(seed, row_ids, classes * rank)) @ directions.reshape(-1, dim)
+        return noise / rank**0.5
+    draws = normals(seed, row_ids, rank)
+    noise = draws.new_zeros(len(target), dim)
+    for label in range(classes):
+        noise = torch.where((target == label).unsqueeze(1), draws @ directions[label], noise)
+    return noise / rank**0.5
 
 
 def _row_variance(target: Tensor, variance: Tensor) -> Tensor:
     """(B, D) variance of each row's class or mixture of classes; 0 for a label that is no class."""
     if target.dim() == 2:
         return target.double() @ variance
-    classes = len(variance)
-    is_class = (target >= 0) & (target < classes)
-    return torch.where(is_class.unsqueeze(1), variance[target.clamp(0, classes - 1)], 0.0)
+    is_class, label = _class_of(target, len(variance))
+    return torch.where(is_class.unsqueeze(1), variance[label], 0.0)
+
+
+def _class_of(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """(B,) whether the label is a class, and (B,) a label that can be looked up in any case."""
+    return (target >= 0) & (target < classes), target.clamp(0, classes - 1)
 
 
 def _shares(target: Tensor, num_classes: int) -> Tensor:
@@ -61,3 +123,7 @@ def _shares(target: Tensor, num_classes: int) -> Tensor:
         return target.double()
     classes = torch.arange(num_classes, device=target.device)
     return (target.unsqueeze(1) == classes).double()
+
+
+def _result_dtype(features: Tensor) -> torch.dtype:
+    return torch.float64 if features.dtype == torch.float64 else torch.float32

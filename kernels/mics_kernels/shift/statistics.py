@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mics_kernels import checks
-from mics_kernels.backends import implementation
+from mics_kernels.backends import explain
+from mics_kernels.shift import boundary, reference
+from mics_kernels.shift.recent import RecentRows, append_rows, centred_directions, latest_rows
 
 
 class ClassMoments(NamedTuple):
@@ -64,11 +67,12 @@ def class_moments(
         if weight is not None:
             checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
             checks.check_values("weight", weight, 0.0)
-        return ClassMoments(
-            *implementation("moments", features, backend).class_moments(
-                features, target, num_classes, weight
-            )
-        )
+        chosen = explain("moments", features, backend).backend
+        if chosen == "reference":
+            moments = reference.class_moments(features, target, num_classes, weight)
+        else:
+            moments = boundary.moments(features, target, num_classes, weight, chosen)
+        return ClassMoments(*moments)
 
 
 def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
@@ -104,17 +108,27 @@ class ClassStatistics(nn.Module):
     the new rows enters the variance (Chan's merge), so that a class that shows up once per batch
     still gets its variance. A weighted row counts as that many rows.
 
+    With a rank, the latest rows of each class are kept, too: low-rank directions along which it
+    varies (``directions``), correlations between features included.
+
+    State is in buffers, so it is saved, restored and moved with the module; they keep their
+    dtypes where the module around them is made half precision.
+
     Args:
         num_classes: C >= 1.
         dim: feature width D >= 1.
         momentum: None: cumulative; else in (0, 1), the weight of one new row.
+        rank: how many rows a class are kept for ``directions``, r >= 0.
 
     Attributes:
         count, mean, m2: (C,), (C, D), (C, D), float64: rows so far, mean, count * variance.
+        recent_rows, recent_weight: (C, r, D) float32, (C, r) float64: the latest, newest last;
+            weight 0 where there is none yet.
         synced_*: the same at the last ``sync``; pending_*: of this rank's rows since.
 
     Raises:
-        ValueError: num_classes or dim below 1, momentum outside (0, 1).
+        TypeError: num_classes, dim or rank is no int.
+        ValueError: num_classes or dim below 1, rank below 0, momentum outside (0, 1).
 
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.1; the
     momentum form is this project's.
@@ -124,55 +138,80 @@ class ClassStatistics(nn.Module):
     mean: Tensor
     m2: Tensor
 
-    def __init__(self, num_classes: int, dim: int, *, momentum: float | None = None) -> None:
+    def __init__(
+        self, num_classes: int, dim: int, *, momentum: float | None = None, rank: int = 0
+    ) -> None:
         super().__init__()
         checks.check_whole("num_classes", num_classes, 1)
         checks.check_whole("dim", dim, 1)
+        checks.check_whole("rank", rank, 0)
         if momentum is not None and not 0.0 < momentum < 1.0:
             raise ValueError(f"momentum must be > 0 and < 1, got {momentum}")
-        self.momentum = momentum
+        self.momentum, self.rank = momentum, rank
         for part in ("", "synced_", "pending_"):
             self.register_buffer(f"{part}count", torch.zeros(num_classes, dtype=torch.float64))
             for moment in ("mean", "m2"):
                 zeros = torch.zeros(num_classes, dim, dtype=torch.float64)
                 self.register_buffer(f"{part}{moment}", zeros)
+            self.register_buffer(f"{part}recent_rows", torch.zeros(num_classes, rank, dim))
+            weight = torch.zeros(num_classes, rank, dtype=torch.float64)
+            self.register_buffer(f"{part}recent_weight", weight)
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
-        """Take in one batch; arguments and errors as ``class_moments``."""
-        new = class_moments(features, target, len(self.count), weight=weight)
+        """Take in one batch; arguments and errors as ``class_moments``.
+
+        For ``directions`` a row with posteriors counts for its most probable class alone.
+        """
+        classes = len(self.count)
+        new = class_moments(features, target, classes, weight=weight)
         self._store("pending_", merge_moments(self._moments("pending_"), new))
         self._store("", self._absorb(self._moments(""), new))
+        if self.rank:
+            latest = latest_rows(features, target, weight, classes, self.rank)
+            for part in ("pending_", ""):
+                self._keep(part, append_rows(self._recent(part), latest))
 
     def variance(self) -> Tensor:
         """(C, D) float32 variance of each class (divided by the count); 0 below two rows so far."""
         variance = self.m2 / self.count.clamp(min=1.0).unsqueeze(1)
         return torch.where(self.count.unsqueeze(1) < 2.0, 0.0, variance).float()
 
+    def directions(self) -> Tensor:
+        """(C, rank, D) float32: the latest rows of each class, centred and scaled such that the
+        mean of their outer products is the (weighted) covariance of these rows, whether or not
+        there are ``rank`` of them yet; 0 below two rows so far."""
+        directions = centred_directions(self._recent(""))
+        return torch.where(self.count.reshape(-1, 1, 1) < 2.0, 0.0, directions)
+
     @torch.no_grad()
     def sync(self, group: torch.distributed.ProcessGroup | None = None) -> None:
         """Give every rank the statistics of the rows of all ranks, as if one rank had seen them.
 
-        Call it on all ranks, after any number of updates. One all-gather of C (1 + 2 D) numbers;
-        without torch.distributed, or before its initialisation, nothing happens.
+        Call it on all ranks, after any number of updates. One all-gather of C (1 + 2 D) numbers,
+        and of C r (1 + D) more with a rank; without torch.distributed, or before its
+        initialisation, nothing happens.
 
         Args:
             group: the ranks to merge; default all.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
-        count, mean, m2 = self._moments("pending_")
-        own = torch.cat([count.unsqueeze(1), mean, m2], dim=1)
+        own = _pack(self._moments("pending_"), self._recent("pending_"))
         gathered = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(gathered, own, group=group)
-        dim = mean.shape[1]
-        new = ClassMoments(torch.zeros_like(count), torch.zeros_like(mean), torch.zeros_like(m2))
-        self._store("pending_", new)
+        for name, value in self.named_buffers():
+            if name.startswith("pending_"):
+                value.zero_()
+        new, recent = self._moments("pending_"), self._recent("synced_")
         for part in gathered:
-            new = merge_moments(new, ClassMoments(*_split(part, dim)))
+            moments, rows = _unpack(part, self.mean.shape[1], self.rank)
+            new = merge_moments(new, moments)
+            recent = append_rows(recent, rows) if self.rank else recent
         merged = self._absorb(self._moments("synced_"), new)
-        self._store("synced_", merged)
-        self._store("", merged)
+        for name in ("synced_", ""):
+            self._store(name, merged)
+            self._keep(name, recent)
 
     def _absorb(self, old: ClassMoments, new: ClassMoments) -> ClassMoments:
         """Merge new rows; with momentum the old ones weigh no more than their share."""
@@ -198,6 +237,35 @@ class ClassStatistics(nn.Module):
         for name, value in moments._asdict().items():
             getattr(self, f"{part}{name}").copy_(value)
 
+    def _recent(self, part: str) -> RecentRows:
+        return RecentRows(
+            getattr(self, f"{part}recent_rows"), getattr(self, f"{part}recent_weight")
+        )
 
-def _split(packed: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    return packed[:, 0], packed[:, 1 : 1 + dim], packed[:, 1 + dim :]
+    def _keep(self, part: str, recent: RecentRows) -> None:
+        for name, value in recent._asdict().items():
+            getattr(self, f"{part}recent_{name}").copy_(value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the buffers, but never round them: sums of many rows do not fit half precision."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.dtype != value.dtype:
+                setattr(self, name, value.to(moved.device))
+        return self
+
+
+def _pack(moments: ClassMoments, recent: RecentRows) -> Tensor:
+    """Everything about a class in one row of float64, which holds float32 exactly."""
+    rows = recent.rows.double().flatten(1)
+    return torch.cat(
+        [moments.count.unsqueeze(1), moments.mean, moments.m2, recent.weight, rows], dim=1
+    )
+
+
+def _unpack(packed: Tensor, dim: int, rank: int) -> tuple[ClassMoments, RecentRows]:
+    count, mean, m2, weight, rows = packed.split([1, dim, dim, rank, rank * dim], dim=1)
+    moments = ClassMoments(count.squeeze(1), mean, m2)
+    return moments, RecentRows(rows.float().unflatten(1, (rank, dim)), weight)

@@ -147,8 +147,56 @@ def test_the_shift_grows_from_nothing(make_stage, make_batch, monkeypatch):
     assert (strengths[2][4:] < 0.7).all()
 
 
-def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make_batch):
-    stage = make_stage(unlabelled_weight=0.0, modality_consistency_weight=0.0)
+def test_without_a_shift_there_is_no_such_term(make_stage, make_batch):
+    for options in ({"shift": "none"}, {"shift_weight": 0.0}):
+        stage = make_stage(**ACCEPT_ALL, **options)
+        assert "shift" not in run_step(stage, (make_batch(4), make_batch(8, strong=True))).terms
+        assert not stage.statistics.count.any()
+
+
+@pytest.mark.parametrize("form", ["diagonal", "low-rank", "closed-form"])
+def test_every_form_of_the_shift_changes_the_loss_and_trains_the_head(make_stage, make_batch, form):
+    batch = (make_batch(12), make_batch(8, strong=True))
+    losses = []
+    for strength in (0.0, 40.0):
+        stage = make_stage(**ACCEPT_ALL, shift=form, shift_strength=strength)
+        for step in (48, 49):  # statistics, before there is something to vary by
+            run_step(stage, batch, step)
+        losses.append(run_step(stage, batch, 50).terms["shift"])
+        gradient = stage.model.heads["fusion"].weight.grad
+        assert gradient is not None and gradient.isfinite().all() and gradient.any()
+    assert losses[1] != losses[0]
+
+
+def test_the_low_rank_shift_moves_along_the_latest_rows(make_stage, make_batch, monkeypatch):
+    given = []
+    from mics_kernels import shift_features
+
+    def spy(*args, directions, **kwargs):
+        given.append(directions)
+        return shift_features(*args, directions=directions, **kwargs)
+
+    monkeypatch.setattr("mics_fast.stages.finetune.shift_features", spy)
+    stage = make_stage(**ACCEPT_ALL, shift="low-rank", shift_rank=5)
+    batch = (make_batch(12), make_batch(8, strong=True))
+    for step in (49, 50):
+        run_step(stage, batch, step)
+    assert not given[0].any()
+    assert given[1].shape[1] == 5 and given[1].any()
+
+
+def test_the_closed_form_weighs_rows_like_the_others(make_stage, make_batch):
+    """At strength 0 it is the cross-entropy of the fusion head, times the weight of the row."""
+    stage = make_stage(**ACCEPT_ALL, shift="closed-form", shift_strength=0.0)
+    rows, _ = stage._rows((make_batch(4), make_batch(8, strong=True)))
+    output = stage.model(rows.views, rows.present)
+    plain = torch.nn.functional.cross_entropy(output.logits[:, -1], rows.label, reduction="none")
+    torch.testing.assert_close(stage._shift(output, rows, 50, 0.5), rows.weight * plain)
+
+
+@pytest.mark.parametrize("form", ["diagonal", "low-rank", "closed-form"])
+def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make_batch, form):
+    stage = make_stage(unlabelled_weight=0.0, modality_consistency_weight=0.0, shift=form)
     batch = make_batch(4)
     batch.present[1, 0] = False
     (losses,) = stage.losses((batch,), 50)
@@ -171,7 +219,7 @@ def test_ramp():
 
 
 def test_the_state_holds_everything_a_step_needs(make_stage, make_batch):
-    one, two = make_stage(**ACCEPT_ALL), make_stage(**ACCEPT_ALL)
+    one, two = (make_stage(**ACCEPT_ALL, shift="low-rank") for _ in range(2))
     for step in range(3):
         batch = (make_batch(4, seed=step), make_batch(8, strong=True, seed=step + 10))
         run_step(one, batch, step + 60, lr=0.05)

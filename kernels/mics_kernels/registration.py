@@ -1,4 +1,4 @@
-"""What the operators' autograd functions share."""
+"""What every operator's boundary needs: a place in ``torch.library``, and a backward pass once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from functools import wraps
 from typing import Any
 
 import torch
+
+library = torch.library.Library("mics_kernels", "FRAGMENT")
+
+
+def register(schema: str, run: Callable[..., Any], shapes: Callable[..., Any]) -> None:
+    """Register an operator of ``torch.ops.mics_kernels``.
+
+    Args:
+        schema: name, arguments and results, as ``torch.library`` writes them.
+        run: computes the results, on any device.
+        shapes: makes empty results of the same shapes, dtypes and strides.
+    """
+    name = schema.partition("(")[0]
+    library.define(schema)
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"mics_kernels::{name}", shapes, lib=library)
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Polynomials of the evidential kernels.
+"""Polynomials of the kernels.
 
 Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
 """
@@ -72,6 +72,29 @@ LOG = (
     -1.2998183e-01,
     1.2622319e-01,
     -7.902744e-02,
+)
+# the same, as exact as a normal number needs it
+LOG_SHORT = (
+    3.3333415e-01,
+    -2.5000703e-01,
+    1.9984223e-01,
+    -1.6602719e-01,
+    1.47039e-01,
+    -1.4030892e-01,
+    9.0487845e-02,
+)
+# sin(pi t / 2) / t in s = t^2 for |t| <= 1/2
+SINE = (
+    1.5707964e00,
+    -6.459635e-01,
+    7.968022e-02,
+    -4.602149e-03,
+)
+# (cos(pi t / 2) - 1) / t^2 in s = t^2 for |t| <= 1/2
+COSINE = (
+    -1.2337002e00,
+    2.5363752e-01,
+    -2.0521404e-02,
 )
 # (exp(x) - 1 - x) / x^2 for |x| <= ln(2)/2
 EXP = (

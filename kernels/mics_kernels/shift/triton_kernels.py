@@ -1,0 +1,483 @@
+"""Class moments, feature shift and shifted cross-entropy in Triton; formulas: README.md beside this
+file.
+
+A program works on R rows and K columns (or classes) at a time. Every number is a function of what
+it is computed from, and sums run in an order that shapes alone decide: no atomics, the same bits
+on every run.
+"""
+
+# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mics_kernels import coefficients
+from mics_kernels.triton_common import constant, device_of, polynomial
+
+_LOG = constant(coefficients.LOG_SHORT)
+_SINE = constant(coefficients.SINE)
+_COSINE = constant(coefficients.COSINE)
+
+
+# --- Random numbers -------------------------------------------------------------------------------
+
+
+@triton.jit
+def _low(wide):
+    return wide.to(tl.uint32)
+
+
+@triton.jit
+def _high(wide):
+    return (wide >> 32).to(tl.uint32)
+
+
+@triton.jit
+def philox(seed, c0, c1, c2, c3):
+    """Philox4x32-10: key and counter to four random words, all uint32 but the seed (int64)."""
+    k0 = _low(seed)
+    k1 = _high(seed)
+    for _ in tl.static_range(10):
+        # One wide product each: its two halves are two registers.
+        first = c0.to(tl.uint64) * 0xD2511F53
+        second = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = _high(second) ^ c1 ^ k0
+        c2 = _high(first) ^ c3 ^ k1
+        c1 = _low(second)
+        c3 = _low(first)
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def _radius(word):
+    """sqrt(-2 ln u) with u = (n + 1/2) 2^-24, n the upper 24 bits of the word."""
+    n = (word >> 8).to(tl.float32)
+    # u = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; k stays where a float has its exponent.
+    k = ((n + 0.5).to(tl.int32, bitcast=True) - 0x4B3504F3) & -0x800000
+    scale = (0x33800000 - k).to(tl.float32, bitcast=True)
+    # u has 25 bits, but f has 24 or fewer: every step is exact, and ln(u) right up to u = 1.
+    f = (n * scale - 1.0) + 0.5 * scale
+    rest = f + f * f * (f * polynomial(f, _LOG) - 0.5)
+    log = k.to(tl.float32) * 8.2629582e-8 + rest  # ln(2) / 2^23
+    return tl.sqrt(-2.0 * log)
+
+
+@triton.jit
+def _turn(word):
+    """cos and sin of 2 pi u, u likewise. A quarter turn more or less is a swap and a sign."""
+    angle = (word & 0xFFFFFF00) | 0x80  # u in units of 2^-32
+    quarter = angle + 0x20000000  # the nearest one, in the upper two bits
+    t = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    square = t * t
+    s = t * polynomial(square, _SINE)
+    c = 1.0 + square * polynomial(square, _COSINE)
+    odd = (quarter & 0x40000000) != 0
+    cosine = tl.where(odd, s, c).to(tl.uint32, bitcast=True)
+    sine = tl.where(odd, c, s).to(tl.uint32, bitcast=True)
+    cosine = cosine ^ ((quarter + 0x40000000) & 0x80000000)
+    sine = sine ^ (quarter & 0x80000000)
+    return cosine.to(tl.float32, bitcast=True), sine.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _normals(seed, offset, row_id, draw):
+    """Four normals of each draw of each row; row_id (int64) and draw broadcast."""
+    zero = draw.to(tl.uint32) * 0 + _low(row_id) * 0
+    w0, w1, w2, w3 = philox(
+        seed, draw.to(tl.uint32) + zero, _low(row_id) + zero, _high(row_id) + zero,
+        _low(offset) + zero,
+    )  # fmt: skip
+    cosine, sine = _turn(w1)
+    radius = _radius(w0)
+    other_cosine, other_sine = _turn(w3)
+    other_radius = _radius(w2)
+    return radius * cosine, radius * sine, other_radius * other_cosine, other_radius * other_sine
+
+
+# --- Shift ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _strength(strength, row, inside, IN_MEMORY: tl.constexpr, STRIDE: tl.constexpr):
+    """Strength of each row (R,)."""
+    if IN_MEMORY:
+        value = tl.load(strength + row * STRIDE, mask=inside, other=0.0).to(tl.float32)
+    else:
+        value = tl.zeros_like(row).to(tl.float32) + strength
+    return value
+
+
+@triton.jit(do_not_specialize=["strength", "rows"])
+def shift_kernel(
+    features, target, spread, seed, row_ids, moved, rows, strength,
+    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SOFT: tl.constexpr,
+    HAS_IDS: tl.constexpr, IN_MEMORY: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """features (B, D), target (B,) or (B, C), row_ids (B,) -> moved (B, D); spread (C, D) holds
+    deviations for labels, variances for posteriors."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.program_id(1) * K + tl.arange(0, K)
+    inside = row < rows
+    mask = inside[:, None] & (column < D)[None, :]
+    row_id = row
+    if HAS_IDS:
+        row_id = tl.load(row_ids + row, mask=inside, other=0)
+    draw = tl.program_id(1) * (K // 4) + tl.arange(0, K // 4)
+    z0, z1, z2, z3 = _normals(tl.load(seed), tl.load(seed + 1), row_id[:, None], draw[None, :])
+    normal = tl.join(tl.join(z0, z2), tl.join(z1, z3)).reshape((R, K))
+
+    if SOFT:
+        total = tl.zeros((R, K), tl.float32)
+        for c in range(C):
+            share = tl.load(target + row * C + c, mask=inside, other=0.0)
+            place = tl.cast(c, tl.int64) * D + column
+            own = tl.load(spread + place, mask=column < D, other=0.0)
+            total += share[:, None] * own[None, :]
+        spread = tl.sqrt(total)
+    else:
+        label = tl.load(target + row, mask=inside, other=-1)
+        there = mask & ((label >= 0) & (label < C))[:, None]
+        spread = tl.load(spread + label[:, None] * D + column[None, :], mask=there, other=0.0)
+    scale = _strength(strength, row, inside, IN_MEMORY, STRIDE)
+    place = row[:, None] * D + column[None, :]
+    x = tl.load(features + place, mask=mask, other=0.0)
+    out = x.to(tl.float32) + (scale[:, None] * spread) * normal
+    tl.store(moved + place, out.to(moved.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _along(directions, first, j, normal, column, shares, row, counts, n,
+           D: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr, SOFT: tl.constexpr):  # fmt: skip
+    """normal times direction j of each row's class; of posteriors, times the root of its share."""
+    there = counts & (j < n)
+    if SOFT:
+        share = tl.load(shares + row * C + j // RANK, mask=there, other=0.0)
+        normal = normal * tl.sqrt(share)
+    mask = there[:, None] & (column < D)[None, :]
+    place = (first + j)[:, None] * D + column[None, :]
+    return normal[:, None] * tl.load(directions + place, mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["strength", "rows"])
+def combine_kernel(
+    features, target, directions, seed, row_ids, moved, rows, scale, strength,
+    D: tl.constexpr, C: tl.constexpr, RANK: tl.constexpr, R: tl.constexpr, K: tl.constexpr,
+    SOFT: tl.constexpr, HAS_IDS: tl.constexpr, IN_MEMORY: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """As ``shift_kernel`` with directions (C, RANK, D); scale = 1 / sqrt(RANK)."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column = tl.program_id(1) * K + tl.arange(0, K)
+    inside = row < rows
+    row_id = row
+    if HAS_IDS:
+        row_id = tl.load(row_ids + row, mask=inside, other=0)
+    is_class = inside
+    first = tl.zeros_like(row)
+    n: tl.constexpr = C * RANK if SOFT else RANK
+    if not SOFT:
+        label = tl.load(target + row, mask=inside, other=-1)
+        is_class = (label >= 0) & (label < C)
+        first = label * RANK
+    key = tl.load(seed)
+    offset = tl.load(seed + 1)
+    total = tl.zeros((R, K), tl.float32)
+    for j in range(0, n, 4):
+        z0, z1, z2, z3 = _normals(key, offset, row_id, tl.zeros_like(row) + j // 4)
+        total += _along(
+            directions, first, j, z0, column, target, row, is_class, n, D, RANK, C, SOFT
+        )
+        total += _along(
+            directions, first, j + 1, z1, column, target, row, is_class, n, D, RANK, C, SOFT
+        )
+        total += _along(
+            directions, first, j + 2, z2, column, target, row, is_class, n, D, RANK, C, SOFT
+        )
+        total += _along(
+            directions, first, j + 3, z3, column, target, row, is_class, n, D, RANK, C, SOFT
+        )
+    mask = inside[:, None] & (column < D)[None, :]
+    place = row[:, None] * D + column[None, :]
+    x = tl.load(features + place, mask=mask, other=0.0)
+    own = _strength(strength, row, inside, IN_MEMORY, STRIDE) * scale
+    out = x.to(tl.float32) + own[:, None] * total
+    tl.store(
+        moved + place, tl.where(is_class[:, None], out.to(moved.dtype.element_ty), x), mask=mask
+    )
+
+
+# --- Moments --------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["rows", "segment"])
+def moments_kernel(
+    features, target, weight, counts, means, m2s, rows, segment,
+    D: tl.constexpr, C: tl.constexpr, R: tl.constexpr, K: tl.constexpr, SOFT: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """features (B, D), target (B,) or (B, C), weight (B,) -> moments of each ``segment`` rows:
+    counts (S, T, C), one for each block of columns, means and m2s (S, C, D), all float64.
+
+    A block of rows is read once, and merged into each class in turn; what a class has so far lies
+    in memory, in a place that no other program touches.
+    """
+    part = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * K + tl.arange(0, K)
+    real = column < D
+    counts += (part * tl.num_programs(1) + tl.program_id(1)) * C
+    means += part * C * D + column
+    m2s += part * C * D + column
+    for c in range(C):
+        tl.store(counts + c, 0.0)
+        place = tl.cast(c, tl.int64) * D
+        tl.store(means + place, tl.zeros((K,), tl.float64), mask=real)
+        tl.store(m2s + place, tl.zeros((K,), tl.float64), mask=real)
+    end = tl.minimum((part + 1) * segment, rows)
+    for start in range(part * segment, end, R):
+        tl.debug_barrier()  # what one thread wrote, another may read
+        row = start + tl.arange(0, R)
+        reads = row < end
+        mass = tl.full((R,), 1.0, tl.float64)
+        if HAS_WEIGHT:
+            mass = tl.load(weight + row, mask=reads, other=0.0).to(tl.float64)
+            reads = reads & (mass != 0.0)
+        label = tl.zeros((R,), tl.int64)
+        if not SOFT:
+            label = tl.load(target + row, mask=reads, other=-1)
+            reads = reads & (label >= 0) & (label < C)
+        place = row[:, None] * D + column[None, :]
+        x = tl.load(features + place, mask=reads[:, None] & real[None, :], other=0.0).to(tl.float32)
+        for c in range(C):
+            if SOFT:
+                w = mass * tl.load(target + row * C + c, mask=reads, other=0.0).to(tl.float64)
+            else:
+                w = tl.where(label == c, mass, 0.0)
+            w = tl.where(reads, w, 0.0)
+            if tl.sum(w, 0) != 0.0:
+                own = tl.cast(c, tl.int64) * D
+                _merge_block(x, w, counts + c, means + own, m2s + own, real)
+
+
+@triton.jit
+def _merge_block(x, w, count, mean, m2, real):
+    """Merge rows x (R, K) with weights w (R,) float64 into the moments of a class; Chan, Golub,
+    LeVeque, 1979."""
+    mass = tl.sum(w, 0)
+    counts = (w != 0.0)[:, None]
+    w = w.to(tl.float32)[:, None]
+    # The mean but for rounding; what that left over, and the squares around it.
+    centre = tl.sum(tl.where(counts, w * x, 0.0), 0) * (1.0 / mass).to(tl.float32)
+    distance = tl.where(counts, x - centre[None, :], 0.0)
+    rest = tl.sum(w * distance, 0).to(tl.float64)
+    squares = tl.sum(w * distance * distance, 0).to(tl.float64)
+    before = tl.load(count)
+    share = mass / (before + mass)
+    offset = rest / mass
+    old = tl.load(mean, mask=real, other=0.0)
+    gap = centre.to(tl.float64) + offset - old
+    added = squares - rest * offset + gap * gap * share * before
+    tl.store(mean, old + gap * share, mask=real)
+    tl.store(m2, tl.load(m2, mask=real, other=0.0) + added, mask=real)
+    tl.debug_barrier()  # every thread has read the count
+    tl.store(count, before + mass)
+
+
+@triton.jit
+def merge_kernel(
+    counts, means, m2s, count, mean, m2,
+    D: tl.constexpr, C: tl.constexpr, S: tl.constexpr, SP: tl.constexpr, T: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """Moments of S segments, as ``moments_kernel`` left them, -> count (C,), mean, m2 (C, D)."""
+    label = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * K + tl.arange(0, K)
+    part = tl.arange(0, SP).to(tl.int64)
+    n = tl.load(counts + part * T * C + label, mask=part < S, other=0.0)
+    total = tl.sum(n, 0)
+    place = (part[:, None] * C + label) * D + column[None, :]
+    mask = (part < S)[:, None] & (column < D)[None, :]
+    own = tl.load(means + place, mask=mask, other=0.0)
+    share = n / tl.where(total != 0.0, total, 1.0)
+    whole = tl.sum(share[:, None] * own, 0)
+    gap = own - whole[None, :]
+    squares = tl.load(m2s + place, mask=mask, other=0.0) + n[:, None] * gap * gap
+    out = label * D + column
+    tl.store(mean + out, whole.to(tl.float32), mask=column < D)
+    tl.store(m2 + out, tl.sum(squares, 0).to(tl.float32), mask=column < D)
+    if tl.program_id(1) == 0:
+        tl.store(count + label, total)
+
+
+# --- Shifted cross-entropy ------------------------------------------------------------------------
+
+
+@triton.jit
+def _moved_logits(logits, table, half_square, row, label, counts, k, C: tl.constexpr):
+    """(R, K) logits with what the shift adds; -inf where there is no class."""
+    mask = counts[:, None] & (k < C)[None, :]
+    z = tl.load(logits + row[:, None] * C + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    extra = tl.load(table + label[:, None] * C + k[None, :], mask=mask, other=0.0)
+    return tl.where((k < C)[None, :], z + half_square[:, None] * extra, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["strength", "rows"])
+def losses_kernel(
+    logits, target, table, losses, gradient, rows, strength,
+    C: tl.constexpr, R: tl.constexpr, K: tl.constexpr, GRADIENT: tl.constexpr,
+    IN_MEMORY: tl.constexpr, STRIDE: tl.constexpr,
+):  # fmt: skip
+    """logits (B, C), target (B,), table (C, C) -> losses (B,), gradient (B, C)."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    inside = row < rows
+    label = tl.load(target + row, mask=inside, other=-1)
+    counts = (label >= 0) & (label < C)
+    scale = _strength(strength, row, inside, IN_MEMORY, STRIDE)
+    half_square = 0.5 * scale * scale
+    top = tl.full((R,), -float("inf"), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    right = tl.zeros((R,), tl.float32)
+    for start in range(0, C, K):
+        k = start + tl.arange(0, K)
+        z = _moved_logits(logits, table, half_square, row, label, counts, k, C)
+        right += tl.sum(tl.where(label[:, None] == k[None, :], z, 0.0), 1)
+        higher = tl.maximum(top, tl.max(z, 1))
+        total = total * tl.exp(top - higher) + tl.sum(tl.exp(z - higher[:, None]), 1)
+        top = higher
+    tl.store(losses + row, tl.where(counts, tl.log(total) - (right - top), 0.0), mask=inside)
+    if GRADIENT:
+        for start in range(0, C, K):
+            k = start + tl.arange(0, K)
+            z = _moved_logits(logits, table, half_square, row, label, counts, k, C)
+            one = (label[:, None] == k[None, :]).to(tl.float32)
+            g = tl.exp(z - top[:, None]) / total[:, None] - one
+            g = tl.where(counts[:, None], g, 0.0).to(gradient.dtype.element_ty)
+            mask = inside[:, None] & (k < C)[None, :]
+            tl.store(gradient + row[:, None] * C + k[None, :], g, mask=mask)
+
+
+# --- From tensors to launches ---------------------------------------------------------------------
+
+
+def shift_blocks(dim: int) -> dict[str, int]:
+    """Tile of the shift: 4,096 elements, 32 a thread, which share what is worked out once a row or
+    column; columns in blocks of a power of two that divides D where there is one."""
+    block = dim & -dim
+    if block < 32:
+        block = triton.next_power_of_2(dim)
+    block = max(4, min(block, 256))
+    return {"D": dim, "R": 4096 // block, "K": block}
+
+
+def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
+    """Tile and segments of the moments: up to 64 segments, fewer where many classes would take
+    too much memory. They depend on shapes alone, and so does every bit of the result."""
+    block = {"R": 32, "K": min(64, triton.next_power_of_2(dim))}
+    most = max(1, min(64, 2**23 // (classes * dim)))
+    segment = triton.cdiv(triton.cdiv(max(rows, 1), most), block["R"]) * block["R"]
+    return {**block, "segment": segment, "S": triton.cdiv(max(rows, 1), segment)}
+
+
+def loss_blocks(classes: int) -> dict[str, int]:
+    """Tile of the shifted cross-entropy: 1,024 logits, of whole rows where they fit."""
+    block = min(triton.next_power_of_2(classes), 1024)
+    return {"C": classes, "R": 1024 // block, "K": block}
+
+
+def class_moments(
+    features: Tensor, target: Tensor, num_classes: int, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and sum of squared deviations; arguments and results as in cpu.py."""
+    rows, dim = features.shape
+    features, soft = features.contiguous(), target.dim() == 2
+    target = target.to(torch.float32 if soft else torch.int64).contiguous()
+    weight = None if weight is None else weight.to(torch.float32).contiguous()
+    count = features.new_empty(num_classes, dtype=torch.float64)
+    mean = features.new_empty((num_classes, dim), dtype=torch.float32)
+    m2 = torch.empty_like(mean)
+    tile = moments_blocks(rows, dim, num_classes)
+    parts, columns = tile["S"], triton.cdiv(dim, tile["K"])
+    counts = features.new_empty((parts, columns, num_classes), dtype=torch.float64)
+    means = features.new_empty((parts, num_classes, dim), dtype=torch.float64)
+    m2s = torch.empty_like(means)
+    with device_of(features):
+        moments_kernel[(parts, columns)](
+            features, target, weight, counts, means, m2s, rows, tile["segment"],
+            D=dim, C=num_classes, R=tile["R"], K=tile["K"], SOFT=soft,
+            HAS_WEIGHT=weight is not None,
+        )  # fmt: skip
+        merge_kernel[(num_classes, triton.cdiv(dim, 32))](
+            counts, means, m2s, count, mean, m2,
+            D=dim, C=num_classes, S=parts, SP=triton.next_power_of_2(parts), T=columns, K=32,
+        )  # fmt: skip
+    return count, mean, m2
+
+
+def shift_features(
+    features: Tensor,
+    target: Tensor,
+    variance: Tensor | None,
+    strength: float | Tensor,
+    seed: Tensor,
+    row_ids: Tensor | None,
+    directions: Tensor | None,
+) -> Tensor:
+    """``features + strength * noise``; arguments as in cpu.py."""
+    rows, dim = features.shape
+    features, soft = features.contiguous(), target.dim() == 2
+    target = target.to(torch.float32 if soft else torch.int64).contiguous()
+    moved = features.new_empty(features.shape)
+    if moved.numel() == 0:
+        return moved
+    tile = shift_blocks(dim)
+    grid = (triton.cdiv(rows, tile["R"]), triton.cdiv(dim, tile["K"]))
+    row_ids = None if row_ids is None else row_ids.contiguous()
+    options = {**_strength_options(strength), "SOFT": soft, "HAS_IDS": row_ids is not None}
+    with device_of(features):
+        if directions is not None:
+            directions = directions.to(torch.float32).contiguous()
+            classes, rank, _ = directions.shape
+            combine_kernel[grid](
+                features, target, directions, seed.contiguous(), row_ids, moved, rows, rank**-0.5,
+                C=classes, RANK=rank, **tile, **options,
+            )  # fmt: skip
+        else:
+            assert variance is not None
+            spread = variance.to(torch.float32).contiguous()
+            spread = spread if soft else spread.sqrt()  # once a class, not once a row
+            shift_kernel[grid](
+                features, target, spread, seed.contiguous(), row_ids, moved, rows,
+                C=len(variance), **tile, **options,
+            )  # fmt: skip
+    return moved
+
+
+def shifted_losses(
+    logits: Tensor, target: Tensor, table: Tensor, strength: float | Tensor, want_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """Losses and gradient; arguments and results as in cpu.py."""
+    rows, classes = logits.shape
+    logits = logits.contiguous()
+    losses = logits.new_empty(rows, dtype=torch.float32)
+    gradient = logits.new_empty(logits.shape if want_gradient else 0)
+    if rows == 0:
+        return losses, gradient
+    tile = loss_blocks(classes)
+    with device_of(logits):
+        losses_kernel[(triton.cdiv(rows, tile["R"]),)](
+            logits, target.contiguous(), table.contiguous(), losses, gradient, rows,
+            GRADIENT=want_gradient, **tile, **_strength_options(strength),
+        )  # fmt: skip
+    return losses, gradient
+
+
+def _strength_options(strength: float | Tensor) -> dict[str, bool | int | float | Tensor]:
+    """A number, a tensor with one for all rows, or a tensor with one a row."""
+    if isinstance(strength, Tensor):
+        return {"strength": strength.contiguous(), "IN_MEMORY": True, "STRIDE": strength.dim()}
+    return {"strength": strength, "IN_MEMORY": False, "STRIDE": 0}

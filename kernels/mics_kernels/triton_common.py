@@ -1,0 +1,28 @@
+"""What the Triton implementations of several operators share."""
+
+# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# The compiler takes constants as tl.constexpr only, the interpreter as themselves only.
+constant = tuple if triton.knobs.runtime.interpret else tl.constexpr
+
+
+@triton.jit
+def polynomial(t, c: tl.constexpr):
+    """Horner's rule: c[0] + t (c[1] + t (c[2] + ...))."""
+    total = t * 0.0 + c[len(c) - 1]
+    for i in tl.static_range(1, len(c)):
+        total = total * t + c[len(c) - 1 - i]
+    return total
+
+
+def device_of(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current GPU, which need not be the tensor's; -1 leaves a CPU alone."""
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
