@@ -1,0 +1,437 @@
+"""The consistency losses in Triton; the formulas are those of README.md beside this file.
+
+Student and teacher features of a query are two rows of one tile, so that a tile of keys, loaded
+once, serves the logits of both and, in the sweep that also wants gradients, both sums of keys:
+
+    logits  (M, N) = rows (M, D) . keys (N, D)
+    pulls   (M, D) = softmax(logits) . keys
+
+The keys and the queue's filled part are cut into splits, which programs sweep independently of
+each other with a running maximum; a second kernel joins the splits in a fixed order. Exponentials
+are of base 2: logits carry a factor log2(e) until the end.
+
+Rows of a tile come in slabs of 16: eight students, then their eight teachers. A tensor core keeps
+rows i and i + 8 in the same registers, so a student's logits meet its teacher's probabilities at
+no cost. The losses and temperature gradients come from those float32 products, and not from the
+sums of keys, whose probabilities are rounded to the dtype of the keys.
+"""
+
+# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _of(values, chosen):
+    """values[chosen] of a tuple; selects of scalars, which keep what is known of alignment."""
+    value = values[0]
+    for i in tl.static_range(1, len(values)):
+        value = tl.where(chosen == i, values[i], value)
+    return value
+
+
+@triton.jit
+def _number(value, IN_MEMORY: tl.constexpr):
+    if IN_MEMORY:
+        value = tl.load(value).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _counts(query, rows, present, key_ids, a, b, V: tl.constexpr, HAS_PRESENT, HAS_IDS):
+    """Which queries have both modalities and a positive that is read, and their ids."""
+    counts = query < rows
+    place = query.to(tl.int64)
+    own_id = place
+    if HAS_PRESENT:
+        own = tl.load(present + place * V + a, mask=counts, other=0) != 0
+        other = tl.load(present + place * V + b, mask=counts, other=0) != 0
+        counts = counts & own & other
+    if HAS_IDS:
+        own_id = tl.load(key_ids + place, mask=counts, other=-1)
+        counts = counts & (own_id >= 0)
+    return counts, own_id
+
+
+@triton.jit
+def _add_product(total, a, b, PRECISION: tl.constexpr):
+    """total + a . b, in float32."""
+    if _INTERPRETED:  # it would multiply the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _under_student(p, logits, M: tl.constexpr, N: tl.constexpr):
+    """Each row's sum over keys of p times the student's logit of that query, (M,)."""
+    shape: tl.constexpr = (M // 16, 2, 8, N)
+    student = (tl.arange(0, 2) == 0)[None, :, None, None]
+    students = tl.where(student, tl.reshape(logits, shape), 0.0)
+    students = tl.sum(students, 1, keep_dims=True)
+    return tl.reshape(tl.sum(tl.reshape(p, shape) * students, 3), (M,))
+
+
+@triton.jit
+def _sweep(
+    queries, query, own_id, features, ids, flags, first, last, length, scale,
+    peak, total, mixed, positive, pull,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+    HAS_FLAGS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVES: tl.constexpr,
+    GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tiles ``first`` to ``last`` of ``features`` (length, D), joined to the running sums.
+
+    peak: largest logit so far; total: sum of p = 2 ** (logit - peak); mixed: sum of p times the
+    student's logit; positive: logit of the positive, all (M,); pull (M, DP): sum of p times key.
+    """
+    column = tl.arange(0, DP)
+    for tile in range(first, last):
+        key = tile * N + tl.arange(0, N)
+        place = key.to(tl.int64)
+        readable = key < length
+        if HAS_FLAGS:
+            readable = readable & (tl.load(flags + place * V, mask=readable, other=0) != 0)
+        if HAS_IDS:
+            key_id = tl.load(ids + place, mask=readable, other=-1)
+            readable = readable & (key_id >= 0)
+        mask = readable[:, None] & (column < D)[None, :]
+        keys = tl.load(features + place[:, None] * D + column[None, :], mask=mask, other=0.0)
+        keys = keys.to(queries.dtype)
+        logits = tl.zeros((M, N), tl.float32)
+        logits = _add_product(logits, queries, tl.trans(keys), PRECISION) * scale
+        allowed = readable[None, :]
+        if HAS_IDS:
+            repeat = own_id[:, None] == key_id[None, :]
+            if HAS_POSITIVES:
+                repeat = repeat & (query[:, None] != key[None, :])
+            allowed = allowed & ~repeat
+        if HAS_POSITIVES:
+            own_key = query[:, None] == key[None, :]
+            positive += tl.sum(tl.where(own_key, logits, 0.0), 1)
+        masked = tl.where(allowed, logits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(masked, 1))
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2(masked - shift[:, None])
+        fade = tl.exp2(peak - shift)
+        total = total * fade + tl.sum(p, 1)
+        mixed = mixed * fade + _under_student(p, logits, M, N)
+        if GRADIENT:
+            pull = _add_product(pull * fade[:, None], p.to(keys.dtype), keys, PRECISION)
+        peak = new_peak
+    return peak, total, mixed, positive, pull
+
+
+@triton.jit(do_not_specialize=["temperature", "rows", "key_rows", "queue_rows", "splits"])
+def sweep_kernel(
+    students, teachers, keys, queues, lengths, key_ids, queue_ids, present, sums, pulls,
+    temperature, rows, key_rows, queue_rows, splits,
+    A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+    HAS_QUEUE: tl.constexpr, HAS_LENGTHS: tl.constexpr, LENGTHS_IN_MEMORY: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_QUEUE_IDS: tl.constexpr,
+    TEMPERATURE_IN_MEMORY: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tuples of students, teachers (rows, D), keys (key_rows, D), queues (queue_rows, D) ->
+    sums (P, splits, 4, 2, rows) = peak, total, mixed and positive of student and teacher, and
+    pulls (P, splits, 2, rows, D); see ``_sweep``.
+
+    Pair p is of the views A[p] (queries) and B[p] (keys).
+    """
+    split = tl.program_id(1)
+    pair = tl.program_id(2)
+    a = _of(A, pair)
+    b = _of(B, pair)
+    slot = tl.arange(0, M)
+    is_teacher = slot // 8 % 2
+    query = tl.program_id(0) * (M // 2) + slot // 16 * 8 + slot % 8
+    counts, own_id = _counts(query, rows, present, key_ids, a, b, V, HAS_PRESENT, HAS_IDS)
+    column = tl.arange(0, DP)
+    place = query.to(tl.int64)[:, None] * D + column[None, :]
+    # One load, from which a tensor core can take the tile as it lies in shared memory.
+    source = tl.where(is_teacher[:, None] == 1, _of(teachers, a) + place, _of(students, a) + place)
+    queries = tl.load(source, mask=counts[:, None] & (column < D)[None, :], other=0.0)
+    scale = _LOG2_E / _number(temperature, TEMPERATURE_IN_MEMORY)
+
+    peak = tl.full((M,), float("-inf"), tl.float32)
+    total = tl.zeros((M,), tl.float32)
+    mixed = tl.zeros((M,), tl.float32)
+    positive = tl.zeros((M,), tl.float32)
+    pull = tl.zeros((M, DP if GRADIENT else 1), tl.float32)
+    # Splits share the tiles of the keys, then those of the queue.
+    key_tiles = tl.cdiv(key_rows, N)
+    tiles = key_tiles
+    if HAS_QUEUE:
+        length = queue_rows
+        if HAS_LENGTHS:
+            length = _of(lengths, b)
+            length = tl.load(length) if LENGTHS_IN_MEMORY else (length.to(tl.int64) - 3) // 2
+            length = tl.minimum(tl.maximum(length, 0), queue_rows).to(tl.int32)  # whatever it says
+        tiles += tl.cdiv(length, N)
+    share = tl.cdiv(tiles, splits)
+    first = tl.minimum(split * share, tiles)
+    last = tl.minimum(first + share, tiles)
+    flags = present
+    if HAS_PRESENT:
+        flags += b
+    peak, total, mixed, positive, pull = _sweep(
+        queries, query, own_id, _of(keys, b), key_ids, flags,
+        tl.minimum(first, key_tiles), tl.minimum(last, key_tiles), key_rows, scale,
+        peak, total, mixed, positive, pull,
+        D, DP, M, N, V, HAS_PRESENT, HAS_IDS, True, GRADIENT, PRECISION,
+    )  # fmt: skip
+    if HAS_QUEUE:
+        ids = key_ids
+        if HAS_QUEUE_IDS:
+            ids = _of(queue_ids, b)
+        peak, total, mixed, positive, pull = _sweep(
+            queries, query, own_id, _of(queues, b), ids, present,
+            tl.maximum(first - key_tiles, 0), tl.maximum(last - key_tiles, 0), length, scale,
+            peak, total, mixed, positive, pull,
+            D, DP, M, N, V, False, HAS_QUEUE_IDS, False, GRADIENT, PRECISION,
+        )  # fmt: skip
+
+    part = pair.to(tl.int64) * splits + split
+    row = is_teacher * rows.to(tl.int64) + query
+    inside = query < rows
+    sums += part * 8 * rows + row
+    tl.store(sums, peak, mask=inside)
+    tl.store(sums + 2 * rows, total, mask=inside)
+    tl.store(sums + 4 * rows, mixed, mask=inside)
+    tl.store(sums + 6 * rows, positive, mask=inside)
+    if GRADIENT:
+        place = (part * 2 * rows + row)[:, None] * D + column[None, :]
+        tl.store(pulls + place, pull, mask=inside[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _joined(sums, rows, splits, S: tl.constexpr):
+    """Peak, total, mixed and positive of one row over all splits."""
+    split = tl.arange(0, S)
+    inside = split < splits
+    sums += split.to(tl.int64) * 8 * rows
+    peaks = tl.load(sums, mask=inside, other=float("-inf"))
+    peak = tl.max(peaks, 0)
+    peak = tl.where(peak == float("-inf"), 0.0, peak)
+    weight = tl.exp2(peaks - peak)
+    total = tl.sum(weight * tl.load(sums + 2 * rows, mask=inside, other=0.0), 0)
+    mixed = tl.sum(weight * tl.load(sums + 4 * rows, mask=inside, other=0.0), 0)
+    positive = tl.sum(tl.load(sums + 6 * rows, mask=inside, other=0.0), 0)
+    return peak, total, mixed, positive
+
+
+@triton.jit
+def _joined_pull(
+    sums, pulls, peak, rows, splits, column, D: tl.constexpr, C: tl.constexpr, T: tl.constexpr
+):
+    """Sum of p times key (C,) of one row over all splits, T at a time."""
+    pull = tl.zeros((C,), tl.float32)
+    for start in range(0, splits, T):
+        split = tl.cast(start, tl.int64) + tl.arange(0, T)
+        inside = split < splits
+        peaks = tl.load(sums + split * 8 * rows, mask=inside, other=float("-inf"))
+        mask = inside[:, None] & (column < D)[None, :]
+        part = tl.load(
+            pulls + (split * 2 * rows * D)[:, None] + column[None, :], mask=mask, other=0.0
+        )
+        pull += tl.sum(tl.exp2(peaks - peak)[:, None] * part, 0)
+    return pull
+
+
+@triton.jit(do_not_specialize=["temperature", "alpha", "rows", "splits"])
+def join_kernel(
+    keys, key_ids, present, sums, pulls, losses, counted, gradient, slopes,
+    temperature, alpha, rows, splits,
+    A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
+    HAS_PRESENT: tl.constexpr, HAS_IDS: tl.constexpr,
+    TEMPERATURE_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """One query of one pair, C columns: the sums of ``sweep_kernel`` -> losses (P, rows), counted
+    (P, rows), gradient (P, rows, D), slopes (P, rows) = d loss / d temperature."""
+    query = tl.program_id(0)
+    pair = tl.program_id(1)
+    a = _of(A, pair)
+    b = _of(B, pair)
+    counts, _ = _counts(query, rows, present, key_ids, a, b, V, HAS_PRESENT, HAS_IDS)
+    temperature = _number(temperature, TEMPERATURE_IN_MEMORY)
+    alpha = _number(alpha, ALPHA_IN_MEMORY)
+    part = pair.to(tl.int64) * splits
+    sums += part * 8 * rows + query
+    peak, total, mixed, positive = _joined(sums, rows, splits, S)
+    teacher_peak, teacher_total, teacher_mixed, _ = _joined(sums + rows, rows, splits, S)
+    target = alpha * (teacher_mixed / teacher_total) + (1.0 - alpha) * positive
+    out = pair.to(tl.int64) * rows + query
+    if tl.program_id(2) == 0:
+        loss = (peak + tl.log2(total) - target) * _LN_2
+        tl.store(losses + out, tl.where(counts, loss, 0.0))
+        tl.store(counted + out, counts)
+        if GRADIENT:
+            slope = (target - mixed / total) * (_LN_2 / temperature)
+            tl.store(slopes + out, tl.where(counts, slope, 0.0))
+    if GRADIENT:
+        column = tl.program_id(2) * C + tl.arange(0, C)
+        pulls += (part * 2 * rows + query) * D
+        pull = _joined_pull(sums, pulls, peak, rows, splits, column, D, C, T) / total
+        pulls += rows.to(tl.int64) * D
+        teacher_pull = _joined_pull(sums + rows, pulls, teacher_peak, rows, splits, column, D, C, T)
+        there = column < tl.where(counts, D, 0)
+        key = tl.load(_of(keys, b) + query.to(tl.int64) * D + column, mask=there, other=0.0)
+        pull -= alpha * (teacher_pull / teacher_total) + (1.0 - alpha) * key.to(tl.float32)
+        pull = tl.where(counts, pull / temperature, 0.0)
+        tl.store(gradient + out * D + column, pull, mask=column < D)
+
+
+class Tile(NamedTuple):
+    """A program of the sweep: rows (twice its queries) and keys at a time."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def tile_for(capability: int, batch: int, width: int, bits: int, gradient: bool) -> Tile:
+    """The tile for a chip (90 for 9.0), a batch, a feature width padded to a power of two."""
+    return Tile(16, 32, 4, 2)
+
+
+def splits_for(row_tiles: int, key_tiles: int, processors: int) -> int:
+    """Into how many parts the keys are cut: the fewest from which two programs run for each
+    processor of the GPU, or one after the other, and the last wave of them is nearly full."""
+    splits = max(1, 2 * processors // row_tiles)
+    while splits < key_tiles:
+        programs = splits * row_tiles
+        if programs >= 0.85 * processors * triton.cdiv(programs, processors):
+            break
+        splits += 1
+    return max(1, min(splits, key_tiles))
+
+
+def losses_and_gradients(
+    queries: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    keys: Sequence[Tensor],
+    queues: Sequence[Tensor],
+    temperature: float | Tensor,
+    alpha: float | Tensor,
+    queue_lengths: Sequence[int | Tensor],
+    key_ids: Tensor | None,
+    queue_ids: Sequence[Tensor],
+    present: Tensor | None,
+    pairs: Sequence[tuple[int, int]],
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Losses, which queries count, and gradients; arguments and results as in cpu.py."""
+    query = queries[0]
+    rows, width = query.shape
+    dtype = _widest([*queries, *teachers, *keys, *queues])
+    queue_dtype = _widest(queues) if queues else dtype
+    queries, teachers, keys = (_rows_of(x, dtype) for x in (queries, teachers, keys))
+    queues = _rows_of(queues, queue_dtype)  # the same tensors, but for queues of unlike dtypes
+    queue_ids = tuple(ids.contiguous() for ids in queue_ids)
+    key_ids = None if key_ids is None else key_ids.contiguous()
+    present = None if present is None else present.contiguous()
+
+    losses = query.new_empty((len(pairs), rows), dtype=torch.float32)
+    counted = query.new_empty((len(pairs), rows), dtype=torch.bool)
+    wanted = (len(pairs), rows) if want_gradient else (0,)
+    slopes = query.new_empty(wanted, dtype=torch.float32)
+    gradient = query.new_empty((*wanted, width) if want_gradient else 0, dtype=torch.float32)
+    if losses.numel() == 0:
+        return losses, counted, gradient, slopes
+
+    key_rows, queue_rows = len(keys[0]), len(queues[0]) if queues else 0
+    capability, processors = _chip(query.device)
+    padded = max(16, triton.next_power_of_2(width))
+    tile = tile_for(capability, rows, padded, 8 * dtype.itemsize, want_gradient)
+    row_tiles = triton.cdiv(2 * rows, tile.rows)
+    key_tiles = triton.cdiv(key_rows, tile.keys) + triton.cdiv(queue_rows, tile.keys)
+    splits = splits_for(row_tiles * len(pairs), key_tiles, processors)
+    sums = losses.new_empty((len(pairs), splits, 4, 2, rows))
+    pulls = losses.new_empty((len(pairs), splits, 2, rows, width) if want_gradient else 0)
+    lengths, lengths_in_memory = _lengths(queue_lengths, query)
+    flags = {
+        "A": tuple(a for a, _ in pairs),
+        "B": tuple(b for _, b in pairs),
+        "V": len(queries),
+        "D": width,
+        "HAS_PRESENT": present is not None,
+        "HAS_IDS": key_ids is not None,
+        "TEMPERATURE_IN_MEMORY": isinstance(temperature, Tensor),
+        "GRADIENT": want_gradient,
+    }
+    with _device_of(query):
+        sweep_kernel[(row_tiles, splits, len(pairs))](
+            queries, teachers, keys, queues, lengths, key_ids, queue_ids, present, sums, pulls,
+            temperature, rows, key_rows, queue_rows, splits, **flags,
+            DP=padded, M=tile.rows, N=tile.keys,
+            HAS_QUEUE=queue_rows > 0, HAS_LENGTHS=len(lengths) > 0,
+            LENGTHS_IN_MEMORY=lengths_in_memory, HAS_QUEUE_IDS=len(queue_ids) > 0,
+            PRECISION=_precision(), enable_fp_fusion=True,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        columns = min(padded, 128)
+        join_kernel[(rows, len(pairs), triton.cdiv(width, columns) if want_gradient else 1)](
+            keys, key_ids, present, sums, pulls, losses, counted, gradient, slopes,
+            temperature, alpha, rows, splits, **flags,
+            C=columns, S=triton.next_power_of_2(splits), T=16,
+            ALPHA_IN_MEMORY=isinstance(alpha, Tensor), enable_fp_fusion=True,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return losses, counted, gradient, slopes
+
+
+def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
+    """The dtype that holds all of them, float32 at most."""
+    dtype = tensors[0].dtype
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _rows_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(x.detach().to(dtype).contiguous() for x in tensors)
+
+
+def _lengths(
+    lengths: Sequence[int | Tensor], like: Tensor
+) -> tuple[tuple[int | Tensor, ...], bool]:
+    """Lengths as the kernel takes them, and whether as tensors; an int n as 2 n + 3, as the
+    compiler makes a kernel of its own for an argument that is 1 or a multiple of 16."""
+    if all(isinstance(n, int) for n in lengths):
+        return tuple(2 * n + 3 for n in lengths), False
+    full = [torch.full((), n, device=like.device) if isinstance(n, int) else n for n in lengths]
+    return tuple(full), True
+
+
+def _precision() -> str:
+    """float32 products: exact, or with TensorFloat-32 where torch is told so. Of no effect on
+    half precision."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _chip(device: torch.device) -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and number of processors; of the interpreter: any."""
+    if device.type != "cuda":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def _device_of(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current GPU, which need not be the tensor's; -1 leaves a CPU alone."""
+    return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
