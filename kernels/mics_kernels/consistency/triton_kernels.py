@@ -1,18 +1,17 @@
 """The consistency losses in Triton; the formulas are those of README.md beside this file.
 
 Student and teacher features of a query are two rows of one tile, so that a tile of keys, loaded
-once, serves the logits of both and, in the sweep that also wants gradients, both sums of keys:
+once, serves the products of both and, in the sweep that also wants gradients, both sums of keys:
 
-    logits  (M, N) = rows (M, D) . keys (N, D)
-    pulls   (M, D) = softmax(logits) . keys
+    products (M, N) = rows (M, D) . keys (N, D)
+    pulls    (M, D) = softmax(products / T) . keys
 
 The keys and the queue's filled part are cut into splits, which programs sweep independently of
-each other with a running maximum; a second kernel joins the splits in a fixed order. Exponentials
-are of base 2: logits carry a factor log2(e) until the end.
+each other with a running maximum; a second kernel joins the splits in a fixed order.
 
 Rows of a tile come in slabs of 16: eight students, then their eight teachers. A tensor core keeps
-rows i and i + 8 in the same registers, so a student's logits meet its teacher's probabilities at
-no cost. The losses and temperature gradients come from those float32 products, and not from the
+rows i and i + 8 in the same registers, so a student's products meet its teacher's probabilities
+at no cost. The losses and temperature gradients come from those float32 products, and not from the
 sums of keys, whose probabilities are rounded to the dtype of the keys.
 """
 
@@ -51,18 +50,15 @@ def _number(value, IN_MEMORY: tl.constexpr):
 
 
 @triton.jit
-def _counts(query, rows, present, key_ids, a, b, V: tl.constexpr, HAS_PRESENT, HAS_IDS):
+def _counts(query, rows, key_ids, step, a, b, HAS_IDS: tl.constexpr):
     """Which queries have both modalities and a positive that is read, and their ids."""
     counts = query < rows
-    place = query.to(tl.int64)
-    own_id = place
-    if HAS_PRESENT:
-        own = tl.load(present + place * V + a, mask=counts, other=0) != 0
-        other = tl.load(present + place * V + b, mask=counts, other=0) != 0
-        counts = counts & own & other
+    own_id = query.to(tl.int64)
     if HAS_IDS:
-        own_id = tl.load(key_ids + place, mask=counts, other=-1)
-        counts = counts & (own_id >= 0)
+        place = key_ids + own_id
+        own = tl.load(place + a * step, mask=counts, other=-1)
+        own_id = tl.load(place + b * step, mask=counts, other=-1)
+        counts = counts & (own >= 0) & (own_id >= 0)
     return counts, own_id
 
 
@@ -76,80 +72,95 @@ def _add_product(total, a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _under_student(p, logits, M: tl.constexpr, N: tl.constexpr):
-    """Each row's sum over keys of p times the student's logit of that query, (M,)."""
+def _under_student(p, products, M: tl.constexpr, N: tl.constexpr):
+    """Each row's sum over keys of p times the product of its query's student with the key, (M,)."""
     shape: tl.constexpr = (M // 16, 2, 8, N)
     student = (tl.arange(0, 2) == 0)[None, :, None, None]
-    students = tl.where(student, tl.reshape(logits, shape), 0.0)
+    students = tl.where(student, tl.reshape(products, shape), 0.0)
     students = tl.sum(students, 1, keep_dims=True)
     return tl.reshape(tl.sum(tl.reshape(p, shape) * students, 3), (M,))
 
 
 @triton.jit
+def _ids_of_tile(ids, tile, length, N: tl.constexpr):
+    """Ids of a tile of keys (N,), negative where they are not to be read."""
+    slot = tl.arange(0, N)
+    place = tl.cast(tile, tl.int64) * N + slot
+    return tl.load(ids + place, mask=slot < length - tile * N, other=-1)
+
+
+@triton.jit
 def _sweep(
-    queries, query, own_id, features, ids, flags, first, last, length, scale,
+    queries, query, own_id, features, ids, first, last, length, scale,
     peak, total, mixed, positive, pull,
-    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
-    HAS_FLAGS: tl.constexpr, HAS_IDS: tl.constexpr, HAS_POSITIVES: tl.constexpr,
-    GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_POSITIVES: tl.constexpr, GRADIENT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tiles ``first`` to ``last`` of ``features`` (length, D), joined to the running sums.
 
-    peak: largest logit so far; total: sum of p = 2 ** (logit - peak); mixed: sum of p times the
-    student's logit; positive: logit of the positive, all (M,); pull (M, DP): sum of p times key.
+    With s the product of row and key, and scale = log2(e) / T. peak: largest s so far;
+    total: sum of p = 2 ** (scale (s - peak)); mixed: sum of p times the student's s;
+    positive: s of the positive, all (M,); pull (M, DP): sum of p times key.
     """
+    slot = tl.arange(0, N)
     column = tl.arange(0, DP)
+    if HAS_IDS:
+        next_id = _ids_of_tile(ids, first, length, N)
     for tile in range(first, last):
-        key = tile * N + tl.arange(0, N)
-        place = key.to(tl.int64)
-        readable = key < length
-        if HAS_FLAGS:
-            readable = readable & (tl.load(flags + place * V, mask=readable, other=0) != 0)
+        readable = slot < length - tile * N
         if HAS_IDS:
-            key_id = tl.load(ids + place, mask=readable, other=-1)
-            readable = readable & (key_id >= 0)
+            # Read one tile ahead, or the loads of features, which depend on it, could not be.
+            key_id = next_id
+            next_id = _ids_of_tile(ids, tile + 1, length, N)
+            readable = key_id >= 0
+        place = tl.cast(tile, tl.int64) * N + slot
         mask = readable[:, None] & (column < D)[None, :]
         keys = tl.load(features + place[:, None] * D + column[None, :], mask=mask, other=0.0)
         keys = keys.to(queries.dtype)
-        logits = tl.zeros((M, N), tl.float32)
-        logits = _add_product(logits, queries, tl.trans(keys), PRECISION) * scale
+        products = tl.zeros((M, N), tl.float32)
+        products = _add_product(products, queries, tl.trans(keys), PRECISION)
         allowed = readable[None, :]
+        if HAS_POSITIVES:
+            own_key = (query - tile * N)[:, None] == slot[None, :]
+            positive += tl.sum(tl.where(own_key, products, 0.0), 1)
         if HAS_IDS:
             repeat = own_id[:, None] == key_id[None, :]
             if HAS_POSITIVES:
-                repeat = repeat & (query[:, None] != key[None, :])
+                repeat = repeat & ~own_key
             allowed = allowed & ~repeat
-        if HAS_POSITIVES:
-            own_key = query[:, None] == key[None, :]
-            positive += tl.sum(tl.where(own_key, logits, 0.0), 1)
-        masked = tl.where(allowed, logits, float("-inf"))
+        # Scaled in float32 after the product, and above the mask: -inf * scale is -inf.
+        masked = tl.where(allowed, products, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(masked, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        p = tl.exp2(masked - shift[:, None])
-        fade = tl.exp2(peak - shift)
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak * scale)
+        p = tl.exp2(masked * scale - shift[:, None])
+        fade = tl.exp2(peak * scale - shift)
         total = total * fade + tl.sum(p, 1)
-        mixed = mixed * fade + _under_student(p, logits, M, N)
+        mixed = mixed * fade + _under_student(p, products, M, N)
         if GRADIENT:
             pull = _add_product(pull * fade[:, None], p.to(keys.dtype), keys, PRECISION)
         peak = new_peak
     return peak, total, mixed, positive, pull
 
 
-@triton.jit(do_not_specialize=["temperature", "rows", "key_rows", "queue_rows", "splits"])
+@triton.jit(
+    do_not_specialize=["temperature", "ids_step", "rows", "key_rows", "queue_rows", "splits"]
+)
 def sweep_kernel(
-    students, teachers, keys, queues, lengths, key_ids, queue_ids, present, sums, pulls,
-    temperature, rows, key_rows, queue_rows, splits,
-    A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    students, teachers, keys, queues, lengths, key_ids, queue_ids, sums, pulls,
+    temperature, ids_step, rows, key_rows, queue_rows, splits,
+    A: tl.constexpr, B: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
     HAS_QUEUE: tl.constexpr, HAS_LENGTHS: tl.constexpr, LENGTHS_IN_MEMORY: tl.constexpr,
-    HAS_PRESENT: tl.constexpr, HAS_IDS: tl.constexpr, HAS_QUEUE_IDS: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_QUEUE_IDS: tl.constexpr,
     TEMPERATURE_IN_MEMORY: tl.constexpr, GRADIENT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Tuples of students, teachers (rows, D), keys (key_rows, D), queues (queue_rows, D) ->
     sums (P, splits, 4, 2, rows) = peak, total, mixed and positive of student and teacher, and
     pulls (P, splits, 2, rows, D); see ``_sweep``.
 
-    Pair p is of the views A[p] (queries) and B[p] (keys).
+    Pair p is of the views A[p] (queries) and B[p] (keys); the ids of keys of view v start at
+    key_ids + v * ids_step.
     """
     split = tl.program_id(1)
     pair = tl.program_id(2)
@@ -158,7 +169,7 @@ def sweep_kernel(
     slot = tl.arange(0, M)
     is_teacher = slot // 8 % 2
     query = tl.program_id(0) * (M // 2) + slot // 16 * 8 + slot % 8
-    counts, own_id = _counts(query, rows, present, key_ids, a, b, V, HAS_PRESENT, HAS_IDS)
+    counts, own_id = _counts(query, rows, key_ids, ids_step, a, b, HAS_IDS)
     column = tl.arange(0, DP)
     place = query.to(tl.int64)[:, None] * D + column[None, :]
     # One load, from which a tensor core can take the tile as it lies in shared memory.
@@ -184,24 +195,23 @@ def sweep_kernel(
     share = tl.cdiv(tiles, splits)
     first = tl.minimum(split * share, tiles)
     last = tl.minimum(first + share, tiles)
-    flags = present
-    if HAS_PRESENT:
-        flags += b
+    ids = key_ids
+    if HAS_IDS:
+        ids += b * ids_step
     peak, total, mixed, positive, pull = _sweep(
-        queries, query, own_id, _of(keys, b), key_ids, flags,
+        queries, query, own_id, _of(keys, b), ids,
         tl.minimum(first, key_tiles), tl.minimum(last, key_tiles), key_rows, scale,
         peak, total, mixed, positive, pull,
-        D, DP, M, N, V, HAS_PRESENT, HAS_IDS, True, GRADIENT, PRECISION,
+        D, DP, M, N, HAS_IDS, True, GRADIENT, PRECISION,
     )  # fmt: skip
     if HAS_QUEUE:
-        ids = key_ids
         if HAS_QUEUE_IDS:
             ids = _of(queue_ids, b)
         peak, total, mixed, positive, pull = _sweep(
-            queries, query, own_id, _of(queues, b), ids, present,
+            queries, query, own_id, _of(queues, b), ids,
             tl.maximum(first - key_tiles, 0), tl.maximum(last - key_tiles, 0), length, scale,
             peak, total, mixed, positive, pull,
-            D, DP, M, N, V, False, HAS_QUEUE_IDS, False, GRADIENT, PRECISION,
+            D, DP, M, N, HAS_QUEUE_IDS, False, GRADIENT, PRECISION,
         )  # fmt: skip
 
     part = pair.to(tl.int64) * splits + split
@@ -218,7 +228,7 @@ def sweep_kernel(
 
 
 @triton.jit
-def _joined(sums, rows, splits, S: tl.constexpr):
+def _joined(sums, scale, rows, splits, S: tl.constexpr):
     """Peak, total, mixed and positive of one row over all splits."""
     split = tl.arange(0, S)
     inside = split < splits
@@ -226,7 +236,7 @@ def _joined(sums, rows, splits, S: tl.constexpr):
     peaks = tl.load(sums, mask=inside, other=float("-inf"))
     peak = tl.max(peaks, 0)
     peak = tl.where(peak == float("-inf"), 0.0, peak)
-    weight = tl.exp2(peaks - peak)
+    weight = tl.exp2((peaks - peak) * scale)
     total = tl.sum(weight * tl.load(sums + 2 * rows, mask=inside, other=0.0), 0)
     mixed = tl.sum(weight * tl.load(sums + 4 * rows, mask=inside, other=0.0), 0)
     positive = tl.sum(tl.load(sums + 6 * rows, mask=inside, other=0.0), 0)
@@ -235,7 +245,16 @@ def _joined(sums, rows, splits, S: tl.constexpr):
 
 @triton.jit
 def _joined_pull(
-    sums, pulls, peak, rows, splits, column, D: tl.constexpr, C: tl.constexpr, T: tl.constexpr
+    sums,
+    pulls,
+    peak,
+    scale,
+    rows,
+    splits,
+    column,
+    D: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
 ):
     """Sum of p times key (C,) of one row over all splits, T at a time."""
     pull = tl.zeros((C,), tl.float32)
@@ -247,17 +266,16 @@ def _joined_pull(
         part = tl.load(
             pulls + (split * 2 * rows * D)[:, None] + column[None, :], mask=mask, other=0.0
         )
-        pull += tl.sum(tl.exp2(peaks - peak)[:, None] * part, 0)
+        pull += tl.sum(tl.exp2((peaks - peak) * scale)[:, None] * part, 0)
     return pull
 
 
-@triton.jit(do_not_specialize=["temperature", "alpha", "rows", "splits"])
+@triton.jit(do_not_specialize=["temperature", "alpha", "ids_step", "rows", "splits"])
 def join_kernel(
-    keys, key_ids, present, sums, pulls, losses, counted, gradient, slopes,
-    temperature, alpha, rows, splits,
-    A: tl.constexpr, B: tl.constexpr, V: tl.constexpr, D: tl.constexpr,
-    C: tl.constexpr, S: tl.constexpr, T: tl.constexpr,
-    HAS_PRESENT: tl.constexpr, HAS_IDS: tl.constexpr,
+    keys, key_ids, sums, pulls, losses, counted, gradient, slopes,
+    temperature, alpha, ids_step, rows, splits,
+    A: tl.constexpr, B: tl.constexpr, D: tl.constexpr,
+    C: tl.constexpr, S: tl.constexpr, T: tl.constexpr, HAS_IDS: tl.constexpr,
     TEMPERATURE_IN_MEMORY: tl.constexpr, ALPHA_IN_MEMORY: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """One query of one pair, C columns: the sums of ``sweep_kernel`` -> losses (P, rows), counted
@@ -266,28 +284,31 @@ def join_kernel(
     pair = tl.program_id(1)
     a = _of(A, pair)
     b = _of(B, pair)
-    counts, _ = _counts(query, rows, present, key_ids, a, b, V, HAS_PRESENT, HAS_IDS)
+    counts, _ = _counts(query, rows, key_ids, ids_step, a, b, HAS_IDS)
     temperature = _number(temperature, TEMPERATURE_IN_MEMORY)
     alpha = _number(alpha, ALPHA_IN_MEMORY)
+    scale = _LOG2_E / temperature
     part = pair.to(tl.int64) * splits
     sums += part * 8 * rows + query
-    peak, total, mixed, positive = _joined(sums, rows, splits, S)
-    teacher_peak, teacher_total, teacher_mixed, _ = _joined(sums + rows, rows, splits, S)
+    peak, total, mixed, positive = _joined(sums, scale, rows, splits, S)
+    teacher_peak, teacher_total, teacher_mixed, _ = _joined(sums + rows, scale, rows, splits, S)
     target = alpha * (teacher_mixed / teacher_total) + (1.0 - alpha) * positive
     out = pair.to(tl.int64) * rows + query
     if tl.program_id(2) == 0:
-        loss = (peak + tl.log2(total) - target) * _LN_2
+        loss = tl.log2(total) * _LN_2 + (peak - target) / temperature
         tl.store(losses + out, tl.where(counts, loss, 0.0))
         tl.store(counted + out, counts)
         if GRADIENT:
-            slope = (target - mixed / total) * (_LN_2 / temperature)
+            slope = (target - mixed / total) / temperature / temperature
             tl.store(slopes + out, tl.where(counts, slope, 0.0))
     if GRADIENT:
         column = tl.program_id(2) * C + tl.arange(0, C)
         pulls += (part * 2 * rows + query) * D
-        pull = _joined_pull(sums, pulls, peak, rows, splits, column, D, C, T) / total
+        pull = _joined_pull(sums, pulls, peak, scale, rows, splits, column, D, C, T) / total
         pulls += rows.to(tl.int64) * D
-        teacher_pull = _joined_pull(sums + rows, pulls, teacher_peak, rows, splits, column, D, C, T)
+        teacher_pull = _joined_pull(
+            sums + rows, pulls, teacher_peak, scale, rows, splits, column, D, C, T
+        )
         there = column < tl.where(counts, D, 0)
         key = tl.load(_of(keys, b) + query.to(tl.int64) * D + column, mask=there, other=0.0)
         pull -= alpha * (teacher_pull / teacher_total) + (1.0 - alpha) * key.to(tl.float32)
@@ -343,8 +364,7 @@ def losses_and_gradients(
     queries, teachers, keys = (_rows_of(x, dtype) for x in (queries, teachers, keys))
     queues = _rows_of(queues, queue_dtype)  # the same tensors, but for queues of unlike dtypes
     queue_ids = tuple(ids.contiguous() for ids in queue_ids)
-    key_ids = None if key_ids is None else key_ids.contiguous()
-    present = None if present is None else present.contiguous()
+    key_ids, ids_step = _ids_of_views(key_ids, present)
 
     losses = query.new_empty((len(pairs), rows), dtype=torch.float32)
     counted = query.new_empty((len(pairs), rows), dtype=torch.bool)
@@ -367,17 +387,15 @@ def losses_and_gradients(
     flags = {
         "A": tuple(a for a, _ in pairs),
         "B": tuple(b for _, b in pairs),
-        "V": len(queries),
         "D": width,
-        "HAS_PRESENT": present is not None,
         "HAS_IDS": key_ids is not None,
         "TEMPERATURE_IN_MEMORY": isinstance(temperature, Tensor),
         "GRADIENT": want_gradient,
     }
     with _device_of(query):
         sweep_kernel[(row_tiles, splits, len(pairs))](
-            queries, teachers, keys, queues, lengths, key_ids, queue_ids, present, sums, pulls,
-            temperature, rows, key_rows, queue_rows, splits, **flags,
+            queries, teachers, keys, queues, lengths, key_ids, queue_ids, sums, pulls,
+            temperature, ids_step, rows, key_rows, queue_rows, splits, **flags,
             DP=padded, M=tile.rows, N=tile.keys,
             HAS_QUEUE=queue_rows > 0, HAS_LENGTHS=len(lengths) > 0,
             LENGTHS_IN_MEMORY=lengths_in_memory, HAS_QUEUE_IDS=len(queue_ids) > 0,
@@ -386,8 +404,8 @@ def losses_and_gradients(
         )  # fmt: skip
         columns = min(padded, 128)
         join_kernel[(rows, len(pairs), triton.cdiv(width, columns) if want_gradient else 1)](
-            keys, key_ids, present, sums, pulls, losses, counted, gradient, slopes,
-            temperature, alpha, rows, splits, **flags,
+            keys, key_ids, sums, pulls, losses, counted, gradient, slopes,
+            temperature, alpha, ids_step, rows, splits, **flags,
             C=columns, S=triton.next_power_of_2(splits), T=16,
             ALPHA_IN_MEMORY=isinstance(alpha, Tensor), enable_fp_fusion=True,
             num_warps=4, num_stages=2,
@@ -405,6 +423,16 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def _rows_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
     return tuple(x.detach().to(dtype).contiguous() for x in tensors)
+
+
+def _ids_of_views(key_ids: Tensor | None, present: Tensor | None) -> tuple[Tensor | None, int]:
+    """Ids of the keys of each view, -1 where a view is missing, and the step between views; keys
+    without ids are nobody's repeats."""
+    if present is None:
+        return None if key_ids is None else key_ids.contiguous(), 0
+    if key_ids is None:
+        key_ids = torch.arange(len(present), device=present.device)
+    return torch.where(present.T, key_ids, -1).contiguous(), len(present)
 
 
 def _lengths(
