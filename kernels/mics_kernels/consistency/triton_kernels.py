@@ -56,8 +56,8 @@ def _counts(query, rows, key_ids, step, a, b, HAS_IDS: tl.constexpr):
     own_id = query.to(tl.int64)
     if HAS_IDS:
         place = key_ids + own_id
-        own = tl.load(place + a * step, mask=counts, other=-1)
-        own_id = tl.load(place + b * step, mask=counts, other=-1)
+        own = tl.load(place + tl.cast(a, tl.int64) * step, mask=counts, other=-1)
+        own_id = tl.load(place + tl.cast(b, tl.int64) * step, mask=counts, other=-1)
         counts = counts & (own >= 0) & (own_id >= 0)
     return counts, own_id
 
@@ -197,7 +197,7 @@ def sweep_kernel(
     last = tl.minimum(first + share, tiles)
     ids = key_ids
     if HAS_IDS:
-        ids += b * ids_step
+        ids += tl.cast(b, tl.int64) * ids_step
     peak, total, mixed, positive, pull = _sweep(
         queries, query, own_id, _of(keys, b), ids,
         tl.minimum(first, key_tiles), tl.minimum(last, key_tiles), key_rows, scale,
@@ -245,17 +245,9 @@ def _joined(sums, scale, rows, splits, S: tl.constexpr):
 
 @triton.jit
 def _joined_pull(
-    sums,
-    pulls,
-    peak,
-    scale,
-    rows,
-    splits,
-    column,
-    D: tl.constexpr,
-    C: tl.constexpr,
-    T: tl.constexpr,
-):
+    sums, pulls, peak, scale, rows, splits, column,
+    D: tl.constexpr, C: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
     """Sum of p times key (C,) of one row over all splits, T at a time."""
     pull = tl.zeros((C,), tl.float32)
     for start in range(0, splits, T):
@@ -292,14 +284,16 @@ def join_kernel(
     sums += part * 8 * rows + query
     peak, total, mixed, positive = _joined(sums, scale, rows, splits, S)
     teacher_peak, teacher_total, teacher_mixed, _ = _joined(sums + rows, scale, rows, splits, S)
-    target = alpha * (teacher_mixed / teacher_total) + (1.0 - alpha) * positive
+    # Differences from the positive, which cancel exactly where they are nothing.
+    excess = mixed / total - positive
+    target = alpha * (teacher_mixed / teacher_total - positive)
     out = pair.to(tl.int64) * rows + query
     if tl.program_id(2) == 0:
-        loss = tl.log2(total) * _LN_2 + (peak - target) / temperature
+        loss = tl.log2(total) * _LN_2 + (peak - positive - target) / temperature
         tl.store(losses + out, tl.where(counts, loss, 0.0))
         tl.store(counted + out, counts)
         if GRADIENT:
-            slope = (target - mixed / total) / temperature / temperature
+            slope = (target - excess) / temperature / temperature
             tl.store(slopes + out, tl.where(counts, slope, 0.0))
     if GRADIENT:
         column = tl.program_id(2) * C + tl.arange(0, C)
@@ -325,9 +319,41 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile_for(capability: int, batch: int, width: int, bits: int, gradient: bool) -> Tile:
-    """The tile for a chip (90 for 9.0), a batch, a feature width padded to a power of two."""
-    return Tile(16, 32, 4, 2)
+def shared_memory(capability: int) -> int:
+    """Bytes a program may use on a chip (90 for compute capability 9.0)."""
+    kilobytes = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
+    return 1024 * kilobytes.get(capability, 99)
+
+
+def tile_for(
+    capability: int, batch: int, width: int, itemsize: int, has_ids: bool, exact: bool
+) -> Tile:
+    """The largest tile that a chip holds in registers and shared memory without spilling, as
+    csrc/tools/check_kernels.py verifies; fewer rows where the batch has no more.
+
+    Args:
+        width: of features, padded to a power of two.
+        itemsize: bytes of a feature, in the products.
+        has_ids: whether ids are compared, which takes registers.
+        exact: products of float32 as they are, without tensor cores.
+    """
+    wide_core = capability in (90, 100, 103)  # takes operands from shared memory
+    if exact:
+        rows = 16
+    elif width <= (256 if capability == 90 else 64):
+        rows = 128
+    elif width <= 256:
+        rows = 64
+    else:
+        rows = 32 if width <= 512 else 16
+    rows = min(rows, max(16, triton.next_power_of_2(2 * batch)))
+    warps = 8 if rows == 128 or width > 256 or rows * width > 8192 else 4
+    for keys, stages in ((64, 3), (32, 3), (32, 2), (16, 2)):
+        buffers = stages if wide_core and rows >= 64 else stages - 1
+        fits = (rows + buffers * keys) * width * itemsize <= shared_memory(capability) - 4096
+        if fits and keys <= (32 if has_ids or exact else 64):
+            break
+    return Tile(rows, keys, warps, stages)
 
 
 def splits_for(row_tiles: int, key_tiles: int, processors: int) -> int:
@@ -377,7 +403,9 @@ def losses_and_gradients(
     key_rows, queue_rows = len(keys[0]), len(queues[0]) if queues else 0
     capability, processors = _chip(query.device)
     padded = max(16, triton.next_power_of_2(width))
-    tile = tile_for(capability, rows, padded, 8 * dtype.itemsize, want_gradient)
+    has_ids = key_ids is not None
+    exact = dtype == torch.float32 and _precision() == "ieee"
+    tile = tile_for(capability, rows, padded, dtype.itemsize, has_ids, exact)
     row_tiles = triton.cdiv(2 * rows, tile.rows)
     key_tiles = triton.cdiv(key_rows, tile.keys) + triton.cdiv(queue_rows, tile.keys)
     splits = splits_for(row_tiles * len(pairs), key_tiles, processors)
@@ -388,7 +416,7 @@ def losses_and_gradients(
         "A": tuple(a for a, _ in pairs),
         "B": tuple(b for _, b in pairs),
         "D": width,
-        "HAS_IDS": key_ids is not None,
+        "HAS_IDS": has_ids,
         "TEMPERATURE_IN_MEMORY": isinstance(temperature, Tensor),
         "GRADIENT": want_gradient,
     }
