@@ -418,11 +418,18 @@ def test_splits_fill_the_gpu_but_take_little_memory(processors: int, batch: int)
 def test_tiles_fit_in_shared_memory(capability: int) -> None:
     for batch in (1, 8, 9, 32, 64, 4096):
         for width in (16, 32, 64, 128, 256, 512, 1024):
-            for itemsize, has_ids, exact in ((2, False, False), (2, True, False), (4, True, True)):
-                tile = triton_kernels.tile_for(capability, batch, width, itemsize, has_ids, exact)
-                least = (tile.rows + tile.keys) * width * itemsize
-                assert tile.rows % 16 == tile.keys % 16 == 0
-                assert least <= triton_kernels.shared_memory(capability)
+            for itemsize, exact in ((2, False), (4, True)):
+                if itemsize == 4 and width == 1024 and capability not in (80, 90, 100, 103):
+                    with pytest.raises(RuntimeError, match="shared memory"):
+                        triton_kernels.tile_for(capability, batch, width, 4, True, True)
+                    continue
+                for has_ids in (False, True):
+                    tile = triton_kernels.tile_for(
+                        capability, batch, width, itemsize, has_ids, exact
+                    )
+                    least = (tile.rows + tile.keys) * width * itemsize
+                    assert tile.rows % 16 == tile.keys % 16 == 0
+                    assert least <= triton_kernels.shared_memory(capability)
 
 
 @pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")

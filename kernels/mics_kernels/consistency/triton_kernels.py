@@ -337,23 +337,32 @@ def tile_for(
         has_ids: whether ids are compared, which takes registers.
         exact: products of float32 as they are, without tensor cores.
     """
-    wide_core = capability in (90, 100, 103)  # takes operands from shared memory
-    if exact:
+    if exact or width > 512:
         rows = 16
+    elif itemsize == 4:
+        rows = 32 if width <= 256 else 16
     elif width <= (256 if capability == 90 else 64):
         rows = 128
-    elif width <= 256:
-        rows = 64
     else:
-        rows = 32 if width <= 512 else 16
+        rows = 64 if width <= 256 else 32
     rows = min(rows, max(16, triton.next_power_of_2(2 * batch)))
-    warps = 8 if rows == 128 or width > 256 or rows * width > 8192 else 4
-    for keys, stages in ((64, 3), (32, 3), (32, 2), (16, 2)):
-        buffers = stages if wide_core and rows >= 64 else stages - 1
-        fits = (rows + buffers * keys) * width * itemsize <= shared_memory(capability) - 4096
-        if fits and keys <= (32 if has_ids or exact else 64):
-            break
-    return Tile(rows, keys, warps, stages)
+    large = rows == 128 or width > 256 or rows * width * itemsize > 16384
+    warps = 8 if exact or large else 4
+    most = 16 if exact and width > 256 else 32 if has_ids or itemsize == 4 else 64
+    for keys, stages in ((64, 3), (32, 3), (32, 2), (16, 3), (16, 2)):
+        if keys > most:
+            continue
+        # From 64 rows on, tensor cores read shared memory, and a stage more waits there.
+        # TensorFloat-32 wants the keys in two orders, and both there.
+        buffers = stages if rows >= 64 else stages - 1
+        if itemsize == 4 and not exact:
+            buffers = 2
+        if (rows + buffers * keys) * width * itemsize <= shared_memory(capability) - 4096:
+            return Tile(rows, keys, warps, stages)
+    raise RuntimeError(
+        f"{width} features of {itemsize} bytes are more than the shared memory of this GPU "
+        f"(compute capability {capability / 10}) holds; use half precision or another backend"
+    )
 
 
 def splits_for(row_tiles: int, key_tiles: int, processors: int) -> int:
