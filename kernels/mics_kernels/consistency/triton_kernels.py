@@ -348,7 +348,10 @@ def tile_for(
     rows = min(rows, max(16, triton.next_power_of_2(2 * batch)))
     large = rows == 128 or width > 256 or rows * width * itemsize > 16384
     warps = 8 if exact or large else 4
-    most = 16 if exact and width > 256 else 32 if has_ids or itemsize == 4 else 64
+    small = rows <= 32 and width <= 64
+    most = 32 if itemsize == 4 or (has_ids and not small) else 64
+    if exact and width > 256:
+        most = 16
     for keys, stages in ((64, 3), (32, 3), (32, 2), (16, 3), (16, 2)):
         if keys > most:
             continue
@@ -459,7 +462,7 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 
 
 def _rows_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(x.detach().to(dtype).contiguous() for x in tensors)
+    return tuple(x.to(dtype).contiguous() for x in tensors)
 
 
 def _ids_of_views(key_ids: Tensor | None, present: Tensor | None) -> tuple[Tensor | None, int]:
