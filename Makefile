@@ -1,6 +1,8 @@
 # make demo | test | lint | drill | gpu | check-kernels | clean: everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
+# Run once more in Triton's interpreter, in a process of their own.
+INTERPRETED := $(wildcard tests/kernels/test_*_backends.py) tests/kernels/test_consistency_triton.py
 INSTALLED := .venv/.installed
 
 .PHONY: demo test test-native lint drill gpu check-kernels clean
@@ -10,8 +12,7 @@ demo: $(INSTALLED)
 
 test: lint test-native
 	$(PY) -m pytest
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/test_evidential_backends.py
-	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/test_shift_backends.py
+	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
 
 # The C++ headers alone, by CTest.
 test-native: export PATH := $(CURDIR)/.venv/bin:$(PATH)

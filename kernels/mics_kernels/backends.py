@@ -46,78 +46,67 @@ def _serves_everything(tensor: Tensor) -> str:
     return ""
 
 
-def _float32_on_cpu(tensor: Tensor) -> str:
-    if tensor.device.type != "cpu":
-        return f"it serves CPU tensors, not {tensor.device}"
-    return _float32_limits(tensor)
+def _on_cpu(tensor: Tensor) -> str:
+    device = tensor.device
+    return "" if device.type == "cpu" else f"it serves CPU tensors, not {device}"
 
 
-def _float32_limits(tensor: Tensor) -> str:
+def _on_gpu(tensor: Tensor) -> str:
+    device = tensor.device
+    return "" if device.type == "cuda" else f"it serves CUDA tensors, not {device}"
+
+
+def _in_triton(tensor: Tensor) -> str:
+    if os.environ.get("TRITON_INTERPRET") == "1":  # runs anywhere, slowly: for tests
+        return ""
+    return _on_gpu(tensor)
+
+
+def _in_float32(tensor: Tensor) -> str:
     if tensor.dtype == torch.float64:
         return "it computes in float32, and float64 asks for more"
     return ""
 
 
-def _evidential_on_cpu(tensor: Tensor) -> str:
-    if tensor.device.type != "cpu":
-        return f"it serves CPU tensors, not {tensor.device}"
-    return _evidential_limits(tensor)
-
-
-def _evidential_on_gpu(tensor: Tensor) -> str:
-    if tensor.device.type != "cuda":
-        return f"it serves CUDA tensors, not {tensor.device}"
-    return _evidential_limits(tensor)
-
-
-def _evidential_in_triton(tensor: Tensor) -> str:
-    if os.environ.get("TRITON_INTERPRET") == "1":  # runs anywhere, slowly: for tests
-        return _evidential_limits(tensor)
-    return _evidential_on_gpu(tensor)
-
-
-def _evidential_limits(tensor: Tensor) -> str:
-    if tensor.dtype == torch.float64:
-        return "it computes in float32, and float64 asks for more"
+def _up_to_8_views(tensor: Tensor) -> str:
     if tensor.dim() == 3 and tensor.shape[1] > 8:
         return f"it combines at most 8 views, not {tensor.shape[1]}"
     return ""
 
 
-def _shift_on_cpu(tensor: Tensor) -> str:
-    if tensor.device.type != "cpu":
-        return f"it serves CPU tensors, not {tensor.device}"
-    return _shift_limits(tensor)
-
-
-def _shift_in_triton(tensor: Tensor) -> str:
-    if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"it serves CUDA tensors, not {tensor.device}"
-    return _shift_limits(tensor)
-
-
-def _shift_limits(tensor: Tensor) -> str:
-    if tensor.dtype == torch.float64:
-        return "it computes in float32, and float64 asks for more"
+def _up_to_1024_features(tensor: Tensor) -> str:
+    if tensor.dim() == 2 and tensor.shape[1] > 1024:
+        return f"it serves at most 1024 features, not {tensor.shape[1]}"
     return ""
 
 
+def _row(backend: str, module: str, *refusals: Callable[[Tensor], str]) -> Implementation:
+    def refuses(tensor: Tensor) -> str:
+        for refusal in refusals:
+            if reason := refusal(tensor):
+                return reason
+        return ""
+
+    return Implementation(backend, module, refuses)
+
+
 _SHIFT = (
-    Implementation("cpu", "shift.cpu", _shift_on_cpu),
-    Implementation("triton", "shift.triton_kernels", _shift_in_triton),
-    Implementation("reference", "shift.reference", _serves_everything),
+    _row("cpu", "shift.cpu", _on_cpu, _in_float32),
+    _row("triton", "shift.triton_kernels", _in_triton, _in_float32),
+    _row("reference", "shift.reference", _serves_everything),
 )
 
 IMPLEMENTATIONS: dict[str, tuple[Implementation, ...]] = {  # best first
     "consistency": (
-        Implementation("cpu", "consistency.cpu", _float32_on_cpu),
-        Implementation("reference", "consistency.reference", _serves_everything),
+        _row("cpu", "consistency.cpu", _on_cpu, _in_float32),
+        _row("triton", "consistency.triton_kernels", _in_triton, _in_float32, _up_to_1024_features),
+        _row("reference", "consistency.reference", _serves_everything),
     ),
     "evidential": (
-        Implementation("cpu", "evidential.cpu", _evidential_on_cpu),
-        Implementation("triton", "evidential.triton_kernels", _evidential_in_triton),
-        Implementation("cuda", "evidential.cuda", _evidential_on_gpu),
-        Implementation("reference", "evidential.reference", _serves_everything),
+        _row("cpu", "evidential.cpu", _on_cpu, _in_float32, _up_to_8_views),
+        _row("triton", "evidential.triton_kernels", _in_triton, _in_float32, _up_to_8_views),
+        _row("cuda", "evidential.cuda", _on_gpu, _in_float32, _up_to_8_views),
+        _row("reference", "evidential.reference", _serves_everything),
     ),
     "moments": _SHIFT,
     "shift": _SHIFT,

@@ -23,6 +23,10 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] * (GPU or INTERPRETED) + ["cpu"] * (not INTERPRETED)
 NAN = float("nan")
 
+# On tensor cores the probabilities are rounded to the dtype of the keys before the second product;
+# measured: 9e-4 / T and 1.2e-4 / T in a gradient.
+ROUNDED_PROBABILITY = {torch.float32: 0.0, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
+
 
 def device_of(backend: str) -> str:
     return "cuda" if GPU and backend == "triton" else "cpu"
@@ -158,9 +162,10 @@ def assert_as_good_as_eager(problem: Problem, backend: str) -> None:
     assert ours[0].dtype == torch.float32 and ours[1].dtype == problem.features[0].dtype
     rounding, views = 2e-7 / problem.temperature, len(problem.features)
     rows = 1 if problem.reduction == "mean" else len(problem.features[0]) * views * (views - 1)
+    half = ROUNDED_PROBABILITY[problem.features[0].dtype] if backend == "triton" else 0.0
     floors = (
         (rounding + 4e-7) * (rows if problem.reduction == "sum" else 1),
-        (rounding * (1 + 0.02 / problem.temperature) + 4e-7) * views,
+        (rounding * (1 + 0.02 / problem.temperature) + 4e-7 + half / problem.temperature) * views,
         (rounding / problem.temperature + 4e-7) * rows,
     )
     for mine, theirs, true, floor in zip(ours, eager, exact, floors, strict=True):

@@ -1,0 +1,105 @@
+"""What the Triton kernels of the consistency losses take of a chip."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from compiled import Check, Usage, compile_for, usage_of
+
+from mics_kernels.consistency import triton_kernels
+
+
+def checks(capability: int) -> list[Check]:
+    """Every width, precision and tile for a chip; of D = 256 the forward pass alone, too."""
+    rows = []
+    for width, precision, has_ids, tile in sweep_tiles(capability):
+        for gradient in (True, False) if width == 256 and precision == "half" else (True,):
+            name = (
+                f"sweep, D={width} {precision}{', ids' * has_ids}{', loss only' * (not gradient)}"
+            )
+            given = (capability, width, precision, has_ids, tile, gradient)
+            rows.append(Check(f"{name}, {tuple(tile)}", sweep_usage, given))
+    return [*rows, Check("join, D=256", join_usage, (capability,))]
+
+
+def sweep_tiles(capability: int) -> list[tuple[int, str, bool, triton_kernels.Tile]]:
+    """Every width, precision, use of ids and tile that the consistency losses run with: of half
+    precision, and of float32 up to 256 features, as TensorFloat-32 and exact."""
+    cases = []
+    for width in (32, 64, 128, 256, 512, 1024):
+        for precision in ("half", "tf32", "ieee") if width <= 256 else ("half",):
+            size, exact = (2 if precision == "half" else 4), precision == "ieee"
+            for has_ids in (False, True):
+                for batch in (8, 16, 32, 64):
+                    tile = triton_kernels.tile_for(capability, batch, width, size, has_ids, exact)
+                    cases.append((width, precision, has_ids, tile))
+    return list(dict.fromkeys(cases))
+
+
+def sweep_usage(
+    capability: int,
+    width: int,
+    precision: str,
+    has_ids: bool,
+    tile: triton_kernels.Tile,
+    gradient: bool,
+) -> Usage:
+    """Of the sweep over keys and queues of two views; also refuses a program
+    that does not fit on the chip, or makes no use of tensor cores or asynchronous copies."""
+    kernel = triton_kernels.sweep_kernel
+    features = "*bf16" if precision == "half" else "*fp32"
+    signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
+    signature |= dict.fromkeys(("students", "teachers", "keys", "queues"), (features,) * 2)
+    signature |= {"lengths": ("*i64", "*i64"), "sums": "*fp32", "pulls": "*fp32"}
+    signature |= dict.fromkeys(("ids_step", "rows", "key_rows", "queue_rows", "splits"), "i32")
+    signature |= {"temperature": "fp32", "queue_ids": ()}
+    constants = {
+        "A": (0, 1), "B": (1, 0), "D": width, "DP": width, "M": tile.rows, "N": tile.keys,
+        "HAS_QUEUE": True, "HAS_LENGTHS": True, "LENGTHS_IN_MEMORY": True, "HAS_IDS": has_ids,
+        "HAS_QUEUE_IDS": has_ids, "TEMPERATURE_IN_MEMORY": False, "GRADIENT": gradient,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+    }  # fmt: skip
+    if has_ids:
+        signature |= {"key_ids": "*i64", "queue_ids": ("*i64", "*i64")}
+    else:
+        constants |= {"key_ids": None, "queue_ids": ()}
+    # As torch's allocator gives them: addresses are multiples of 16.
+    places: list[tuple[int, ...]] = [(kernel.arg_names.index(n),) for n in ("sums", "pulls")]
+    for name in ("students", "teachers", "keys", "queues", "lengths", "queue_ids"):
+        index = kernel.arg_names.index(name)
+        places += [(index, view) for view in range(len(signature[name]))]
+    compiled = compile_for(
+        capability, kernel, signature, constants, places,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    code, shared = compiled.asm["ptx"], compiled.metadata.shared
+    assert shared <= triton_kernels.shared_memory(capability), (capability, width, tile)
+    if precision != "ieee":
+        assert re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", code), (
+            capability,
+            width,
+            tile,
+        )
+    if precision != "tf32":
+        assert "cp.async" in code, (capability, width, tile)
+    return usage_of(compiled)
+
+
+def join_usage(capability: int) -> Usage:
+    """Of the join of 8 splits, D = 256."""
+    kernel = triton_kernels.join_kernel
+    signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
+    signature |= dict.fromkeys(("sums", "pulls", "losses", "gradient", "slopes"), "*fp32")
+    signature |= {"keys": ("*bf16",) * 2, "key_ids": "*i64", "counted": "*i1"}
+    signature |= {"temperature": "*fp32", "alpha": "*fp32"}
+    signature |= dict.fromkeys(("ids_step", "rows", "splits"), "i32")
+    constants = {
+        "A": (0, 1), "B": (1, 0), "D": 256, "C": 128, "S": 8, "T": 16, "HAS_IDS": True,
+        "TEMPERATURE_IN_MEMORY": True, "ALPHA_IN_MEMORY": True, "GRADIENT": True,
+    }  # fmt: skip
+    names = ("sums", "pulls", "losses", "gradient", "slopes", "key_ids")
+    places = [(kernel.arg_names.index(name),) for name in names]
+    return usage_of(
+        compile_for(capability, kernel, signature, constants, places, num_warps=4, num_stages=2)
+    )
