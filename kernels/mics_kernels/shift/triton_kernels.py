@@ -377,7 +377,7 @@ def shift_blocks(dim: int) -> dict[str, int]:
 def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
     """Tile and segments of the moments: up to 64 segments, fewer where many classes would take
     too much memory. They depend on shapes alone, and so does every bit of the result."""
-    block = {"R": 32, "K": min(64, triton.next_power_of_2(dim))}
+    block = {"R": 16, "K": min(64, triton.next_power_of_2(dim))}
     most = max(1, min(64, 2**23 // (classes * dim)))
     segment = triton.cdiv(triton.cdiv(max(rows, 1), most), block["R"]) * block["R"]
     return {**block, "segment": segment, "S": triton.cdiv(max(rows, 1), segment)}
