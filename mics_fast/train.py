@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.data.cache import FrameCache
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
@@ -34,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not config.data.manifest or not config.out:
         missing = "--out" if config.data.manifest else "--data.manifest"
         raise InputError(f"option {missing} is missing")
-    manifest = read_manifest(Path(config.data.manifest), config.data.modalities)
+    manifest = read_manifest(
+        Path(config.data.manifest),
+        config.data.modalities,
+        files_exist=config.data.on_bad_file == "error",
+    )
     trainer = Trainer(config, manifest, resume=resume)
     stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
     for stage in stages:
@@ -73,6 +78,9 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
         self.autocast = torch.bfloat16 if bf16 else None
+        if config.data.dtype == "bf16" and not bf16:
+            raise InputError("option data.dtype is bf16, wanted fp32 as the encoders run in fp32")
+        self.cache = self._cache()
         self.run = Run.start(config, resume=resume)
 
     def pretrain(self) -> bool:
@@ -202,6 +210,18 @@ class Trainer:
         finally:
             log.close()
 
+    def _cache(self) -> FrameCache | None:
+        """Memory for the frames of all train rows, which both stages share."""
+        if self.config.data.cache.mode == "none":
+            return None
+        return FrameCache(
+            self.rows,
+            self.manifest.modalities,
+            data=self.config.data,
+            image_size=self.size.image,
+            device=self.device,
+        )
+
     def _loader(
         self,
         rows: Sequence[Row],
@@ -222,6 +242,7 @@ class Trainer:
             step=step,
             strong=strong,
             device=self.device,
+            cache=self.cache,
         )
 
     def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
