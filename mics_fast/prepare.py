@@ -26,6 +26,7 @@ from mics_fast.data.contact_sheet import write_contact_sheet
 from mics_fast.data.images import around, content_box, cut, decode, save, shrink
 from mics_fast.data.leaks import NearDuplicate, group_together, near_duplicates, perceptual_hash
 from mics_fast.data.manifest import SPLITS, write_manifest
+from mics_fast.data.shards import write_shards
 from mics_fast.data.sources import CONTACT_SHEET, Sample, read_columns, read_folders, read_table
 from mics_fast.data.splits import fold_rows, label_rows, split_fold, split_rows
 from mics_fast.data.virtual_nbi import virtual_nbi
@@ -99,6 +100,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="fractions of train, val and test rows")  # fmt: skip
     add("--folds", type=int, metavar="K",
         help="write fold-1.csv to fold-K.csv, each tests on another K-th of the rows")  # fmt: skip
+    add("--to-shards", type=int, metavar="ROWS",
+        help="copy the images into tar shards of this many rows (webdataset)")  # fmt: skip
     add("--group-near-duplicates", action="store_true",
         help="keep frames that look alike on one side of the split")  # fmt: skip
     add("--seed", type=int, default=0, help="of split, labels and phantom")
@@ -124,6 +127,11 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise InputError(f"--split is {options.split}, wanted three fractions that sum to 1")
     if options.folds is not None and options.folds < 2:
         raise InputError(f"--folds is {options.folds}, wanted at least 2")
+    if options.to_shards is not None and (options.to_shards < 1 or options.folds):
+        raise InputError(
+            f"--to-shards is {options.to_shards}, wanted at least 1 row a shard, and no --folds: "
+            "a shard is of one split"
+        )
     if options.store_side is not None and options.store_side < 32:
         raise InputError(f"--store-side is {options.store_side}, wanted at least 32 pixels")
     if options.seed < 0 or options.pairs < 1:
@@ -306,12 +314,16 @@ def write_rows(
     for name, splits in draw_splits(labels, groups, options).items():
         labelled = draw_labelled(labels, groups, splits, options)
         records = records_of(samples, groups, splits, labelled, modalities, options.out)
-        write_manifest(options.out / name, records, modalities)
         if not written:
             print_summary(records, modalities)
             report_leaks(alike, records, options.out / "near_duplicates.csv")
+            write_contact_sheet(options.out / CONTACT_SHEET, records, modalities)
+        if options.to_shards:
+            records = write_shards(
+                records, modalities, options.out, options.to_shards, options.seed
+            )
+        write_manifest(options.out / name, records, modalities)
         written.append(options.out / name)
-    write_contact_sheet(options.out / CONTACT_SHEET, records, modalities)
     return [*written, options.out / CONTACT_SHEET]
 
 

@@ -19,6 +19,7 @@ import torch
 
 from mics_fast.data.graph import decoded, new_pipeline
 from mics_fast.data.manifest import Row
+from mics_fast.data.shards import Member, find_member, read_image
 from mics_fast.errors import InputError
 
 WHOLE = np.array([0, 0, 1, 1], np.float32)
@@ -56,7 +57,7 @@ class ImageFiles:
             return None, ""
         problem = ""
         try:
-            encoded = np.fromfile(path, dtype=np.uint8)
+            encoded = read_image(path)
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
         else:
@@ -70,6 +71,23 @@ class ImageFiles:
         if self.policy == "error":
             raise InputError(sentence)
         return None, sentence
+
+    def locate(
+        self, row: Row, modality: str, crop: np.ndarray = WHOLE
+    ) -> tuple[Member | None, str]:
+        """Where in its shard an image lies that ``read`` would give; unread, unless it is suspect.
+
+        Raises:
+            InputError: as ``read``.
+        """
+        path = row.files[modality]
+        if path is not None and (row.index, modality) not in self._suspects:
+            try:
+                return find_member(path), ""
+            except OSError:
+                pass  # reading it will say why
+        encoded, sentence = self.read(row, modality, crop)
+        return (None if path is None or encoded is None else find_member(path)), sentence
 
     def suspect(self, images: Iterable[Image]) -> bool:
         """Decode the images of batches that failed one by one; whether any fails is returned.

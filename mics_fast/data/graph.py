@@ -47,6 +47,19 @@ Source = Callable[[int], Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True)
+class ShardIndices:
+    """What DALI's webdataset reader is to read.
+
+    Args:
+        shards: tar files, in the order of reading.
+        indices: an index file for each, whose components are named as the modalities.
+    """
+
+    shards: Sequence[str]
+    indices: Sequence[str]
+
+
+@dataclass(frozen=True)
 class PairGraph:
     """What becomes of a pair of images, whatever files and numbers they come with.
 
@@ -84,11 +97,11 @@ class PairGraph:
         place = (drawn.flips(), drawn.crop()) if self.kept is None else (drawn.region(),)
         return (*place, drawn.weak, drawn.strong) if self.strong else (*place, drawn.weak)
 
-    def build(self, images: Source, numbers: Source, batch_size: int) -> Any:
+    def build(self, images: Source | ShardIndices, numbers: Source, batch_size: int) -> Any:
         """A running pipeline: each output holds one view of one modality, weak views first.
 
         Args:
-            images: gives the images of each modality.
+            images: gives the images of each modality, or says where in shards they are.
             numbers: gives what ``numbers`` returns, transposed; unused where nothing is augmented.
                 The arrays of a batch must keep their values until its views are there.
             batch_size: largest number of samples in a batch.
@@ -112,10 +125,16 @@ class PairGraph:
         pipeline.build()
         return pipeline
 
-    def _images(self, source: Source) -> Sequence[Any]:
+    def _images(self, source: Source | ShardIndices) -> Sequence[Any]:
         """The image of each modality as it comes."""
         from nvidia.dali import fn
 
+        if isinstance(source, ShardIndices):
+            names = list(self.modalities)
+            read: Any = fn.readers.webdataset(
+                paths=source.shards, index_paths=source.indices, ext=names
+            )
+            return read if len(names) > 1 else [read]
         kept_on_gpu = self.kept is not None and self.kept.type == "cuda"
         images = fn.external_source(
             source=source,

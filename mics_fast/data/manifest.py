@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mics_fast.data.shards import image_exists
 from mics_fast.errors import InputError
 
 RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
@@ -173,6 +174,6 @@ def _file(cell: str, folder: Path, modality: str, where: str, exists: bool) -> P
     if not cell:
         return None
     path = folder / cell
-    if exists and not path.is_file():
+    if exists and not image_exists(path):
         raise InputError(f"{where}: the {modality} image {path} does not exist")
     return path

@@ -2,54 +2,36 @@
 
 Which row a sample is and how it is changed are functions of its number in the training stream
 (``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
-happens to the pixels is in ``graph.py``, to bad files in ``files.py``.
+happens to the pixels is in ``graph.py``, to bad files in ``files.py``; ``stream.py`` runs it all.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mics_fast.config import AugmentConfig, DataConfig
 from mics_fast.data.augment import draw_augmentation, epoch_order
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.files import WHOLE, ImageFiles
+from mics_fast.data.files import ImageFiles
 from mics_fast.data.graph import PairGraph
 from mics_fast.data.manifest import Row
+from mics_fast.data.shards import shard_of, shard_order
+from mics_fast.data.stream import (
+    PairBatch,
+    Prepared,
+    Sample,
+    Stream,
+    encoded_sample,
+    located_sample,
+    sample_of,
+)
 from mics_fast.errors import InputError
-
-# What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
-_PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
-
-
-@dataclass
-class PairBatch:
-    """B rows of the manifest on the training device.
-
-    Args:
-        views: modality -> (B, 3, H, W) float32 (bfloat16 where asked for), normalised: the weak or
-            the evaluation view; 0 where the image is missing.
-        strong: the strong view of the same crops, where asked for.
-        present: (B, M) bool, columns in the order of ``views``.
-        label: (B,) int64 class, -1 = unknown.
-        labelled: (B,) bool, may training use the label.
-        sample_id: (B,) int64 manifest row.
-        group_id: (B,) int64 contrastive id.
-    """
-
-    views: dict[str, Tensor]
-    strong: dict[str, Tensor] | None
-    present: Tensor
-    label: Tensor
-    labelled: Tensor
-    sample_id: Tensor
-    group_id: Tensor
 
 
 class TrainLoader:
@@ -57,6 +39,7 @@ class TrainLoader:
 
     Sample n = step * batch_size + i of the stream is row ``order(seed, n // R)[n % R]`` of the R
     rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch.
+    The order is any permutation; of rows that all lie in shards, one that takes shard after shard.
     A row none of whose images can be used, where bad files are skipped, is replaced by the next
     one of its epoch.
 
@@ -112,15 +95,23 @@ class TrainLoader:
         self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
         self._share = batch_size // world_size
         self._offset = rank * self._share
-        self._stream: _Stream | None = None
+        self._shards = shards_of(rows)
+        self._orders: dict[int, np.ndarray] = {}
+        self._stream: Stream | None = None
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> PairBatch:
         if self._stream is None:
-            self._stream = _Stream(
-                self._graph, self._files, self._prepare, self._share, self.step, self._dtype
+            self._stream = Stream(
+                self._graph,
+                self._files,
+                self._prepare,
+                self._share,
+                self.step,
+                self._dtype,
+                sharded=self._located(),
             )
         batch = next(self._stream)
         before, self.step = self.epoch, self.step + 1
@@ -161,21 +152,36 @@ class TrainLoader:
             "rows_checksum": zlib.crc32(names.encode()),
         }
 
-    def _prepare(self, step: int) -> _Prepared:
+    def _prepare(self, step: int) -> Prepared:
         """The samples of this rank in a batch."""
         first = step * self.batch_size + self._offset
         numbers = range(first, first + self._share)
         if self._cache is not None:
             self._cache.fill([self._row(number)[0] for number in numbers])
-        return _Prepared([self._sample(number) for number in numbers])
+        return Prepared([self._sample(number) for number in numbers])
 
     def _row(self, number: int, later: int = 0) -> tuple[Row, int]:
         """Row and epoch of a sample of the stream, or of one that comes later in its epoch."""
         count = len(self.rows)
         epoch, place = divmod(number, count)
-        return self.rows[epoch_order(self.seed, epoch, count)[(place + later) % count]], epoch
+        return self.rows[self._order(epoch)[(place + later) % count]], epoch
 
-    def _sample(self, number: int) -> _Sample:
+    def _order(self, epoch: int) -> np.ndarray:
+        """(R,) the order of the rows in an epoch; the last epoch's is kept beside it."""
+        if epoch not in self._orders:
+            self._orders = {own: o for own, o in self._orders.items() if own == epoch - 1}
+            self._orders[epoch] = (
+                shard_order(self.seed, epoch, self._shards)
+                if self._shards
+                else epoch_order(self.seed, epoch, len(self.rows))
+            )
+        return self._orders[epoch]
+
+    def _located(self) -> bool:
+        """Whether images are read from shards by DALI."""
+        return bool(self._shards) and self._cache is None
+
+    def _sample(self, number: int) -> Sample:
         """A sample of the stream; the next one that has an image, where it has none."""
         problems: list[str] = []
         for later in range(len(self.rows)):
@@ -185,7 +191,7 @@ class TrainLoader:
                 return replace(sample, problems=problems)
         raise InputError(f"none of {len(self.rows)} train rows has an image that can be used")
 
-    def _sample_of(self, row: Row, epoch: int) -> _Sample:
+    def _sample_of(self, row: Row, epoch: int) -> Sample:
         names = self._graph.modalities
         drawn = draw_augmentation(
             self._augment,
@@ -195,11 +201,13 @@ class TrainLoader:
             modalities=len(names),
         )
         numbers, crop = self._graph.numbers(drawn), drawn.crop()
+        if self._located():
+            return located_sample(self._files, row, names, crop, numbers)
         if self._cache is None:
-            return _encoded_sample(self._files, row, names, crop, numbers)
+            return encoded_sample(self._files, row, names, crop, numbers)
         self._cache.fill([row])
         found = [self._cache.frame(row, name) for name in names]
-        return _sample(row, found, self._cache.blank(), numbers, crop)
+        return sample_of(row, found, self._cache.blank(), numbers, crop)
 
 
 class EvalLoader:
@@ -237,7 +245,7 @@ class EvalLoader:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[PairBatch]:
-        stream = _Stream(self._graph, self._files, self._prepare, self.batch_size, step=0)
+        stream = Stream(self._graph, self._files, self._prepare, self.batch_size, step=0)
         found = False
         for _ in range(len(self)):
             batch = next(stream)
@@ -248,190 +256,21 @@ class EvalLoader:
         if self.rows and not found:
             raise InputError(f"none of {len(self.rows)} rows has an image that can be used")
 
-    def _prepare(self, step: int) -> _Prepared:
+    def _prepare(self, step: int) -> Prepared:
         rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]
         # Past the end, where batches are made ahead, there is no row.
         some: Sequence[Row | None] = rows or [None]
         names = self._graph.modalities
-        return _Prepared([_encoded_sample(self._files, row, names) for row in some])
+        return Prepared([encoded_sample(self._files, row, names) for row in some])
 
 
-@dataclass(frozen=True)
-class _Sample:
-    """What the graph reads of one sample, and whose it is.
-
-    Args:
-        row: of the manifest; None: none.
-        present: (M,) bool, which modalities it has.
-        images: of each modality, encoded or kept; something black where it has none.
-        numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
-        crop: (4,) float32, what is decoded of the encoded images.
-        problems: a sentence on each bad image that it goes without.
-    """
-
-    row: Row | None
-    present: np.ndarray
-    images: Sequence[np.ndarray | Tensor]
-    numbers: tuple[np.ndarray, ...]
-    crop: np.ndarray
-    problems: Sequence[str]
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """The samples of a batch on its way through the graph; keeps their arrays alive."""
-
-    samples: Sequence[_Sample]
-
-    def images(self) -> list[list[np.ndarray | Tensor]]:
-        """A list a modality."""
-        return [list(column) for column in zip(*(s.images for s in self.samples), strict=True)]
-
-    def numbers(self) -> list[list[np.ndarray]]:
-        """A list for each kind of number."""
-        return [list(column) for column in zip(*(s.numbers for s in self.samples), strict=True)]
-
-
-def _sample(
-    row: Row | None,
-    found: Sequence[tuple[np.ndarray | Tensor | None, str]],
-    blank: np.ndarray | Tensor,
-    numbers: tuple[np.ndarray, ...],
-    crop: np.ndarray,
-) -> _Sample:
-    """A sample of what was found of each modality: an image, or nothing and perhaps a sentence."""
-    return _Sample(
-        row,
-        present=np.array([image is not None for image, _ in found]),
-        images=[blank if image is None else image for image, _ in found],
-        numbers=numbers,
-        crop=crop,
-        problems=[sentence for _, sentence in found if sentence],
-    )
-
-
-def _encoded_sample(
-    files: ImageFiles,
-    row: Row | None,
-    names: Sequence[str],
-    crop: np.ndarray = WHOLE,
-    numbers: tuple[np.ndarray, ...] = (),
-) -> _Sample:
-    """A sample whose images are read from files; of no row, one without images."""
-    found = [files.read(row, name, crop) if row else (None, "") for name in names]
-    return _sample(row, found, _PLACEHOLDER, numbers, crop)
-
-
-class _Stream:
-    """Batches step, step + 1, ... without end; built anew, at the same place, after a bad file.
-
-    Args:
-        graph: what becomes of the images.
-        files: knows what to do with bad ones.
-        prepare: number of a batch -> its samples.
-        batch_size: most samples in a batch.
-        step: number of the first batch.
-        dtype: of the views.
-    """
-
-    def __init__(
-        self,
-        graph: PairGraph,
-        files: ImageFiles,
-        prepare: Callable[[int], _Prepared],
-        batch_size: int,
-        step: int,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self._graph, self._files, self._prepare = graph, files, prepare
-        self._batch_size, self._step, self._dtype = batch_size, step, dtype
-        self._in_flight: dict[int, _Prepared] = {}
-        self._pipeline: Any = None
-
-    def __next__(self) -> PairBatch:
-        while True:
-            if self._pipeline is None:
-                self._build()
-            try:
-                outputs = self._pipeline.run()
-            except RuntimeError:
-                # DALI cannot go on after an error.
-                self._pipeline = None
-                if not self._files.suspect(self._encoded_in_flight()):
-                    raise
-                continue
-            views = [_to_torch(output, self._graph.device, self._dtype) for output in outputs]
-            samples = self._in_flight.pop(self._step).samples
-            self._files.skip(sentence for sample in samples for sentence in sample.problems)
-            self._step += 1
-            return _assemble(self._graph, samples, views)
-
-    def _build(self) -> None:
-        first = self._step
-        self._in_flight.clear()
-
-        def prepared(iteration: int) -> _Prepared:
-            step = first + iteration
-            if step not in self._in_flight:
-                self._in_flight[step] = self._prepare(step)
-            return self._in_flight[step]
-
-        self._pipeline = self._graph.build(
-            lambda iteration: prepared(iteration).images(),
-            lambda iteration: prepared(iteration).numbers(),
-            self._batch_size,
-        )
-
-    def _encoded_in_flight(self) -> Iterator[tuple[Row, str, np.ndarray]]:
-        """The images that the graph may have stumbled on."""
-        if self._graph.kept is not None:
-            return
-        for _, prepared in sorted(self._in_flight.items()):
-            for sample in prepared.samples:
-                for name, there in zip(self._graph.modalities, sample.present, strict=True):
-                    if there and sample.row is not None:
-                        yield sample.row, name, sample.crop
-
-
-def _to_torch(output: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A copy that owns its memory; DALI reuses its own at the next run."""
-    from nvidia.dali.plugin.pytorch import feed_ndarray
-
-    dense = output.as_tensor()
-    images = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    # On the current stream, where the copy is ordered before both whatever reads the images and
-    # DALI's reuse of its buffer.
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dense, images, cuda_stream=stream)
-    return images.to(dtype)
-
-
-def _assemble(graph: PairGraph, samples: Sequence[_Sample], images: Sequence[Tensor]) -> PairBatch:
-    """Images as the graph gives them, weak views first, beside what is known of their rows."""
-
-    def on_device(values: Tensor) -> Tensor:
-        if graph.device.type == "cuda":
-            return values.pin_memory().to(graph.device, non_blocking=True)
-        return values
-
-    names = graph.modalities
-    kept = [k for k, sample in enumerate(samples) if sample.row and sample.present.any()]
-    rows = [row for k in kept if (row := samples[k].row)]
-    if len(kept) < len(samples):
-        images = [view[kept] for view in images]
-    present = torch.from_numpy(
-        np.array([samples[k].present for k in kept], bool).reshape(len(kept), len(names))
-    )
-    for number, view in enumerate(images):
-        there = present[:, number % len(names)]
-        if not there.all():
-            view *= on_device(there)[:, None, None, None]
-    return PairBatch(
-        views=dict(zip(names, images, strict=False)),
-        strong=dict(zip(names, images[len(names) :], strict=True)) if graph.strong else None,
-        present=on_device(present),
-        label=on_device(torch.tensor([row.label for row in rows], dtype=torch.int64)),
-        labelled=on_device(torch.tensor([row.labelled for row in rows], dtype=torch.bool)),
-        sample_id=on_device(torch.tensor([row.index for row in rows], dtype=torch.int64)),
-        group_id=on_device(torch.tensor([row.group for row in rows], dtype=torch.int64)),
-    )
+def shards_of(rows: Sequence[Row]) -> list[Path]:
+    """The shard that each row lies in; none at all unless every row lies in one."""
+    found = []
+    for row in rows:
+        shards = {shard_of(path) for path in row.files.values() if path is not None}
+        shard = shards.pop() if len(shards) == 1 else None
+        if shard is None:
+            return []
+        found.append(shard)
+    return found
