@@ -7,7 +7,6 @@ and rendered as virtual NBI where that is asked for, and hashed for the check of
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +18,13 @@ from typing import TypeVar
 import numpy as np
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mics_fast.data import phantom
 from mics_fast.data.contact_sheet import write_contact_sheet
 from mics_fast.data.images import around, content_box, cut, decode, save, shrink
-from mics_fast.data.leaks import NearDuplicate, group_together, near_duplicates, perceptual_hash
-from mics_fast.data.manifest import SPLITS, write_manifest
+from mics_fast.data.leaks import group_together, near_duplicates, perceptual_hash
+from mics_fast.data.manifest import write_manifest
+from mics_fast.data.reports import print_summary, report_leaks, report_rejected
 from mics_fast.data.shards import write_shards
 from mics_fast.data.sources import CONTACT_SHEET, Sample, read_columns, read_folders, read_table
 from mics_fast.data.splits import fold_rows, label_rows, split_fold, split_rows
@@ -34,8 +33,6 @@ from mics_fast.errors import InputError, SentenceParser, run_command
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-_SHOWN = 10  # lines of a list on the screen; the files hold all of it
 
 
 @dataclass(frozen=True)
@@ -258,31 +255,13 @@ def keep_complete(
             missing = ", ".join(name for name in modalities if name not in one.sample.files).upper()
             reason = f"without a partner: no {missing} image that can be used"
             orphans += [(one.sample.id, path, reason) for path in one.sample.files.values()]
-    write_rejected(options.out / "rejected.csv", broken + orphans)
-    for title, lines in (
-        ("rejected, see rejected.csv", [reason for _, _, reason in broken]),
-        ("left out, without a partner of the same name", [str(path) for _, path, _ in orphans]),
-    ):
-        if lines:
-            print(f"{title}: {len(lines)} images")
-            print("\n".join(f"  {line}" for line in lines[:_SHOWN]))
+    report_rejected(broken, orphans, options.out / "rejected.csv")
     if not kept:
         raise InputError(
             f"source {options.source} has no sample left, wanted one with all of its images; "
             f"{options.out / 'rejected.csv'} says what is wrong"
         )
     return kept
-
-
-def write_rejected(path: Path, lines: Sequence[tuple[str, Path, str]]) -> None:
-    """Write id, file and reason of what is left out; where nothing is, no file is left either."""
-    if not lines:
-        path.unlink(missing_ok=True)
-        return
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("id", "file", "reason"), *lines])
-    partial.replace(path)
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T], title: str) -> list[R]:
@@ -389,57 +368,6 @@ def records_of(
 def relative(file: Path, folder: Path) -> str:
     """The way from a resolved folder to a file, whose own name may be a link."""
     return os.path.relpath(file.parent.resolve() / file.name, folder)
-
-
-def print_summary(records: Sequence[dict[str, str]], modalities: Sequence[str]) -> None:
-    """Classes x splits, with the images of each modality where rows miss some; labelled rows."""
-
-    def cell(rows: Sequence[dict[str, str]]) -> str:
-        images = {name: sum(bool(record[name]) for record in rows) for name in modalities}
-        if all(count == len(rows) for count in images.values()):
-            return str(len(rows))
-        return f"{len(rows)} ({', '.join(f'{n.upper()} {count}' for n, count in images.items())})"
-
-    table = Table(title=f"{len(records)} samples")
-    for name in ("class", *SPLITS, "labelled"):
-        table.add_column(name, justify="left" if name == "class" else "right")
-    for label in sorted({record["label"] for record in records}):
-        mine = [record for record in records if record["label"] == label]
-        parts = [[record for record in mine if record["split"] == split] for split in SPLITS]
-        labelled = sum(record["labelled"] == "1" for record in mine)
-        table.add_row(label or "(no label)", *map(cell, parts), str(labelled))
-    Console().print(table)
-    virtual = {name for record in records for name in record["virtual"].split()}
-    shown = [
-        f"{'virtual ' if name in virtual else ''}{name.upper()} "
-        f"{sum(bool(record[name]) for record in records)}"
-        for name in modalities
-    ]
-    print(f"modalities: {', '.join(shown)}")
-
-
-def report_leaks(
-    alike: Sequence[NearDuplicate], records: Sequence[dict[str, str]], path: Path
-) -> None:
-    """List the near-duplicates that lie on two sides of the split; no file where there is none."""
-    leaks = [
-        (a["id"], a["split"], b["id"], b["split"], pair.modality, pair.distance)
-        for pair in alike
-        for a, b in [(records[pair.first], records[pair.second])]
-        if a["split"] != b["split"]
-    ]
-    if not leaks:
-        path.unlink(missing_ok=True)
-        return
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
-        header = ("id", "split", "other_id", "other_split", "modality", "different_bits")
-        csv.writer(file).writerows([header, *leaks])
-    partial.replace(path)
-    print(f"near-duplicates on two sides of the split, see {path.name}: {len(leaks)} pairs")
-    for one, own, other, its, modality, _ in leaks[:_SHOWN]:
-        print(f"  {one} ({own}) and {other} ({its}), {modality.upper()}")
-    print("  --group-near-duplicates keeps them on one side")
 
 
 if __name__ == "__main__":

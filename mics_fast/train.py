@@ -81,6 +81,7 @@ class Trainer:
         if config.data.dtype == "bf16" and not bf16:
             raise InputError("option data.dtype is bf16, wanted fp32 as the encoders run in fp32")
         self.cache = self._cache()
+        self.loaders: list[TrainLoader] = []
         self.run = Run.start(config, resume=resume)
 
     def pretrain(self) -> bool:
@@ -208,6 +209,8 @@ class Trainer:
                 loop.load(load_checkpoint(latest, meta))
             return loop.step == plan.steps or loop.run(batches(loop.step))
         finally:
+            for loader in self.loaders:
+                loader.close()
             log.close()
 
     def _cache(self) -> FrameCache | None:
@@ -231,7 +234,7 @@ class Trainer:
         *,
         strong: bool = False,
     ) -> TrainLoader:
-        return TrainLoader(
+        loader = TrainLoader(
             rows,
             self.manifest.modalities,
             data=self.config.data,
@@ -244,6 +247,8 @@ class Trainer:
             device=self.device,
             cache=self.cache,
         )
+        self.loaders.append(loader)
+        return loader
 
     def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
         """Scores of the averaged model on the val rows; None where there are none."""

@@ -127,7 +127,7 @@ class FrameCache:
 
         pipeline = new_pipeline(self._device, self.threads, _LARGEST_BATCH, prefetch=1)
         with pipeline:
-            encoded = fn.external_source(name="encoded", no_copy=True)
+            encoded = fn.external_source(name="encoded")
             pipeline.set_outputs(resized(decoded(encoded, self._device), self.side))
         pipeline.build()
         return pipeline

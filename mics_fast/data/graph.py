@@ -103,7 +103,6 @@ class PairGraph:
         Args:
             images: gives the images of each modality, or says where in shards they are.
             numbers: gives what ``numbers`` returns, transposed; unused where nothing is augmented.
-                The arrays of a batch must keep their values until its views are there.
             batch_size: largest number of samples in a batch.
         """
         from nvidia.dali import fn
@@ -114,7 +113,7 @@ class PairGraph:
             places: Sequence[Any] = ()
             if colours:
                 count = (2 if self.kept is None else 1) + len(colours)
-                drawn = fn.external_source(source=numbers, num_outputs=count, no_copy=True)
+                drawn = fn.external_source(source=numbers, num_outputs=count)
                 places, values = drawn[: -len(colours)], drawn[-len(colours) :]
             frames = [self._square(image, *places) for image in self._images(images)]
             views = frames if not colours else []
@@ -141,7 +140,6 @@ class PairGraph:
             num_outputs=len(self.modalities),
             device="gpu" if kept_on_gpu else "cpu",
             layout=None if self.kept is None else "HWC",
-            no_copy=True,
         )
         to_gpu = self.kept is not None and self.device.type == "cuda" and not kept_on_gpu
         return [image.gpu() for image in images] if to_gpu else images

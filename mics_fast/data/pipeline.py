@@ -91,7 +91,7 @@ class TrainLoader:
         self._augment, self._cache = augment, cache
         kept = None if cache is None else cache.device
         self._graph = PairGraph(modalities, data, image_size, device, augment, strong, kept)
-        self._files = cache.files if cache else ImageFiles(data.on_bad_file, device)
+        self._files = ImageFiles(data.on_bad_file, device)
         self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
         self._share = batch_size // world_size
         self._offset = rank * self._share
@@ -115,9 +115,16 @@ class TrainLoader:
             )
         batch = next(self._stream)
         before, self.step = self.epoch, self.step + 1
-        for epoch in range(before, self.epoch):
-            self._files.report(f"epoch {epoch + 1}")
+        if self.epoch > before:
+            self._report(self.epoch)
         return batch
+
+    def close(self) -> None:
+        """Say what was skipped of the epoch that is not over, if anything was."""
+        self._report(self.epoch + 1)
+
+    def _report(self, epoch: int) -> None:
+        self._files.report(f"epoch {epoch} of {len(self.rows)} rows")
 
     @property
     def epoch(self) -> int:

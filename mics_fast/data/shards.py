@@ -144,7 +144,12 @@ def find_member(path: Path) -> Member:
 
 @cache
 def read_index(shard: Path) -> dict[str, tuple[int, int]]:
-    """Name -> offset and size of the members of a shard."""
+    """Name -> offset and size of the members of a shard.
+
+    Raises:
+        OSError: the shard is not there, or its index cannot be read.
+    """
+    shard.stat()
     _, *lines = shard.with_suffix(".idx").read_text().splitlines()
     members = {}
     for line in lines:

@@ -80,7 +80,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples of a batch on its way through the graph; keeps their arrays alive."""
+    """The samples of a batch on its way through the graph."""
 
     samples: Sequence[Sample]
 

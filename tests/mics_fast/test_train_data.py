@@ -71,7 +71,10 @@ def test_a_run_that_skips_bad_files_trains_both_stages_and_is_evaluated(manifest
         train.main(arguments)
     train.main([*arguments, "--data.on_bad_file", "skip"])
     told = capfd.readouterr().err
-    assert f"skipped: {cut} cannot be decoded" in told and "epoch 1: skipped 1 images" in told
+    assert (
+        f"skipped: {cut} cannot be decoded" in told
+        and "rows: skipped 1 images of 1 bad files" in told
+    )
     assert all(value.isfinite().all() for value in weights(run, "finetune").values())
     result = evaluate.evaluate(
         evaluate.Run.open(run), evaluate.read_manifest(manifest, files_exist=False), "test"

@@ -117,9 +117,10 @@ def test_a_bad_file_stops_training_with_one_sentence(rows, how, cached):
 @pytest.mark.parametrize("how", BAD)
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_skipped_file_is_a_missing_modality_and_nothing_else_changes(rows, how, cached, capfd):
-    whole = take(train(rows, cached), 6)
+    whole = take(train(rows, cached), 7)
     spoil(rows[5].files["nbi"], how)
-    for before, after in zip(whole, take(train(rows, cached), 6), strict=True):
+    loader = train(rows, cached)
+    for before, after in zip(whole, take(loader, 7), strict=True):
         assert torch.equal(before.sample_id, after.sample_id)
         bad = after.sample_id == 5
         assert after.present[:, 0].all() and torch.equal(after.present[:, 1], ~bad)
@@ -129,7 +130,18 @@ def test_a_skipped_file_is_a_missing_modality_and_nothing_else_changes(rows, how
     told = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     named, *epochs = told
     assert named.startswith(f"skipped: {rows[5].files['nbi']} ") and "'lesion 5'" in named
-    assert epochs == [f"epoch {k}: skipped 1 images of 1 bad files" for k in (1, 2)]
+    assert epochs == [f"epoch {k} of 12 rows: skipped 1 images of 1 bad files" for k in (1, 2)]
+
+
+def test_what_was_skipped_of_an_epoch_that_is_not_over_is_told_at_the_end(rows, capfd):
+    first = int(take(train(rows), 4)[3].sample_id[0])  # of the second epoch
+    spoil(rows[first].files["nbi"], "text")
+    loader = train(rows)
+    take(loader, 4)
+    capfd.readouterr()
+    loader.close()
+    told = capfd.readouterr().err
+    assert told == "epoch 2 of 12 rows: skipped 1 images of 1 bad files\n"
 
 
 @pytest.mark.parametrize("cached", [False, True])
