@@ -1,21 +1,14 @@
-"""The DALI graph: from file bytes and augmentation numbers to normalised views.
+"""The DALI graph: from images and augmentation numbers to square frames.
 
-One graph serves GPU (``mixed`` decode) and CPU. Per modality: decode the crop alone, resize it to
-a square (triangle filter, antialiased), flip it; then per view, weak or strong, which share all of
-that: colour, blur, normalise. Images stay uint8 until they are normalised, so every operation
-rounds and clips to 0..255. An evaluation view is the whole frame resized to the square: the
-geometry of training with the largest crop, no flip, no colour.
-
-The colour of a pixel x = (r, g, b) in 0..255 becomes
-
-    brightness * (contrast * T x + 128 * (1 - contrast)),  T = Y^-1 R(hue) diag(1, s, s) Y
-
-where Y goes from RGB to YIQ, s is the saturation factor and R turns the (I, Q) plane by the hue.
+One graph serves GPU (``mixed`` decode) and CPU, encoded files and frames that are kept decoded. Per
+modality: decode the crop alone, resize it to a square (triangle filter, antialiased), flipped; then
+blur it for each view, weak or strong, that is to be blurred. Images stay uint8, so every operation
+rounds. An evaluation view is the whole frame resized to the square: the geometry of training with
+the largest crop and no flip. Colour and normalisation follow in ``views.py``.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,22 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mics_fast.config import AugmentConfig, ColourConfig, DataConfig
-from mics_fast.data.augment import (
-    BLUR,
-    BRIGHTNESS,
-    CONTRAST,
-    HUE,
-    SATURATION,
-    Augmentation,
-)
+from mics_fast.config import AugmentConfig, DataConfig
+from mics_fast.data.augment import BLUR, Augmentation
+from mics_fast.data.views import IMAGENET_STD
 from mics_fast.errors import InputError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-# Added to the variance in squared grey levels: the rounding of a flat channel stays small.
-_VARIANCE_FLOOR = 1.0
 # DALI refuses a standard deviation of 0; this one changes nothing.
 _SMALLEST_BLUR = 1e-3
 
@@ -95,10 +77,25 @@ class PairGraph:
         """What an augmenting graph reads of one sample beside its images."""
         # Encoded images are cropped by the decoder, kept ones by the resize.
         place = (drawn.flips(), drawn.crop()) if self.kept is None else (drawn.region(),)
-        return (*place, drawn.weak, drawn.strong) if self.strong else (*place, drawn.weak)
+        views = (drawn.weak, drawn.strong)
+        return (*place, *(views[view][:, BLUR].copy() for view in self._blurred()))
+
+    def frames_of(self, outputs: Sequence[Any]) -> list[Sequence[Any]]:
+        """The outputs that each view, weak first, is made of: one a modality."""
+        blurred, count = self._blurred(), len(self.modalities)
+        # Views that are not blurred share the frames that come first.
+        shared = len(blurred) < self.views
+        place = {view: shared + number for number, view in enumerate(blurred)}
+        starts = [count * place.get(view, 0) for view in range(self.views)]
+        return [outputs[start : start + count] for start in starts]
+
+    @property
+    def views(self) -> int:
+        """How many views a sample has: weak or evaluation view, and strong view."""
+        return 2 if self.strong else 1
 
     def build(self, images: Source | ShardIndices, numbers: Source, batch_size: int) -> Any:
-        """A running pipeline: each output holds one view of one modality, weak views first.
+        """A running pipeline of (H, W, 3) uint8 frames; ``frames_of`` says which are whose.
 
         Args:
             images: gives the images of each modality, or says where in shards they are.
@@ -107,22 +104,28 @@ class PairGraph:
         """
         from nvidia.dali import fn
 
-        colours = self._colours()
+        blurred = self._blurred()
         pipeline = new_pipeline(self.device, self.data.threads, batch_size, self.data.prefetch)
         with pipeline:
             places: Sequence[Any] = ()
-            if colours:
-                count = (2 if self.kept is None else 1) + len(colours)
-                drawn = fn.external_source(source=numbers, num_outputs=count)
-                places, values = drawn[: -len(colours)], drawn[-len(colours) :]
+            if self.augment is not None:
+                count = 2 if self.kept is None else 1
+                drawn = fn.external_source(source=numbers, num_outputs=count + len(blurred))
+                places, sigmas = drawn[:count], drawn[count:]
             frames = [self._square(image, *places) for image in self._images(images)]
-            views = frames if not colours else []
-            for view, config in enumerate(colours):
-                views += [_coloured(x, values[view][i], config) for i, x in enumerate(frames)]
-            names = itertools.cycle(self.modalities)
-            pipeline.set_outputs(*map(self._normalised, views, names))
+            outputs = list(frames) if len(blurred) < self.views else []
+            for number in range(len(blurred)):
+                outputs += [_blur(x, sigmas[number][i]) for i, x in enumerate(frames)]
+            pipeline.set_outputs(*outputs)
         pipeline.build()
         return pipeline
+
+    def _blurred(self) -> list[int]:
+        """The views that are blurred: 0 weak, 1 strong."""
+        if self.augment is None:
+            return []
+        configs = (self.augment.weak, self.augment.strong)
+        return [view for view in range(self.views) if configs[view].blur]
 
     def _images(self, source: Source | ShardIndices) -> Sequence[Any]:
         """The image of each modality as it comes."""
@@ -149,27 +152,6 @@ class PairGraph:
         if self.kept is None:
             image = decoded(image, self.device, crop)
         return resized(image, self.image_size, region)
-
-    def _colours(self) -> list[ColourConfig]:
-        """The ranges of each view that is coloured."""
-        if self.augment is None:
-            return []
-        return [self.augment.weak, self.augment.strong] if self.strong else [self.augment.weak]
-
-    def _normalised(self, image: Any, modality: str) -> Any:
-        """(3, H, W) float32."""
-        from nvidia.dali import fn, types
-
-        if self.data.normalize == "image":
-            image = fn.normalize(image, axes=[0, 1], epsilon=_VARIANCE_FLOOR)
-            return fn.transpose(image, perm=[2, 0, 1])
-        return fn.crop_mirror_normalize(
-            image,
-            mean=[255 * x for x in self.data.mean.get(modality, IMAGENET_MEAN)],
-            std=[255 * x for x in self.data.std.get(modality, IMAGENET_STD)],
-            dtype=types.DALIDataType.FLOAT,
-            output_layout="CHW",
-        )
 
 
 def check_dali() -> None:
@@ -234,17 +216,7 @@ def resized(frame: Any, side: int, region: Any = None) -> Any:
     )
 
 
-def _coloured(image: Any, numbers: Any, config: ColourConfig) -> Any:
-    """One view of one modality, changed by its (5,) colour numbers."""
+def _blur(frame: Any, sigma: Any) -> Any:
     from nvidia.dali import fn, math
 
-    image = fn.color_twist(
-        image,
-        brightness=numbers[BRIGHTNESS],
-        contrast=numbers[CONTRAST],
-        saturation=numbers[SATURATION],
-        hue=numbers[HUE],
-    )
-    if not config.blur:
-        return image
-    return fn.gaussian_blur(image, sigma=math.max(numbers[BLUR], _SMALLEST_BLUR))
+    return fn.gaussian_blur(frame, sigma=math.max(sigma, _SMALLEST_BLUR))

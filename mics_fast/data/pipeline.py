@@ -2,7 +2,8 @@
 
 Which row a sample is and how it is changed are functions of its number in the training stream
 (``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
-happens to the pixels is in ``graph.py``, to bad files in ``files.py``; ``stream.py`` runs it all.
+happens to the pixels is in ``graph.py`` and ``views.py``, to bad files in ``files.py``;
+``stream.py`` runs it all.
 """
 
 from __future__ import annotations
@@ -207,14 +208,14 @@ class TrainLoader:
             sample_id=row.index,
             modalities=len(names),
         )
-        numbers, crop = self._graph.numbers(drawn), drawn.crop()
+        how = (self._graph.numbers(drawn), drawn.crop(), (drawn.weak, drawn.strong))
         if self._located():
-            return located_sample(self._files, row, names, crop, numbers)
+            return located_sample(self._files, row, names, *how)
         if self._cache is None:
-            return encoded_sample(self._files, row, names, crop, numbers)
+            return encoded_sample(self._files, row, names, *how)
         self._cache.fill([row])
         found = [self._cache.frame(row, name) for name in names]
-        return sample_of(row, found, self._cache.blank(), numbers, crop)
+        return sample_of(row, found, self._cache.blank(), *how)
 
 
 class EvalLoader:

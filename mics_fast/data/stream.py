@@ -21,6 +21,7 @@ from mics_fast.data.files import WHOLE, ImageFiles
 from mics_fast.data.graph import PairGraph, ShardIndices
 from mics_fast.data.manifest import Row
 from mics_fast.data.shards import Member, write_indices
+from mics_fast.data.views import make_view
 
 # What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
 _PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
@@ -67,6 +68,7 @@ class Sample:
             another image, whose view is made black.
         numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
         crop: (4,) float32, what is decoded of the encoded images.
+        colours: (M, 5) numbers of each view; none where nothing is augmented.
         problems: a sentence on each bad image that it goes without.
     """
 
@@ -75,6 +77,7 @@ class Sample:
     images: Sequence[Image]
     numbers: tuple[np.ndarray, ...]
     crop: np.ndarray
+    colours: Sequence[np.ndarray]
     problems: Sequence[str]
 
 
@@ -99,6 +102,7 @@ def sample_of(
     blank: Image,
     numbers: tuple[np.ndarray, ...],
     crop: np.ndarray,
+    colours: Sequence[np.ndarray],
 ) -> Sample:
     """A sample of what was found of each modality: an image, or nothing and perhaps a sentence."""
     return Sample(
@@ -107,6 +111,7 @@ def sample_of(
         images=[blank if image is None else image for image, _ in found],
         numbers=numbers,
         crop=crop,
+        colours=colours,
         problems=[sentence for _, sentence in found if sentence],
     )
 
@@ -115,26 +120,28 @@ def encoded_sample(
     files: ImageFiles,
     row: Row | None,
     names: Sequence[str],
-    crop: np.ndarray = WHOLE,
     numbers: tuple[np.ndarray, ...] = (),
+    crop: np.ndarray = WHOLE,
+    colours: Sequence[np.ndarray] = (),
 ) -> Sample:
     """A sample whose images are read from files; of no row, one without images."""
     found = [files.read(row, name, crop) if row else (None, "") for name in names]
-    return sample_of(row, found, _PLACEHOLDER, numbers, crop)
+    return sample_of(row, found, _PLACEHOLDER, numbers, crop, colours)
 
 
 def located_sample(
     files: ImageFiles,
     row: Row,
     names: Sequence[str],
-    crop: np.ndarray,
     numbers: tuple[np.ndarray, ...],
+    crop: np.ndarray,
+    colours: Sequence[np.ndarray],
 ) -> Sample:
     """A sample whose images DALI reads from a shard; in the place of one that is missing, another
     of the same row."""
     found = [files.locate(row, name, crop) for name in names]
     there = [member for member, _ in found if member is not None]
-    return sample_of(row, found, there[0] if there else _NOWHERE, numbers, crop)
+    return sample_of(row, found, there[0] if there else _NOWHERE, numbers, crop, colours)
 
 
 class Stream:
@@ -181,11 +188,11 @@ class Stream:
                 if not self._files.suspect(self._encoded_in_flight()):
                     raise
                 continue
-            views = [_to_torch(output, self._graph.device, self._dtype) for output in outputs]
+            frames = [_to_torch(output, self._graph.device) for output in outputs]
             samples = self._in_flight.pop(self._step).samples
             self._files.skip(sentence for sample in samples for sentence in sample.problems)
             self._step += 1
-            return _assemble(self._graph, samples, views)
+            return _assemble(self._graph, samples, frames, self._dtype)
 
     def _build(self) -> None:
         first = self._step
@@ -225,42 +232,52 @@ class Stream:
                         yield sample.row, name, sample.crop
 
 
-def _to_torch(output: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _to_torch(output: Any, device: torch.device) -> Tensor:
     """A copy that owns its memory; DALI reuses its own at the next run."""
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
     dense = output.as_tensor()
-    images = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    # On the current stream, where the copy is ordered before both whatever reads the images and
+    frames = torch.empty(dense.shape(), dtype=torch.uint8, device=device)
+    # On the current stream, where the copy is ordered before both whatever reads the frames and
     # DALI's reuse of its buffer.
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dense, images, cuda_stream=stream)
-    return images.to(dtype)
+    feed_ndarray(dense, frames, cuda_stream=stream)
+    return frames
 
 
-def _assemble(graph: PairGraph, samples: Sequence[Sample], images: Sequence[Tensor]) -> PairBatch:
-    """Images as the graph gives them, weak views first, beside what is known of their rows."""
+def _assemble(
+    graph: PairGraph, samples: Sequence[Sample], frames: Sequence[Tensor], dtype: torch.dtype
+) -> PairBatch:
+    """The views, made of the graph's frames, beside what is known of their rows."""
 
     def on_device(values: Tensor) -> Tensor:
         if graph.device.type == "cuda":
             return values.pin_memory().to(graph.device, non_blocking=True)
         return values
 
-    names = graph.modalities
     kept = [k for k, sample in enumerate(samples) if sample.row and sample.present.any()]
     rows = [row for k in kept if (row := samples[k].row)]
     if len(kept) < len(samples):
-        images = [view[kept] for view in images]
+        frames = [of[kept] for of in frames]
+    samples = [samples[k] for k in kept]
     present = torch.from_numpy(
-        np.array([samples[k].present for k in kept], bool).reshape(len(kept), len(names))
+        np.array([s.present for s in samples], bool).reshape(len(kept), len(graph.modalities))
     )
-    for number, view in enumerate(images):
-        there = present[:, number % len(names)]
-        if not there.all():
-            view *= on_device(there)[:, None, None, None]
+    views: list[dict[str, Tensor]] = []
+    for number, own in enumerate(graph.frames_of(frames)):
+        views.append({})
+        for column, name in enumerate(graph.modalities):
+            colours = None
+            if graph.augment is not None:
+                colours = np.array([sample.colours[number][column] for sample in samples])
+            view = make_view(own[column], name, graph.data, colours)
+            there = present[:, column]
+            if not there.all():
+                view *= on_device(there)[:, None, None, None]
+            views[-1][name] = view.to(dtype)
     return PairBatch(
-        views=dict(zip(names, images, strict=False)),
-        strong=dict(zip(names, images[len(names) :], strict=True)) if graph.strong else None,
+        views=views[0],
+        strong=views[1] if graph.strong else None,
         present=on_device(present),
         label=on_device(torch.tensor([row.label for row in rows], dtype=torch.int64)),
         labelled=on_device(torch.tensor([row.labelled for row in rows], dtype=torch.bool)),

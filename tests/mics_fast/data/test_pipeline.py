@@ -379,14 +379,15 @@ def test_every_augmentation_leaves_a_pair_aligned_to_a_pixel(block_rows, mode):
             ]
             for mask in masks[1:]:
                 differs = mask != masks[0]
-                assert not (differs & ~near_an_edge(masks[0])).any()
+                # The outermost pixels may show a sliver of the next block in one view alone.
+                assert not (differs & ~near_an_edge(masks[0]))[1:-1, 1:-1].any()
                 shares.append(differs.float().mean().item())
     # a shift by one pixel would move all of the edges: 4 % of the pixels
     assert np.mean(shares) < 0.01
 
 
 def test_the_views_are_those_of_a_reference_in_numpy(folder, reference_resize):
-    """Crop, resize, flips, colour, blur and normalisation, one after the other in float64."""
+    """Crop, resize, flips, blur, colour and normalisation, one after the other in float64."""
     means, stds = {"wli": (0.5, 0.4, 0.3), "nbi": (0.2, 0.3, 0.4)}, {"wli": (0.2, 0.3, 0.4)}
     data = DataConfig(mean=means, std=stds)
     pixels = {name: noise(40 + k, 90, 120) for k, name in enumerate(NAMES)}
@@ -408,16 +409,17 @@ def test_the_views_are_those_of_a_reference_in_numpy(folder, reference_resize):
             std = np.array(stds.get(name, (0.229, 0.224, 0.225)))
             for views, values in ((batch.views, drawn.weak), (batch.strong, drawn.strong)):
                 numbers = values[place].astype(np.float64)
-                expected = twisted(square, *numbers[:BLUR])
+                frame = square
                 if values is drawn.strong:
                     sigma, reach = numbers[BLUR], int(np.ceil(3 * numbers[BLUR]))
-                    expected = gaussian_filter(
-                        expected, (sigma, sigma, 0), mode="mirror", radius=(reach, reach, 0)
+                    frame = gaussian_filter(
+                        square, (sigma, sigma, 0), mode="mirror", radius=(reach, reach, 0)
                     )
+                expected = twisted(np.rint(frame), *numbers[:BLUR])
                 found = views[name][epoch].permute(1, 2, 0).double().numpy() * std + mean
                 worst = max(worst, abs(255 * found - expected).max())
-    # Grey levels. Rounding to uint8 after each of resize, colour and blur: a resized level may
-    # round the other way, and colour then multiplies that by up to 1.4 * 1.4 * 1.9.
+    # Grey levels. After resize and blur they are rounded, which may go the other way by one; colour
+    # then multiplies that by up to 1.4 * 1.4 * 1.9.
     assert worst <= 2.5
 
 
@@ -438,7 +440,7 @@ def twisted(pixels, brightness, contrast, saturation, hue):
     rotation = np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
     matrix = np.linalg.inv(yiq) @ rotation @ np.diag([1, saturation, saturation]) @ yiq
     changed = brightness * (contrast * pixels @ matrix.T + 128 * (1 - contrast))
-    return np.clip(np.rint(changed), 0, 255)
+    return np.clip(changed, 0, 255)
 
 
 def test_the_modalities_of_a_pair_have_their_own_colours(same_rows):
@@ -462,9 +464,7 @@ def test_colours_follow_the_documented_formula(same_rows):
             for name, numbers in zip(NAMES, values, strict=True):
                 expected = twisted(pixels, *numbers[:BLUR].astype(np.float64))
                 found = views[name][k].permute(1, 2, 0).numpy()
-                # float32 may round the other way; nothing else differs
-                assert abs(found - expected).max() <= 1
-                assert (found != expected).mean() < 0.001
+                assert abs(found - expected).max() <= 2e-4  # grey levels; float32
 
 
 def test_the_strong_view_is_blurred_by_the_drawn_gaussian(same_rows):
