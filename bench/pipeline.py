@@ -4,9 +4,9 @@ The DALI pipeline, uncached and from frames kept in memory, stands beside what m
 PyTorch DataLoader whose workers use Pillow, without and with JPEG draft mode (which decodes at a
 half or a quarter of the size where that is enough, and so changes the image a little). All crop,
 flip, resize, colour and normalise by the same numbers; how far their views are from those of DALI
-is printed first. Rounds alternate; each starts anew and warms up before its clock runs.
+is printed first. Rounds alternate; each is a process of its own and warms up before its clock runs.
 "cores" is CPU time over wall time of a round with its start: well below the number of cores, the
-machine was busy with something else.
+machine was busy with something else. "CPU ms" is that CPU time for each pair, which suffers less.
 
     python bench/pipeline.py MANIFEST [--device cuda] [--quick] [--json FILE]
 """
@@ -17,11 +17,13 @@ import argparse
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,12 +43,13 @@ from mics_fast.data.augment import (
     epoch_order,
 )
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.graph import IMAGENET_MEAN, IMAGENET_STD
 from mics_fast.data.manifest import Row, read_manifest
 from mics_fast.data.pipeline import TrainLoader
+from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
 
 SIDE, BATCH, SEED, WORKERS = 224, 32, 0, 2
-WARM_UP = 6  # batches: more than any of the loaders makes ahead
+BATCHES = 16  # on the clock
+WARM_UP = 6  # batches before it, and after it: more than any of the loaders makes ahead
 AUGMENT = AugmentConfig()
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 Views = tuple[Tensor, ...]
@@ -66,7 +69,7 @@ class PillowPairs(torch.utils.data.Dataset):
         self.rows, self.names, self.draft = rows, names, draft
 
     def __len__(self) -> int:
-        return 1_000_000  # the stream has no end
+        return BATCH * (1 + WARM_UP + BATCHES + WARM_UP)
 
     def __getitem__(self, number: int) -> np.ndarray:
         epoch, place = divmod(number, len(self.rows))
@@ -102,7 +105,9 @@ def pillow_loader(rows: Sequence[Row], names: Sequence[str], draft: bool) -> Ite
     """Batches of uint8 from two workers, normalised here, as timm does."""
     mean, std = (255 * torch.tensor(x).reshape(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     loader = torch.utils.data.DataLoader(
-        PillowPairs(rows, names, draft), batch_size=BATCH, num_workers=WORKERS
+        PillowPairs(rows, names, draft),
+        batch_size=BATCH,
+        num_workers=WORKERS,
     )
     for batch in loader:
         yield tuple((view.permute(0, 3, 1, 2) - mean) / std for view in batch.unbind(1))
@@ -127,36 +132,44 @@ def dali_loader(
 
 def loaders_of(
     rows: Sequence[Row], names: Sequence[str], device: torch.device
-) -> dict[tuple[str, str], Callable[[], Iterable[Views]]]:
-    """(implementation, decoder) -> a function that starts it."""
+) -> dict[str, tuple[Callable[[], Iterable[Views]], str]]:
+    """Implementation -> a function that starts it, and its decoder."""
     ours = "nvJPEG, mixed" if device.type == "cuda" else "libjpeg-turbo in DALI"
     jpeg = features.version("libjpeg_turbo")
     pillow = f"libjpeg-turbo {jpeg} in Pillow" if jpeg else "libjpeg in Pillow"
     modes = ("none", "host", "device") if device.type == "cuda" else ("none", "host")
-    found: dict[tuple[str, str], Callable[[], Iterable[Views]]] = {}
+    found: dict[str, tuple[Callable[[], Iterable[Views]], str]] = {}
     for mode in modes:
         name = "DALI" if mode == "none" else f"DALI, {mode} cache"
         decoder = ours if mode == "none" else "none after the first epoch"
-        found[name, decoder] = lambda mode=mode: dali_loader(rows, names, device, mode)
+        found[name] = (lambda mode=mode: dali_loader(rows, names, device, mode), decoder)
     for draft in (False, True):
         name = f"Pillow, {WORKERS} workers{', draft mode' if draft else ''}"
-        found[name, pillow] = lambda draft=draft: pillow_loader(rows, names, draft)
+        found[name] = (lambda draft=draft: pillow_loader(rows, names, draft), pillow)
     return found
 
 
-def one_round(start: Callable[[], Iterable[Views]], batches: int) -> tuple[float, float]:
-    """Pairs a second, and cores used, of some batches."""
-    used, begun = cpu_seconds(), time.perf_counter()
+def one_round(
+    rows: Sequence[Row], names: Sequence[str], device: str, name: str
+) -> tuple[float, float, float]:
+    """Pairs a second, cores used, and CPU milliseconds a pair; in a new process, where no thread
+    of another implementation runs."""
+    torch.set_num_threads(1)  # the loaders have two threads or workers of their own
+    start = loaders_of(rows, names, torch.device(device))[name][0]
     loader = iter(start())
+    next(loader)  # imports, builds, fills the cache
+    used, begun = cpu_seconds(), time.perf_counter()
     for _ in range(WARM_UP):
         next(loader)
     clock = time.perf_counter()
-    for _ in range(batches):
+    for _ in range(BATCHES):
         next(loader)
     synchronise()
-    rate = batches * BATCH / (time.perf_counter() - clock)
-    del loader
-    return rate, (cpu_seconds() - used) / (time.perf_counter() - begun)
+    rate = BATCHES * BATCH / (time.perf_counter() - clock)
+    for _ in itertools.islice(loader, WARM_UP + 1):  # to the end, where workers are waited for
+        pass
+    spent, wall = cpu_seconds() - used, time.perf_counter() - begun
+    return rate, spent / wall, 1e3 * spent / (BATCH * (BATCHES + 2 * WARM_UP))
 
 
 def synchronise() -> None:
@@ -170,40 +183,52 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def print_differences(starts: dict[tuple[str, str], Callable[[], Iterable[Views]]]) -> None:
+def print_differences(rows: Sequence[Row], names: Sequence[str], device: torch.device) -> None:
     """How far the first batch of each is from that of DALI, in grey levels: it is the same work."""
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
-    first = {name: next(iter(start())) for (name, _), start in starts.items()}
-    for name, views in first.items():
-        apart = [
-            (scale * (a.cpu() - b.cpu())).abs().mean().item()
-            for a, b in zip(views, first["DALI"], strict=True)
-        ]
-        print(f"{name:30} differs by {statistics.mean(apart):.2f} grey levels on average")
+    kept = PillowPairs(rows, names, False), PillowPairs(rows, names, True)
+    mean = 255 * torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1)
+    views = next(iter(dali_loader(rows, names, device, "none")))
+    ours = torch.stack([view.cpu() * scale + mean for view in views], 1)
+    for name, pairs in zip(("Pillow", "Pillow, draft mode"), kept, strict=True):
+        theirs = torch.from_numpy(np.stack([pairs[k] for k in range(BATCH)])).permute(0, 1, 4, 2, 3)
+        apart = (ours - theirs).abs().mean().item()
+        print(f"{name} differs from DALI by {apart:.2f} grey levels on average")
 
 
 def table(
-    starts: dict[tuple[str, str], Callable[[], Iterable[Views]]], rounds: int, batches: int
+    rows: Sequence[Row], names: Sequence[str], device: torch.device, rounds: int
 ) -> list[dict]:
     """Measure everything; one row for each implementation."""
-    rates: dict[tuple[str, str], list[tuple[float, float]]] = {key: [] for key in starts}
-    for _, (key, start) in itertools.product(range(rounds), starts.items()):
-        rates[key].append(one_round(start, batches))
-    base = statistics.median(rate for rate, _ in next(iter(rates.values())))
-    rows = []
-    for (name, decoder), measured in rates.items():
-        own = [rate for rate, _ in measured]
-        rows.append({
-            "implementation": name, "decoder": decoder, "slowest": min(own), "fastest": max(own),
+    decoders = {name: decoder for name, (_, decoder) in loaders_of(rows, names, device).items()}
+    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in decoders}
+    for _, name in itertools.product(range(rounds), decoders):
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as pool:
+            future = pool.submit(one_round, rows, names, str(device), name)
+            measured[name].append(future.result())
+    base = statistics.median(rate for rate, _, _ in measured["DALI"])
+    results = []
+    for name, decoder in decoders.items():
+        own, cores, milliseconds = (list(column) for column in zip(*measured[name], strict=True))
+        result = {
+            "implementation": name,
+            "decoder": decoder,
             "pairs_per_second": statistics.median(own),
+            "slowest": min(own),
+            "fastest": max(own),
             "ratio_to_dali": statistics.median(own) / base,
-            "cores": statistics.median(cores for _, cores in measured), "rounds": rounds,
-        })  # fmt: skip
+            "cores": statistics.median(cores),
+            "cpu_ms": statistics.median(milliseconds),
+            "rounds": rounds,
+        }
+        results.append(result)
         print(
             f"{name:30} {statistics.median(own):7.1f} pairs/s ({min(own):.1f} to {max(own):.1f})  "
-            f"{rows[-1]['ratio_to_dali']:5.2f}x  cores {rows[-1]['cores']:.2f}  decoder: {decoder}"
+            f"{result['ratio_to_dali']:5.2f}x  cores {result['cores']:.2f}  "
+            f"CPU ms {result['cpu_ms']:.1f}  decoder: {decoder}"
         )
-    return rows
+    return results
 
 
 def main() -> None:
@@ -226,9 +251,8 @@ def main() -> None:
         "python": platform.python_version(),
     }
     print(", ".join(f"{key}: {value}" for key, value in machine.items()))
-    starts = loaders_of(rows, manifest.modalities, device)
-    print_differences(starts)
-    results = table(starts, 2 if arguments.quick else 5, 16)
+    print_differences(rows, manifest.modalities, device)
+    results = table(rows, manifest.modalities, device, 2 if arguments.quick else 5)
     if device.type == "cpu":
         print("on a GPU: not measured")
     if arguments.json:
