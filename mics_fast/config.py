@@ -60,6 +60,22 @@ class AugmentConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Whether training keeps decoded frames in memory after their first use.
+
+    Kept frames are squares of uint8: an epoch after the first reads and decodes nothing.
+
+    Args:
+        mode: "none" decodes anew each time; "host" keeps frames in main memory, "device" where
+            the training runs.
+        side: of the kept frames, pixels; default: 256/224 of the views' side.
+    """
+
+    mode: Literal["none", "host", "device"] = "none"
+    side: int | None = None
+
+
+@dataclass
 class DataConfig:
     """Where the pairs come from and how their pixels are scaled.
 
@@ -70,7 +86,12 @@ class DataConfig:
             own channel mean and standard deviation (takes the lighting away; see docs).
         mean: per modality, three channel means in [0, 1]; default ImageNet's.
         std: per modality, three channel standard deviations; default ImageNet's.
+        dtype: of the training views; bf16, half the memory, needs encoders that run in bf16.
         threads: CPU threads of the image pipeline.
+        prefetch: batches in flight: while the loop works on one, the next are made.
+        on_bad_file: "error" stops at a file that cannot be read or decoded; "skip" treats it as
+            a missing modality, or, where a row has none left, takes the next row instead.
+        cache: whether decoded frames are kept.
     """
 
     manifest: str = ""
@@ -78,7 +99,11 @@ class DataConfig:
     normalize: Literal["fixed", "image"] = "fixed"
     mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    dtype: Literal["fp32", "bf16"] = "fp32"
     threads: int = 2
+    prefetch: int = 2
+    on_bad_file: Literal["error", "skip"] = "error"
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 @dataclass
@@ -239,7 +264,7 @@ def check_config(config: TrainConfig) -> None:
         InputError: the first option that is out of range.
     """
     positive = (
-        "log_every checkpoint_every keep_checkpoints data.threads model.projection "
+        "log_every checkpoint_every keep_checkpoints data.threads data.prefetch model.projection "
         "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.lr pretrain.temperature "
         "finetune.epochs finetune.labelled_batch finetune.unlabelled_batch finetune.lr "
         "finetune.shift_rank"
@@ -268,6 +293,9 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
+    side = config.data.cache.side
+    if side is not None and side <= 0:
+        raise InputError(f"option data.cache.side is {side}, wanted a number above 0")
     for stage in ("pretrain", "finetune"):
         _check_augment(f"{stage}.augment", getattr(config, stage).augment)
 

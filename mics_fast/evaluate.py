@@ -136,7 +136,7 @@ def evaluate(run: Run, manifest: Manifest, split: str) -> dict[str, Any]:
             for name, view in opinions.items()
             if len(view.label)
         },
-        "n": len(rows),
+        "n": len(opinions["fused"].label),
         "classes": list(manifest.classes),
         "split": split,
         "virtual": sorted({name for row in rows for name in row.virtual}),
@@ -194,7 +194,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run = Run.open(options.run)
     file = options.manifest or Path(run.config.data.manifest)
-    manifest = read_manifest(file, run.config.data.modalities)
+    skip = run.config.data.on_bad_file == "skip"
+    manifest = read_manifest(file, run.config.data.modalities, files_exist=not skip)
     result = evaluate(run, manifest, options.split)
     print_table(result)
     if options.json:

@@ -1,50 +1,53 @@
-"""``python -m mics_fast.prepare``: from a folder of images, or the phantom, to a manifest."""
+"""``python -m mics_fast.prepare``: from images, wherever they lie, to a manifest.
+
+Every image is opened and decoded once, on all cores; in the same pass it is cropped, stored again
+and rendered as virtual NBI where that is asked for, and hashed for the check of near-duplicates.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from mics_fast.data import phantom
-from mics_fast.data.manifest import SPLITS, write_manifest
-from mics_fast.data.splits import label_rows, split_rows
+from mics_fast.data.contact_sheet import write_contact_sheet
+from mics_fast.data.images import around, content_box, cut, decode, save, shrink
+from mics_fast.data.leaks import group_together, near_duplicates, perceptual_hash
+from mics_fast.data.manifest import write_manifest
+from mics_fast.data.reports import print_summary, report_leaks, report_rejected
+from mics_fast.data.shards import write_shards
+from mics_fast.data.sources import CONTACT_SHEET, Sample, read_columns, read_folders, read_table
+from mics_fast.data.splits import fold_rows, label_rows, split_fold, split_rows
 from mics_fast.data.virtual_nbi import virtual_nbi
 from mics_fast.errors import InputError, SentenceParser, run_command
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; what training decodes
 
-
-@dataclass
-class Sample:
-    """One row of the manifest to be.
+@dataclass(frozen=True)
+class Inspected:
+    """A sample after its images have been decoded.
 
     Args:
-        id: unique text.
-        label: class name.
-        files: modality -> image.
-        virtual: modalities that are derived from another.
+        sample: with the files that training is to read; broken ones are gone.
+        hashes: modality -> perceptual hash; none of a modality that is derived.
+        rejected: broken file and what is wrong with it.
     """
 
-    id: str
-    label: str
-    files: dict[str, Path]
-    virtual: list[str] = field(default_factory=list)
+    sample: Sample
+    hashes: dict[str, np.ndarray]
+    rejected: list[tuple[Path, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,17 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        samples, orphans = find_samples(options)
-        write_rows(samples, options)
+        if options.source == "phantom":
+            found = make_phantom(out, options.pairs, options.seed)
+            modalities = ["wli", "nbi"]
+        else:
+            samples, modalities = find_samples(options)
+            found = in_threads(lambda sample: inspect(sample, options), samples, "checking")
+        kept = keep_complete(found, modalities, options)
+        for path in write_rows(kept, modalities, options):
+            print(f"wrote {path}")
     except OSError as error:
         raise InputError(f"{error.filename or out}: {error.strerror or error}") from None
     except UnicodeEncodeError as error:
         raise InputError(f"file name {error.object!r} is not UTF-8, wanted one that is") from None
-    if orphans:
-        print(f"left out, without a partner of the same name: {len(orphans)} images")
-        for path in orphans[:10]:
-            print(f"  {path}")
-    print(f"wrote {out / 'manifest.csv'}")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -73,15 +78,43 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         InputError: an option is unknown, ill-typed or out of range.
     """
     parser = SentenceParser(prog="python -m mics_fast.prepare", description=__doc__)
-    parser.add_argument("source", help="folder of images, or the word phantom")
-    parser.add_argument("--out", type=Path, required=True, help="folder for manifest.csv")
-    parser.add_argument("--virtual-nbi", action="store_true", help="derive NBI from WLI frames")
-    parser.add_argument("--label-fraction", type=float, default=0.05, help="of the train rows")
-    parser.add_argument("--split", type=float, nargs=3, default=(0.7, 0.1, 0.2), metavar="X",
-                        help="fractions of train, val and test rows")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of split, labels and phantom")
-    parser.add_argument("--pairs", type=int, default=600, help="of the phantom")
+    add = parser.add_argument
+    add("source", help="folder of class folders, CSV file, or the word phantom")
+    add("--out", type=Path, required=True, help="folder for manifest.csv")
+    add("--column", action="append", default=[], metavar="MODALITY=COLUMN",
+        help="column of the CSV file with the paths of a modality")  # fmt: skip
+    add("--label-column", help="column of the CSV file that holds the class")
+    add("--group-column", help="column of the CSV file whose value one lesion's frames share")
+    add("--pair-pattern", metavar="REGEX",
+        help="finds the id that both file names of a pair share; default: the stem")  # fmt: skip
+    add("--keep-orphans", action="store_true", help="keep rows that miss a modality")
+    add("--virtual-nbi", action="store_true", help="derive NBI from WLI frames")
+    add("--crop-borders", action="store_true", help="store frames without their black borders")
+    add("--store-side", type=int, metavar="PIXELS",
+        help="store frames again, as JPEG with this shorter side, for fast reading")  # fmt: skip
+    add("--label-fraction", type=float, default=0.05, help="of the train rows")
+    add("--split", type=float, nargs=3, default=(0.7, 0.1, 0.2), metavar="X",
+        help="fractions of train, val and test rows")  # fmt: skip
+    add("--folds", type=int, metavar="K",
+        help="write fold-1.csv to fold-K.csv, each tests on another K-th of the rows")  # fmt: skip
+    add("--to-shards", type=int, metavar="ROWS",
+        help="copy the images into tar shards of this many rows (webdataset)")  # fmt: skip
+    add("--group-near-duplicates", action="store_true",
+        help="keep frames that look alike on one side of the split")  # fmt: skip
+    add("--seed", type=int, default=0, help="of split, labels and phantom")
+    add("--pairs", type=int, default=600, help="of the phantom")
     options = parser.parse_args(arguments)
+    check_numbers(options)
+    check_source(options)
+    return options
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """Refuse numbers out of range.
+
+    Raises:
+        InputError: names the first such option.
+    """
     if not 0 < options.label_fraction <= 1:
         raise InputError(
             f"--label-fraction is {options.label_fraction}, wanted above 0 and up to 1"
@@ -89,165 +122,146 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     split = options.split
     if not (min(split) >= 0 and split[0] > 0 and abs(sum(split) - 1) < 1e-6):
         raise InputError(f"--split is {options.split}, wanted three fractions that sum to 1")
-    if options.source == "phantom" and options.virtual_nbi:
-        raise InputError("--virtual-nbi is for WLI frames alone, but the phantom has NBI")
+    if options.folds is not None and options.folds < 2:
+        raise InputError(f"--folds is {options.folds}, wanted at least 2")
+    if options.to_shards is not None and (options.to_shards < 1 or options.folds):
+        raise InputError(
+            f"--to-shards is {options.to_shards}, wanted at least 1 row a shard, and no --folds: "
+            "a shard is of one split"
+        )
+    if options.store_side is not None and options.store_side < 32:
+        raise InputError(f"--store-side is {options.store_side}, wanted at least 32 pixels")
     if options.seed < 0 or options.pairs < 1:
         raise InputError("--seed must be at least 0 and --pairs at least 1")
-    return options
 
 
-def find_samples(options: argparse.Namespace) -> tuple[list[Sample], list[Path]]:
-    """Samples of the source, every image decoded once; and the images that have no partner."""
+def check_source(options: argparse.Namespace) -> None:
+    """Refuse options that do not go with the source; compile the pattern, read the columns.
+
+    Raises:
+        InputError: names the first such option.
+    """
     if options.source == "phantom":
-        return make_phantom(options.out, options.pairs, options.seed), []
-    source = Path(options.source)
-    if not source.is_dir():
-        raise InputError(f"source {source} is not a folder")
-    paired, single = class_folders(source, options.out)
-    if paired:
-        samples, orphans = match_pairs(paired)
-    else:
-        samples, orphans = (
-            [
-                Sample(f"{folder.name}/{path.stem}", folder.name, {"wli": path})
-                for folder in single
-                for path in images_of(folder)
-            ],
-            [],
+        for name in ("virtual_nbi", "crop_borders", "store_side"):
+            if getattr(options, name):
+                option = name.replace("_", "-")
+                raise InputError(f"--{option} is for given frames, but the phantom makes its own")
+    is_table = Path(options.source).suffix.lower() == ".csv"
+    if is_table and not options.column:
+        raise InputError(
+            f"{options.source} is a table, wanted --column MODALITY=COLUMN, as in wli=file"
         )
-    if not samples:
-        raise InputError(f"source {source} has no WLI and NBI image of the same name")
+    if is_table and options.pair_pattern:
+        raise InputError("--pair-pattern is for folders, but the rows of a table are pairs already")
+    for name in ("column", "label_column", "group_column"):
+        if getattr(options, name) and not is_table:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is for a CSV file, but the source is {options.source}")
+    options.column = read_columns(options.column)
+    if options.pair_pattern is not None:
+        try:
+            options.pair_pattern = re.compile(options.pair_pattern)
+        except re.error as error:
+            raise InputError(
+                f"--pair-pattern {options.pair_pattern} is no regular expression: {error}"
+            ) from None
+
+
+def find_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
+    """The samples of a table or of folders, complete or not, and the modalities they should have.
+
+    Nothing is opened yet.
+    """
+    if options.column:
+        samples = read_table(
+            Path(options.source), options.column, options.label_column, options.group_column
+        )
+    else:
+        samples = read_folders(Path(options.source), options.out, options.pair_pattern)
+    there = {name for sample in samples for name in sample.files}
+    modalities = list(options.column) or [name for name in ("wli", "nbi") if name in there]
     if options.virtual_nbi:
-        if paired:
-            raise InputError(f"--virtual-nbi is for WLI frames alone, but {source} has NBI folders")
-        in_threads(lambda sample: add_virtual_nbi(sample, options.out), samples, "virtual NBI")
-    else:
-        in_threads(check_images, samples, "checking")
-    return samples, orphans
+        if modalities != ["wli"]:
+            raise InputError(
+                f"--virtual-nbi is for WLI frames alone, but {options.source} has "
+                f"{', '.join(modalities).upper()}"
+            )
+        modalities.append("nbi")
+    return samples, modalities
 
 
-def class_folders(source: Path, out: Path) -> tuple[list[Path], list[Path]]:
-    """The folders of a source: those of the pair layout, or those of the one-modality layout.
-
-    Raises:
-        InputError: there is none, there are both, one holds no image, or one has no partner.
-    """
-    written = (out.resolve(), (out / "nbi").resolve())  # by an earlier run
-    folders = sorted(
-        path
-        for path in source.iterdir()
-        if path.is_dir() and not path.name.startswith(".")
-        if path.resolve() not in written or images_of(path)
-    )
-    paired = [path for path in folders if path.name.endswith(("_WLI", "_NBI"))]
-    single = [path for path in folders if path not in paired]
-    if not folders:
-        raise InputError(
-            f"source {source} has no folder, wanted <class>/ or <class>_WLI/ and <class>_NBI/"
-        )
-    if paired and single:
-        raise InputError(
-            f"source {source} holds {paired[0].name} and {single[0].name}, wanted pairs of folders "
-            "or single folders, not both"
-        )
-    for folder in folders:
-        if not images_of(folder):
-            kinds = ", ".join(sorted(SUFFIXES))
-            raise InputError(f"{folder} holds no image, wanted files that end in {kinds}")
-    for folder in paired:
-        other = folder.name[:-3] + ("NBI" if folder.name.endswith("WLI") else "WLI")
-        if not (source / other).is_dir():
-            raise InputError(f"{folder} has no partner, wanted {other} beside it")
-    return paired, single
-
-
-def match_pairs(folders: Sequence[Path]) -> tuple[list[Sample], list[Path]]:
-    """Pair the images of ``<class>_WLI`` and ``<class>_NBI`` that have the same stem."""
-    by_class: dict[str, dict[str, dict[str, Path]]] = {}
-    for folder in folders:
-        label, modality = folder.name[:-4], folder.name[-3:].lower()
-        stems = {path.stem: path for path in images_of(folder)}
-        by_class.setdefault(label, {"wli": {}, "nbi": {}})[modality] = stems
-    samples, orphans = [], []
-    for label, modalities in sorted(by_class.items()):
-        wli, nbi = modalities["wli"], modalities["nbi"]
-        for stem in sorted(wli.keys() & nbi.keys()):
-            files = {"wli": wli[stem], "nbi": nbi[stem]}
-            samples.append(Sample(f"{label}/{stem}", label, files))
-        orphans += [path for own in (wli, nbi) for stem, path in own.items()
-                    if stem not in wli.keys() & nbi.keys()]  # fmt: skip
-    return samples, sorted(orphans)
-
-
-def images_of(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted by name.
-
-    Raises:
-        InputError: two of them differ in their suffix alone.
-    """
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-    )
-    for name, count in Counter(path.stem for path in files).items():
-        if count > 1:
-            raise InputError(f"{folder} holds {count} images named {name}, wanted one")
-    return files
-
-
-def decode(path: Path) -> np.ndarray:
-    """The image as (H, W, 3) uint8, upright, after a full decode.
-
-    Raises:
-        InputError: the file is no image, or a broken one.
-    """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            upright = ImageOps.exif_transpose(image)  # as the image pipeline does
-            if upright.mode.startswith("I"):  # 16 bits, which convert() would clip
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            return np.asarray(upright.convert("RGB"))
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is no image, or none of {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be decoded as an image: {error}") from None
-
-
-def check_images(sample: Sample) -> None:
-    """Decode every image of a sample once; nothing is kept."""
-    for path in sample.files.values():
-        decode(path)
-
-
-def add_virtual_nbi(sample: Sample, out: Path) -> None:
-    """Render the second modality of a white-light frame below ``out/nbi``."""
-    target = out / "nbi" / sample.label / f"{sample.files['wli'].stem}.jpg"
-    save(virtual_nbi(decode(sample.files["wli"])), target)
-    sample.files["nbi"] = target
-    sample.virtual.append("nbi")
-
-
-def make_phantom(out: Path, pairs: int, seed: int) -> list[Sample]:
+def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
     """Render the phantom's pairs below ``out/wli`` and ``out/nbi``."""
 
-    def render(index: int) -> Sample:
+    def render(index: int) -> Inspected:
         label, wli, nbi = phantom.render_pair(seed, index)
         name = f"{index:06d}"
         files = {"wli": out / "wli" / f"{name}.png", "nbi": out / "nbi" / f"{name}.png"}
         save(wli, files["wli"])
         save(nbi, files["nbi"])
-        return Sample(name, label, files)
+        return Inspected(Sample(name, label, files), {}, [])
 
     return in_threads(render, range(pairs), "phantom")
 
 
-def save(image: np.ndarray, target: Path) -> None:
-    """Write an image under a temporary name, then rename it; JPEG in full chroma, for vessels."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{target.name}")
-    Image.fromarray(image).save(partial, quality=95, subsampling=0)
-    partial.replace(target)
+def inspect(sample: Sample, options: argparse.Namespace) -> Inspected:
+    """Decode every image of a sample once, and make of it whatever the options ask for."""
+    frames, rejected = {}, []
+    for name, path in sample.files.items():
+        try:
+            frames[name] = decode(path)
+        except InputError as error:
+            rejected.append((path, str(error)))
+    files = {name: sample.files[name] for name in frames}
+    checked = Sample(sample.id, sample.label, files, sample.group)
+    if options.crop_borders and frames:
+        # One box for all modalities, in fractions of the frame: a pair stays registered.
+        box = around(content_box(frame) for frame in frames.values())
+        frames = {name: cut(frame, box) for name, frame in frames.items()}
+    if options.store_side:
+        frames = {name: shrink(frame, options.store_side) for name, frame in frames.items()}
+    hashes = {name: perceptual_hash(frame) for name, frame in frames.items()}
+    if options.crop_borders or options.store_side:
+        for name, frame in frames.items():
+            store(frame, name, checked, options.out)
+    if options.virtual_nbi and "wli" in frames:
+        store(virtual_nbi(frames["wli"]), "nbi", checked, options.out)
+        checked.virtual.append("nbi")
+    return Inspected(checked, hashes, rejected)
+
+
+def store(frame: np.ndarray, modality: str, sample: Sample, out: Path) -> None:
+    """Write a frame below ``out/<modality>`` and let the sample refer to it."""
+    target = out / modality / f"{sample.id}.jpg"
+    save(frame, target)
+    sample.files[modality] = target
+
+
+def keep_complete(
+    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
+) -> list[Inspected]:
+    """The samples that become rows; what does not is listed in ``rejected.csv`` with its reason.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    enough = 1 if options.keep_orphans else len(modalities)
+    kept, broken, orphans = [], [], []
+    for one in found:
+        broken += [(one.sample.id, path, reason) for path, reason in one.rejected]
+        if len(one.sample.files) >= enough:
+            kept.append(one)
+        else:
+            missing = ", ".join(name for name in modalities if name not in one.sample.files).upper()
+            reason = f"without a partner: no {missing} image that can be used"
+            orphans += [(one.sample.id, path, reason) for path in one.sample.files.values()]
+    report_rejected(broken, orphans, options.out / "rejected.csv")
+    if not kept:
+        raise InputError(
+            f"source {options.source} has no sample left, wanted one with all of its images; "
+            f"{options.out / 'rejected.csv'} says what is wrong"
+        )
+    return kept
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T], title: str) -> list[R]:
@@ -261,11 +275,58 @@ def in_threads(work: Callable[[T], R], items: Iterable[T], title: str) -> list[R
         )
 
 
-def write_rows(samples: Sequence[Sample], options: argparse.Namespace) -> None:
-    """Split the samples, choose the labelled ones, write the manifest and print a summary."""
+def write_rows(
+    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
+) -> list[Path]:
+    """Split the samples, check for leaks, write manifests and contact sheet, print a summary.
+
+    Returns:
+        The files written.
+    """
+    samples = [one.sample for one in found]
     labels = [sample.label for sample in samples]
-    groups = [""] * len(samples)
-    splits = split_rows(labels, groups, options.split, options.seed)
+    groups = [sample.group for sample in samples]
+    alike = near_duplicates([one.hashes for one in found])
+    if options.group_near_duplicates:
+        groups = group_together(groups, [sample.id for sample in samples], alike)
+    written: list[Path] = []
+    for name, splits in draw_splits(labels, groups, options).items():
+        labelled = draw_labelled(labels, groups, splits, options)
+        records = records_of(samples, groups, splits, labelled, modalities, options.out)
+        if not written:
+            print_summary(records, modalities)
+            report_leaks(alike, records, options.out / "near_duplicates.csv")
+            write_contact_sheet(options.out / CONTACT_SHEET, records, modalities)
+        if options.to_shards:
+            records = write_shards(
+                records, modalities, options.out, options.to_shards, options.seed
+            )
+        write_manifest(options.out / name, records, modalities)
+        written.append(options.out / name)
+    return [*written, options.out / CONTACT_SHEET]
+
+
+def draw_splits(
+    labels: Sequence[str], groups: Sequence[str], options: argparse.Namespace
+) -> dict[str, list[str]]:
+    """File name of each manifest -> the split of each row."""
+    if options.folds is None:
+        return {"manifest.csv": split_rows(labels, groups, options.split, options.seed)}
+    fold = fold_rows(labels, groups, options.folds, options.seed)
+    val_share = options.split[1] / (options.split[0] + options.split[1])
+    return {
+        f"fold-{k + 1}.csv": split_fold(labels, groups, fold, k, val_share, options.seed)
+        for k in range(options.folds)
+    }
+
+
+def draw_labelled(
+    labels: Sequence[str],
+    groups: Sequence[str],
+    splits: Sequence[str],
+    options: argparse.Namespace,
+) -> set[int]:
+    """The train rows that keep their label."""
     train = [row for row, split in enumerate(splits) if split == "train"]
     chosen = label_rows(
         [labels[row] for row in train],
@@ -273,11 +334,21 @@ def write_rows(samples: Sequence[Sample], options: argparse.Namespace) -> None:
         options.label_fraction,
         options.seed,
     )
-    labelled = {row for row, keeps in zip(train, chosen, strict=True) if keeps}
+    return {row for row, keeps in zip(train, chosen, strict=True) if keeps}
+
+
+def records_of(
+    samples: Sequence[Sample],
+    groups: Sequence[str],
+    splits: Sequence[str],
+    labelled: set[int],
+    modalities: Sequence[str],
+    out: Path,
+) -> list[dict[str, str]]:
+    """The rows of a manifest in ``out``."""
     # Resolved: "out/.." is not the parent of a folder that is reached through a link.
-    out = options.out.resolve()
-    modalities = list(dict.fromkeys(name for sample in samples for name in sample.files))
-    records = [
+    folder = out.resolve()
+    return [
         {
             "id": sample.id,
             "label": sample.label,
@@ -285,33 +356,18 @@ def write_rows(samples: Sequence[Sample], options: argparse.Namespace) -> None:
             "group": groups[row],
             "split": splits[row],
             "virtual": " ".join(sample.virtual),
-            **{name: relative(path, out) for name, path in sample.files.items()},
+            **{
+                name: relative(sample.files[name], folder) if name in sample.files else ""
+                for name in modalities
+            },
         }
         for row, sample in enumerate(samples)
     ]
-    write_manifest(options.out / "manifest.csv", records, modalities)
-    print_summary(records, modalities)
 
 
 def relative(file: Path, folder: Path) -> str:
     """The way from a resolved folder to a file, whose own name may be a link."""
     return os.path.relpath(file.parent.resolve() / file.name, folder)
-
-
-def print_summary(records: Sequence[dict[str, str]], modalities: Sequence[str]) -> None:
-    """Classes x splits, labelled train rows, and which modalities there are."""
-    table = Table(title=f"{len(records)} samples")
-    for name in ("class", *SPLITS, "labelled"):
-        table.add_column(name, justify="left" if name == "class" else "right")
-    for label in sorted({record["label"] for record in records}):
-        mine = [record for record in records if record["label"] == label]
-        counts = Counter(record["split"] for record in mine)
-        labelled = sum(record["labelled"] == "1" for record in mine)
-        table.add_row(label, *(str(counts[split]) for split in SPLITS), str(labelled))
-    Console().print(table)
-    virtual = {name for record in records for name in record["virtual"].split()}
-    shown = [f"virtual {name.upper()}" if name in virtual else name.upper() for name in modalities]
-    print(f"modalities: {', '.join(shown)}")
 
 
 if __name__ == "__main__":

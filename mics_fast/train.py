@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.data.cache import FrameCache
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
@@ -34,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not config.data.manifest or not config.out:
         missing = "--out" if config.data.manifest else "--data.manifest"
         raise InputError(f"option {missing} is missing")
-    manifest = read_manifest(Path(config.data.manifest), config.data.modalities)
+    manifest = read_manifest(
+        Path(config.data.manifest),
+        config.data.modalities,
+        files_exist=config.data.on_bad_file == "error",
+    )
     trainer = Trainer(config, manifest, resume=resume)
     stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
     for stage in stages:
@@ -73,6 +78,10 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
         self.autocast = torch.bfloat16 if bf16 else None
+        if config.data.dtype == "bf16" and not bf16:
+            raise InputError("option data.dtype is bf16, wanted fp32 as the encoders run in fp32")
+        self.cache = self._cache()
+        self.loaders: list[TrainLoader] = []
         self.run = Run.start(config, resume=resume)
 
     def pretrain(self) -> bool:
@@ -200,7 +209,21 @@ class Trainer:
                 loop.load(state)
             return loop.step == plan.steps or loop.run(batches(loop.step))
         finally:
+            for loader in self.loaders:
+                loader.close()
             log.close()
+
+    def _cache(self) -> FrameCache | None:
+        """Memory for the frames of all train rows, which both stages share."""
+        if self.config.data.cache.mode == "none":
+            return None
+        return FrameCache(
+            self.rows,
+            self.manifest.modalities,
+            data=self.config.data,
+            image_size=self.size.image,
+            device=self.device,
+        )
 
     def _loader(
         self,
@@ -211,7 +234,7 @@ class Trainer:
         *,
         strong: bool = False,
     ) -> TrainLoader:
-        return TrainLoader(
+        loader = TrainLoader(
             rows,
             self.manifest.modalities,
             data=self.config.data,
@@ -222,7 +245,10 @@ class Trainer:
             step=step,
             strong=strong,
             device=self.device,
+            cache=self.cache,
         )
+        self.loaders.append(loader)
+        return loader
 
     def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
         """Scores of the averaged model on the val rows; None where there are none."""

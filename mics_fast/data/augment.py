@@ -41,6 +41,21 @@ class Augmentation:
     weak: np.ndarray
     strong: np.ndarray
 
+    def crop(self) -> np.ndarray:
+        """(4,) float32: left, top, width and height of the crop."""
+        return np.concatenate([self.anchor, self.shape])
+
+    def flips(self) -> np.ndarray:
+        """(4,) float32: the region of the crop, top, left, bottom, right, that is all of it; a
+        flipped axis runs backwards."""
+        start = self.flip[::-1].astype(np.float32)
+        return np.concatenate([start, 1 - start])
+
+    def region(self) -> np.ndarray:
+        """(4,) float32: the region of the frame that the crop is, flipped in the same way."""
+        flips = self.flips()
+        return np.tile(self.anchor[::-1], 2) + flips * np.tile(self.shape[::-1], 2)
+
 
 def draw_augmentation(
     config: AugmentConfig, *, seed: int, epoch: int, sample_id: int, modalities: int

@@ -1,59 +1,58 @@
-"""The DALI graph: from file bytes and augmentation numbers to normalised views.
+"""The DALI graph: from images and augmentation numbers to square frames.
 
-One graph serves GPU (``mixed`` decode) and CPU. Per modality: decode the crop alone, resize it to
-a square (triangle filter, antialiased), flip it; then per view, weak or strong, which share all of
-that: colour, blur, normalise. Images stay uint8 until they are normalised, so every operation
-rounds and clips to 0..255. An evaluation view is the whole frame resized to the square: the
-geometry of training with the largest crop, no flip, no colour.
-
-The colour of a pixel x = (r, g, b) in 0..255 becomes
-
-    brightness * (contrast * T x + 128 * (1 - contrast)),  T = Y^-1 R(hue) diag(1, s, s) Y
-
-where Y goes from RGB to YIQ, s is the saturation factor and R turns the (I, Q) plane by the hue.
+One graph serves GPU (``mixed`` decode) and CPU, encoded files and frames that are kept decoded. Per
+modality: decode the crop alone, resize it to a square (triangle filter, antialiased), flipped; then
+blur it for each view, weak or strong, that is to be blurred. Images stay uint8, so every operation
+rounds. An evaluation view is the whole frame resized to the square: the geometry of training with
+the largest crop and no flip. Colour and normalisation follow in ``views.py``.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mics_fast.config import AugmentConfig, ColourConfig, DataConfig
-from mics_fast.data.augment import BLUR, BRIGHTNESS, CONTRAST, HUE, SATURATION
+from mics_fast.config import AugmentConfig, DataConfig
+from mics_fast.data.augment import BLUR, Augmentation
+from mics_fast.data.views import IMAGENET_STD
 from mics_fast.errors import InputError
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-PREFETCH = 2
-"""Batches in flight: while the caller works on one, the next is made."""
-
-# Added to the variance in squared grey levels: the rounding of a flat channel stays small.
-_VARIANCE_FLOOR = 1.0
 # DALI refuses a standard deviation of 0; this one changes nothing.
 _SMALLEST_BLUR = 1e-3
 
-Source = Callable[[Any], tuple[np.ndarray, ...]]
-"""DALI's SampleInfo -> encoded image of each modality; then, where the graph augments, the fields
-of an ``Augmentation`` in their order, ``strong`` only where the graph makes the strong view."""
+Source = Callable[[int], Sequence[Sequence[Any]]]
+"""Number of the batch since the graph was built -> lists of arrays, an array a sample."""
+
+
+@dataclass(frozen=True)
+class ShardIndices:
+    """What DALI's webdataset reader is to read.
+
+    Args:
+        shards: tar files, in the order of reading.
+        indices: an index file for each, whose components are named as the modalities.
+    """
+
+    shards: Sequence[str]
+    indices: Sequence[str]
 
 
 @dataclass(frozen=True)
 class PairGraph:
-    """What becomes of a pair of encoded images, whatever files and numbers they come with.
+    """What becomes of a pair of images, whatever files and numbers they come with.
 
     Args:
         modalities: names, in the order of the source's images.
-        data: normalisation and threads.
+        data: normalisation, threads and batches in flight.
         image_size: side of the views, pixels.
         device: where images are decoded and views live.
         augment: how pairs are changed; None: the evaluation view.
         strong: also make the strong view.
+        kept: where frames are that come decoded, as (H, W, 3) uint8; None: images come encoded.
 
     Raises:
         InputError: DALI is not installed, or a standard deviation is not positive.
@@ -65,127 +64,159 @@ class PairGraph:
     device: torch.device
     augment: AugmentConfig | None = None
     strong: bool = False
+    kept: torch.device | None = None
 
     def __post_init__(self) -> None:
-        try:
-            import nvidia.dali  # noqa: F401
-        except ImportError:
-            raise InputError(
-                "NVIDIA DALI cannot be imported, wanted: pip install 'mics-fast[train]' on Linux"
-            ) from None
+        check_dali()
         for name in self.modalities:
             std = self.data.std.get(name, IMAGENET_STD)
             if min(std) <= 0:
                 raise InputError(f"option data.std of {name} is {std}, wanted numbers above 0")
 
-    def build(self, source: Source, batch_size: int) -> Any:
-        """A running pipeline: each output holds one view of one modality, weak views first."""
-        from nvidia.dali import fn
+    def numbers(self, drawn: Augmentation) -> tuple[np.ndarray, ...]:
+        """What an augmenting graph reads of one sample beside its images."""
+        # Encoded images are cropped by the decoder, kept ones by the resize.
+        place = (drawn.flips(), drawn.crop()) if self.kept is None else (drawn.region(),)
+        views = (drawn.weak, drawn.strong)
+        return (*place, *(views[view][:, BLUR].copy() for view in self._blurred()))
 
-        colours = self._colours()
-        count = len(self.modalities)
-        numbers = 3 + len(colours) if colours else 0
-        pipeline = self._pipeline(batch_size, PREFETCH)
-        with pipeline:
-            inputs = fn.external_source(source=source, num_outputs=count + numbers, batch=False)
-            frames = [self._frame(image, *inputs[count : count + 3]) for image in inputs[:count]]
-            views = frames if not colours else []
-            for values, config in zip(inputs[count + 3 :], colours, strict=True):
-                views += [_coloured(frame, values[i], config) for i, frame in enumerate(frames)]
-            names = itertools.cycle(self.modalities)
-            pipeline.set_outputs(*map(self._normalised, views, names))
-        pipeline.build()
-        return pipeline
+    def frames_of(self, outputs: Sequence[Any]) -> list[Sequence[Any]]:
+        """The outputs that each view, weak first, is made of: one a modality."""
+        blurred, count = self._blurred(), len(self.modalities)
+        # Views that are not blurred share the frames that come first.
+        shared = len(blurred) < self.views
+        place = {view: shared + number for number, view in enumerate(blurred)}
+        starts = [count * place.get(view, 0) for view in range(self.views)]
+        return [outputs[start : start + count] for start in starts]
 
-    def first_undecodable(self, encoded: Iterable[np.ndarray]) -> int | None:
-        """Position of the first image that the graph's decoder refuses, None where it takes all.
+    @property
+    def views(self) -> int:
+        """How many views a sample has: weak or evaluation view, and strong view."""
+        return 2 if self.strong else 1
 
-        DALI does not say which image of a batch it stumbled on.
+    def build(self, images: Source | ShardIndices, numbers: Source, batch_size: int) -> Any:
+        """A running pipeline of (H, W, 3) uint8 frames; ``frames_of`` says which are whose.
+
+        Args:
+            images: gives the images of each modality, or says where in shards they are.
+            numbers: gives what ``numbers`` returns, transposed; unused where nothing is augmented.
+            batch_size: largest number of samples in a batch.
         """
         from nvidia.dali import fn
 
-        pipeline = self._pipeline(batch_size=1, prefetch=1)
+        blurred = self._blurred()
+        pipeline = new_pipeline(self.device, self.data.threads, batch_size, self.data.prefetch)
         with pipeline:
-            node = fn.external_source(name="encoded")
-            pipeline.set_outputs(fn.decoders.image(node, **self._decoder()))
-        for position, image in enumerate(encoded):
-            try:
-                pipeline.run(encoded=[image])
-            except RuntimeError:
-                return position
-        return None
+            places: Sequence[Any] = ()
+            if self.augment is not None:
+                count = 2 if self.kept is None else 1
+                drawn = fn.external_source(source=numbers, num_outputs=count + len(blurred))
+                places, sigmas = drawn[:count], drawn[count:]
+            frames = [self._square(image, *places) for image in self._images(images)]
+            outputs = list(frames) if len(blurred) < self.views else []
+            for number in range(len(blurred)):
+                outputs += [_blur(x, sigmas[number][i]) for i, x in enumerate(frames)]
+            pipeline.set_outputs(*outputs)
+        pipeline.build()
+        return pipeline
 
-    def _pipeline(self, batch_size: int, prefetch: int) -> Any:
-        from nvidia.dali import Pipeline
-
-        device = None
-        if self.device.type == "cuda":
-            device = self.device.index
-            device = torch.cuda.current_device() if device is None else device
-        return Pipeline(
-            batch_size=batch_size,
-            num_threads=self.data.threads,
-            device_id=device,
-            prefetch_queue_depth=prefetch,
-        )
-
-    def _decoder(self) -> dict[str, Any]:
-        from nvidia.dali import types
-
-        device = "mixed" if self.device.type == "cuda" else "cpu"
-        return {"device": device, "output_type": types.DALIImageType.RGB}
-
-    def _colours(self) -> list[ColourConfig]:
-        """The ranges of each view that is coloured."""
+    def _blurred(self) -> list[int]:
+        """The views that are blurred: 0 weak, 1 strong."""
         if self.augment is None:
             return []
-        return [self.augment.weak, self.augment.strong] if self.strong else [self.augment.weak]
+        configs = (self.augment.weak, self.augment.strong)
+        return [view for view in range(self.views) if configs[view].blur]
 
-    def _frame(self, encoded: Any, anchor: Any = None, shape: Any = None, flip: Any = None) -> Any:
-        """The crop, or the whole frame, as a flipped uint8 square."""
-        from nvidia.dali import fn, types
+    def _images(self, source: Source | ShardIndices) -> Sequence[Any]:
+        """The image of each modality as it comes."""
+        from nvidia.dali import fn
 
-        if anchor is None:
-            frame = fn.decoders.image(encoded, **self._decoder())
-        else:
-            frame = fn.decoders.image_slice(encoded, anchor, shape, **self._decoder())
-        square: Any = fn.resize(
-            frame,
-            size=(self.image_size, self.image_size),
-            interp_type=types.DALIInterpType.INTERP_LINEAR,
-            antialias=True,
+        if isinstance(source, ShardIndices):
+            names = list(self.modalities)
+            read: Any = fn.readers.webdataset(
+                paths=source.shards, index_paths=source.indices, ext=names
+            )
+            return read if len(names) > 1 else [read]
+        kept_on_gpu = self.kept is not None and self.kept.type == "cuda"
+        images = fn.external_source(
+            source=source,
+            num_outputs=len(self.modalities),
+            device="gpu" if kept_on_gpu else "cpu",
+            layout=None if self.kept is None else "HWC",
         )
-        if flip is None:
-            return square
-        return fn.flip(square, horizontal=flip[0], vertical=flip[1])
+        to_gpu = self.kept is not None and self.device.type == "cuda" and not kept_on_gpu
+        return [image.gpu() for image in images] if to_gpu else images
 
-    def _normalised(self, image: Any, modality: str) -> Any:
-        """(3, H, W) float32."""
-        from nvidia.dali import fn, types
-
-        if self.data.normalize == "image":
-            image = fn.normalize(image, axes=[0, 1], epsilon=_VARIANCE_FLOOR)
-            return fn.transpose(image, perm=[2, 0, 1])
-        return fn.crop_mirror_normalize(
-            image,
-            mean=[255 * x for x in self.data.mean.get(modality, IMAGENET_MEAN)],
-            std=[255 * x for x in self.data.std.get(modality, IMAGENET_STD)],
-            dtype=types.DALIDataType.FLOAT,
-            output_layout="CHW",
-        )
+    def _square(self, image: Any, region: Any = None, crop: Any = None) -> Any:
+        """The part of the frame inside crop or region, as a flipped uint8 square."""
+        if self.kept is None:
+            image = decoded(image, self.device, crop)
+        return resized(image, self.image_size, region)
 
 
-def _coloured(image: Any, numbers: Any, config: ColourConfig) -> Any:
-    """One view of one modality, changed by its (5,) colour numbers."""
+def check_dali() -> None:
+    """Say how to install DALI where it is not.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "NVIDIA DALI cannot be imported, wanted: pip install 'mics-fast[train]' on Linux"
+        ) from None
+
+
+def new_pipeline(device: torch.device, threads: int, batch_size: int, prefetch: int) -> Any:
+    """An empty pipeline for a device."""
+    from nvidia.dali import Pipeline
+
+    number = None
+    if device.type == "cuda":
+        number = torch.cuda.current_device() if device.index is None else device.index
+    return Pipeline(
+        batch_size=batch_size,
+        num_threads=threads,
+        device_id=number,
+        prefetch_queue_depth=prefetch,
+    )
+
+
+def decoded(encoded: Any, device: torch.device, crop: Any = None) -> Any:
+    """Node of the decoded (H, W, 3) uint8 image, upright; of the crop alone where one is given."""
+    from nvidia.dali import fn, math, types
+
+    options: dict[str, Any] = {
+        "device": "mixed" if device.type == "cuda" else "cpu",
+        "output_type": types.DALIImageType.RGB,
+    }
+    if crop is None:
+        return fn.decoders.image(encoded, **options)
+    # Of a frame of few pixels a small crop would be none of them.
+    height_width = fn.peek_image_shape(encoded, dtype=types.DALIDataType.FLOAT)[:2]
+    pixel = 1.0 / fn.stack(height_width[1], height_width[0])
+    shape = math.max(crop[2:], pixel)
+    return fn.decoders.image_slice(encoded, math.min(crop[:2], 1.0 - shape), shape, **options)
+
+
+def resized(frame: Any, side: int, region: Any = None) -> Any:
+    """Node of a frame's region, resized to a square; a region that runs backwards is flipped."""
+    from nvidia.dali import fn, types
+
+    part: dict[str, Any] = {}
+    if region is not None:
+        part = {"roi_start": region[:2], "roi_end": region[2:], "roi_relative": True}
+    return fn.resize(
+        frame,
+        size=(side, side),
+        interp_type=types.DALIInterpType.INTERP_LINEAR,
+        antialias=True,
+        **part,
+    )
+
+
+def _blur(frame: Any, sigma: Any) -> Any:
     from nvidia.dali import fn, math
 
-    image = fn.color_twist(
-        image,
-        brightness=numbers[BRIGHTNESS],
-        contrast=numbers[CONTRAST],
-        saturation=numbers[SATURATION],
-        hue=numbers[HUE],
-    )
-    if not config.blur:
-        return image
-    return fn.gaussian_blur(image, sigma=math.max(numbers[BLUR], _SMALLEST_BLUR))
+    return fn.gaussian_blur(frame, sigma=math.max(sigma, _SMALLEST_BLUR))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mics_fast.data.shards import image_exists
 from mics_fast.errors import InputError
 
 RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
@@ -63,13 +64,16 @@ class Manifest:
         ]
 
 
-def read_manifest(path: Path, modalities: Sequence[str] | None = None) -> Manifest:
+def read_manifest(
+    path: Path, modalities: Sequence[str] | None = None, *, files_exist: bool = True
+) -> Manifest:
     """Read and check a manifest.
 
     Args:
         path: of the CSV file; the paths in it are relative to its folder.
         modalities: columns to use; default: every column that is not reserved. A row that has
             images, but none of these, is left out.
+        files_exist: refuse a row whose image is not there; False: whoever reads it finds out.
 
     Raises:
         InputError: no such file, no row, no such column, or a row that cannot be used; names the
@@ -123,7 +127,9 @@ def read_manifest(path: Path, modalities: Sequence[str] | None = None) -> Manife
                 group=groups.setdefault(group, len(groups)),
                 split=record["split"],
                 virtual=tuple(record["virtual"].split()),
-                files={name: _file(record[name], folder, name, where) for name in chosen},
+                files={
+                    name: _file(record[name], folder, name, where, files_exist) for name in chosen
+                },
             )
         )
     return Manifest(path, chosen, classes, tuple(rows))
@@ -163,11 +169,11 @@ def _check(record: Mapping[str, str | None], where: str, seen: set[str]) -> None
         raise InputError(f"{where}: labelled is 1, but the label is empty")
 
 
-def _file(cell: str, folder: Path, modality: str, where: str) -> Path | None:
+def _file(cell: str, folder: Path, modality: str, where: str, exists: bool) -> Path | None:
     """The path of an image, None for an empty cell."""
     if not cell:
         return None
     path = folder / cell
-    if not path.is_file():
+    if exists and not image_exists(path):
         raise InputError(f"{where}: the {modality} image {path} does not exist")
     return path

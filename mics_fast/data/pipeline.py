@@ -2,52 +2,37 @@
 
 Which row a sample is and how it is changed are functions of its number in the training stream
 (``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
-happens to the pixels is in ``graph.py``.
+happens to the pixels is in ``graph.py`` and ``views.py``, to bad files in ``files.py``;
+``stream.py`` runs it all.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mics_fast.config import AugmentConfig, DataConfig
 from mics_fast.data.augment import draw_augmentation, epoch_order
-from mics_fast.data.graph import PREFETCH, PairGraph
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.files import ImageFiles
+from mics_fast.data.graph import PairGraph
 from mics_fast.data.manifest import Row
+from mics_fast.data.shards import shard_of, shard_order
+from mics_fast.data.stream import (
+    PairBatch,
+    Prepared,
+    Sample,
+    Stream,
+    encoded_sample,
+    located_sample,
+    sample_of,
+)
 from mics_fast.errors import InputError
-
-# What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
-_PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
-
-
-@dataclass
-class PairBatch:
-    """B rows of the manifest on the training device.
-
-    Args:
-        views: modality -> (B, 3, H, W) float32, normalised: the weak or the evaluation view; 0
-            where the image is missing.
-        strong: the strong view of the same crops, where asked for.
-        present: (B, M) bool, columns in the order of ``views``.
-        label: (B,) int64 class, -1 = unknown.
-        labelled: (B,) bool, may training use the label.
-        sample_id: (B,) int64 manifest row.
-        group_id: (B,) int64 contrastive id.
-    """
-
-    views: dict[str, Tensor]
-    strong: dict[str, Tensor] | None
-    present: Tensor
-    label: Tensor
-    labelled: Tensor
-    sample_id: Tensor
-    group_id: Tensor
 
 
 class TrainLoader:
@@ -55,11 +40,14 @@ class TrainLoader:
 
     Sample n = step * batch_size + i of the stream is row ``order(seed, n // R)[n % R]`` of the R
     rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch.
+    The order is any permutation; of rows that all lie in shards, one that takes shard after shard.
+    A row none of whose images can be used, where bad files are skipped, is replaced by the next
+    one of its epoch.
 
     Args:
         rows: what to train on, at least one.
         modalities: names, in the order of ``PairBatch.present``.
-        data: normalisation and threads.
+        data: normalisation, threads, what to do with bad files.
         augment: how pairs are changed.
         image_size: side of the views, pixels.
         batch_size: pairs a step over all ranks; a multiple of ``world_size``.
@@ -69,6 +57,7 @@ class TrainLoader:
         device: where decoding, augmentation and batches live.
         rank: of this process.
         world_size: processes that share each batch.
+        cache: keeps the decoded frames of these rows; None: decode anew each time.
 
     Raises:
         InputError: no rows, a batch that the ranks cannot share, no DALI, a standard deviation
@@ -90,6 +79,7 @@ class TrainLoader:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        cache: FrameCache | None = None,
     ) -> None:
         if not rows:
             raise InputError("there are no rows to train on, wanted at least one")
@@ -99,24 +89,52 @@ class TrainLoader:
                 f"multiple of {world_size}"
             )
         self.rows, self.batch_size, self.seed, self.step = rows, batch_size, seed, step
-        self._graph = PairGraph(modalities, data, image_size, device, augment, strong)
+        self._augment, self._cache = augment, cache
+        kept = None if cache is None else cache.device
+        self._graph = PairGraph(modalities, data, image_size, device, augment, strong, kept)
+        self._files = ImageFiles(data.on_bad_file, device)
+        self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
         self._share = batch_size // world_size
         self._offset = rank * self._share
-        self._batches: Iterator[PairBatch] | None = None
+        self._shards = shards_of(rows)
+        self._orders: dict[int, np.ndarray] = {}
+        self._stream: Stream | None = None
 
     def __iter__(self) -> TrainLoader:
         return self
 
     def __next__(self) -> PairBatch:
-        if self._batches is None:
-            self._batches = _batches(self._graph, self._draw, self._share, self.seed, self.step)
-        batch = next(self._batches)
-        self.step += 1
+        if self._stream is None:
+            self._stream = Stream(
+                self._graph,
+                self._files,
+                self._prepare,
+                self._share,
+                self.step,
+                self._dtype,
+                sharded=self._located(),
+            )
+        batch = next(self._stream)
+        before, self.step = self.epoch, self.step + 1
+        if self.epoch > before:
+            self._report(self.epoch)
         return batch
 
+    def close(self) -> None:
+        """Say what was skipped of the epoch that is not over, if anything was."""
+        self._report(self.epoch + 1)
+
+    def _report(self, epoch: int) -> None:
+        self._files.report(f"epoch {epoch} of {len(self.rows)} rows")
+
+    @property
+    def epoch(self) -> int:
+        """How often all rows have come before the next batch begins."""
+        return self.step * self.batch_size // len(self.rows)
+
     def state_dict(self) -> dict[str, int]:
-        """The number of the next batch, and what the stream is made of."""
-        return {"step": self.step, **self._identity()}
+        """Epoch and number of the next batch, and what the stream is made of."""
+        return {"epoch": self.epoch, "step": self.step, **self._identity()}
 
     def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
         """Go on with the batch at which the state was taken, on any number of ranks.
@@ -131,7 +149,7 @@ class TrainLoader:
                     "that of this run"
                 )
         self.step = state_dict["step"]
-        self._batches = None
+        self._stream = None
 
     def _identity(self) -> dict[str, int]:
         names = "\n".join(f"{row.index} {row.id}" for row in self.rows)
@@ -142,20 +160,73 @@ class TrainLoader:
             "rows_checksum": zlib.crc32(names.encode()),
         }
 
-    def _draw(self, step: int, position: int) -> tuple[Row, int]:
-        """Row and epoch of a sample of this rank."""
+    def _prepare(self, step: int) -> Prepared:
+        """The samples of this rank in a batch."""
+        first = step * self.batch_size + self._offset
+        numbers = range(first, first + self._share)
+        if self._cache is not None:
+            self._cache.fill([self._row(number)[0] for number in numbers])
+        return Prepared([self._sample(number) for number in numbers])
+
+    def _row(self, number: int, later: int = 0) -> tuple[Row, int]:
+        """Row and epoch of a sample of the stream, or of one that comes later in its epoch."""
         count = len(self.rows)
-        epoch, place = divmod(step * self.batch_size + self._offset + position, count)
-        return self.rows[epoch_order(self.seed, epoch, count)[place]], epoch
+        epoch, place = divmod(number, count)
+        return self.rows[self._order(epoch)[(place + later) % count]], epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(R,) the order of the rows in an epoch; the last epoch's is kept beside it."""
+        if epoch not in self._orders:
+            self._orders = {own: o for own, o in self._orders.items() if own == epoch - 1}
+            self._orders[epoch] = (
+                shard_order(self.seed, epoch, self._shards)
+                if self._shards
+                else epoch_order(self.seed, epoch, len(self.rows))
+            )
+        return self._orders[epoch]
+
+    def _located(self) -> bool:
+        """Whether images are read from shards by DALI."""
+        return bool(self._shards) and self._cache is None
+
+    def _sample(self, number: int) -> Sample:
+        """A sample of the stream; the next one that has an image, where it has none."""
+        problems: list[str] = []
+        for later in range(len(self.rows)):
+            sample = self._sample_of(*self._row(number, later))
+            problems += sample.problems
+            if sample.present.any():
+                return replace(sample, problems=problems)
+        raise InputError(f"none of {len(self.rows)} train rows has an image that can be used")
+
+    def _sample_of(self, row: Row, epoch: int) -> Sample:
+        names = self._graph.modalities
+        drawn = draw_augmentation(
+            self._augment,
+            seed=self.seed,
+            epoch=epoch,
+            sample_id=row.index,
+            modalities=len(names),
+        )
+        how = (self._graph.numbers(drawn), drawn.crop(), (drawn.weak, drawn.strong))
+        if self._located():
+            return located_sample(self._files, row, names, *how)
+        if self._cache is None:
+            return encoded_sample(self._files, row, names, *how)
+        self._cache.fill([row])
+        found = [self._cache.frame(row, name) for name in names]
+        return sample_of(row, found, self._cache.blank(), *how)
 
 
 class EvalLoader:
     """One pass over the rows in their order, whole frames, the last batch smaller.
 
+    A row none of whose images can be used is left out where bad files are skipped.
+
     Args:
         rows: what to evaluate; may be empty.
         modalities: names, in the order of ``PairBatch.present``.
-        data: normalisation and threads.
+        data: normalisation, threads, what to do with bad files.
         image_size: side of the views, pixels.
         batch_size: pairs a batch.
         device: where decoding and batches live.
@@ -176,127 +247,38 @@ class EvalLoader:
     ) -> None:
         self.rows, self.batch_size = rows, min(batch_size, max(1, len(rows)))
         self._graph = PairGraph(modalities, data, image_size, device)
+        self._files = ImageFiles(data.on_bad_file, device)
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[PairBatch]:
-        batches = _batches(self._graph, self._draw, self.batch_size, seed=0, step=0)
+        stream = Stream(self._graph, self._files, self._prepare, self.batch_size, step=0)
+        found = False
         for _ in range(len(self)):
-            yield next(batches)
+            batch = next(stream)
+            if len(batch.label):
+                found = True
+                yield batch
+        self._files.report("evaluation")
+        if self.rows and not found:
+            raise InputError(f"none of {len(self.rows)} rows has an image that can be used")
 
-    def _draw(self, step: int, position: int) -> tuple[Row, int] | None:
-        place = step * self.batch_size + position
-        return (self.rows[place], 0) if place < len(self.rows) else None
-
-
-Draw = Callable[[int, int], tuple[Row, int] | None]
-"""(batch number, position in it) -> row and epoch; None past the end, after the last row."""
-
-
-def _batches(
-    graph: PairGraph, draw: Draw, batch_size: int, seed: int, step: int
-) -> Iterator[PairBatch]:
-    """Batches step, step + 1, ... without end."""
-    first = step
-
-    def source(info: Any) -> tuple[np.ndarray, ...]:
-        return _sample(graph, draw(first + info.iteration, info.idx_in_batch), seed)
-
-    pipeline = graph.build(source, batch_size)
-    while True:
-        try:
-            outputs = pipeline.run()
-        except RuntimeError:
-            for in_flight in range(step, step + PREFETCH + 1):
-                _name_undecodable(graph, _rows(draw, in_flight, batch_size))
-            raise
-        rows = _rows(draw, step, batch_size)
-        yield _assemble(graph, rows, [_to_torch(x, graph.device)[: len(rows)] for x in outputs])
-        step += 1
+    def _prepare(self, step: int) -> Prepared:
+        rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]
+        # Past the end, where batches are made ahead, there is no row.
+        some: Sequence[Row | None] = rows or [None]
+        names = self._graph.modalities
+        return Prepared([encoded_sample(self._files, row, names) for row in some])
 
 
-def _sample(graph: PairGraph, drawn: tuple[Row, int] | None, seed: int) -> tuple[np.ndarray, ...]:
-    """What the graph reads of one sample: files and, where it augments, how."""
-    row, epoch = drawn or (None, 0)
-    files = tuple(_read(row, name) for name in graph.modalities)
-    if graph.augment is None:
-        return files
-    numbers = draw_augmentation(
-        graph.augment,
-        seed=seed,
-        epoch=epoch,
-        sample_id=0 if row is None else row.index,
-        modalities=len(graph.modalities),
-    )
-    colours = (numbers.weak, numbers.strong) if graph.strong else (numbers.weak,)
-    return (*files, numbers.anchor, numbers.shape, numbers.flip, *colours)
-
-
-def _read(row: Row | None, modality: str) -> np.ndarray:
-    """The bytes of an image file; the placeholder's where there is none."""
-    path = None if row is None else row.files[modality]
-    if row is None or path is None:
-        return _PLACEHOLDER
-    try:
-        return np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read ({error.strerror}), wanted the {modality} image of manifest "
-            f"row {row.id!r}"
-        ) from None
-
-
-def _rows(draw: Draw, step: int, batch_size: int) -> list[Row]:
-    drawn = (draw(step, position) for position in range(batch_size))
-    return [sample[0] for sample in drawn if sample is not None]
-
-
-def _name_undecodable(graph: PairGraph, rows: Sequence[Row]) -> None:
-    """Raise an ``InputError`` for the first image of the rows that cannot be decoded, if any."""
-    images = [(row, name) for row in rows for name in graph.modalities]
-    culprit = graph.first_undecodable(_read(*image) for image in images)
-    if culprit is not None:
-        row, name = images[culprit]
-        raise InputError(
-            f"{row.files[name]} cannot be decoded, wanted the {name} image of manifest row "
-            f"{row.id!r}"
-        ) from None
-
-
-def _to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy that owns its memory; DALI reuses its own at the next run."""
-    from nvidia.dali.plugin.pytorch import feed_ndarray
-
-    dense = output.as_tensor()
-    images = torch.empty(dense.shape(), dtype=torch.float32, device=device)
-    # On the current stream, where the copy is ordered before both whatever reads the images and
-    # DALI's reuse of its buffer.
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dense, images, cuda_stream=stream)
-    return images
-
-
-def _assemble(graph: PairGraph, rows: Sequence[Row], images: Sequence[Tensor]) -> PairBatch:
-    """Images as the graph gives them, weak views first, beside what is known of their rows."""
-
-    def on_device(values: Tensor) -> Tensor:
-        if graph.device.type == "cuda":
-            return values.pin_memory().to(graph.device, non_blocking=True)
-        return values
-
-    names = graph.modalities
-    present = torch.tensor([[row.files[name] is not None for name in names] for row in rows])
-    for number, view in enumerate(images):
-        there = present[:, number % len(names)]
-        if not there.all():
-            view *= on_device(there)[:, None, None, None]
-    return PairBatch(
-        views=dict(zip(names, images, strict=False)),
-        strong=dict(zip(names, images[len(names) :], strict=True)) if graph.strong else None,
-        present=on_device(present),
-        label=on_device(torch.tensor([row.label for row in rows])),
-        labelled=on_device(torch.tensor([row.labelled for row in rows])),
-        sample_id=on_device(torch.tensor([row.index for row in rows])),
-        group_id=on_device(torch.tensor([row.group for row in rows])),
-    )
+def shards_of(rows: Sequence[Row]) -> list[Path]:
+    """The shard that each row lies in; none at all unless every row lies in one."""
+    found = []
+    for row in rows:
+        shards = {shard_of(path) for path in row.files.values() if path is not None}
+        shard = shards.pop() if len(shards) == 1 else None
+        if shard is None:
+            return []
+        found.append(shard)
+    return found

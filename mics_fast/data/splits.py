@@ -46,6 +46,59 @@ def split_rows(
     return split
 
 
+def fold_rows(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int) -> list[int]:
+    """Deal whole groups out to folds of equal shares, class by class.
+
+    Args:
+        labels: class name of each row.
+        groups: as ``split_rows``.
+        folds: how many.
+        seed: of the draw.
+
+    Returns:
+        The fold of each row, 0 to folds - 1.
+    """
+    fold = [0] * len(labels)
+    shuffled = _shuffled_groups(labels, groups, seed, purpose=2)
+    for number, members in enumerate(shuffled.values()):
+        # The classes begin with different folds, lest the first gets the odd row of each.
+        order = np.roll(np.arange(folds), -number)
+        counts = np.zeros(folds)
+        for group in members:
+            chosen = int(order[np.argmin(counts[order])])
+            counts[chosen] += len(group)
+            for row in group:
+                fold[row] = chosen
+    return fold
+
+
+def split_fold(
+    labels: Sequence[str],
+    groups: Sequence[str],
+    fold: Sequence[int],
+    tested: int,
+    val_share: float,
+    seed: int,
+) -> list[str]:
+    """The split of one round of cross-validation: a fold to test, of the rest a share to validate.
+
+    Args:
+        labels: class name of each row.
+        groups: as ``split_rows``.
+        fold: of each row, as ``fold_rows`` gives it.
+        tested: the fold of the test rows.
+        val_share: of the other rows, from 0 up to, not including, 1.
+        seed: of the draw of val rows.
+    """
+    split = ["test"] * len(labels)
+    rest = [row for row, own in enumerate(fold) if own != tested]
+    shares = (1 - val_share, val_share, 0.0)
+    others = split_rows([labels[r] for r in rest], [groups[r] for r in rest], shares, seed)
+    for row, own in zip(rest, others, strict=True):
+        split[row] = own
+    return split
+
+
 def label_rows(
     labels: Sequence[str], groups: Sequence[str], fraction: float, seed: int
 ) -> list[bool]:

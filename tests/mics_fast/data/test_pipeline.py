@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from mics_fast.config import AugmentConfig, ColourConfig, DataConfig
+from mics_fast.config import AugmentConfig, CacheConfig, ColourConfig, DataConfig
 from mics_fast.data.augment import BLUR, draw_augmentation
+from mics_fast.data.cache import FrameCache
 from mics_fast.data.manifest import Row
 from mics_fast.data.pipeline import EvalLoader, TrainLoader
 from mics_fast.errors import InputError
@@ -324,6 +325,104 @@ def test_weak_and_strong_views_share_their_geometry(coordinate_rows):
     assert all(torch.equal(batch.views[name], batch.strong[name]) for name in NAMES)
 
 
+EVERYTHING = AugmentConfig(
+    crop_scale=(0.2, 1.0),
+    crop_ratio=(0.5, 2.0),
+    weak=ColourConfig(0.3, 0.3, 0.3, hue=20.0),
+    strong=ColourConfig(0.4, 0.4, 0.4, hue=30.0, blur=1.5),
+)
+
+
+@pytest.fixture(scope="module")
+def block_rows(folder):
+    """Sixteen copies of a pair that shows one pattern of large blocks, in other colours."""
+    pattern = np.kron(np.random.default_rng(5).integers(0, 2, (9, 9)), np.ones((28, 28), int))
+    files = []
+    for name, dark, bright in (
+        ("wli", (60, 40, 30), (200, 150, 140)),
+        ("nbi", (30, 60, 70), (90, 180, 190)),
+    ):
+        pixels = np.where(pattern[..., None], bright, dark).astype(np.uint8)
+        files.append(save(pixels, folder / f"blocks-{name}.png"))
+    return [row(i, *files) for i in range(16)]
+
+
+def bright(view):
+    """Where an image is brighter than half way between its blocks, (H, W) bool."""
+    grey = view.float().sum(0)
+    return grey > (grey.min() + grey.max()) / 2
+
+
+def near_an_edge(mask):
+    """The pixels of a mask with another value among their eight neighbours."""
+    padded = torch.nn.functional.pad(mask[None, None].float(), (1, 1, 1, 1), mode="replicate")
+    highest = torch.nn.functional.max_pool2d(padded, 3, 1)[0, 0]
+    lowest = -torch.nn.functional.max_pool2d(-padded, 3, 1)[0, 0]
+    return highest != lowest
+
+
+@pytest.mark.parametrize("mode", ["none", "host"])
+def test_every_augmentation_leaves_a_pair_aligned_to_a_pixel(block_rows, mode):
+    data = replace(GREY_LEVELS, cache=CacheConfig(mode))
+    cache = None
+    if mode == "host":
+        cache = FrameCache(block_rows, NAMES, data=data, image_size=96, device=CPU)
+    loader = train(
+        block_rows, augment=EVERYTHING, data=data, image_size=96, batch_size=16, strong=True,
+        cache=cache,
+    )  # fmt: skip
+    shares = []
+    for batch in take(loader, 3):
+        for k in range(16):
+            masks = [
+                bright(views[name][k]) for views in (batch.views, batch.strong) for name in NAMES
+            ]
+            for mask in masks[1:]:
+                differs = mask != masks[0]
+                # The outermost pixels may show a sliver of the next block in one view alone.
+                assert not (differs & ~near_an_edge(masks[0]))[1:-1, 1:-1].any()
+                shares.append(differs.float().mean().item())
+    # a shift by one pixel would move all of the edges: 4 % of the pixels
+    assert np.mean(shares) < 0.01
+
+
+def test_the_views_are_those_of_a_reference_in_numpy(folder, reference_resize):
+    """Crop, resize, flips, blur, colour and normalisation, one after the other in float64."""
+    means, stds = {"wli": (0.5, 0.4, 0.3), "nbi": (0.2, 0.3, 0.4)}, {"wli": (0.2, 0.3, 0.4)}
+    data = DataConfig(mean=means, std=stds)
+    pixels = {name: noise(40 + k, 90, 120) for k, name in enumerate(NAMES)}
+    files = [save(pixels[name], folder / f"reference-{name}.png") for name in NAMES]
+    config = replace(EVERYTHING, crop_scale=(0.4, 0.9), crop_ratio=(0.8, 1.25))
+    batch = next(train([row(3, *files)], augment=config, data=data, strong=True, image_size=32,
+                       batch_size=6))  # fmt: skip
+    worst = 0.0
+    for epoch in range(6):
+        drawn = draw_augmentation(config, seed=0, epoch=epoch, sample_id=3, modalities=2)
+        for place, name in enumerate(NAMES):
+            left, top = (round(float(drawn.anchor[k] * (120, 90)[k])) for k in range(2))
+            ends = [float((drawn.anchor[k] + drawn.shape[k]) * (120, 90)[k]) for k in range(2)]
+            crop = pixels[name][top : round(ends[1]), left : round(ends[0])]
+            square = np.rint(reference_resize(crop, 32))
+            square = square[:, ::-1] if drawn.flip[0] else square
+            square = square[::-1] if drawn.flip[1] else square
+            mean = np.array(means[name])
+            std = np.array(stds.get(name, (0.229, 0.224, 0.225)))
+            for views, values in ((batch.views, drawn.weak), (batch.strong, drawn.strong)):
+                numbers = values[place].astype(np.float64)
+                frame = square
+                if values is drawn.strong:
+                    sigma, reach = numbers[BLUR], int(np.ceil(3 * numbers[BLUR]))
+                    frame = gaussian_filter(
+                        square, (sigma, sigma, 0), mode="mirror", radius=(reach, reach, 0)
+                    )
+                expected = twisted(np.rint(frame), *numbers[:BLUR])
+                found = views[name][epoch].permute(1, 2, 0).double().numpy() * std + mean
+                worst = max(worst, abs(255 * found - expected).max())
+    # Grey levels. After resize and blur they are rounded, which may go the other way by one; colour
+    # then multiplies that by up to 1.4 * 1.4 * 1.9.
+    assert worst <= 2.5
+
+
 # Colour
 
 
@@ -341,7 +440,7 @@ def twisted(pixels, brightness, contrast, saturation, hue):
     rotation = np.array([[1, 0, 0], [0, cosine, sine], [0, -sine, cosine]])
     matrix = np.linalg.inv(yiq) @ rotation @ np.diag([1, saturation, saturation]) @ yiq
     changed = brightness * (contrast * pixels @ matrix.T + 128 * (1 - contrast))
-    return np.clip(np.rint(changed), 0, 255)
+    return np.clip(changed, 0, 255)
 
 
 def test_the_modalities_of_a_pair_have_their_own_colours(same_rows):
@@ -365,9 +464,7 @@ def test_colours_follow_the_documented_formula(same_rows):
             for name, numbers in zip(NAMES, values, strict=True):
                 expected = twisted(pixels, *numbers[:BLUR].astype(np.float64))
                 found = views[name][k].permute(1, 2, 0).numpy()
-                # float32 may round the other way; nothing else differs
-                assert abs(found - expected).max() <= 1
-                assert (found != expected).mean() < 0.001
+                assert abs(found - expected).max() <= 2e-4  # grey levels; float32
 
 
 def test_the_strong_view_is_blurred_by_the_drawn_gaussian(same_rows):

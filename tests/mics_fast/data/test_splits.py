@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mics_fast.data.splits import label_rows, split_rows
+from mics_fast.data.splits import fold_rows, label_rows, split_fold, split_rows
 
 SHARES = (0.7, 0.1, 0.2)
 seeds = st.integers(0, 2**32)
@@ -143,3 +143,33 @@ def test_rows_are_not_chosen_by_their_position():
     labels, groups = alone([30])
     first = sum(split_rows(labels, groups, SHARES, seed)[0] == "train" for seed in range(200))
     assert 0.7 * 200 - first == pytest.approx(0, abs=4 * (200 * 0.7 * 0.3) ** 0.5)
+
+
+@settings(deadline=None)
+@given(grouped_rows(), seeds, st.integers(2, 6))
+def test_folds_hold_whole_groups_and_equal_shares_of_a_class(rows, seed, folds):
+    labels, groups = rows
+    fold = fold_rows(labels, groups, folds, seed)
+    assert set(fold) <= set(range(folds)) and fold == fold_rows(labels, groups, folds, seed)
+    for group in set(groups) - {""}:
+        assert len({own for own, its in zip(fold, groups, strict=True) if its == group}) == 1
+    for label in set(labels):
+        counts = Counter(own for own, its in zip(fold, labels, strict=True) if its == label)
+        assert max(counts.values()) - min(counts[k] for k in range(folds)) <= 6  # a largest group
+
+
+def test_the_odd_rows_of_the_classes_go_to_different_folds():
+    labels, groups = alone([1] * 9)
+    assert sorted(Counter(fold_rows(labels, groups, 3, seed=0)).values()) == [3, 3, 3]
+
+
+@settings(deadline=None)
+@given(grouped_rows(), seeds)
+def test_a_round_of_cross_validation_tests_on_its_fold_alone(rows, seed):
+    labels, groups = rows
+    fold = fold_rows(labels, groups, 3, seed)
+    for tested in range(3):
+        split = split_fold(labels, groups, fold, tested, 0.2, seed)
+        assert [own == "test" for own in split] == [its == tested for its in fold]
+        for group in set(groups) - {""}:
+            assert len({own for own, its in zip(split, groups, strict=True) if its == group}) == 1

@@ -1,0 +1,171 @@
+"""Decoded frames kept in memory, so that an epoch after the first reads and decodes nothing.
+
+A kept frame is the whole frame, resized to a square a little larger than the views, as uint8. It
+enters the graph in the place of an encoded image, in the first epoch too: a batch is the same
+whether its frames were kept before it or are decoded for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mics_fast.config import DataConfig
+from mics_fast.data.files import WHOLE, ImageFiles
+from mics_fast.data.graph import check_dali, decoded, new_pipeline, resized
+from mics_fast.data.manifest import Row
+from mics_fast.errors import InputError
+
+_LARGEST_BATCH = 64  # frames decoded at a time
+_UNKNOWN, _KEPT, _ABSENT = range(3)
+
+
+class FrameCache:
+    """The frames of some rows, each decoded when it is first asked for.
+
+    Args:
+        rows: whose frames are kept.
+        modalities: names.
+        data: threads, what to do with a bad file, where frames are kept and of which side.
+        image_size: side of the views, pixels.
+        device: where the training runs.
+
+    Raises:
+        InputError: the frames do not fit the memory that is free.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        modalities: Sequence[str],
+        *,
+        data: DataConfig,
+        image_size: int,
+        device: torch.device,
+    ) -> None:
+        check_dali()
+        self.modalities, self.threads, self._device = modalities, data.threads, device
+        self.device = device if data.cache.mode == "device" else torch.device("cpu")
+        self.side = data.cache.side or round(image_size * 256 / 224)
+        self.files = ImageFiles(data.on_bad_file, device)
+        self._place = {row.index: number for number, row in enumerate(rows)}
+        self._state = np.full((len(rows), len(modalities)), _UNKNOWN, np.uint8)
+        self._problems: dict[tuple[int, int], str] = {}
+        shape = (len(rows), len(modalities), self.side, self.side, 3)
+        check_memory(shape, self.device)
+        self._frames = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        self._blank = torch.zeros(shape[2:], dtype=torch.uint8, device=self.device)
+        self._pipeline: Any = None
+
+    def fill(self, rows: Sequence[Row]) -> None:
+        """Decode whatever is not yet known of some rows.
+
+        Raises:
+            InputError: a file cannot be read or decoded, and is not to be skipped.
+        """
+        wanted = [
+            (row, column)
+            for row in {row.index: row for row in rows}.values()
+            for column in range(len(self.modalities))
+            if self._state[self._place[row.index], column] == _UNKNOWN
+        ]
+        for start in range(0, len(wanted), _LARGEST_BATCH):
+            self._decode(wanted[start : start + _LARGEST_BATCH])
+
+    def frame(self, row: Row, modality: str) -> tuple[np.ndarray | Tensor | None, str]:
+        """The (side, side, 3) uint8 frame of a filled row, None where it is missing or bad; and the
+        sentence on a bad one."""
+        place, column = self._place[row.index], self.modalities.index(modality)
+        kept = self._state[place, column] == _KEPT
+        frame = self._view(self._frames[place, column]) if kept else None
+        return frame, self._problems.get((place, column), "")
+
+    def blank(self) -> np.ndarray | Tensor:
+        """A black frame, for the place of one that is missing."""
+        return self._view(self._blank)
+
+    def _view(self, frame: Tensor) -> np.ndarray | Tensor:
+        """The same memory as DALI takes it: a torch tensor on a GPU alone."""
+        return frame if frame.is_cuda else frame.numpy()
+
+    def _decode(self, wanted: Sequence[tuple[Row, int]]) -> None:
+        """Keep the frames of at most ``_LARGEST_BATCH`` images."""
+        readable = []
+        for row, column in wanted:
+            place = self._place[row.index]
+            encoded, problem = self.files.read(row, self.modalities[column])
+            if encoded is not None:
+                readable.append((row, column, encoded))
+                continue
+            self._state[place, column] = _ABSENT
+            if problem:
+                self._problems[place, column] = problem
+        if not readable:
+            return
+        try:
+            if self._pipeline is None:
+                self._pipeline = self._build()
+            (squares,) = self._pipeline.run(encoded=[encoded for _, _, encoded in readable])
+        except RuntimeError:
+            self._pipeline = None  # DALI cannot go on after an error
+            images = [(row, self.modalities[column], WHOLE) for row, column, _ in readable]
+            if not self.files.suspect(images):
+                raise
+            return self._decode([(row, column) for row, column, _ in readable])
+        for (row, column, _), square in zip(readable, squares, strict=True):
+            place = self._place[row.index]
+            self._frames[place, column].copy_(torch.from_dlpack(square))
+            self._state[place, column] = _KEPT
+
+    def _build(self) -> Any:
+        from nvidia.dali import fn
+
+        pipeline = new_pipeline(self._device, self.threads, _LARGEST_BATCH, prefetch=1)
+        with pipeline:
+            encoded = fn.external_source(name="encoded")
+            pipeline.set_outputs(resized(decoded(encoded, self._device), self.side))
+        pipeline.build()
+        return pipeline
+
+
+def check_memory(shape: Sequence[int], device: torch.device) -> None:
+    """Count before anything is decoded.
+
+    Raises:
+        InputError: an array of bytes of this shape does not fit the memory that is free.
+    """
+    needed = int(np.prod(shape, dtype=np.int64))
+    if device.type == "cuda":
+        free, place = torch.cuda.mem_get_info(device)[0], "GPU"
+    else:
+        free, place = free_host_memory(), "main"
+    if needed > free:
+        rows, modalities, side = shape[:3]
+        raise InputError(
+            f"option data.cache.mode needs {gibibytes(needed)} for {rows} rows of {modalities} "
+            f"frames of {side} x {side} pixels, but {gibibytes(free)} of {place} memory are free; "
+            "wanted a smaller data.cache.side, or the mode none"
+        )
+
+
+def free_host_memory() -> int:
+    """Bytes that the system, and the control group of this process, can still give."""
+    with open("/proc/meminfo") as file:
+        kilobytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
+    free = int(kilobytes) * 1024
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no limit, or another kind of control groups
+        return free
+
+
+def gibibytes(count: int) -> str:
+    """A number of bytes for people."""
+    return f"{count / 2**30:.1f} GiB"

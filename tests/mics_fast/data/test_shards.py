@@ -1,0 +1,219 @@
+"""Pairs in tar shards: nothing is lost on the way, and the stream is as exact as that of files."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mics_fast import prepare
+from mics_fast.config import AugmentConfig, CacheConfig, DataConfig
+from mics_fast.data import stream
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.files import ImageFiles
+from mics_fast.data.manifest import read_manifest
+from mics_fast.data.pipeline import EvalLoader, TrainLoader
+from mics_fast.data.shards import read_image, read_index, shard_order
+from mics_fast.errors import InputError
+
+CPU = torch.device("cpu")
+NAMES = ("wli", "nbi")
+
+
+@pytest.fixture
+def manifests(tmp_path):
+    """The manifest of 30 pairs in files, one without NBI, and that of the same pairs in shards."""
+    source = tmp_path / "pairs"
+    for number, place in itertools.product(range(30), range(2)):
+        folder = source / f"{'ab'[number % 2]}_{NAMES[place].upper()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(2 * number + place).integers(0, 256, (40, 50, 3), np.uint8)
+        if (number, place) != (11, 1):
+            Image.fromarray(pixels).save(folder / f"x.{number}{'.png' if place else '.jpg'}")
+    for out, options in (("files", []), ("shards", ["--to-shards", "4"])):
+        prepare.main([str(source), "--out", str(tmp_path / out), "--keep-orphans", *options])
+    return [read_manifest(tmp_path / out / "manifest.csv") for out in ("files", "shards")]
+
+
+def train(rows, data=None, **changes):
+    options = {"augment": AugmentConfig(), "image_size": 16, "batch_size": 6, "seed": 2}
+    return TrainLoader(
+        rows, NAMES, data=data or DataConfig(), device=CPU, strong=True, **(options | changes)
+    )
+
+
+def take(loader, count):
+    return list(itertools.islice(loader, count))
+
+
+def same(a, b):
+    return all(
+        torch.equal(x, y)
+        for name in NAMES
+        for x, y in ((a.views[name], b.views[name]), (a.strong[name], b.strong[name]))
+    ) and (torch.equal(a.sample_id, b.sample_id) and torch.equal(a.present, b.present))
+
+
+def test_the_rows_are_the_same_and_so_are_the_bytes_of_their_images(manifests):
+    files, shards = manifests
+    assert len(files.rows) == len(shards.rows) == 30
+    for a, b in zip(files.rows, shards.rows, strict=True):
+        assert (a.id, a.label, a.split, a.labelled) == (b.id, b.label, b.split, b.labelled)
+        for name in NAMES:
+            if a.files[name] is None:
+                assert b.files[name] is None and a.id == "b/x.11"
+            else:
+                assert a.files[name].read_bytes() == read_image(b.files[name]).tobytes()
+
+
+def test_a_shard_is_of_one_split_and_of_at_most_so_many_rows(manifests):
+    _, shards = manifests
+    members = {}
+    for row in shards.rows:
+        shard = {path.parent for path in row.files.values() if path}.pop()
+        assert shard.name.startswith(f"{row.split}-")
+        members.setdefault(shard, []).append(row)
+    assert len(members) == sum(-(-len(shards.select(split)) // 4) for split in ("train", "val",
+                                                                               "test"))  # fmt: skip
+    assert max(map(len, members.values())) == 4
+
+
+def test_a_shard_can_be_read_by_other_tools(manifests):
+    _, shards = manifests
+    row = shards.rows[3]
+    with tarfile.open(row.files["wli"].parent) as tar:
+        names = tar.getnames()
+        about = json.load(tar.extractfile(f"{row.index:06d}.json"))
+    assert about == {"id": row.id, "label": shards.classes[row.label], "split": row.split}
+    keys = [name.split(".")[0] for name in names]
+    assert [key for key, _ in itertools.groupby(keys)] == list(dict.fromkeys(keys))
+    index = row.files["wli"].parent.with_suffix(".idx").read_text().splitlines()
+    assert index[0] == f"v1.2 {len(set(keys))}" and len(index) == 1 + len(set(keys))
+
+
+def test_an_order_takes_shard_after_shard_and_mixes_both(manifests):
+    _, shards = manifests
+    rows = shards.select("train")
+    of = [row.files["wli"].parent for row in rows]
+    orders = [shard_order(0, epoch, of).tolist() for epoch in range(3)]
+    for order in orders:
+        assert sorted(order) == list(range(len(rows)))
+        runs = [shard for shard, _ in itertools.groupby(of[place] for place in order)]
+        assert len(runs) == len(set(of))
+    assert len({tuple(order) for order in orders}) == 3
+    assert len({of[order[0]] for order in (shard_order(0, e, of) for e in range(20))}) > 1
+
+
+@pytest.mark.parametrize("window", [3, 64])
+def test_dalis_reader_gives_what_single_files_give(manifests, window, monkeypatch):
+    """In the order of the shards, over the ends of windows and epochs, absent images included."""
+    monkeypatch.setattr(stream, "_WINDOW", window)
+    _, shards = manifests
+    rows = shards.select("train")
+    by_reader = take(train(rows), 9)
+    monkeypatch.setattr(TrainLoader, "_located", lambda _: False)  # images one by one
+    assert all(map(same, by_reader, take(train(rows), 9)))
+
+
+def test_dalis_reader_reads_the_shards(manifests, monkeypatch):
+    _, shards = manifests
+    monkeypatch.setattr("mics_fast.data.files.read_image", None)
+    take(train(shards.select("train")), 5)
+
+
+@pytest.mark.parametrize("mode", ["none", "host"])
+def test_after_40_batches_a_rebuilt_loader_gives_the_next_8_bit_for_bit(manifests, mode):
+    _, shards = manifests
+    rows = shards.select("train")
+    data = DataConfig(cache=CacheConfig(mode))
+
+    def loader():
+        cache = None
+        if mode == "host":
+            cache = FrameCache(rows, NAMES, data=data, image_size=16, device=CPU)
+        return train(rows, data, cache=cache)
+
+    first = loader()
+    take(first, 40)
+    state = first.state_dict()
+    expected = take(first, 8)
+    rebuilt = loader()
+    rebuilt.load_state_dict(state)
+    assert all(map(same, expected, take(rebuilt, 8)))
+
+
+def test_ranks_share_the_batches_of_one_process(manifests):
+    _, shards = manifests
+    rows = shards.select("train")
+    whole = take(train(rows), 5)
+    parts = [take(train(rows, rank=rank, world_size=2), 5) for rank in range(2)]
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for name in NAMES:
+            assert torch.equal(batch.views[name], torch.cat([half.views[name] for half in halves]))
+
+
+def test_evaluation_reads_shards_too(manifests):
+    views = [
+        torch.cat(
+            [
+                batch.views["nbi"]
+                for batch in EvalLoader(
+                    manifest.rows, NAMES, data=DataConfig(), image_size=16, batch_size=8, device=CPU
+                )
+            ]
+        )
+        for manifest in manifests
+    ]
+    assert torch.equal(*views)
+
+
+def spoil(row, name):
+    """Overwrite the second half of an image within its shard."""
+    offset, size = read_index(row.files[name].parent)[row.files[name].name]
+    with open(row.files[name].parent, "r+b") as file:
+        file.seek(offset + size // 2)
+        file.write(bytes(size - size // 2))
+
+
+def test_a_bad_image_in_a_shard_is_named_or_skipped(manifests):
+    _, shards = manifests
+    rows = shards.select("train")
+    bad = next(row for row in rows if row.files["nbi"])
+    before = take(train(rows), 8)
+    spoil(bad, "nbi")
+    with pytest.raises(InputError) as caught:
+        take(train(rows), 8)
+    assert str(bad.files["nbi"]) in str(caught.value) and repr(bad.id) in str(caught.value)
+    skipped = take(train(rows, DataConfig(on_bad_file="skip")), 8)
+    seen = 0
+    for a, b in zip(before, skipped, strict=True):
+        own = b.sample_id == bad.index
+        seen += int(own.sum())
+        assert torch.equal(a.sample_id, b.sample_id) and not b.present[own][:, 1].any()
+        assert torch.equal(a.views["wli"], b.views["wli"])
+        assert torch.equal(a.views["nbi"][~own], b.views["nbi"][~own])
+    assert seen > 1
+
+
+def test_a_member_that_a_shard_does_not_have_is_told(manifests):
+    _, shards = manifests
+    manifest = shards.path
+    text = manifest.read_text()
+    row = shards.rows[0]
+    manifest.write_text(text.replace(row.files["wli"].name, "999999.wli.jpg"))
+    with pytest.raises(InputError, match=r"line 2: the wli image .*999999\.wli\.jpg does not"):
+        read_manifest(manifest)
+    lost = read_manifest(manifest, files_exist=False).rows[0]
+    with pytest.raises(InputError, match=r"999999\.wli\.jpg cannot be read \(not in the shard"):
+        ImageFiles("error", CPU).locate(lost, "wli")
+
+
+def test_shards_and_folds_do_not_go_together(tmp_path):
+    for options in (["--to-shards", "0"], ["--to-shards", "5", "--folds", "3"]):
+        with pytest.raises(InputError, match="--to-shards"):
+            prepare.main(["phantom", "--out", str(tmp_path / "out"), *options])
