@@ -27,6 +27,16 @@ MICS_INLINE WordVec multiply_words(WordVec a, WordVec b) {
 #endif
 }
 
+// a ^ b ^ c
+MICS_INLINE uint64_t xor3(uint64_t a, uint64_t b, uint64_t c) { return a ^ b ^ c; }
+MICS_INLINE WordVec xor3(WordVec a, WordVec b, uint64_t c) {
+#if defined(__AVX512F__) && MICS_WIDTH == 16
+    return (WordVec)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)(WordVec{} + c), 0x96);
+#else
+    return a ^ b ^ c;
+#endif
+}
+
 constexpr int kRounds = 10;
 
 // The two words of the key in every round.
@@ -52,9 +62,9 @@ template <class W, int Count> MICS_INLINE void philox4x32(const PhiloxKey& key, 
         for (W(&c)[4] : counters) {
             const W first = multiply_words(c[0], W{} + uint64_t{0xd2511f53u});
             const W second = multiply_words(c[2], W{} + uint64_t{0xcd9e8d57u});
-            c[0] = (second >> 32) ^ c[1] ^ key.words[round][0];
+            c[0] = xor3(second >> 32, c[1], key.words[round][0]);
             c[1] = second;
-            c[2] = (first >> 32) ^ c[3] ^ key.words[round][1];
+            c[2] = xor3(first >> 32, c[3], key.words[round][1]);
             c[3] = first;
         }
     }

@@ -1,4 +1,5 @@
 // Spreads the rows, or the columns, of the shift's operators over threads.
+#include <algorithm>
 #include <memory>
 #include <vector>
 
@@ -10,8 +11,13 @@
 namespace mics {
 namespace {
 
-// Columns of a cache line: pieces of these never write to the same one.
-constexpr int kColumnTile = 16;
+// Columns that a thread takes at a time: two pieces for each, but few enough for long reads of each
+// row, and in whole cache lines, so that no two threads write to the same one.
+int columns_at_once(int columns, int threads) {
+    constexpr int kLine = 16, kLeast = 192;
+    const int share = columns / (2 * std::max(threads, 1));
+    return std::max(kLeast, (share + kLine - 1) / kLine * kLine);
+}
 
 // Counting sort of the rows by label; in ascending order within a class.
 struct SortedRows {
@@ -50,7 +56,7 @@ void class_moments_cpu(const MomentsCall& call, int threads) {
         sorted.reset(new SortedRows(call));
         by_class = {sorted->rows.data(), sorted->starts.data()};
     }
-    spread(call.dim, call.rows * call.dim, kColumnTile, threads, [&](int64_t first, int64_t last) {
+    spread(call.dim, call.rows * call.dim, columns_at_once(call.dim, threads), threads, [&](int64_t first, int64_t last) {
         const std::unique_ptr<double[]> scratch(new double[k.moments_scratch(call, last - first)]);
         k.moments(call, by_class, first, last, scratch.get());
     });
