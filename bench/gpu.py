@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS = ("evidential", "consistency")
+BENCHMARKS = ("evidential", "consistency", "shift")
 
 
 def main() -> int:

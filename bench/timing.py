@@ -1,10 +1,10 @@
 """What the benchmarks share: calls that take turns, their times, and what they ran on.
 
-Implementations take turns, a few calls each a round; the ratio of medians and the ratio of minima
-are both shown. "cores" is CPU time over wall time of the whole row: well below the number of
-threads, the machine was busy with something else, and the row proves nothing. Then measure again,
-with --threads 1. On a GPU times are those of a replayed CUDA graph (torch.compile: of an ordinary
-call, where a graph of the compiled backward cannot be captured).
+Implementations take turns, a few calls each a round; ratios of medians, of minima and of CPU times
+(of all threads; medians) are shown. "cores" is CPU time over wall time of the whole row: well below
+the number of threads, the machine was busy with something else, and wall times prove nothing. Then
+measure again, or, with --threads 1, read the CPU times. On a GPU times are those of a replayed
+CUDA graph (torch.compile: of an ordinary call, where a graph of its backward cannot be captured).
 """
 
 from __future__ import annotations
@@ -37,26 +37,30 @@ def replayed(step: Step) -> Step:
     return graph.replay
 
 
-def seconds(step: Step, device: torch.device, repeats: int) -> float:
-    """Mean time of ``repeats`` calls in a row."""
+def seconds(step: Step, device: torch.device, repeats: int) -> tuple[float, float]:
+    """Mean wall time, and CPU time, of ``repeats`` calls in a row, after one that is not timed: it
+    faults in the memory that the implementation before has given back to the system."""
+    step()
     if device.type == "cpu":
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         for _ in range(repeats):
             step()
-        return (time.perf_counter() - start) / repeats
+        wall, used = time.perf_counter() - start, time.process_time() - used
+        return wall / repeats, used / repeats
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(repeats):
         step()
     end.record()
     end.synchronize()
-    return begin.elapsed_time(end) * 1e-3 / repeats
+    return begin.elapsed_time(end) * 1e-3 / repeats, 0.0
 
 
 def take_turns(
     steps: dict[str, Step], device: torch.device, budget: float
-) -> tuple[dict[str, list[float]], float]:
-    """Seconds a call of each implementation, round by round, and CPU time over wall time.
+) -> tuple[dict[str, list[tuple[float, float]]], float]:
+    """Wall and CPU seconds a call of each implementation, round by round, and CPU time over wall
+    time of it all.
 
     Args:
         steps: what to time, by name; "compiled" in a name: not captured in a CUDA graph.
@@ -67,8 +71,8 @@ def take_turns(
         step()  # compiles
     if device.type == "cuda":
         steps = {n: step if "compiled" in n else replayed(step) for n, step in steps.items()}
-    repeats = {name: max(1, int(0.02 / seconds(step, device, 1))) for name, step in steps.items()}
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    repeats = {n: max(1, int(0.02 / seconds(step, device, 1)[0])) for n, step in steps.items()}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     start, used, rounds = time.perf_counter(), time.process_time(), 0
     while rounds < 5 or time.perf_counter() - start < budget:
         rounds += 1
@@ -78,29 +82,41 @@ def take_turns(
 
 
 def rows_of(
-    label: dict[str, object], times: dict[str, list[float]], cores: float
+    label: dict[str, object], times: dict[str, list[tuple[float, float]]], cores: float
 ) -> Iterator[dict[str, object]]:
     """A row for each implementation, compared with the best of ours; printed as it comes."""
+    found = {name: row_of(values) for name, values in times.items()}
     ours = [name for name in OURS if name in times] or ["reference"]
-    best = times[min(ours, key=lambda name: statistics.median(times[name]))]
-    for name, values in times.items():
-        median, least = statistics.median(values), min(values)
-        ratio = median / statistics.median(best)
+    best = min((found[name] for name in ours), key=lambda row: row["median_ms"])
+    for name, row in found.items():
+        ratios = {
+            n: row[n] / best[n] if best[n] else None for n in ("median_ms", "min_ms", "cpu_ms")
+        }
+        medians, minima, cpu = (f"{r:.1f}x" if r else "-" for r in ratios.values())
         print(
-            f"{' '.join(str(part) for part in label.values()):38} {name:24} "
-            f"{median * 1e3:10.4f} ms (min {least * 1e3:.4f})  {ratio:7.1f}x "
-            f"(of minima {least / min(best):.1f}x)  cores {cores:.2f}",
+            f"{' '.join(str(part) for part in label.values()):36} {name:22} "
+            f"{row['median_ms']:10.4f} ms (min {row['min_ms']:.4f}, CPU {row['cpu_ms']:.4f}) "
+            f"{medians:>8} (minima {minima}, CPU {cpu})  cores {cores:.2f}",
             flush=True,
         )
-        yield label | {
+        yield {
+            **label,
             "implementation": name,
-            "median_ms": median * 1e3,
-            "min_ms": least * 1e3,
-            "ratio_of_medians": ratio,
-            "ratio_of_minima": least / min(best),
-            "rounds": len(values),
+            **row,
+            **{f"ratio_of_{n.removesuffix('_ms')}": ratio for n, ratio in ratios.items()},
+            "rounds": len(times[name]),
             "cores": cores,
         }
+
+
+def row_of(values: list[tuple[float, float]]) -> dict[str, float]:
+    """Median and least wall time, and median CPU time, in milliseconds."""
+    wall, cpu = zip(*values, strict=True)
+    return {
+        "median_ms": statistics.median(wall) * 1e3,
+        "min_ms": min(wall) * 1e3,
+        "cpu_ms": statistics.median(cpu) * 1e3,
+    }
 
 
 def run(description: str, table: Callable[[torch.device, float], list[dict[str, object]]]) -> None:
