@@ -17,10 +17,11 @@ from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Plan, Stage
 from mics_fast.engine.optimiser import decay_groups
 from mics_fast.errors import InputError, run_command
-from mics_fast.evaluate import collect_opinions, view_metrics
+from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Block
+from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
 from mics_fast.stages.pretrain import PretrainStage
@@ -239,8 +240,7 @@ class Trainer:
         )
 
         def validate() -> dict[str, float]:
-            fused = collect_opinions(stage.average, loader)["fused"]
-            metrics = view_metrics(fused, len(self.manifest.classes))
+            metrics = view_metrics(collect_opinions(stage.average, loader).fused())
             return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
 
         return validate

@@ -1,0 +1,61 @@
+"""Files that are whole or not there: written under a temporary name, then renamed."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mics_fast.errors import InputError
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file, or nothing at all.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    partial = file.with_name(f".partial-{file.name}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write JSON; a number that is not finite becomes null.
+
+    Raises:
+        InputError: as ``write_text``.
+    """
+    write_text(file, json.dumps(finite(value), indent=1))
+
+
+def write_csv(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Write records as a table; the columns are the keys of all records, in order of appearance.
+
+    Raises:
+        InputError: as ``write_text``.
+    """
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(records)
+    write_text(file, text.getvalue())
+
+
+def finite(value: Any) -> Any:
+    """The same nested value with None for every number that JSON cannot hold."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
