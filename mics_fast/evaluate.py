@@ -140,10 +140,11 @@ def summarise(evaluated: Evaluated, split: str, count: int) -> dict[str, Any]:
     modalities = evaluated.trained.model.modalities
     classes = evaluated.trained.classes
     views = evaluated.views(evaluated.opinions)
-    described = {
-        name: describe(view, classes, count)
-        for name, view in progress(views.items(), "bootstrap", len(views))
-    }
+    described: dict[str, dict[str, Any]] = {}
+    for name, view in progress(views.items(), "bootstrap", len(views)):
+        # Of two modalities, what is said without one is what the other says alone.
+        same = next((known for known in described if views[known].same_as(view)), None)
+        described[name] = dict(described[same]) if same else describe(view, classes, count)
     add_pseudo_labels(evaluated, described)
     result = {
         "views": {name: described[name] for name in ("fused", *modalities) if name in described},

@@ -37,6 +37,12 @@ class View:
             self.probability[rows], self.uncertainty[rows], self.label[rows], self.group[rows]
         )
 
+    def same_as(self, other: View) -> bool:
+        """Whether the other says the same of the same rows."""
+        return torch.equal(self.probability, other.probability) and torch.equal(
+            self.group, other.group
+        )
+
     def wrong(self) -> Tensor:
         """(N,) float32: 1 where the most probable class is not the label."""
         return (self.probability.argmax(-1) != self.label).float()
