@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from mics_fast.errors import InputError
+
+
+@contextmanager
+def whole_file(file: Path) -> Iterator[TextIO]:
+    """A text file to write to, which gets its name when all is written and none otherwise.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    partial = file.with_name(f".partial-{file.name}")
+    try:
+        with open(partial, "w", newline="", encoding="utf-8") as handle:
+            yield handle
+        partial.replace(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:
@@ -19,12 +37,8 @@ def write_text(file: Path, text: str) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written: {error.strerror}") from None
+    with whole_file(file) as handle:
+        handle.write(text)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -43,11 +57,10 @@ def write_csv(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
         InputError: as ``write_text``.
     """
     columns = list(dict.fromkeys(name for record in records for name in record))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(records)
-    write_text(file, text.getvalue())
+    with whole_file(file) as handle:
+        writer = csv.DictWriter(handle, columns)
+        writer.writeheader()
+        writer.writerows(records)
 
 
 def finite(value: Any) -> Any:

@@ -12,12 +12,12 @@ from rich.console import Console
 from rich.progress import track
 
 from mics_fast.data.manifest import Manifest, Row, read_manifest
-from mics_fast.data.pipeline import EvalLoader
+from mics_fast.data.pipeline import EvalLoader, PairBatch
 from mics_fast.engine.checkpoint import load_checkpoint, read_meta
 from mics_fast.errors import InputError
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
-from mics_fast.opinions import Opinions, collect_opinions
+from mics_fast.opinions import Opinions, collect_opinions, state_opinions
 from mics_fast.run import Run, identity
 
 T = TypeVar("T")
@@ -38,6 +38,18 @@ class Trained:
     model: Classifier
     classes: tuple[str, ...]
     device: torch.device
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.model.modalities
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return self.model.views
+
+    def answer(self, batch: PairBatch) -> Opinions:
+        """What the model says of one batch."""
+        return state_opinions(self.model, batch)
 
     def loader(self, rows: Sequence[Row]) -> EvalLoader:
         """Batches of whole frames, normalised as in training."""
