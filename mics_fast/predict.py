@@ -22,6 +22,7 @@ from rich.table import Table
 from mics_fast.data.manifest import Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch
 from mics_fast.errors import InputError, SentenceParser, run_command
+from mics_fast.exported import SIDECAR, Exported
 from mics_fast.files import whole_file
 from mics_fast.opinions import Opinions, flat_record, records
 from mics_fast.prepare import SUFFIXES, images_of
@@ -115,11 +116,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
 
 
 def open_model(folder: Path) -> Model:
-    """The classifier of a run folder.
+    """The classifier of a run folder, or the one that was exported to a folder.
 
     Raises:
         InputError: there is none.
     """
+    if (folder / SIDECAR).exists():
+        return Exported.open(folder)
     return load_trained(Run.open(folder))
 
 
