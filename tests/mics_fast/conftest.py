@@ -54,6 +54,12 @@ def make_batch():
 
 
 @pytest.fixture(scope="session")
+def few_steps():
+    """Options of the demo network, three steps a stage on ``phantom_manifest``."""
+    return FEW_STEPS
+
+
+@pytest.fixture(scope="session")
 def phantom_manifest(tmp_path_factory):
     """48 phantom pairs: 24 train (half of them labelled), 12 val, 12 test."""
     folder = tmp_path_factory.mktemp("shared-phantom")
