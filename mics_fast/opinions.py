@@ -94,6 +94,20 @@ class Opinions:
             for column, (name, evidence) in enumerate(self.without.items())
         }
 
+    def row(self, position: int) -> Opinions:
+        """The opinions of one row alone."""
+        own = slice(position, position + 1)
+        return Opinions(
+            self.modalities,
+            self.views,
+            self.evidence[own],
+            self.present[own],
+            {name: evidence[own] for name, evidence in self.without.items()},
+            self.label[own],
+            self.group[own],
+            self.sample_id[own],
+        )
+
     def conflict(self) -> Tensor:
         """(N,) how much the modalities contradict each other, in [0, 1]."""
         count = len(self.modalities)
