@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mics_fast.calibration import calibrate, fit_factor
+from mics_fast.calibration import Kind, calibrate, fit_factor
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.errors import InputError, SentenceParser, run_command
 from mics_fast.files import write_csv, write_json
@@ -71,7 +71,7 @@ class Evaluated:
     rows: list[Row]
     opinions: Opinions
     factors: dict[str, float]
-    kind: Any = None
+    kind: Kind | None = None
 
     def views(self, opinions: Opinions) -> dict[str, View]:
         """ "fused", each modality, and "without" each, calibrated; those that see a row."""
@@ -92,7 +92,7 @@ def all_views(opinions: Opinions) -> dict[str, View]:
     return {name: view for name, view in every.items() if len(view.label)}
 
 
-def evaluate(run: Run, manifest: Manifest, split: str, kind: str | None = None) -> Evaluated:
+def evaluate(run: Run, manifest: Manifest, split: str, kind: Kind | None = None) -> Evaluated:
     """A run's opinions of the labelled rows of a split.
 
     Args:
@@ -112,7 +112,7 @@ def evaluate(run: Run, manifest: Manifest, split: str, kind: str | None = None) 
     if kind is not None:
         fitted = trained.opinions(labelled_rows(manifest, "val"), "val", hide=True)
         evaluated.factors = {
-            name: fit_factor(view, evaluated.kind) for name, view in all_views(fitted).items()
+            name: fit_factor(view, kind) for name, view in all_views(fitted).items()
         }
     return evaluated
 
@@ -282,7 +282,8 @@ def metrics_table(result: dict[str, Any]) -> Table:
             add(shown, values, views["fused"]["intervals"].get(name))
     for name in ("coverage", "precision"):
         if "pseudo_labels" in views["fused"]:
-            values = [number(metrics["pseudo_labels"][name]) for metrics in views.values()]
+            judged = (metrics.get("pseudo_labels", {}) for metrics in views.values())
+            values = [number(quality.get(name)) for quality in judged]
             add(f"pseudo {name}", values)
     add("n", [str(metrics["n"]) for metrics in views.values()])
     return table

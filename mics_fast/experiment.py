@@ -40,7 +40,7 @@ from mics_fast.evaluate import all_views, evaluate, labelled_rows
 from mics_fast.files import write_json, write_text
 from mics_fast.metrics import view_metrics
 from mics_fast.run import Run, parse_options
-from mics_fast.summary import markdown, summarise
+from mics_fast.summary import markdown, tabulate
 from mics_fast.train import Trainer
 
 # The first variant with each part; those after it keep it.
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(f"stopped and saved: the same command goes on, --out {train.out}")
                     return
                 results.append(result)
-    table = summarise(results, grid.label_fractions, grid.variants)
+    table = tabulate(results, grid.label_fractions, grid.variants)
     write_json(out / "results.json", table)
     text = markdown(table)
     write_text(out / "results.md", text)

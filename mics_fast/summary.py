@@ -29,7 +29,7 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, "interval": [mean - half, mean + half], "values": list(values)}
 
 
-def summarise(
+def tabulate(
     results: Sequence[dict[str, Any]], fractions: Sequence[float], variants: Sequence[str]
 ) -> dict[str, Any]:
     """All metrics of all views for every label fraction and variant.

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mics_fast.intervals import bootstrap, extreme_interval, paired_bootstrap, resamples
+from mics_fast.metrics import calibration_metrics
 from mics_fast.opinions import View
 
 
@@ -71,6 +72,20 @@ def test_intervals_of_a_difference_hold_it_19_times_in_20():
         ]
         hits += low <= 0.2 <= high  # P(e + x < 0.9) = 0.8, P(e + x < 0.7) = 0.6
     assert 0.89 < hits / 200 < 0.99  # measured 0.950
+
+
+def test_percentiles_of_a_binned_calibration_error_miss_it():
+    """Why it gets no interval: of a perfectly calibrated view, all resamples lie above 0."""
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(seed)
+        confidence = 0.5 + 0.5 * torch.rand(200, generator=generator)
+        wrong = torch.rand(200, generator=generator) > confidence
+        view = View(
+            torch.stack([confidence, 1 - confidence], 1), confidence, wrong.long(),
+            torch.arange(200),
+        )  # fmt: skip
+        (low, _) = bootstrap(view, calibration_metrics, count=100, seed=seed)["ece"]
+        assert low > 0.02  # measured: at least 0.043
 
 
 def test_a_run_against_itself_differs_by_exactly_nothing():

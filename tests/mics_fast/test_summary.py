@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mics_fast.summary import markdown, mean_interval, summarise
+from mics_fast.summary import markdown, mean_interval, tabulate
 
 
 def result(seed, variant, accuracy, fraction=0.05):
@@ -25,7 +25,7 @@ BEFORE, AFTER = [0.50, 0.61, 0.55], [0.58, 0.66, 0.70]
 def table():
     results = [result(s, "supervised", x) for s, x in enumerate(BEFORE)]
     results += [result(s, "full", x) for s, x in enumerate(AFTER)]
-    return summarise(results[::-1], [0.05], ["supervised", "full"])
+    return tabulate(results[::-1], [0.05], ["supervised", "full"])
 
 
 def test_the_interval_of_a_mean_is_student_s():
@@ -58,7 +58,7 @@ def test_a_metric_that_is_not_defined_everywhere_has_no_mean(table):
 
 
 def test_one_seed_has_no_interval():
-    table = summarise([result(0, "full", 0.5)], [0.05], ["full"])
+    table = tabulate([result(0, "full", 0.5)], [0.05], ["full"])
     assert table["rows"][0]["views"]["fused"]["accuracy"]["interval"] is None
     text = markdown(table)
     assert "| 50.0 |" in text and "one seed has none" in text
