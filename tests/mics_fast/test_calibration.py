@@ -59,3 +59,11 @@ def test_scaled_evidence_is_the_opinion_of_that_evidence():
 def test_a_temperature_leaves_the_vacuity_alone():
     view = view_of(*honest(50))
     assert torch.equal(calibrate(view, "temperature", 2.0).uncertainty, view.uncertainty)
+
+
+def test_a_temperature_of_two_takes_the_root():
+    view = View(torch.tensor([[0.8, 0.2]]), torch.tensor([0.5]), torch.tensor([0]), torch.arange(1))
+    # sqrt(0.8) / (sqrt(0.8) + sqrt(0.2)) = 2/3
+    assert calibrate(view, "temperature", 2.0).probability[0].tolist() == pytest.approx(
+        [2 / 3, 1 / 3]
+    )

@@ -112,7 +112,10 @@ def test_what_is_finished_is_not_run_again(finished, options, monkeypatch):
         raise AssertionError("trained again")
 
     monkeypatch.setattr("mics_fast.engine.loop.Loop.run", refuse)
+    results = sorted(finished.glob("seed-*/*/*/result.json"))
+    written = [path.stat().st_mtime_ns for path in results]
     experiment.main([*options, "--out", str(finished)])
+    assert [path.stat().st_mtime_ns for path in results] == written and len(written) == 4
 
 
 def test_an_experiment_does_not_go_on_with_other_options(finished, options):

@@ -15,7 +15,7 @@ from mics_fast.exported import OUTPUTS
 from mics_fast.models.classifier import Classifier
 from mics_fast.run import Run
 from mics_fast.trained import load_trained
-from mics_kernels import fuse_evidence, opinion
+from mics_kernels import conflict, fuse_evidence, opinion
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +67,9 @@ def test_what_is_exported_is_the_fused_opinion(tiny):
     torch.testing.assert_close(said["belief"], fused.belief)
     torch.testing.assert_close(said["uncertainty"], fused.uncertainty)
     assert said["view_present"][:, :2].equal(present)
+    modalities = conflict(said["evidence"][:, :2], present=present)
+    torch.testing.assert_close(said["conflict"], modalities)
+    assert modalities.max() > 0.01
 
 
 def test_an_exported_model_that_answers_otherwise_is_an_error(trained_run, tmp_path, monkeypatch):
@@ -80,11 +83,14 @@ def test_predict_takes_the_exported_model_for_the_run(
     exported, trained_run, phantom_manifest, tmp_path
 ):
     pytest.importorskip("onnxruntime", reason="needs the [export] extra")
+    lines = phantom_manifest.read_text().splitlines()
+    gaps = phantom_manifest.with_name("export-gaps.csv")  # every third row has no NBI
+    cut = [line.rsplit(",", 1)[0] + "," if n % 3 == 1 else line for n, line in enumerate(lines)]
+    gaps.write_text("\n".join(cut) + "\n")
     answers = []
     for model in (trained_run, exported):
         file = tmp_path / "answers.json"
-        arguments = ["--manifest", str(phantom_manifest), "--json", str(file)]
-        predict.main([str(model), *arguments])
+        predict.main([str(model), "--manifest", str(gaps), "--json", str(file)])
         answers.append(json.loads(file.read_text()))
     for record, other in zip(*answers, strict=True):
         assert record["id"] == other["id"] and record["views"].keys() == other["views"].keys()

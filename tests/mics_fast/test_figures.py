@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mics_fast import figures
-from mics_fast.figures import HEIGHT, LEFT, RIGHT, WIDTH, Axis, Series
+from mics_fast.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Series
 
 
 def drawn(html):
@@ -30,7 +30,8 @@ def test_ticks_are_few_and_round(low, high, wanted):
 def test_an_axis_maps_its_range_to_the_frame():
     axis = Axis("", 10, 20)
     assert axis.x(10) == LEFT and axis.x(20) == WIDTH - RIGHT
-    assert axis.y(20) < axis.y(10) < HEIGHT
+    assert axis.y(10) == HEIGHT - BOTTOM and axis.y(20) == TOP
+    assert axis.y(15) == (TOP + HEIGHT - BOTTOM) / 2
 
 
 def test_a_line_chart_labels_its_axes_and_tells_its_lines_apart():
