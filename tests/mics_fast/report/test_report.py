@@ -11,11 +11,12 @@ from html import unescape
 import pytest
 import torch
 
-from mics_fast import pictures, report
+from mics_fast import report
 from mics_fast.engine.log import read_log
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel
+from mics_fast.report import pictures
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = [

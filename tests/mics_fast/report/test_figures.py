@@ -8,8 +8,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from mics_fast import figures
-from mics_fast.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Series
+from mics_fast.report import figures
+from mics_fast.report.figures import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Series
 
 
 def drawn(html):
