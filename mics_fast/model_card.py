@@ -8,7 +8,8 @@ from typing import Any
 
 from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.errors import InputError
-from mics_fast.evaluate import SHOWN, evaluate, interval, number, summarise
+from mics_fast.evaluate import evaluate, summarise
+from mics_fast.tables import SHOWN, interval, number
 from mics_fast.trained import Trained, run_manifest
 
 NOT_A_DEVICE = (

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch
-from mics_fast.engine.checkpoint import load_checkpoint, read_meta
+from mics_fast.engine.checkpoint import load_checkpoint, read_meta, weights_of
 from mics_fast.errors import InputError
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
@@ -113,14 +113,7 @@ def load_trained(run: Run, manifest: Manifest | None = None) -> Trained:
         pool=run.config.model.pool,
         fusion_depth=run.config.model.fusion_depth,
     )
-    prefix = "average."
-    model.load_state_dict(
-        {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state["stage"].items()
-            if name.startswith(prefix)
-        }
-    )
+    model.load_state_dict(weights_of(state, "average"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Trained(run, model.to(device).eval(), known.classes, device)
 

@@ -10,12 +10,12 @@ import torch
 
 from mics_fast.data.manifest import Manifest
 from mics_fast.engine.log import read_log
-from mics_fast.evaluate import SHOWN, interval, number
 from mics_fast.metrics import BINS, risk_coverage
 from mics_fast.model_card import NOT_A_DEVICE
 from mics_fast.report import figures
 from mics_fast.report.figures import Axis, Series
 from mics_fast.report.parts import Subject, grid, section, text
+from mics_fast.tables import SHOWN, interval, number
 from mics_fast.trained import best_checkpoint
 
 SCORES = {

@@ -16,7 +16,7 @@ from torch.nn.functional import avg_pool2d, interpolate, softplus
 
 from mics_fast.data.manifest import Manifest
 from mics_fast.data.pipeline import PairBatch
-from mics_fast.engine.checkpoint import load_checkpoint
+from mics_fast.engine.checkpoint import load_checkpoint, weights_of
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.masked_autoencoder import patch_targets, random_mask, unpatchify
 from mics_fast.models.pretraining import PretrainModel, paste_patches
@@ -25,7 +25,7 @@ from mics_fast.models.vit import patchify
 from mics_fast.opinions import Opinions, collect_opinions
 from mics_fast.prepare import decode
 from mics_fast.run import Run, identity
-from mics_fast.train import find_pretraining
+from mics_fast.train import pretraining_of
 from mics_kernels import fuse_evidence, opinion
 
 SIDE = 256
@@ -84,10 +84,7 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
         InputError: the checkpoint that the run names is gone.
     """
     config = run.config
-    if config.finetune.init == "none":
-        return None
-    init = config.finetune.init
-    checkpoint = find_pretraining(Path(init)) if init else run.checkpoints("pretrain").latest()
+    checkpoint = pretraining_of(run)
     if checkpoint is None:
         return None
     state = load_checkpoint(checkpoint, identity(config, manifest, "pretrain"))
@@ -98,14 +95,7 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
         projection=config.model.projection,
         temperature=config.pretrain.temperature,
     )
-    prefix = "model."
-    model.load_state_dict(
-        {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state["stage"].items()
-            if name.startswith(prefix)
-        }
-    )
+    model.load_state_dict(weights_of(state, "model"))
     return model.eval()
 
 

@@ -6,9 +6,11 @@ import csv
 import json
 
 import pytest
+import torch
 
 from mics_fast import evaluate
 from mics_fast.errors import InputError
+from mics_fast.opinions import View
 
 WANTED = {
     "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "macro_auprc", "kappa", "mcc",
@@ -117,3 +119,14 @@ def test_bad_options_are_one_sentence(trained_run, tmp_path):
         evaluate.main(
             [str(trained_run), "--resamples", "1", "--json", str(tmp_path / "no" / "m.json")]
         )
+
+
+def test_all_right_is_not_right_for_certain():
+    probability = torch.eye(2).repeat(10, 1)
+    label, group = torch.tensor([0, 1]).repeat(10), torch.arange(20)
+    view = View(probability, torch.full((20,), 0.5), label, group)
+    described = evaluate.describe(view, ["a", "b"], 5)
+    assert described["accuracy"] == 1
+    assert described["intervals"]["accuracy"] == pytest.approx([0.025 ** (1 / 20), 1.0])
+    sensitivity = described["per_class"]["a"]["intervals"]["sensitivity"]
+    assert sensitivity == pytest.approx([0.025 ** (1 / 10), 1.0])
