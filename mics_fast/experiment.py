@@ -37,7 +37,7 @@ from mics_fast.data.manifest import Manifest, read_manifest, write_manifest
 from mics_fast.data.splits import label_rows
 from mics_fast.errors import InputError, run_command
 from mics_fast.evaluate import all_views, evaluate, labelled_rows
-from mics_fast.files import write_json, write_text
+from mics_fast.files import make_folder, write_json, write_text
 from mics_fast.metrics import view_metrics
 from mics_fast.run import Run, parse_options
 from mics_fast.summary import markdown, tabulate
@@ -149,7 +149,7 @@ def draw_labels(manifest: Manifest, file: Path, fraction: float, seed: int) -> M
     names = ["" if row.label < 0 else manifest.classes[row.label] for row in train]
     chosen = label_rows(names, [str(row.group) for row in train], fraction, seed)
     labelled = {row.index for row, keeps in zip(train, chosen, strict=True) if keeps}
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with open(manifest.path, newline="", encoding="utf-8-sig") as source:
         records = list(csv.DictReader(source))
     before = manifest.path.parent.resolve()

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mics_fast.data.graph import IMAGENET_MEAN, IMAGENET_STD
-from mics_fast.errors import InputError, SentenceParser, run_command
+from mics_fast.errors import SentenceParser, run_command
 from mics_fast.exported import CARD, ONNX, OUTPUTS, PROGRAM, SIDECAR, open_session
-from mics_fast.files import write_json, write_text
+from mics_fast.files import make_folder, write_json, write_text
 from mics_fast.intervals import RESAMPLES
 from mics_fast.model_card import model_card
 from mics_fast.models.classifier import Classifier
@@ -76,10 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run = Run.open(options.run)
     trained = load_trained(run)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out {options.out} cannot be written: {error.strerror}") from None
+    make_folder(options.out)
     agreement = export_model(trained, options.out)
     write_json(options.out / SIDECAR, sidecar(trained, agreement))
     write_text(options.out / CARD, model_card(trained, agreement, options.resamples))

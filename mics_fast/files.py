@@ -13,6 +13,18 @@ from typing import Any, TextIO
 from mics_fast.errors import InputError
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those it lies in, where they are not there yet.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be written: {error.strerror}") from None
+
+
 @contextmanager
 def whole_file(file: Path) -> Iterator[TextIO]:
     """A text file to write to, which gets its name when all is written and none otherwise.

@@ -9,7 +9,7 @@ from pathlib import Path
 from mics_fast.data.manifest import read_manifest
 from mics_fast.errors import SentenceParser
 from mics_fast.evaluate import compare, evaluate, summarise
-from mics_fast.files import write_text
+from mics_fast.files import make_folder, write_text
 from mics_fast.intervals import RESAMPLES
 from mics_fast.report.images import attention, cases, features, reconstructions
 from mics_fast.report.numbers import certainty, confusion, curves, metrics, settings, summary
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = read_manifest(options.out_of_distribution, manifest.modalities).rows
         outside = evaluated.trained.opinions(rows, "out of distribution").fused().uncertainty
     out = options.out or run.folder / "report" / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     write_text(out, page(Subject(run, evaluated, result, rival, outside)))
     print(f"wrote {out}")
 

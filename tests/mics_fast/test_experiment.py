@@ -137,3 +137,9 @@ def test_a_bad_option_is_one_sentence(options, tmp_path, option, value, sentence
     with pytest.raises(InputError, match=sentence) as error:
         experiment.main([*options, "--out", str(tmp_path), f"--{option}", value])
     assert "\n" not in str(error.value)
+
+
+def test_a_folder_that_cannot_be_written_is_named(options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        experiment.main([*options, "--out", str(tmp_path / "file" / "grid")])
