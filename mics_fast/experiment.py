@@ -33,7 +33,7 @@ from mics_fast.config import (
     check_config,
     check_experiment,
 )
-from mics_fast.data.manifest import Manifest, read_manifest, write_manifest
+from mics_fast.data.manifest import RESERVED, Manifest, read_manifest, write_manifest
 from mics_fast.data.splits import label_rows
 from mics_fast.errors import InputError, run_command
 from mics_fast.evaluate import all_views, evaluate, labelled_rows
@@ -159,8 +159,7 @@ def draw_labels(manifest: Manifest, file: Path, fraction: float, seed: int) -> M
         for name in modalities:
             if record[name]:
                 record[name] = os.path.relpath(before / record[name], file.parent.resolve())
-    columns = ("id", "label", "labelled", "group", "split", "virtual", *modalities)
-    kept = [{name: record[name] for name in columns} for record in records
+    kept = [{name: record[name] for name in (*RESERVED, *modalities)} for record in records
             if any(record[name] for name in modalities)]  # fmt: skip
     write_manifest(file, kept, modalities)
     return read_manifest(file, manifest.modalities)

@@ -181,8 +181,16 @@ def folder_rows(folder: Path, modalities: Sequence[str]) -> list[Row]:
 
 def sample(index: int, name: str, files: dict[str, Path], modalities: Sequence[str]) -> Row:
     """A row without a label."""
-    absolute = {modality: files.get(modality) for modality in modalities}
-    return Row(index, name, -1, False, index, "test", (), absolute)
+    return Row(
+        index=index,
+        id=name,
+        label=-1,
+        labelled=False,
+        group=index,
+        split="test",
+        virtual=(),
+        files={modality: files.get(modality) for modality in modalities},
+    )
 
 
 def predict(
