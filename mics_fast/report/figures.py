@@ -125,7 +125,7 @@ def line_chart(
     marks = "".join(
         f'<path class="line" stroke="{PALETTE[k % 8]}" stroke-dasharray="{DASHES[k % 8]}" d="M'
         + "L".join(f"{x.x(a)} {y.y(b)}" for a, b in zip(line.x, line.y, strict=True))
-        + ("h0.1" if len(line.x) == 1 else "")  # a dot: a path of one point is not drawn
+        + ("h4" if len(line.x) == 1 else "")  # a mark: a path of one point is not drawn
         + '"/>'
         for k, line in enumerate(series)
     )

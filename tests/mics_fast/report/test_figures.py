@@ -47,6 +47,12 @@ def test_a_line_chart_labels_its_axes_and_tells_its_lines_apart():
     assert [item.find("svg").tail for item in figure.iter("li")] == ["a < b", "c"]
 
 
+def test_a_line_of_one_value_can_be_seen():
+    html = figures.line_chart("Score", "steps", "share", [Series("val", [3], [0.5])])
+    (path,) = re.findall(r'class="line"[^>]* d="([^"]*)"', html)
+    assert path.endswith("h4")
+
+
 def test_a_histogram_counts_each_group():
     html = figures.histogram("u", "uncertainty", {"right": [0.1, 0.1, 0.9], "wrong": [0.5]})
     _, description = drawn(html)
