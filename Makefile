@@ -41,7 +41,7 @@ check-kernels: $(INSTALLED)
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test]'
 	touch $@
 
 clean:

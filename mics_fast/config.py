@@ -257,6 +257,43 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
+Variant = Literal["supervised", "pretraining", "pseudo-labels", "shift", "full"]
+
+
+@dataclass
+class ExperimentConfig:
+    """The grid of ``python -m mics_fast.experiment``: every variant on every draw of labels.
+
+    Args:
+        seeds: one run each; of the label draw, the weights, the order, masks and shifts.
+        label_fractions: of the train rows of each class.
+        variants: each adds to those before it: supervised (the labelled rows alone, from
+            scratch), pretraining, pseudo-labels, shift, and full (also modality consistency).
+    """
+
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
+    label_fractions: list[float] = field(default_factory=lambda: [0.05])
+    variants: list[Variant] = field(
+        default_factory=lambda: ["supervised", "pretraining", "pseudo-labels", "shift", "full"]
+    )
+
+
+def check_experiment(config: ExperimentConfig) -> None:
+    """Refuse a grid that cannot be run, naming the option.
+
+    Raises:
+        InputError: a list is empty or names something twice, or a fraction is out of range.
+    """
+    for name, values in asdict(config).items():
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"option experiment.{name} is {values}, wanted each value once")
+    for fraction in config.label_fractions:
+        if not 0 < fraction <= 1:
+            raise InputError(
+                f"option experiment.label_fractions holds {fraction}, wanted above 0 and up to 1"
+            )
+
+
 def check_config(config: TrainConfig) -> None:
     """Refuse values that no run can use, naming the option.
 

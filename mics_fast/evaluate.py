@@ -1,219 +1,296 @@
-"""``python -m mics_fast.evaluate``: how good a run is, for each modality alone and fused."""
+"""``python -m mics_fast.evaluate``: how good a run is, for each modality alone, fused, and with a
+modality missing."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterable, Sequence
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
-from torch.nn.functional import softplus
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_auroc,
-    multiclass_f1_score,
-    multiclass_recall,
-)
-
-from mics_fast.data.manifest import Manifest, read_manifest
-from mics_fast.data.pipeline import EvalLoader, PairBatch
-from mics_fast.engine.checkpoint import load_checkpoint
+from mics_fast.calibration import Kind, calibrate, fit_factor
+from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.errors import InputError, SentenceParser, run_command
-from mics_fast.models.classifier import Classifier
-from mics_fast.models.sizes import SIZES
-from mics_fast.run import Run, identity
-from mics_kernels import fuse_evidence, opinion
+from mics_fast.files import write_csv, write_json
+from mics_fast.intervals import LEVEL, RESAMPLES, bootstrap, extreme_interval, paired_bootstrap
+from mics_fast.metrics import (
+    class_metrics,
+    confusion,
+    out_of_distribution_auroc,
+    pseudo_label_quality,
+    sampled_metrics,
+    view_metrics,
+)
+from mics_fast.opinions import Opinions, View, flat_record, records
+from mics_fast.run import Run
+from mics_fast.stages.finetune import is_pseudo_label
+from mics_fast.tables import print_tables
+from mics_fast.trained import Trained, load_trained, progress, run_manifest
 
 
 @dataclass
-class View:
-    """What one view says of the rows it sees.
+class Evaluated:
+    """One run on the labelled rows of a split.
 
     Args:
-        probability: (N, C) expected class probabilities.
-        uncertainty: (N,) vacuity in [0, 1].
-        label: (N,) int64, the truth.
+        trained: the classifier.
+        manifest: where the rows are from.
+        rows: those with a label.
+        opinions: of the rows, with each modality hidden in turn.
+        factors: view -> calibration factor; empty without calibration.
+        kind: of calibration, None without.
     """
 
-    probability: Tensor
-    uncertainty: Tensor
-    label: Tensor
+    trained: Trained
+    manifest: Manifest
+    rows: list[Row]
+    opinions: Opinions
+    factors: dict[str, float]
+    kind: Kind | None = None
+
+    def views(self, opinions: Opinions) -> dict[str, View]:
+        """Calibrated: "fused", each modality, and "without" each; those that see a row."""
+        every = all_views(opinions)
+        if self.kind:
+            every = {
+                name: calibrate(view, self.kind, self.factors[name])
+                for name, view in every.items()
+                if name in self.factors
+            }
+        return every
 
 
-@torch.no_grad()
-def collect_opinions(model: Classifier, batches: Iterable[PairBatch]) -> dict[str, View]:
-    """Run a classifier over evaluation batches.
-
-    "fused" combines every view of the model, the fusion encoder's included, by Dempster's rule; a
-    modality's own entry holds only the rows that have it.
-    """
-    was_training = model.training
-    model.eval()
-    parts: dict[str, list[View]] = {name: [] for name in ("fused", *model.modalities)}
-    for batch in batches:
-        output = model(batch.views, batch.present)
-        evidence = softplus(output.logits)
-        fused = opinion(fuse_evidence(evidence, present=output.present))
-        parts["fused"].append(
-            View(fused.probability.cpu(), fused.uncertainty.cpu(), batch.label.cpu())
-        )
-        single = opinion(evidence)
-        for column, name in enumerate(model.modalities):
-            here = batch.present[:, column]
-            parts[name].append(
-                View(
-                    single.probability[here, column].cpu(),
-                    single.uncertainty[here, column].cpu(),
-                    batch.label[here].cpu(),
-                )
-            )
-    model.train(was_training)
-    return {name: concatenate(views) for name, views in parts.items()}
+def all_views(opinions: Opinions) -> dict[str, View]:
+    """Every view that sees a row; the fused one of the others is called "without <modality>"."""
+    missing = {f"without {name}": view for name, view in opinions.missing().items()}
+    every = opinions.each() | missing
+    return {name: view for name, view in every.items() if len(view.label)}
 
 
-def concatenate(views: Sequence[View]) -> View:
-    """One view of all batches."""
-    return View(
-        torch.cat([view.probability for view in views]),
-        torch.cat([view.uncertainty for view in views]),
-        torch.cat([view.label for view in views]),
-    )
+def evaluate(run: Run, manifest: Manifest, split: str, kind: Kind | None = None) -> Evaluated:
+    """A run's opinions of the labelled rows of a split.
 
-
-def view_metrics(view: View, num_classes: int) -> dict[str, float]:
-    """Metrics of one view over the rows it sees.
-
-    Balanced accuracy is the mean recall, and macro AUROC the mean one-against-rest AUROC, over
-    the classes that occur in the truth; all values in [0, 1].
-    """
-    probability, label = view.probability, view.label
-    occurring = label.unique()
-    recall = multiclass_recall(probability, label, num_classes, average="none")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes that do not occur, left out below
-        auroc = multiclass_auroc(probability, label, num_classes, average="none")
-    assert isinstance(auroc, Tensor)
-    return {
-        "accuracy": multiclass_accuracy(probability, label, num_classes, average="micro").item(),
-        "balanced_accuracy": recall[occurring].mean().item(),
-        "macro_f1": multiclass_f1_score(probability, label, num_classes, average="macro").item(),
-        "macro_auroc": auroc[occurring].mean().item(),
-        "uncertainty": view.uncertainty.mean().item(),
-        "n": len(label),
-    }
-
-
-def evaluate(run: Run, manifest: Manifest, split: str) -> dict[str, Any]:
-    """Metrics of a run's best checkpoint on the labelled rows of a split.
+    Args:
+        run: with a fine-tuned checkpoint.
+        manifest: with its modalities and classes.
+        split: train, val or test.
+        kind: "temperature" or "evidence": fit this on the labelled val rows; None: nothing.
 
     Raises:
         InputError: no fine-tuned checkpoint, one of another model, or nothing to evaluate on.
     """
-    config = run.config
+    rows = labelled_rows(manifest, split)
+    trained = load_trained(run, manifest)
+    opinions = trained.opinions(rows, split, hide=True)
+    there = set(opinions.sample_id.tolist())  # where bad files are skipped, not all rows
+    rows = [row for row in rows if row.index in there]
+    evaluated = Evaluated(trained, manifest, rows, opinions, {}, kind)
+    if kind is not None:
+        fitted = trained.opinions(labelled_rows(manifest, "val"), "val", hide=True)
+        evaluated.factors = {
+            name: fit_factor(view, kind) for name, view in all_views(fitted).items()
+        }
+    return evaluated
+
+
+def labelled_rows(manifest: Manifest, split: str) -> list[Row]:
+    """The rows of a split whose label is known.
+
+    Raises:
+        InputError: there is none.
+    """
     rows = [row for row in manifest.select(split) if row.label >= 0]
     if not rows:
         raise InputError(f"{manifest.path} has no row with split {split} and a label")
-    model = load_classifier(run, manifest)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loader = EvalLoader(
-        rows,
-        manifest.modalities,
-        data=config.data,
-        image_size=SIZES[config.model.size].image,
-        batch_size=config.finetune.unlabelled_batch,
-        device=device,
-    )
-    opinions = collect_opinions(model.to(device), loader)
-    return {
-        "views": {
-            name: view_metrics(view, len(manifest.classes))
-            for name, view in opinions.items()
-            if len(view.label)
+    return rows
+
+
+def summarise(evaluated: Evaluated, split: str, count: int) -> dict[str, Any]:
+    """Every metric of every view, as JSON.
+
+    Args:
+        evaluated: rows and opinions.
+        split: their name.
+        count: bootstrap resamples.
+    """
+    modalities = evaluated.trained.model.modalities
+    classes = evaluated.trained.classes
+    views = evaluated.views(evaluated.opinions)
+    described: dict[str, dict[str, Any]] = {}
+    for name, view in progress(views.items(), "bootstrap", len(views)):
+        # Of two modalities, what is said without one is what the other says alone.
+        same = next((known for known in described if views[known].same_as(view)), None)
+        described[name] = dict(described[same]) if same else describe(view, classes, count)
+    add_pseudo_labels(evaluated, described)
+    result = {
+        "views": {name: described[name] for name in ("fused", *modalities) if name in described},
+        "missing": {
+            name: described[f"without {name}"]
+            for name in modalities
+            if f"without {name}" in described
         },
-        "n": len(opinions["fused"].label),
-        "classes": list(manifest.classes),
+        "n": len(evaluated.rows),
+        "groups": len({row.group for row in evaluated.rows}),
+        "classes": list(classes),
         "split": split,
-        "virtual": sorted({name for row in rows for name in row.virtual}),
+        "virtual": sorted({name for row in evaluated.rows for name in row.virtual}),
+        "intervals": {"level": LEVEL, "resamples": count, "unit": "group"},
+    }
+    if evaluated.kind:
+        result["calibration"] = {"kind": evaluated.kind, "factors": evaluated.factors}
+    return result
+
+
+def describe(view: View, classes: Sequence[str], count: int) -> dict[str, Any]:
+    """Metrics of one view with their intervals, for all classes and for each."""
+    intervals = bootstrap(view, sampled_metrics, count=count)
+    each = {name: values.tolist() for name, values in class_metrics(view).items()}
+    scalars = view_metrics(view)
+    if scalars["accuracy"] in (0, 1):
+        intervals["accuracy"] = extreme_interval(scalars["accuracy"], view.group)
+    for k in range(len(classes)):
+        own = view.label == k
+        for name, rows in (("sensitivity", own), ("specificity", ~own)):
+            if each[name][k] in (0, 1):
+                intervals[f"{name}/{k}"] = extreme_interval(each[name][k], view.group[rows])
+    return {
+        **scalars,
+        "n": len(view.label),
+        "intervals": {name: x for name, x in intervals.items() if "/" not in name},
+        "per_class": {
+            label: {name: values[k] for name, values in each.items()}
+            | {"n": int((view.label == k).sum())}
+            | {"intervals": {name: intervals[f"{name}/{k}"] for name in each}}
+            for k, label in enumerate(classes)
+        },
+        "confusion": confusion(view),
     }
 
 
-def load_classifier(run: Run, manifest: Manifest) -> Classifier:
-    """The averaged weights of a run's best fine-tuning checkpoint.
+def add_pseudo_labels(evaluated: Evaluated, described: dict[str, dict[str, Any]]) -> None:
+    """How many unlabelled train rows each view would accept, and how many of those it gets right.
+
+    As training decides, but by the finished model and without augmentation or calibration.
+    """
+    rows = [row for row in evaluated.manifest.select("train") if not row.labelled]
+    if not rows:
+        return
+    options = evaluated.trained.run.config.finetune
+    opinions = evaluated.trained.opinions(rows, "unlabelled", hide=True)
+    for name, view in all_views(opinions).items():
+        accepted = is_pseudo_label(options, view.probability, view.uncertainty)
+        if name in described:
+            described[name]["pseudo_labels"] = pseudo_label_quality(view, accepted)
+
+
+def add_out_of_distribution(result: dict[str, Any], evaluated: Evaluated, file: Path) -> None:
+    """How well each view's vacuity tells the evaluated rows from all rows of another manifest."""
+    manifest = read_manifest(file, evaluated.trained.model.modalities)
+    opinions = evaluated.trained.opinions(manifest.rows, "out of distribution", hide=True)
+    inside, outside = evaluated.views(evaluated.opinions), evaluated.views(opinions)
+    result["out_of_distribution"] = {"manifest": str(file), "n": len(manifest.rows)}
+    for name, view in outside.items():
+        described = result["missing"] if name.startswith("without ") else result["views"]
+        key = name.removeprefix("without ")
+        if key in described:
+            described[key]["out_of_distribution_auroc"] = out_of_distribution_auroc(
+                inside[name], view
+            )
+
+
+def compare(evaluated: Evaluated, other: Evaluated, count: int) -> dict[str, Any]:
+    """Differences of the metrics of both runs, for every view that both have.
 
     Raises:
-        InputError: there is none, or it is of another model.
+        InputError: they were not evaluated on the same rows, classes and labels.
     """
-    checkpoint = run.checkpoints("finetune").best()
-    if checkpoint is None:
-        raise InputError(f"{run.folder} has no fine-tuning checkpoint to evaluate")
-    state = load_checkpoint(checkpoint, identity(run.config, manifest, "finetune"))
-    model = Classifier(
-        SIZES[run.config.model.size],
-        manifest.modalities,
-        len(manifest.classes),
-        pool=run.config.model.pool,
-        fusion_depth=run.config.model.fusion_depth,
-    )
-    prefix = "average."
-    model.load_state_dict(
+    mine = [(row.id, row.label) for row in evaluated.rows]
+    theirs = [(row.id, row.label) for row in other.rows]
+    here, there = evaluated.trained.run.folder, other.trained.run.folder
+    if evaluated.trained.classes != other.trained.classes or mine != theirs:
+        raise InputError(
+            f"{here} and {there} cannot be compared: wanted the same classes, rows and labels, "
+            f"got {len(mine)} and {len(theirs)} rows of which {len({*mine} & {*theirs})} agree"
+        )
+    first, second = evaluated.views(evaluated.opinions), other.views(other.opinions)
+    shared = [name for name in first if name in second
+              and len(first[name].label) == len(second[name].label)]  # fmt: skip
+    return {
+        "run": str(there),
+        "views": {
+            name: {
+                metric: value
+                for metric, value in paired_bootstrap(
+                    first[name], second[name], sampled_metrics, count=count
+                ).items()
+                if "/" not in metric
+            }
+            for name in progress(shared, "paired bootstrap", len(shared))
+        },
+    }
+
+
+def opinion_table(evaluated: Evaluated) -> list[dict[str, Any]]:
+    """A flat record a row: its id and true class, what the model says, and whether it is right."""
+    names = [row.id for row in evaluated.rows]
+    classes = evaluated.trained.classes
+    stated = records(evaluated.opinions, names, classes)
+    return [
         {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state["stage"].items()
-            if name.startswith(prefix)
+            "id": record["id"],
+            "label": classes[row.label],
+            "correct": int(record["class"] == classes[row.label]),
+            **flat_record({name: x for name, x in record.items() if name != "id"}),
         }
-    )
-    return model
-
-
-def print_table(result: dict[str, Any]) -> None:
-    """The metrics as a table, a row for each view; derived modalities are called virtual."""
-    table = Table(title=f"{result['split']}: {result['n']} pairs, {len(result['classes'])} classes")
-    names = ["accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "uncertainty", "n"]
-    table.add_column("view")
-    for name in names:
-        table.add_column(name.replace("_", " "), justify="right")
-    for view, metrics in result["views"].items():
-        values = [f"{metrics[name]:.3f}" for name in names[:-1]] + [str(metrics["n"])]
-        table.add_row(f"virtual {view}" if view in result["virtual"] else view, *values)
-    Console().print(table)
+        for row, record in zip(evaluated.rows, stated, strict=True)
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate a run folder; print a table and, where asked, write JSON."""
+    """Evaluate a run folder; print tables and, where asked, write JSON and CSV."""
+    options = parse(arguments)
+    run = Run.open(options.run)
+    manifest = run_manifest(run, options.manifest)
+    evaluated = evaluate(run, manifest, options.split, options.calibrate)
+    result = summarise(evaluated, options.split, options.resamples)
+    if options.out_of_distribution:
+        add_out_of_distribution(result, evaluated, options.out_of_distribution)
+    if options.against:
+        rival = Run.open(options.against)
+        other = run_manifest(rival, options.manifest or manifest.path)
+        against = evaluate(rival, other, options.split, options.calibrate)
+        result["against"] = compare(evaluated, against, options.resamples)
+    print_tables(result)
+    if options.json:
+        write_json(options.json, result)
+    if options.csv:
+        write_csv(options.csv, opinion_table(evaluated))
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        InputError: an option is unknown, ill-typed or out of range.
+    """
     parser = SentenceParser(prog="python -m mics_fast.evaluate", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder of mics_fast.train")
     parser.add_argument("--split", default="test", choices=("train", "val", "test"))
     parser.add_argument("--manifest", type=Path, help="default: the run's own")
     parser.add_argument("--json", type=Path, help="write the metrics to this file")
+    parser.add_argument("--csv", type=Path, help="write every row's opinions to this file")
+    parser.add_argument("--against", type=Path, metavar="RUN",
+                        help="another run: differences on the same rows")  # fmt: skip
+    parser.add_argument("--out-of-distribution", type=Path, metavar="MANIFEST",
+                        help="images the model should be unsure of")  # fmt: skip
+    parser.add_argument("--calibrate", choices=("temperature", "evidence"),
+                        help="fit this on the val rows first")  # fmt: skip
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap")
     options = parser.parse_args(arguments)
-    run = Run.open(options.run)
-    file = options.manifest or Path(run.config.data.manifest)
-    skip = run.config.data.on_bad_file == "skip"
-    manifest = read_manifest(file, run.config.data.modalities, files_exist=not skip)
-    result = evaluate(run, manifest, options.split)
-    print_table(result)
-    if options.json:
-        write_json(options.json, result)
-
-
-def write_json(file: Path, result: dict[str, Any]) -> None:
-    """Write to a temporary name, then rename.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    partial = file.with_name(f".partial-{file.name}")
-    try:
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(file)
-    except OSError as error:
-        raise InputError(f"--json {file} cannot be written: {error.strerror}") from None
+    if options.resamples < 1:
+        raise InputError(f"--resamples is {options.resamples}, wanted at least 1")
+    return options
 
 
 if __name__ == "__main__":

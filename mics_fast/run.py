@@ -109,16 +109,25 @@ def parse_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, b
     Raises:
         InputError: an unknown or ill-typed option, or a value out of range.
     """
-    parser = config_parser()
+    values = parse_options(config_parser(), arguments)
+    resume = values.pop("resume")
+    config = TrainConfig(**values)
+    check_config(config)
+    return config, resume
+
+
+def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """What a command line and the YAML files it names say, as instances of the dataclasses.
+
+    Raises:
+        InputError: an unknown or ill-typed option.
+    """
     try:
         values = vars(parser.instantiate(parser.parse_args(arguments)))
     except argparse.ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
-    resume = values.pop("resume")
     values.pop("config", None)
-    config = TrainConfig(**values)
-    check_config(config)
-    return config, resume
+    return values
 
 
 def read_config(file: Path) -> TrainConfig:

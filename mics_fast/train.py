@@ -13,15 +13,16 @@ from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, Trai
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
-from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
+from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint, weights_of
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Plan, Stage
 from mics_fast.engine.optimiser import decay_groups
 from mics_fast.errors import InputError, run_command
-from mics_fast.evaluate import collect_opinions, view_metrics
+from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Block
+from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
 from mics_fast.stages.pretrain import PretrainStage
@@ -265,32 +266,32 @@ class Trainer:
         )
 
         def validate() -> dict[str, float]:
-            fused = collect_opinions(stage.average, loader)["fused"]
-            metrics = view_metrics(fused, len(self.manifest.classes))
+            metrics = view_metrics(collect_opinions(stage.average, loader).fused())
             return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
 
         return validate
 
     def _load_encoder(self, model: Classifier) -> None:
         """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
-        init = self.config.finetune.init
-        if init == "none":
-            return
-        checkpoint = (
-            find_pretraining(Path(init)) if init else self.run.checkpoints("pretrain").latest()
-        )
+        checkpoint = pretraining_of(self.run)
         if checkpoint is None:
-            print("fine-tuning from scratch: this run has no pre-training")
+            print("fine-tuning from scratch")
             return
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
-        prefix = "model.encoder."
-        encoder = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in state["stage"].items()
-            if name.startswith(prefix)
-        }
-        model.load_encoder(encoder)
+        model.load_encoder(weights_of(state, "model.encoder"))
         print(f"fine-tuning from {checkpoint}")
+
+
+def pretraining_of(run: Run) -> Path | None:
+    """The pre-training that a run's fine-tuning starts from; None: it starts from scratch.
+
+    Raises:
+        InputError: ``finetune.init`` names none.
+    """
+    init = run.config.finetune.init
+    if init == "none":
+        return None
+    return find_pretraining(Path(init)) if init else run.checkpoints("pretrain").latest()
 
 
 def find_pretraining(path: Path) -> Path:

@@ -163,6 +163,16 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         raise DamagedCheckpoint(f"checkpoint {file} cannot be read: {reason}") from error
 
 
+def weights_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The weights of one part of a stage, such as "average", under the part's own names."""
+    prefix = f"{part}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state["stage"].items()
+        if name.startswith(prefix)
+    }
+
+
 def read_meta(path: Path) -> dict[str, Any]:
     """What a checkpoint folder belongs to.
 

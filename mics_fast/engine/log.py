@@ -38,6 +38,22 @@ class RunLog:
         self._board.close()
 
 
+def read_log(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """What a run has logged: stage -> its records, by step.
+
+    A run that was killed repeats the steps after its last checkpoint: the last record counts; and
+    may have left half a line behind, which is passed over.
+    """
+    stages: dict[str, dict[int, dict[str, float]]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        stages.setdefault(record["stage"], {})[record["step"]] = record
+    return {stage: [records[step] for step in sorted(records)] for stage, records in stages.items()}
+
+
 class Timer:
     """Counts pairs, and how long the training waited for them.
 

@@ -129,10 +129,20 @@ class Classifier(nn.Module):
                 may hold anything, NaN too, and change nothing.
             present: (B, M) bool, in the order of ``modalities``.
         """
-        tokens = [
+        return self.speak(self.encode(views, present), present)
+
+    def encode(self, views: dict[str, Tensor], present: Tensor) -> list[Tensor]:
+        """Each modality's tokens (B, 1 + N, width); arguments as ``forward``."""
+        return [
             self.encoders[name](_without_absent(views[name], present[:, index]))
             for index, name in enumerate(self.modalities)
         ]
+
+    def speak(self, tokens: Sequence[Tensor], present: Tensor) -> ClassifierOutput:
+        """Fuse what ``encode`` returned and let every view's head speak.
+
+        ``present`` may leave out modalities that were encoded: what would be said without them.
+        """
         features = {
             name: pool_tokens(own, self.pool).float()
             for name, own in zip(self.modalities, tokens, strict=True)

@@ -194,7 +194,7 @@ class VisionTransformer(nn.Module):
             positions = take_rows(positions.expand(len(images), -1, -1), visible)
         cls_token = self.cls_token + self.pos_embed[:, :1]
         tokens = self.patch_embed(patches) + positions
-        tokens = torch.cat([cls_token.expand(len(images), -1, -1), tokens], dim=1)
+        tokens = torch.cat([cls_token.expand(images.shape[0], -1, -1), tokens], dim=1)
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)

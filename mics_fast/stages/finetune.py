@@ -178,9 +178,8 @@ class FinetuneStage(nn.Module):
             return none, torch.zeros_like(none, dtype=torch.float32), {}
         output = self._forward(self.average, unlabelled.views, unlabelled.present)
         fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
-        probability, label = fused.probability.max(-1)
-        accepted = fused.uncertainty <= self.config.max_uncertainty
-        accepted &= probability >= self.config.min_probability
+        label = fused.probability.argmax(-1)
+        accepted = is_pseudo_label(self.config, fused.probability, fused.uncertainty)
         known = accepted & (unlabelled.label >= 0)
         metrics: dict[str, Tensor | float] = {
             "pseudo_accepted": accepted.float().mean(),
@@ -245,6 +244,12 @@ class FinetuneStage(nn.Module):
             strength=strength,
             reduction="none",
         )
+
+
+def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Tensor) -> Tensor:
+    """Which opinions are sure enough to train on: (R, C) and (R,) -> (R,) bool."""
+    sure = uncertainty <= config.max_uncertainty
+    return sure & (probability.amax(-1) >= config.min_probability)
 
 
 def wants_unlabelled(config: FinetuneConfig) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from mics_fast import prepare, train
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.models.sizes import Size
 
@@ -13,6 +16,12 @@ TINY = Size(
     decoder_width=16, decoder_depth=1, decoder_heads=2,
     discriminator_width=16, discriminator_depth=2, discriminator_heads=2,
 )  # fmt: skip
+
+FEW_STEPS = [
+    "--config", str(Path(__file__).parents[2] / "configs" / "demo.yaml"),
+    "--log_every", "1", "--pretrain.batch_size", "8", "--pretrain.epochs", "1",
+    "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8", "--finetune.epochs", "1",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -42,3 +51,38 @@ def make_batch():
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def few_steps():
+    """Options of the demo network, three steps a stage on ``phantom_manifest``."""
+    return FEW_STEPS
+
+
+@pytest.fixture(scope="session")
+def phantom_manifest(tmp_path_factory):
+    """48 phantom pairs: 24 train (half of them labelled), 12 val, 12 test."""
+    folder = tmp_path_factory.mktemp("shared-phantom")
+    split = ["--split", "0.5", "0.25", "0.25", "--label-fraction", "0.5"]
+    prepare.main(["phantom", "--out", str(folder), "--pairs", "48", *split])
+    return folder / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def trained_run(phantom_manifest, tmp_path_factory):
+    """A run folder with both stages, three steps each; tests only read it."""
+    run = tmp_path_factory.mktemp("shared-run") / "run"
+    train.main([*FEW_STEPS, "--data.manifest", str(phantom_manifest), "--out", str(run)])
+    return run
+
+
+@pytest.fixture
+def train_few_steps():
+    """train_few_steps(manifest, run, *options): both stages of the demo network, a few steps."""
+
+    def command(manifest, run, *options):
+        train.main(
+            [*FEW_STEPS, "--data.manifest", str(manifest), "--out", str(run), *map(str, options)]
+        )
+
+    return command

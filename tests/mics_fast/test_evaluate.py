@@ -1,40 +1,132 @@
-"""Metrics agree with scikit-learn, also where a class does not occur."""
+"""The evaluate command: every view, with intervals, against another run, out of distribution."""
 
 from __future__ import annotations
 
+import csv
+import json
+
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 
-from mics_fast.evaluate import View, view_metrics
+from mics_fast import evaluate
+from mics_fast.errors import InputError
+from mics_fast.opinions import View
 
-
-def random_view(rows, classes, occurring, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    probability = torch.rand(rows, classes, generator=generator).softmax(-1)
-    label = torch.randint(0, occurring, (rows,), generator=generator)
-    return View(probability, torch.rand(rows, generator=generator), label)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_metrics_agree_with_scikit_learn(seed):
-    view = random_view(200, 5, 5, seed)
-    metrics = view_metrics(view, 5)
-    label, predicted = view.label.numpy(), view.probability.argmax(-1).numpy()
-    assert metrics["accuracy"] == pytest.approx(accuracy_score(label, predicted))
-    assert metrics["balanced_accuracy"] == pytest.approx(balanced_accuracy_score(label, predicted))
-    assert metrics["macro_f1"] == pytest.approx(f1_score(label, predicted, average="macro"))
-    auroc = roc_auc_score(label, view.probability.numpy(), multi_class="ovr", average="macro")
-    assert metrics["macro_auroc"] == pytest.approx(auroc, abs=1e-6)
-    assert metrics["n"] == 200
+WANTED = {
+    "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "macro_auprc", "kappa", "mcc",
+    "ece", "adaptive_ece", "brier", "nll", "aurc", "risk_at_80_coverage", "coverage_at_5_risk",
+    "uncertainty", "n", "intervals", "per_class", "confusion", "pseudo_labels",
+    "out_of_distribution_auroc",
+}  # fmt: skip
 
 
-def test_classes_that_do_not_occur_do_not_count():
-    view = random_view(100, 5, 3)
-    metrics = view_metrics(view, 5)
-    label, predicted = view.label.numpy(), view.probability.argmax(-1).numpy()
-    with pytest.warns(UserWarning):
-        wanted = balanced_accuracy_score(label, predicted)
-    assert metrics["balanced_accuracy"] == pytest.approx(wanted)
-    aurocs = [roc_auc_score(label == k, view.probability[:, k].numpy()) for k in range(3)]
-    assert metrics["macro_auroc"] == pytest.approx(sum(aurocs) / 3, abs=1e-6)
+@pytest.fixture(scope="module")
+def evaluated(trained_run, phantom_manifest, tmp_path_factory):
+    """Everything the command can do at once: the JSON, and the rows of the CSV."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    evaluate.main(
+        [str(trained_run), "--json", str(folder / "m.json"), "--csv", str(folder / "o.csv"),
+         "--resamples", "20", "--against", str(trained_run), "--calibrate", "evidence",
+         "--out-of-distribution", str(phantom_manifest)]
+    )  # fmt: skip
+    with open(folder / "o.csv", newline="") as file:
+        return json.loads((folder / "m.json").read_text()), list(csv.DictReader(file))
+
+
+def test_every_view_gets_every_metric(evaluated):
+    result, _ = evaluated
+    assert set(result["views"]) == {"fused", "wli", "nbi"}
+    assert set(result["missing"]) == {"wli", "nbi"}
+    for metrics in [*result["views"].values(), *result["missing"].values()]:
+        assert metrics.keys() == WANTED
+        low, high = metrics["intervals"]["accuracy"]
+        assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    assert result["n"] == 12 and result["groups"] == 12 and result["split"] == "test"
+
+
+def test_each_class_has_sensitivity_and_specificity_with_intervals(evaluated):
+    result, _ = evaluated
+    per_class = result["views"]["fused"]["per_class"]
+    assert list(per_class) == result["classes"]
+    table = result["views"]["fused"]["confusion"]
+    for k, metrics in enumerate(per_class.values()):
+        assert metrics["n"] == sum(table[k]) == 2
+        assert metrics["sensitivity"] == pytest.approx(table[k][k] / 2)
+        assert set(metrics["intervals"]) == {"sensitivity", "specificity", "auroc", "auprc"}
+
+
+def test_of_two_modalities_the_one_left_is_the_modality_alone(evaluated):
+    result, _ = evaluated
+    assert result["missing"]["wli"]["nll"] == pytest.approx(result["views"]["nbi"]["nll"])
+
+
+def test_a_run_does_not_differ_from_itself(evaluated):
+    result, _ = evaluated
+    assert set(result["against"]["views"]) == {"fused", "wli", "nbi", "without wli", "without nbi"}
+    assert result["against"]["views"]["fused"]["mcc"] == {"difference": 0, "interval": [0, 0]}
+
+
+def test_pseudo_labels_are_judged_on_the_unlabelled_train_rows(evaluated):
+    result, _ = evaluated
+    quality = result["views"]["fused"]["pseudo_labels"]
+    assert quality["n"] == 12 and quality["coverage"] == 0  # an untrained model accepts nothing
+    assert quality["precision"] is None  # NaN is not JSON
+
+
+def test_the_table_of_opinions_holds_every_row(evaluated):
+    result, rows = evaluated
+    assert len(rows) == 12
+    share = sum(int(row["correct"]) for row in rows) / 12
+    assert share == pytest.approx(result["views"]["fused"]["accuracy"])
+    for row in rows:
+        beliefs = [float(row[f"belief.{name}"]) for name in result["classes"]]
+        # Stated before calibration: what the model says, not what the val rows make of it.
+        assert sum(beliefs) + float(row["uncertainty"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_calibration_states_its_factors(evaluated):
+    result, _ = evaluated
+    assert result["calibration"]["kind"] == "evidence"
+    assert set(result["calibration"]["factors"]) == {
+        "fused", "wli", "nbi", "without wli", "without nbi"
+    }  # fmt: skip
+
+
+def test_runs_on_other_rows_are_not_compared(trained_run, phantom_manifest, capsys):
+    lines = phantom_manifest.read_text().splitlines()
+    test = next(line for line in lines if ",test," in line)
+    fewer = phantom_manifest.with_name("fewer.csv")
+    fewer.write_text("\n".join(line for line in lines if line != test) + "\n")
+    run = evaluate.Run.open(trained_run)
+    ours = evaluate.evaluate(run, evaluate.run_manifest(run), "test")
+    theirs = evaluate.evaluate(run, evaluate.run_manifest(run, fewer), "test")
+    with pytest.raises(InputError, match="got 12 and 11 rows of which 11 agree"):
+        evaluate.compare(ours, theirs, 10)
+
+
+def test_a_manifest_without_one_of_the_modalities_is_refused(trained_run, phantom_manifest):
+    lines = [line.rsplit(",", 1)[0] for line in phantom_manifest.read_text().splitlines()]
+    single = phantom_manifest.with_name("single.csv")
+    single.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"single\.csv has no modality nbi, only \('wli',\)"):
+        evaluate.main([str(trained_run), "--manifest", str(single)])
+
+
+def test_bad_options_are_one_sentence(trained_run, tmp_path):
+    with pytest.raises(InputError, match="--resamples is 0, wanted at least 1"):
+        evaluate.main([str(trained_run), "--resamples", "0"])
+    with pytest.raises(InputError, match=r"m\.json cannot be written"):
+        evaluate.main(
+            [str(trained_run), "--resamples", "1", "--json", str(tmp_path / "no" / "m.json")]
+        )
+
+
+def test_all_right_is_not_right_for_certain():
+    probability = torch.eye(2).repeat(10, 1)
+    label, group = torch.tensor([0, 1]).repeat(10), torch.arange(20)
+    view = View(probability, torch.full((20,), 0.5), label, group)
+    described = evaluate.describe(view, ["a", "b"], 5)
+    assert described["accuracy"] == 1
+    assert described["intervals"]["accuracy"] == pytest.approx([0.025 ** (1 / 20), 1.0])
+    sensitivity = described["per_class"]["a"]["intervals"]["sensitivity"]
+    assert sensitivity == pytest.approx([0.025 ** (1 / 10), 1.0])

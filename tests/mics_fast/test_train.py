@@ -23,6 +23,7 @@ SHORT = [
     "--pretrain.batch_size", "8", "--pretrain.epochs", "1",
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8", "--finetune.epochs", "1",
 ]  # fmt: skip
+QUICK = ["--resamples", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_fine_tuning_starts_from_the_run_s_own_pre_training(finished, manifest, 
 
 def test_evaluate_reports_each_modality_and_the_fused_opinion(finished, tmp_path, capsys):
     file = tmp_path / "metrics.json"
-    evaluate.main([str(finished), "--json", str(file)])
+    evaluate.main([str(finished), "--json", str(file), *QUICK])
     result = json.loads(file.read_text())
     assert set(result["views"]) == {"fused", "wli", "nbi"}
     wanted = {"accuracy", "balanced_accuracy", "macro_f1", "macro_auroc"}
@@ -104,13 +105,13 @@ def test_a_derived_modality_is_called_virtual(finished, manifest, capsys):
     derived = [",nbi,".join(line.rsplit(",,", 1)) for line in lines[1:]]
     other = Path(manifest).parent / "derived.csv"
     other.write_text("\n".join([lines[0], *derived]) + "\n")
-    evaluate.main([str(finished), "--manifest", str(other)])
+    evaluate.main([str(finished), "--manifest", str(other), *QUICK])
     assert "virtual" in capsys.readouterr().out
 
 
 def test_evaluating_twice_gives_the_same_numbers(finished, tmp_path):
     for name in ("a", "b"):
-        evaluate.main([str(finished), "--json", str(tmp_path / name)])
+        evaluate.main([str(finished), "--json", str(tmp_path / name), *QUICK])
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text()
 
 
@@ -152,7 +153,7 @@ def test_one_modality_alone_trains(manifest, tmp_path):
     train.main(
         [*SHORT, "--data.manifest", manifest, "--data.modalities", "[nbi]", "--out", str(run)]
     )
-    evaluate.main([str(run), "--json", str(tmp_path / "m.json")])
+    evaluate.main([str(run), "--json", str(tmp_path / "m.json"), *QUICK])
     assert set(json.loads((tmp_path / "m.json").read_text())["views"]) == {"fused", "nbi"}
 
 

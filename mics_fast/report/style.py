@@ -1,0 +1,68 @@
+"""The style sheet of the report: a laptop, a phone and paper."""
+
+STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1a1a1a; font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 1rem; }
+h1 { font-size: 1.7rem; margin: 0.5rem 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.3rem; margin: 2.2rem 0 0.6rem; border-bottom: 2px solid #0072B2; }
+h3 { font-size: 1.1rem; margin: 1.2rem 0 0.4rem; }
+h4 { font-size: 1rem; margin: 0 0 0.5rem; overflow-wrap: anywhere; }
+p { max-width: 70ch; overflow-wrap: anywhere; }
+.warning { border-left: 6px solid #D55E00; padding: 0.5rem 0.8rem; background: #fdf1ea; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: 0.8rem;
+  margin: 1rem 0; }
+.facts div { border: 1px solid #ccc; border-radius: 6px; padding: 0.6rem 0.8rem; }
+.facts dt { color: #444; }
+.facts dd { margin: 0; font-size: 1.6rem; font-weight: 600; }
+.facts dd + dd { font-size: 0.9rem; font-weight: 400; color: #444; }
+.grid { display: grid; gap: 1.2rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
+.grid > * { min-width: 0; max-width: 34rem; }
+figure { margin: 0; }
+figure > svg { width: 100%; height: auto; display: block; }
+figcaption { color: #333; font-size: 0.92rem; padding: 0.3rem 0; }
+path.grid { stroke: #ddd; fill: none; }
+path.axis { stroke: #222; fill: none; }
+path.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg text { font: 12px system-ui, sans-serif; fill: #222; }
+svg text.label { font-size: 13px; }
+svg text.small { font-size: 10px; }
+.middle { text-anchor: middle; }
+.end { text-anchor: end; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; margin: 0.2rem 0;
+  padding: 0; font-size: 0.88rem; }
+.legend svg { margin-right: 0.4rem; vertical-align: middle; }
+.wide { overflow-x: auto; margin: 0 0 1rem; }
+table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
+th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+td { white-space: nowrap; }
+th[scope=row], thead th:first-child { text-align: left; font-weight: 500; }
+.confusion td { text-align: center; min-width: 2.6rem; }
+.belief { width: 100%; }
+.belief td { position: relative; min-width: 3.6rem; }
+.belief .bar { position: absolute; left: 0; top: 15%; height: 70%; background: #56B4E9; }
+.belief td span + span { position: relative; }
+.strip { display: flex; flex-wrap: wrap; gap: 0.5rem; }
+.strip > div { flex: 1 1 6rem; max-width: 14rem; min-width: 0; }
+.strip img { width: 100%; height: auto; display: block; image-rendering: auto; }
+.strip span { font-size: 0.85rem; overflow-wrap: anywhere; }
+.case { border: 1px solid #ccc; border-radius: 6px; padding: 0.8rem; }
+pre { overflow-x: auto; background: #f5f5f5; padding: 0.8rem; font-size: 0.85rem; }
+@media (max-width: 600px) {
+  table { font-size: 0.8rem; }
+  th, td { padding: 0.15rem 0.3rem; }
+  .belief td { min-width: 2.8rem; }
+}
+@media print {
+  body { font-size: 10.5pt; }
+  main { max-width: none; padding: 0; }
+  .grid { grid-template-columns: 1fr 1fr; }
+  table { font-size: 8.5pt; }
+  th, td { padding: 0.1rem 0.3rem; }
+  figure, .case, tr, .facts div { break-inside: avoid; }
+  h2, h3, h4 { break-after: avoid; }
+  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+}
+"""
