@@ -394,7 +394,7 @@ def test_keys_beyond_two_to_the_31_elements_are_read_where_they_are() -> None:
     features = torch.empty(rows, 1024, dtype=torch.float16, device=DEVICE)
     features[-32:] = torch.arange(32, device=DEVICE).unsqueeze(1) / 1024
     out = torch.empty(2, 16, device=DEVICE)
-    with triton_kernels._device_of(features):
+    with triton_kernels.device_of(features):
         _far_kernel[(1,)](features, out, rows // 16 - 1, rows, N=16)
     assert torch.equal(out[0].cpu(), torch.full((16,), 31.0))
     expected = (2.0 ** -torch.arange(16.0)).sum()
