@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mics_kernels import _native
+from mics_kernels.addresses import address, dtype_name
 
 
 class _Inputs(NamedTuple):
@@ -87,7 +88,7 @@ def losses_and_gradients(
             )
             for p, (a, b) in enumerate(pairs)
         ],
-        key_ids=_address(inputs.key_ids),
+        key_ids=address(inputs.key_ids),
         queries=rows,
         keys=len(keys[0]),
         present_stride=len(queries),
@@ -116,11 +117,11 @@ def _pair(
         teacher=inputs.teachers[a].data_ptr(),
         query_present=0 if present is None else present.data_ptr() + a,
         keys=inputs.keys[b].data_ptr(),
-        keys_dtype=_name(inputs.keys[b]),
-        queue=_address(queue),
-        queue_dtype=_name(inputs.keys[b] if queue is None else queue),
+        keys_dtype=dtype_name(inputs.keys[b]),
+        queue=address(queue),
+        queue_dtype=dtype_name(inputs.keys[b] if queue is None else queue),
         key_present=0 if present is None else present.data_ptr() + b,
-        queue_ids=_address(inputs.queue_ids[b] if inputs.queue_ids else None),
+        queue_ids=address(inputs.queue_ids[b] if inputs.queue_ids else None),
         queue_length=inputs.lengths[b] if inputs.lengths else 0,
         losses=losses.data_ptr(),
         counted=counted.data_ptr(),
@@ -140,11 +141,3 @@ def _lengths(queues: Sequence[Tensor], lengths: Sequence[int | Tensor]) -> list[
 def _readable(keys: Tensor) -> Tensor:
     """float64 keys are rounded; the others are read as they are."""
     return keys.to(torch.float32 if keys.dtype == torch.float64 else keys.dtype).contiguous()
-
-
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

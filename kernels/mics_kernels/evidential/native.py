@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mics_kernels import _native
+from mics_kernels.addresses import address, dtype_name
 
 
 class NativeRows(NamedTuple):
@@ -116,13 +117,3 @@ def prepare_fusion(
         classes=classes,
     )
     return NativeFusion(call, output, (evidence, present, fused, outer))
-
-
-def dtype_name(values: Tensor) -> str:
-    """As the native module spells it: "float32", "bfloat16" or "float16"."""
-    return str(values.dtype).removeprefix("torch.")
-
-
-def address(tensor: Tensor | None) -> int:
-    """Where the first element lies; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mics_kernels import _native
+from mics_kernels.addresses import address, dtype_name
 
 
 def class_moments(
@@ -28,10 +29,10 @@ def class_moments(
     m2 = torch.empty_like(mean)
     call = _native.MomentsCall(
         features=features.data_ptr(),
-        dtype=_dtype_name(features),
-        labels=_address(labels),
-        shares=_address(shares),
-        weight=_address(weight),
+        dtype=dtype_name(features),
+        labels=address(labels),
+        shares=address(shares),
+        weight=address(weight),
         count=count.data_ptr(),
         mean=mean.data_ptr(),
         m2=m2.data_ptr(),
@@ -80,14 +81,14 @@ def shift_features(
     moved = features.new_empty(features.shape)
     call = _native.ShiftCall(
         features=features.data_ptr(),
-        dtype=_dtype_name(features),
+        dtype=dtype_name(features),
         moved=moved.data_ptr(),
-        labels=_address(labels),
-        shares=_address(shares),
-        spread=_address(spread),
-        directions=_address(directions),
-        strengths=_address(strengths),
-        row_ids=_address(row_ids),
+        labels=address(labels),
+        shares=address(shares),
+        spread=address(spread),
+        directions=address(directions),
+        strengths=address(strengths),
+        row_ids=address(row_ids),
         seed=seed.data_ptr(),
         rows=features.shape[0],
         dim=features.shape[1],
@@ -117,10 +118,10 @@ def shifted_losses(
     gradient = logits.new_empty(logits.shape if want_gradient else 0)
     call = _native.ShiftedLossCall(
         logits=logits.data_ptr(),
-        dtype=_dtype_name(logits),
+        dtype=dtype_name(logits),
         labels=target.data_ptr(),
         table=table.data_ptr(),
-        strengths=_address(strengths),
+        strengths=address(strengths),
         losses=losses.data_ptr(),
         gradient=gradient.data_ptr(),
         rows=logits.shape[0],
@@ -142,11 +143,3 @@ def _strength(strength: float | Tensor) -> tuple[float, Tensor | None]:
     if isinstance(strength, Tensor) and strength.dim() == 1:
         return 0.0, strength.to(torch.float32).contiguous()
     return float(strength), None
-
-
-def _dtype_name(values: Tensor) -> str:
-    return str(values.dtype).removeprefix("torch.")
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
