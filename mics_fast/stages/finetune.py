@@ -18,7 +18,7 @@ from mics_fast.config import FinetuneConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.loop import Losses
 from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
-from mics_fast.stages.pretrain import masked_mean
+from mics_fast.stages.means import masked_mean
 from mics_kernels import (
     ClassStatistics,
     evidential_fusion_loss,

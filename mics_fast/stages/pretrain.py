@@ -19,6 +19,7 @@ from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import Pool
+from mics_fast.stages.means import masked_mean
 from mics_kernels import FeatureQueue, multimodal_consistency_loss
 
 
@@ -171,9 +172,3 @@ class PretrainStage(nn.Module):
             queue_ids=[queue.ids for queue in queues],
             present=pairs.present,
         )
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values whose mask is True; 0 where none is. Others may hold anything."""
-    kept = torch.where(mask, values, torch.zeros_like(values))
-    return kept.sum() / mask.sum().clamp(min=1)

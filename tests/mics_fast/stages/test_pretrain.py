@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from mics_fast.config import PretrainConfig
-from mics_fast.stages.pretrain import PretrainStage, masked_mean
+from mics_fast.stages.means import masked_mean
+from mics_fast.stages.pretrain import PretrainStage
 
 
 @pytest.fixture
