@@ -52,6 +52,26 @@ class PairBatch:
     sample_id: Tensor
     group_id: Tensor
 
+    def split(self, parts: int) -> list[PairBatch]:
+        """Equal parts of B / ``parts`` rows, in order; they share this batch's memory."""
+        size = len(self.label) // parts
+        if size * parts != len(self.label):
+            raise ValueError(f"a batch of {len(self.label)} rows has no {parts} equal parts")
+        if parts == 1:
+            return [self]
+
+        def rows(values: Any, at: slice) -> Any:
+            if isinstance(values, dict):
+                return {name: value[at] for name, value in values.items()}
+            return None if values is None else values[at]
+
+        return [
+            PairBatch(
+                **{n: rows(v, slice(k * size, (k + 1) * size)) for n, v in vars(self).items()}
+            )
+            for k in range(parts)
+        ]
+
 
 Image = np.ndarray | Tensor | Member
 """An encoded image, a kept frame, or where an encoded image lies in a shard."""

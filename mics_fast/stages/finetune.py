@@ -91,7 +91,7 @@ class FinetuneStage(nn.Module):
         self.statistics = ClassStatistics(
             num_classes, width, momentum=config.shift_momentum, rank=rank
         )
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []  # of each part of a step's batch
 
     def losses(self, batch: tuple[PairBatch, ...], step: int) -> Iterator[Losses]:
         """One forward of the average over weak unlabelled views, then one of the student.
@@ -135,10 +135,11 @@ class FinetuneStage(nn.Module):
             list(self.model.parameters()),
             1 - self.config.ema_momentum,
         )
-        if self._seen is not None:
-            self.statistics.update(*self._seen)
+        if self._seen:
+            feature, label, weight = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+            self.statistics.update(feature, label, weight)
             self.statistics.sync()
-            self._seen = None
+            self._seen.clear()
 
     def _forward(
         self, model: Classifier, views: dict[str, Tensor], present: Tensor
@@ -209,7 +210,7 @@ class FinetuneStage(nn.Module):
         feature = output.fusion_feature
         assert feature is not None
         label = torch.where(output.present[:, -1], rows.label, NO_LABEL)
-        self._seen = (feature.detach(), label, rows.weight)
+        self._seen.append((feature.detach(), label, rows.weight))
         strength = self.config.shift_strength * step / self.steps * rows.weight
         if self.config.shift == "closed-form":
             return rows.weight * self._bound(output, label, strength)

@@ -68,8 +68,8 @@ class PretrainStage(nn.Module):
             size.discriminator_heads,
         )
         self.queues = nn.ModuleList(FeatureQueue(queue_size, projection) for _ in self.modalities)
-        self._teachers: dict[str, Tensor] = {}
-        self._batch: PairBatch | None = None
+        # Of each part of a step's batch: its teachers' features, and its rows.
+        self._seen: list[tuple[dict[str, Tensor], PairBatch]] = []
 
     def losses(self, batch: tuple[PairBatch], step: int) -> Iterator[Losses]:
         """The discriminator's loss, then the model's: one forward of the model for both."""
@@ -92,18 +92,18 @@ class PretrainStage(nn.Module):
         if config.consistency_weight and len(self.modalities) > 1:
             terms["consistency"] = self._consistency(output, pairs, step)
             weights["consistency"] = config.consistency_weight
-        self._teachers, self._batch = output.teachers, pairs
+        self._seen.append((output.teachers, pairs))
         yield Losses("model", terms, weights, metrics)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Advance the teacher and the queues by this step's batch, once."""
         self.model.update_teacher(self.config.teacher_momentum)
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        for column, name in enumerate(self.modalities):
-            present = batch.present[:, column]
-            self._queues()[column].enqueue(self._teachers[name], batch.group_id, present)
+        for teachers, batch in self._seen:
+            for column, name in enumerate(self.modalities):
+                present = batch.present[:, column]
+                self._queues()[column].enqueue(teachers[name], batch.group_id, present)
+        self._seen.clear()
 
     def _forward(self, pairs: PairBatch, step: int) -> PretrainOutput:
         masks = {
@@ -137,7 +137,8 @@ class PretrainStage(nn.Module):
 
     def _judge(self, real: Tensor, fake: Tensor, present: Tensor) -> Tensor:
         """The discriminator's loss on true and on (detached) reconstructed patch sequences."""
-        self.discriminator.advance_power_iteration()
+        if not self._seen:  # once a step, before its first part
+            self.discriminator.advance_power_iteration()
         logits = self.discriminator(torch.cat([real, fake.detach()]))
         on_real, on_fake = logits.chunk(2)
         return masked_mean(softplus(-on_real) + softplus(on_fake), present)

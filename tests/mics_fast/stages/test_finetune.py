@@ -201,7 +201,7 @@ def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make
     batch.present[1, 0] = False
     (losses,) = stage.losses((batch,), 50)
     assert torch.isfinite(losses.total())
-    feature, label, _ = stage._seen
+    ((feature, label, _),) = stage._seen
     assert label.tolist() == [0, NO_LABEL, 2, 0]
     assert torch.isfinite(feature).all()
 
