@@ -1,4 +1,4 @@
-"""What a user did wrong, told in one sentence, and the exit status that goes with it."""
+"""What went wrong, told in one sentence, and the exit status that goes with it."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class InputError(Exception):
     """Bad input: the message is one sentence with what was given, what is wanted, and where."""
 
 
+class RunFailed(Exception):
+    """A run that cannot go on, through no fault of its input: the message is one sentence."""
+
+
 class SentenceParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence."""
 
@@ -20,9 +24,12 @@ class SentenceParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's ``main``: status 2 and the sentence alone for an ``InputError``."""
+    """Run a command line's ``main``; of what ends it in a sentence, print the sentence alone.
+
+    Exit status: 2 for an ``InputError``, 1 for a ``RunFailed`` (and, by Python, for anything else).
+    """
     try:
         main()
-    except InputError as error:
+    except (InputError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        raise SystemExit(2 if isinstance(error, InputError) else 1) from None

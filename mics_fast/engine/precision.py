@@ -1,0 +1,56 @@
+"""What an option ``precision`` means on a device: autocast, loss scaling, TF32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch.amp import GradScaler
+
+from mics_fast.config import PrecisionName
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How numbers are held and multiplied.
+
+    Args:
+        autocast: dtype of the encoders' arithmetic; None: float32.
+        tf32: whether a GPU may round the factors of float32 products to ten bits of mantissa.
+    """
+
+    autocast: torch.dtype | None
+    tf32: bool
+
+    def scaler(self, device: torch.device) -> GradScaler | None:
+        """Keeps gradients within float16's range; None where nothing is computed in it."""
+        return GradScaler(device.type) if self.autocast is torch.float16 else None
+
+    @contextmanager
+    def products(self) -> Iterator[None]:
+        """Set how float32 products are taken, and put back what was."""
+        matmul = torch.get_float32_matmul_precision()
+        convolution = torch.backends.cudnn.allow_tf32
+        try:
+            torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = self.tf32
+            yield
+        finally:
+            torch.set_float32_matmul_precision(matmul)
+            torch.backends.cudnn.allow_tf32 = convolution
+
+
+def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
+    """The precision that an option names, on a device.
+
+    What bf16 and fp16 leave in float32 (the discriminator, the heads) may use TF32: its factors
+    keep more bits than theirs.
+    """
+    if name == "auto":
+        name = "fp32"
+        if device.type == "cuda":
+            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+    return Precision(autocast, tf32=name != "fp32")
