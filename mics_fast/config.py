@@ -16,6 +16,7 @@ from mics_fast.errors import InputError
 
 Stage = Literal["pretrain", "finetune", "both"]
 ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
+PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 ModelSize = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base"]
 
 
@@ -130,6 +131,8 @@ class PretrainConfig:
     Args:
         epochs: passes over the train rows [code].
         batch_size: pairs a step [ours].
+        accumulate: parts that a batch is worked on in, one after the other, for less memory; the
+            contrastive loss and the discriminator see one part at a time [ours].
         lr: peak learning rate of AdamW [code].
         lr_final: learning rate at the end of the cosine [code].
         warmup: share of all steps with a linear warm-up [ours].
@@ -149,6 +152,7 @@ class PretrainConfig:
 
     epochs: int = 30
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 1e-4
     lr_final: float = 1e-5
     warmup: float = 0.05
@@ -176,6 +180,8 @@ class FinetuneConfig:
         epochs: passes over the train rows [ours].
         labelled_batch: labelled pairs a step [ours].
         unlabelled_batch: unlabelled pairs a step [ours].
+        accumulate: parts that both batches are worked on in, one after the other, for less
+            memory [ours].
         lr: peak learning rate of the encoders (AdamW, cosine to 1 % of it) [ours].
         head_lr_factor: fusion encoder and heads learn this many times faster [ours].
         warmup: share of all steps with a linear warm-up [ours].
@@ -204,6 +210,7 @@ class FinetuneConfig:
     epochs: int = 50
     labelled_batch: int = 16
     unlabelled_batch: int = 48
+    accumulate: int = 1
     lr: float = 1e-4
     head_lr_factor: float = 10.0
     warmup: float = 0.05
@@ -234,23 +241,32 @@ class TrainConfig:
         stage: pretrain, finetune, or both.
         seed: of weights, order, augmentation, masks and shifts.
         device: "auto" takes the GPU when there is one.
-        precision: of the encoders' arithmetic; "auto": bf16 on a GPU, fp32 on a CPU; losses are
-            always fp32.
+        precision: of the encoders' arithmetic; "auto": bf16 on a GPU (fp16 on one that lacks it),
+            fp32 on a CPU; "tf32": fp32 whose matrix products a GPU takes on its tensor cores, as
+            bf16 and fp16 do with what stays in fp32: losses and discriminator. fp16 scales the
+            loss.
         compile: torch.compile of the encoder blocks; "auto": on a GPU.
         log_every: steps between log lines.
-        checkpoint_every: steps between checkpoints; one is also written when a stage ends.
+        checkpoint_every: steps between checkpoints, 0 = off; one is also written when a stage ends.
+        checkpoint_minutes: minutes between checkpoints, beside those; 0 = off.
         keep_checkpoints: how many of the latest to keep, beside the best.
+        peak_tflops: of the device, in TFLOP/s, for the share of it that is used (MFU) in the log;
+            default: 989, dense bf16, on an H100 (SXM) or H200, none elsewhere.
+        profile: steps of each stage to profile, after some to warm up; 0 = none.
     """
 
     out: str = ""
     stage: Stage = "both"
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: PrecisionName = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 10
     checkpoint_every: int = 200
+    checkpoint_minutes: float = 0.0
     keep_checkpoints: int = 2
+    peak_tflops: float | None = None
+    profile: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -301,17 +317,17 @@ def check_config(config: TrainConfig) -> None:
         InputError: the first option that is out of range.
     """
     positive = (
-        "log_every checkpoint_every keep_checkpoints data.threads data.prefetch model.projection "
-        "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.lr pretrain.temperature "
-        "finetune.epochs finetune.labelled_batch finetune.unlabelled_batch finetune.lr "
-        "finetune.shift_rank"
+        "log_every keep_checkpoints data.threads data.prefetch model.projection "
+        "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.accumulate pretrain.lr "
+        "pretrain.temperature finetune.epochs finetune.labelled_batch finetune.unlabelled_batch "
+        "finetune.accumulate finetune.lr finetune.shift_rank"
     )
     non_negative = (
-        "pretrain.clip pretrain.lr_final pretrain.weight_decay pretrain.consistency_weight "
-        "pretrain.reconstruction_weight pretrain.adversarial_weight finetune.clip "
-        "finetune.weight_decay finetune.kl_weight finetune.kl_anneal_epochs "
-        "finetune.unlabelled_weight finetune.modality_consistency_weight finetune.shift_weight "
-        "finetune.shift_strength"
+        "checkpoint_every checkpoint_minutes profile pretrain.clip pretrain.lr_final "
+        "pretrain.weight_decay pretrain.consistency_weight pretrain.reconstruction_weight "
+        "pretrain.adversarial_weight finetune.clip finetune.weight_decay finetune.kl_weight "
+        "finetune.kl_anneal_epochs finetune.unlabelled_weight "
+        "finetune.modality_consistency_weight finetune.shift_weight finetune.shift_strength"
     )
     shares = (
         "pretrain.warmup pretrain.alpha pretrain.teacher_momentum finetune.warmup "
@@ -330,11 +346,22 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
-    side = config.data.cache.side
-    if side is not None and side <= 0:
-        raise InputError(f"option data.cache.side is {side}, wanted a number above 0")
+    for name in ("data.cache.side", "peak_tflops"):
+        value = attrgetter(name)(config)
+        if value is not None and value <= 0:
+            raise InputError(f"option {name} is {value}, wanted a number above 0")
+    _check_accumulation(config)
     for stage in ("pretrain", "finetune"):
         _check_augment(f"{stage}.augment", getattr(config, stage).augment)
+
+
+def _check_accumulation(config: TrainConfig) -> None:
+    """Refuse parts of a batch that would not be equal."""
+    for batch in ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelled_batch"):
+        parts = f"{batch.split('.')[0]}.accumulate"
+        count, rows = attrgetter(parts)(config), attrgetter(batch)(config)
+        if rows % count:
+            raise InputError(f"option {parts} is {count}, wanted a divisor of {batch}, {rows}")
 
 
 def _check_augment(option: str, augment: AugmentConfig) -> None:

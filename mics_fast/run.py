@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import yaml
@@ -15,12 +16,13 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 from mics_fast.config import TrainConfig, check_config
 from mics_fast.data.manifest import Manifest
 from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.engine.log import read_log
 from mics_fast.errors import InputError
 
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
-    "stage", "device", "log_every", "checkpoint_every", "keep_checkpoints", "data.threads",
-    "data.prefetch", "data.on_bad_file",
+    "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+    "peak_tflops", "profile", "data.threads", "data.prefetch", "data.on_bad_file",
 }  # fmt: skip
 
 
@@ -73,6 +75,56 @@ class Run:
     def checkpoints(self, stage: str) -> Checkpoints:
         """The checkpoints of a stage, "pretrain" or "finetune"."""
         return Checkpoints(self.folder / "checkpoints" / stage, self.config.keep_checkpoints)
+
+    def result(self) -> dict[str, Any]:
+        """What came of each stage, from the log: steps, final losses, speed, scores on val."""
+        log = read_log(self.folder)
+        stages = {name: self._stage_result(name, lines) for name, lines in log.items()}
+        return {"run": str(self.folder), "stages": stages}
+
+    def _stage_result(self, stage: str, lines: Sequence[dict[str, float]]) -> dict[str, Any]:
+        last = lines[-1]
+        result: dict[str, Any] = {
+            "steps": last["step"],
+            "loss": last["loss"],
+            "losses": {n[5:]: v for n, v in last.items() if n.startswith("loss_")},
+            "pairs_per_second": median(line["pairs_per_second"] for line in lines),
+            "seconds": last["seconds"],
+        }
+        best = self.checkpoints(stage).best_step()
+        if best is not None:
+            scored = next((line for line in lines if line["step"] == best), {})
+            scores = {n[4:]: v for n, v in scored.items() if n.startswith("val_")}
+            result |= {"best_step": best, "val": scores}
+        return result
+
+
+def pretraining_of(run: Run) -> Path | None:
+    """The pre-training that a run's fine-tuning starts from; None: it starts from scratch.
+
+    Raises:
+        InputError: ``finetune.init`` names none.
+    """
+    init = run.config.finetune.init
+    if init == "none":
+        return None
+    return find_pretraining(Path(init)) if init else run.checkpoints("pretrain").latest()
+
+
+def find_pretraining(path: Path) -> Path:
+    """The checkpoint folder that a run folder, a checkpoint folder or its state.pt names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.name == "state.pt":
+        path = path.parent
+    if (path / "meta.json").exists():
+        return path
+    latest = Checkpoints(path / "checkpoints" / "pretrain").latest()
+    if latest is None:
+        raise InputError(f"finetune.init {path} holds no pre-training checkpoint")
+    return latest
 
 
 def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:

@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
-from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.build import (
+    build_classifier,
+    build_finetuning,
+    build_pretraining,
+    compile_blocks,
+    pick_device,
+)
+from mics_fast.config import AugmentConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
-from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint, weights_of
+from mics_fast.engine.checkpoint import load_checkpoint, weights_of
+from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Plan, Stage
-from mics_fast.engine.optimiser import decay_groups
-from mics_fast.errors import InputError, run_command
+from mics_fast.engine.precision import pick_precision
+from mics_fast.errors import InputError, RunFailed, run_command
 from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.sizes import SIZES
-from mics_fast.models.vit import Block
 from mics_fast.opinions import collect_opinions
-from mics_fast.run import Run, identity, parse_config
+from mics_fast.run import Run, identity, parse_config, pretraining_of
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
-from mics_fast.stages.pretrain import PretrainStage
 
 Batches = Iterator[tuple[PairBatch, ...]]
 
@@ -43,12 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     trainer = Trainer(config, manifest, resume=resume)
     stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
+    finished = True
     for stage in stages:
         finished = trainer.pretrain() if stage == "pretrain" else trainer.finetune()
         if not finished:
-            print(f"stopped and saved: go on with --resume --out {config.out}")
-            return
-    print(f"finished: {config.out}")
+            break
+    result = {"finished": finished, **trainer.run.result()}
+    said = "finished:" if finished else "stopped and saved: go on with --resume --out"
+    print(f"{said} {config.out}")
+    print(f"RESULT {json.dumps(result)}", flush=True)
 
 
 class Trainer:
@@ -76,40 +85,20 @@ class Trainer:
                 )
         self.device = pick_device(config.device)
         self.size = SIZES[config.model.size]
-        on_gpu = self.device.type == "cuda"
-        bf16 = config.precision == "bf16" or (config.precision == "auto" and on_gpu)
-        self.autocast = torch.bfloat16 if bf16 else None
-        if config.data.dtype == "bf16" and not bf16:
-            raise InputError("option data.dtype is bf16, wanted fp32 as the encoders run in fp32")
+        self.precision = pick_precision(config.precision, self.device)
+        if config.data.dtype == "bf16" and self.precision.autocast is not torch.bfloat16:
+            raise InputError(
+                "option data.dtype is bf16, wanted fp32 as the encoders do not run in bf16"
+            )
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
         self.run = Run.start(config, resume=resume)
 
     def pretrain(self) -> bool:
         """Stage 1 over all train rows; False where it was asked to stop before its end."""
-        options, model = self.config.pretrain, self.config.model
-        steps_per_epoch = max(1, len(self.rows) // options.batch_size)
-        torch.manual_seed(self.config.seed)
-        stage = PretrainStage(
-            options,
-            self.size,
-            self.manifest.modalities,
-            pool=model.pool,
-            projection=model.projection,
-            queue_size=options.queue_size or max(1, min(65536, len(self.rows) // 4)),
-            steps_per_epoch=steps_per_epoch,
-            seed=self.config.seed,
-            autocast=self.autocast,
-        ).to(self.device)
-        parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
-        groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
-        optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups)}
-        if options.adversarial_weight:
-            optimisers["discriminator"] = torch.optim.Adam(
-                stage.discriminator.parameters(), lr=options.discriminator_lr, betas=(0.5, 0.999)
-            )
-        plan = self._plan(
-            "pretrain", options, steps_per_epoch, optimisers, options.lr_final / options.lr
+        options = self.config.pretrain
+        stage, plan = build_pretraining(
+            self.config, self.manifest, len(self.rows), self.precision, self.device
         )
 
         def batches(step: int) -> Batches:
@@ -123,37 +112,11 @@ class Trainer:
         labelled = [row for row in self.rows if row.labelled]
         if not labelled:
             raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
-        steps_per_epoch = max(1, len(self.rows) // options.unlabelled_batch)
-        steps = options.epochs * steps_per_epoch
-        torch.manual_seed(self.config.seed)
-        model = Classifier(
-            self.size,
-            self.manifest.modalities,
-            len(self.manifest.classes),
-            pool=self.config.model.pool,
-            fusion_depth=self.config.model.fusion_depth,
-        )
+        model = build_classifier(self.config, self.manifest)
         self._load_encoder(model)
-        stage = FinetuneStage(
-            options,
-            model,
-            num_classes=len(self.manifest.classes),
-            width=self.size.width,
-            steps=steps,
-            steps_per_epoch=steps_per_epoch,
-            seed=self.config.seed,
-            autocast=self.autocast,
-        ).to(self.device)
-        groups = []
-        for fresh, lr in ((False, options.lr), (True, options.lr * options.head_lr_factor)):
-            named = [
-                (name, parameter)
-                for name, parameter in model.named_parameters()
-                if name.startswith("encoders.") != fresh
-            ]
-            groups += decay_groups(named, lr=lr, weight_decay=options.weight_decay)
-        optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups)}
-        plan = self._plan("finetune", options, steps_per_epoch, optimisers, 0.01)
+        stage, plan = build_finetuning(
+            self.config, self.manifest, model, len(self.rows), self.precision, self.device
+        )
 
         def batches(step: int) -> Batches:
             loaders = [self._loader(labelled, options.labelled_batch, options.augment, step)]
@@ -163,27 +126,6 @@ class Trainer:
             return zip(*loaders, strict=True)
 
         return self._run(stage, plan, batches, self._validation(stage))
-
-    def _plan(
-        self,
-        name: str,
-        options: PretrainConfig | FinetuneConfig,
-        steps_per_epoch: int,
-        optimisers: dict[str, Optimizer],
-        final_lr: float,
-    ) -> Plan:
-        steps = options.epochs * steps_per_epoch
-        return Plan(
-            name=name,
-            steps=steps,
-            steps_per_epoch=steps_per_epoch,
-            optimisers=optimisers,
-            warmup=round(options.warmup * steps),
-            final_lr={"model": final_lr},
-            clip=options.clip,
-            log_every=self.config.log_every,
-            checkpoint_every=self.config.checkpoint_every,
-        )
 
     def _run(
         self,
@@ -197,9 +139,7 @@ class Trainer:
         if self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
-            for module in stage.modules():
-                if isinstance(module, Block):
-                    module.compile()
+            compile_blocks(stage.modules())
         meta = identity(self.config, self.manifest, plan.name)
         checkpoints = self.run.checkpoints(plan.name)
         log = RunLog(self.run.folder)
@@ -208,11 +148,30 @@ class Trainer:
             state = checkpoints.load_latest(meta)
             if state is not None:
                 loop.load(state)
-            return loop.step == plan.steps or loop.run(batches(loop.step))
+            with self.precision.products():
+                return loop.step == plan.steps or loop.run(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunFailed(self._too_large(plan.name)) from None
         finally:
             for loader in self.loaders:
                 loader.close()
             log.close()
+
+    def _too_large(self, stage: str) -> str:
+        """What to say of a step that had not enough memory."""
+        options = self.config
+        batch = f"pretrain.batch_size {options.pretrain.batch_size}"
+        if stage == "finetune":
+            sizes = options.finetune.labelled_batch, options.finetune.unlabelled_batch
+            batch = "finetune.labelled_batch {} and unlabelled_batch {}".format(*sizes)
+        accumulate = getattr(options, stage).accumulate
+        return (
+            f"{stage} ran out of memory on {self.device} with {batch}, accumulate {accumulate}, "
+            f"model.size {options.model.size}; raise {stage}.accumulate (the same batch in smaller "
+            "parts), or lower the batch, data.prefetch, data.cache.side or model.size"
+        )
 
     def _cache(self) -> FrameCache | None:
         """Memory for the frames of all train rows, which both stages share."""
@@ -280,46 +239,6 @@ class Trainer:
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
         model.load_encoder(weights_of(state, "model.encoder"))
         print(f"fine-tuning from {checkpoint}")
-
-
-def pretraining_of(run: Run) -> Path | None:
-    """The pre-training that a run's fine-tuning starts from; None: it starts from scratch.
-
-    Raises:
-        InputError: ``finetune.init`` names none.
-    """
-    init = run.config.finetune.init
-    if init == "none":
-        return None
-    return find_pretraining(Path(init)) if init else run.checkpoints("pretrain").latest()
-
-
-def find_pretraining(path: Path) -> Path:
-    """The checkpoint folder that a run folder, a checkpoint folder or its state.pt names.
-
-    Raises:
-        InputError: there is none.
-    """
-    if path.name == "state.pt":
-        path = path.parent
-    if (path / "meta.json").exists():
-        return path
-    latest = Checkpoints(path / "checkpoints" / "pretrain").latest()
-    if latest is None:
-        raise InputError(f"finetune.init {path} holds no pre-training checkpoint")
-    return latest
-
-
-def pick_device(name: str) -> torch.device:
-    """The device an option names.
-
-    Raises:
-        InputError: "cuda" where there is none.
-    """
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise InputError("option device is cuda, but torch sees no GPU")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
 if __name__ == "__main__":

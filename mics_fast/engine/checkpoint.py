@@ -82,11 +82,14 @@ class Checkpoints:
     def load_latest(self, expected: Mapping[str, Any]) -> dict[str, Any] | None:
         """The state of the highest step that is whole, None where there is none.
 
-        A damaged one is named on stderr and moved out of the way.
+        A damaged one is named on stderr and moved out of the way; what a kill left half written is
+        removed.
 
         Raises:
             InputError: it is of another model.
         """
+        for partial in self.folder.glob(".partial-step-*"):
+            shutil.rmtree(partial, ignore_errors=True)
         for path in reversed(self._steps()):
             try:
                 return load_checkpoint(path, expected)
@@ -116,6 +119,11 @@ class Checkpoints:
         """The checkpoint that scored best; the latest where none was scored."""
         best = self._best()
         return self.latest() if best is None else self.folder / f"step-{best['step']:08d}"
+
+    def best_step(self) -> int | None:
+        """The step that scored best; None where none was scored."""
+        best = self._best()
+        return None if best is None else best["step"]
 
     def _best(self) -> dict[str, Any] | None:
         path = self.folder / "best.json"

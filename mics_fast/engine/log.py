@@ -1,12 +1,15 @@
-"""What a run says: a progress line, ``metrics.jsonl`` and TensorBoard events."""
+"""What a run says: a line and a progress bar, ``metrics.jsonl`` and TensorBoard events."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 
@@ -18,20 +21,47 @@ class RunLog:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed below)
         self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._bar: Progress | None = None
+        self._warned: set[tuple[str, str]] = set()
+
+    @contextmanager
+    def progress(self, stage: str, step: int, steps: int) -> Iterator[None]:
+        """Show a bar while a stage runs, where standard output is a terminal; lines go above it."""
+        console = Console()
+        if not console.is_terminal:
+            yield
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}"),
+                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
+        with Progress(*columns, console=console) as self._bar:
+            self._bar.add_task(stage, total=steps, completed=step)
+            try:
+                yield
+            finally:
+                self._bar = None
 
     def write(self, stage: str, step: int, values: Mapping[str, float], progress: str) -> None:
         """One record: ``values`` under ``stage`` and ``step``; ``progress`` opens the line."""
         self._file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{stage}/{name}", value, step)
-        terms = [
+        shown = [
             f"{name.removeprefix('loss_')} {value:.4g}"
             for name, value in values.items()
-            if name == "loss" or name.startswith("loss_")
+            if name in ("loss", "lr", "gradient_norm") or name.startswith("loss_")
         ]
-        print(f"{progress}  " + "  ".join(terms), flush=True)
+        print(f"{progress}  " + "  ".join(shown), flush=True)
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def warn(self, stage: str, sentence: str) -> None:
+        """Say something that a person should look at, once a stage."""
+        if (stage, sentence) not in self._warned:
+            self._warned.add((stage, sentence))
+            print(f"{stage}: {sentence}", file=sys.stderr)
 
     def close(self) -> None:
         self._file.close()
@@ -52,35 +82,3 @@ def read_log(folder: Path) -> dict[str, list[dict[str, float]]]:
             continue
         stages.setdefault(record["stage"], {})[record["step"]] = record
     return {stage: [records[step] for step in sorted(records)] for stage, records in stages.items()}
-
-
-class Timer:
-    """Counts pairs, and how long the training waited for them.
-
-    Args:
-        before: seconds that earlier processes spent on this run.
-    """
-
-    def __init__(self, before: float = 0.0) -> None:
-        self._last = time.perf_counter()
-        self._start = self._last - before
-        self._waited = 0.0
-        self._pairs = 0
-
-    def add(self, pairs: int, waited: float) -> None:
-        self._pairs += pairs
-        self._waited += waited
-
-    def read(self) -> dict[str, float]:
-        """``seconds`` since the beginning; since the last ``restart``, ``pairs_per_second`` and
-        the share of the time that waited for data."""
-        now = time.perf_counter()
-        elapsed = max(now - self._last, 1e-9)
-        return {
-            "seconds": now - self._start,
-            "pairs_per_second": self._pairs / elapsed,
-            "data_wait": self._waited / elapsed,
-        }
-
-    def restart(self) -> None:
-        self._last, self._waited, self._pairs = time.perf_counter(), 0.0, 0

@@ -1,93 +1,37 @@
-"""The loop: backward passes, optimiser steps, log, checkpoints. It knows nothing of the method."""
+"""The loop: batches, steps, log, checkpoints. It knows nothing of the method."""
 
 from __future__ import annotations
 
 import math
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import closing
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from mics_fast.engine.background import CheckpointWriter
 from mics_fast.engine.checkpoint import Checkpoints
-from mics_fast.engine.log import RunLog, Timer
-from mics_fast.engine.optimiser import cosine_with_warmup, set_learning_rate
-from mics_fast.errors import InputError
+from mics_fast.engine.guard import describe_samples, first_broken, write_batch
+from mics_fast.engine.log import RunLog
+from mics_fast.engine.meter import Meter
+from mics_fast.engine.plan import Losses, Plan, Stage
+from mics_fast.engine.profile import phase, profiled
+from mics_fast.engine.update import Update, Values
+from mics_fast.errors import InputError, RunFailed
 
+__all__ = ["Loop", "Losses", "Plan", "Stage"]
 
-@dataclass
-class Losses:
-    """What one optimiser minimises in one step.
-
-    Args:
-        optimiser: its name.
-        terms: name -> unweighted scalar loss.
-        weights: name -> weight; a term that is not named weighs 1.
-        metrics: name -> scalar that is only logged.
-    """
-
-    optimiser: str
-    terms: dict[str, Tensor]
-    weights: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)
-
-    def total(self) -> Tensor:
-        """The weighted sum of the terms."""
-        return torch.stack(
-            [self.weights.get(name, 1.0) * term for name, term in self.terms.items()]
-        ).sum()
-
-
-class Stage(Protocol):
-    """One stage of the method: models and losses. Its ``state_dict`` is all it remembers."""
-
-    def losses(self, batch: Any, step: int) -> Iterator[Losses]:
-        """The losses of a step in the order in which they are minimised; the loop has stepped
-        the optimiser of one before it asks for the next."""
-
-    def after_step(self) -> None:
-        """Called once when every optimiser has stepped: averages, queues, statistics advance."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
-
-
-@dataclass
-class Plan:
-    """How long a stage runs and how its optimisers behave.
-
-    Args:
-        name: of the stage.
-        steps: optimiser steps in all.
-        steps_per_epoch: for the log.
-        optimisers: name -> optimiser; the first is the main one, whose losses are ``loss``.
-        warmup: steps of linear warm-up.
-        final_lr: name -> learning rate at the end as a factor of its peak; absent: constant.
-        clip: largest gradient norm of the main optimiser; 0 = none.
-        log_every: steps between log records.
-        checkpoint_every: steps between checkpoints; each is scored where there are val rows.
-    """
-
-    name: str
-    steps: int
-    steps_per_epoch: int
-    optimisers: dict[str, Optimizer]
-    warmup: int
-    final_lr: dict[str, float]
-    clip: float
-    log_every: int
-    checkpoint_every: int
+Batches = Callable[[int], Iterator[Any]]
 
 
 class Loop:
     """Runs one stage from wherever its last checkpoint left it.
+
+    Between two records nothing is read back from the device.
 
     Args:
         stage: models and losses.
@@ -110,7 +54,8 @@ class Loop:
         self.stage, self.plan, self.checkpoints = stage, plan, checkpoints
         self.meta, self.log, self.validate = dict(meta), log, validate
         self.step = 0
-        self.timer = Timer()
+        self.update = Update(stage, plan)
+        self.meter = self._meter(0.0)
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go back to what a checkpoint holds."""
@@ -118,110 +63,154 @@ class Loop:
         self.stage.load_state_dict(state["stage"])
         for name, optimiser in self.plan.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
+        if self.plan.scaler is not None and state.get("scaler"):
+            self.plan.scaler.load_state_dict(state["scaler"])
+        self.update.skipped = state.get("skipped_steps", 0.0)
         torch.set_rng_state(state["rng"])
-        self.timer = Timer(state["seconds"])
+        self.meter = self._meter(state["seconds"])
 
-    def run(self, batches: Iterator[Any]) -> bool:
-        """Train to the end of the plan on batches that start at the current step.
+    def run(self, batches: Batches) -> bool:
+        """Train to the end of the plan.
+
+        Args:
+            batches: the number of a step -> the batches from there on; the same ones each time.
 
         Returns:
             True at the end; False where SIGTERM asked to stop (a checkpoint is then saved).
+
+        Raises:
+            RunFailed: a loss or the gradient is not finite.
+            InputError: the last checkpoint cannot be written.
         """
-        plan, timer = self.plan, self.timer
-        with StopOnSigterm() as stop:
+        plan, stream = self.plan, batches(self.step)
+        writer = CheckpointWriter(self.checkpoints, plan.name, self.meta)
+        due = Due(plan.checkpoint_every, plan.checkpoint_minutes)
+        folder = self.log.folder / "profile"
+        with (
+            StopOnSigterm() as stop,
+            self.log.progress(plan.name, self.step, plan.steps),
+            closing(writer),
+            profiled(plan.profile, folder, plan.name) as profiled_step,
+        ):
             while self.step < plan.steps:
-                began = time.perf_counter()
-                batch = next(batches)
-                timer.add(sum(len(part.label) for part in batch), time.perf_counter() - began)
-                values = self._train_step(batch)
+                with phase("data"):
+                    batch = self.meter.take(stream)
+                values = self.update(batch, self.step)
                 self.step += 1
-                last = self.step == plan.steps or stop.asked
-                save = last or self.step % plan.checkpoint_every == 0
+                profiled_step()
+                stopping = stop.asked
+                last = self.step == plan.steps or stopping
+                save = last or due.at(self.step)
                 if save or self.step % plan.log_every == 0:
-                    self._record(values, save, last)
-                if stop.asked:
+                    record = self._read(values, batches)
+                    if save:
+                        record |= self._save(writer, record, last)
+                    self.log.write(plan.name, self.step, record, self._progress(record))
+                    self.meter.restart()
+                if stopping:
                     break
         return self.step == plan.steps
 
-    def _train_step(self, batch: Any) -> dict[str, Tensor | float]:
-        """Step every optimiser once; what to log, still on the device."""
-        values: dict[str, Tensor | float] = {}
-        main = next(iter(self.plan.optimisers))
-        for losses in self.stage.losses(batch, self.step):
-            optimiser = self.plan.optimisers[losses.optimiser]
-            self._set_rate(losses.optimiser)
-            total = losses.total()
-            optimiser.zero_grad(set_to_none=True)
-            total.backward()
-            if losses.optimiser == main:
-                parameters = [p for group in optimiser.param_groups for p in group["params"]]
-                norm = torch.nn.utils.clip_grad_norm_(parameters, self.plan.clip or math.inf)
-                values |= {"loss": total.detach(), "gradient_norm": norm}
-                values["lr"] = optimiser.param_groups[0]["lr"]
-            optimiser.step()
-            values |= {f"loss_{name}": term.detach() for name, term in losses.terms.items()}
-            values |= {f"weight_{name}": weight for name, weight in losses.weights.items()}
-            values |= losses.metrics
-        self.stage.after_step()
-        return values
+    def _meter(self, before: float) -> Meter:
+        return Meter(self.plan.device, before, self.plan.flops, self.plan.peak_tflops)
 
-    def _set_rate(self, name: str) -> None:
-        final = self.plan.final_lr.get(name)
-        if final is not None:
-            factor = cosine_with_warmup(self.step, self.plan.steps, self.plan.warmup, final)
-            set_learning_rate(self.plan.optimisers[name], factor)
+    def _read(self, values: Values, batches: Batches) -> dict[str, float]:
+        """What to log of a step: the one place where the host waits for the device.
 
-    def _record(self, values: dict[str, Tensor | float], save: bool, last: bool) -> None:
-        """One log record, after the checkpoint and its score where one is due."""
-        plan = self.plan
-        record = {
-            "epoch": self.step / plan.steps_per_epoch,
-            **read_back(values),
-            **self.timer.read(),
-        }
-        for name, value in record.items():
-            if name.startswith("loss") and not math.isfinite(value):
-                raise FloatingPointError(f"{plan.name} step {self.step}: {name} is {value}")
-        if save:
-            record |= self._save(last)
-        progress = (
-            f"{plan.name}  epoch {record['epoch']:.1f}  step {self.step}/{plan.steps}  "
-            f"{record['pairs_per_second']:.0f} pairs/s  data wait {record['data_wait']:.0%}"
+        What is not finite, as the gradient norm of a step that the scaler skipped, is left out.
+        """
+        first = {f"first {name}": at for name, at in self.update.guard.first_steps().items()}
+        numbers = read_back({**values, **first})
+        broken = first_broken({name.removeprefix("first "): numbers.pop(name) for name in first})
+        if broken is not None:
+            self._stop_broken(*broken, batches)
+        record = {"epoch": self.step / self.plan.steps_per_epoch, **numbers}
+        record |= self.meter.read(self.plan.steps - self.step)
+        if warnings := getattr(self.stage, "warnings", None):
+            for sentence in warnings(record):
+                self.log.warn(self.plan.name, sentence)
+        return {name: value for name, value in record.items() if math.isfinite(value)}
+
+    def _stop_broken(self, step: int, names: list[str], batches: Batches) -> None:
+        """Store the batch of a step whose losses were not finite, asked for again, and stop."""
+        name = self.plan.name
+        batch = next(batches(step - 1))
+        file = self.log.folder / "nonfinite" / f"{name}-step-{step}.pt"
+        write_batch(file, batch, {"stage": name, "step": step, "values": names})
+        verb = "is" if len(names) == 1 else "are"
+        raise RunFailed(
+            f"{name} step {step}: {', '.join(names)} {verb} not finite, on the samples "
+            f"{describe_samples(batch)} (manifest rows); the batch is in {file}"
         )
-        self.log.write(plan.name, self.step, record, progress)
-        self.timer.restart()
 
-    def _save(self, last: bool) -> dict[str, float]:
-        """Write a checkpoint; its scores, where there is something to score it on.
+    def _save(
+        self, writer: CheckpointWriter, record: Mapping[str, float], last: bool
+    ) -> dict[str, float]:
+        """Hand a checkpoint to the writer; its scores, where there is something to score it on.
 
         Raises:
             InputError: the last one cannot be written; without another, training goes on.
         """
         scores = self.validate() if self.validate else {}
+        scaler = self.plan.scaler
         state = {
             "step": self.step,
             "stage": self.stage.state_dict(),
             "optimisers": {name: o.state_dict() for name, o in self.plan.optimisers.items()},
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "skipped_steps": record.get("skipped_steps", 0.0),
+            # Of the CPU alone: masks, shifts and augmentation are functions of (seed, step,
+            # sample), so that nothing draws from a GPU's generator.
             "rng": torch.get_rng_state(),
-            "seconds": self.timer.read()["seconds"],
+            "seconds": self.meter.seconds(),
         }
-        try:
-            self.checkpoints.save(self.step, state, self.meta)
-        except OSError as error:
-            where = f"the checkpoint of {self.plan.name} step {self.step}"
-            sentence = f"{where} cannot be written: {error.strerror or error}"
-            if last:
-                raise InputError(sentence) from None
-            print(f"{sentence}; going on without it", file=sys.stderr)
-            return scores
-        if scores:
-            self.checkpoints.offer_best(self.step, next(iter(scores.values())))
+        writer.save(self.step, state, next(iter(scores.values()), None))
+        if last and (failure := writer.wait()):
+            raise InputError(failure)
         return scores
+
+    def _progress(self, record: Mapping[str, float]) -> str:
+        parts = [
+            f"{self.plan.name}  epoch {record['epoch']:.1f}  step {self.step}/{self.plan.steps}",
+            f"{record['pairs_per_second']:.0f} pairs/s",
+            f"{record['ms_per_step']:.0f} ms/step",
+            f"data wait {record['data_wait']:.0%}",
+            f"{record['memory_gib']:.2f} GiB",
+        ]
+        if "tflops" in record:
+            parts.append(f"{record['tflops']:.3g} TFLOP/s")
+        if "mfu" in record:
+            parts.append(f"MFU {record['mfu']:.0%}")
+        minutes, seconds = divmod(round(record["seconds_left"]), 60)
+        parts.append(f"{minutes}:{seconds:02d} to go")
+        return "  ".join(parts)
+
+
+class Due:
+    """When a checkpoint is due: every so many steps, and after so many minutes without one.
+
+    Args:
+        steps: between checkpoints; 0 = off.
+        minutes: between checkpoints; 0 = off.
+    """
+
+    def __init__(self, steps: int, minutes: float) -> None:
+        self._steps, self._seconds = steps, 60 * minutes
+        self._last = time.monotonic()
+
+    def at(self, step: int) -> bool:
+        """Whether to save after this step."""
+        now = time.monotonic()
+        due = self._steps > 0 and step % self._steps == 0
+        due = due or (self._seconds > 0 and now - self._last >= self._seconds)
+        if due:
+            self._last = now
+        return due
 
 
 def read_back(values: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Scalars as Python numbers, with one transfer from the device."""
-    tensors = {name: v.float() for name, v in values.items() if isinstance(v, Tensor)}
+    tensors = {name: v.double() for name, v in values.items() if isinstance(v, Tensor)}
     numbers = torch.stack(list(tensors.values())).tolist()
     return {
         **{n: float(v) for n, v in values.items() if not isinstance(v, Tensor)},

@@ -24,8 +24,7 @@ from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import patchify
 from mics_fast.opinions import Opinions, collect_opinions
 from mics_fast.prepare import decode
-from mics_fast.run import Run, identity
-from mics_fast.train import pretraining_of
+from mics_fast.run import Run, identity, pretraining_of
 from mics_kernels import fuse_evidence, opinion
 
 SIDE = 256

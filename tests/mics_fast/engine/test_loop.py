@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Losses, Plan
-from mics_fast.errors import InputError
+from mics_fast.errors import InputError, RunFailed
 
 
 @dataclass
 class Batch:
     x: Tensor
     label: Tensor
+    sample_id: Tensor
 
 
 class Stage(nn.Module):
@@ -51,18 +53,40 @@ class Stage(nn.Module):
 def batches(step):
     while True:
         generator = torch.Generator().manual_seed(step)
-        yield (Batch(torch.randn(8, 4, generator=generator), torch.zeros(8)),)
+        x = torch.randn(8, 4, generator=generator)
+        yield (Batch(x, torch.zeros(8), torch.arange(8 * step, 8 * step + 8)),)
         step += 1
 
 
-def killed_at(step):
-    for number, batch in enumerate(batches(0)):
-        if number == step:
+def batches_that(change):
+    """``batches`` in which ``change(step, batch)`` may do something to a batch, or raise."""
+
+    def changed(step):
+        for number, batch in enumerate(batches(step), step):
+            change(number, batch)
+            yield batch
+
+    return changed
+
+
+def kill(at):
+    def change(step, batch):
+        if step == at:
             raise KeyboardInterrupt
-        yield batch
+
+    return batches_that(change)
 
 
-def make_loop(folder, steps=12, validate=None):
+def poison(at):
+    def change(step, batch):
+        if step >= at:
+            batch[0].x[0, 0] = float("nan")
+
+    return batches_that(change)
+
+
+def make_loop(folder, steps=12, validate=None, **options):
+    folder.mkdir(exist_ok=True)
     stage = Stage()
     plan = Plan(
         name="pretrain",
@@ -75,8 +99,7 @@ def make_loop(folder, steps=12, validate=None):
         warmup=2,
         final_lr={"model": 0.1},
         clip=1.0,
-        log_every=1,
-        checkpoint_every=5,
+        **{"log_every": 1, "checkpoint_every": 5, **options},
     )
     checkpoints = Checkpoints(folder / "checkpoints")
     return Loop(stage, plan, checkpoints, {"stage": "pretrain"}, RunLog(folder), validate)
@@ -88,15 +111,14 @@ def records(folder):
 
 def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    whole.mkdir(), torn.mkdir()
     loop = make_loop(whole)
-    assert loop.run(batches(0))
+    assert loop.run(batches)
     with pytest.raises(KeyboardInterrupt):
-        make_loop(torn).run(killed_at(7))
+        make_loop(torn).run(kill(at=7))
     resumed = make_loop(torn)
     resumed.load(load_checkpoint(resumed.checkpoints.latest(), {"stage": "pretrain"}))
     assert resumed.step == 5
-    assert resumed.run(batches(5))
+    assert resumed.run(batches)
     for name, value in loop.stage.state_dict().items():
         assert torch.equal(value, resumed.stage.state_dict()[name]), name
     assert records(torn)[-1]["loss"] == records(whole)[-1]["loss"]
@@ -104,29 +126,28 @@ def test_a_resumed_run_equals_one_that_never_stopped(tmp_path):
 
 def test_the_log_holds_what_was_minimised(tmp_path):
     loop = make_loop(tmp_path)
-    loop.run(batches(0))
+    loop.run(batches)
     lines = records(tmp_path)
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
         weighted = line["loss_fit"] + line["weight_size"] * line["loss_size"]
         assert line["loss"] == pytest.approx(weighted, rel=1e-6)
         assert line["stage"] == "pretrain" and line["epoch"] == line["step"] / 4
-        assert {"loss_opponent", "lr", "gradient_norm", "pairs_per_second", "data_wait"} <= set(
-            line
-        )
+        assert {"loss_opponent", "lr", "lr_opponent", "gradient_norm"} <= set(line)
+        assert {"pairs_per_second", "ms_per_step", "data_wait", "memory_gib"} <= set(line)
     assert all(b["seconds"] > a["seconds"] for a, b in itertools.pairwise(lines))
 
 
 def test_each_optimiser_has_stepped_before_the_next_loss_is_asked_for(tmp_path):
     loop = make_loop(tmp_path, steps=1)
-    loop.run(batches(0))
+    loop.run(batches)
     assert loop.stage.opponent_moved
 
 
 def test_checkpoints_are_scored_and_the_best_is_named(tmp_path):
     scores = iter([0.3, 0.9, 0.5])
     loop = make_loop(tmp_path, validate=lambda: {"val_f1": next(scores)})
-    loop.run(batches(0))
+    loop.run(batches)
     assert loop.checkpoints.best().name == "step-00000010"
     assert [line["val_f1"] for line in records(tmp_path) if "val_f1" in line] == [0.3, 0.9, 0.5]
 
@@ -134,29 +155,60 @@ def test_checkpoints_are_scored_and_the_best_is_named(tmp_path):
 def test_sigterm_saves_and_stops(tmp_path):
     loop = make_loop(tmp_path)
 
-    def interrupted():
-        for step, batch in enumerate(batches(0)):
-            if step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            yield batch
+    def stop(step, batch):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    assert not loop.run(interrupted())
+    assert not loop.run(batches_that(stop))
     assert loop.checkpoints.latest().name == "step-00000004"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_loss_that_broke_is_named_and_not_saved(tmp_path):
-    loop = make_loop(tmp_path)
-
-    def poisoned():
-        for step, batch in enumerate(batches(0)):
-            if step == 4:
-                batch[0].x[0, 0] = float("nan")
-            yield batch
-
-    with pytest.raises(FloatingPointError, match="pretrain step 5: loss"):
-        loop.run(poisoned())
+def test_a_loss_that_broke_is_named_with_its_step_and_samples_and_not_saved(tmp_path):
+    loop = make_loop(tmp_path, log_every=3)
+    with pytest.raises(RunFailed, match=r"pretrain step 5: loss_opponent, loss_fit are") as error:
+        loop.run(poison(at=4))
+    assert "samples 32, 33, 34, 35, 36, 37, 38, 39 (manifest rows)" in str(error.value)
+    assert "\n" not in str(error.value)
     assert loop.checkpoints.latest() is None
+    assert [line["step"] for line in records(tmp_path)] == [3]
+
+
+def test_the_batch_of_a_loss_that_broke_can_be_replayed(tmp_path):
+    loop = make_loop(tmp_path, log_every=3)
+    with pytest.raises(RunFailed, match=r"nonfinite/pretrain-step-5\.pt"):
+        loop.run(poison(at=4))
+    file = tmp_path / "nonfinite" / "pretrain-step-5.pt"
+    stored = torch.load(file, weights_only=True)
+    assert stored["stage"] == "pretrain" and stored["step"] == 5
+    (part,) = stored["batch"]
+    assert part["sample_id"].tolist() == list(range(32, 40))
+    (losses,) = [x for x in Stage().losses((Batch(**part),), 4) if x.optimiser == "model"]
+    assert losses.terms["fit"].isnan()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path):
+    loop = make_loop(tmp_path)
+    loop.stage.model.weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(RunFailed, match="pretrain step 1: gradient_norm is not finite"):
+        loop.run(batches)
+
+
+def test_what_a_stage_warns_of_is_said_once(tmp_path, capsys):
+    loop = make_loop(tmp_path)
+    loop.stage.warnings = lambda record: ["the queue is old"] if record["loss"] > 0 else []
+    loop.run(batches)
+    assert capsys.readouterr().err.count("pretrain: the queue is old") == 1
+
+
+def test_checkpoints_come_by_the_minute_too(tmp_path, monkeypatch):
+    clock = itertools.count(step=20)  # seconds a step
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    loop = make_loop(tmp_path, checkpoint_every=0, checkpoint_minutes=1)
+    loop.checkpoints.keep = 12
+    loop.run(batches)
+    saved = [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert saved == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
 
 
 def full_disk(step):
@@ -174,7 +226,7 @@ def full_disk(step):
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, capsys):
     loop = make_loop(tmp_path)
     monkeypatch.setattr(Checkpoints, "save", full_disk(10))
-    assert loop.run(batches(0))
+    assert loop.run(batches)
     told = capsys.readouterr().err
     assert "step 10 cannot be written: No space left on device; going on without it" in told
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == [
@@ -187,5 +239,5 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_in_words(tmp_path
     loop = make_loop(tmp_path)
     monkeypatch.setattr(Checkpoints, "save", full_disk(12))
     with pytest.raises(InputError, match="pretrain step 12 cannot be written: No space left"):
-        loop.run(batches(0))
+        loop.run(batches)
     assert loop.checkpoints.load_latest({"stage": "pretrain"})["step"] == 10

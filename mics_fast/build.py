@@ -1,0 +1,153 @@
+"""What a stage is made of, from the options: networks, optimisers, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from mics_fast.config import FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.data.manifest import Manifest
+from mics_fast.engine.meter import peak_tflops
+from mics_fast.engine.optimiser import decay_groups
+from mics_fast.engine.plan import Plan
+from mics_fast.engine.precision import Precision
+from mics_fast.errors import InputError
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import Block
+from mics_fast.stages.finetune import FinetuneStage
+from mics_fast.stages.pretrain import PretrainStage
+
+FINAL_FINETUNE_LR = 0.01  # of its peak
+
+
+def pick_device(name: str) -> torch.device:
+    """The device an option names.
+
+    Raises:
+        InputError: "cuda" where there is none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("option device is cuda, but torch sees no GPU")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def build_pretraining(
+    config: TrainConfig, manifest: Manifest, rows: int, precision: Precision, device: torch.device
+) -> tuple[PretrainStage, Plan]:
+    """Stage 1 over so many train rows, its weights drawn from the seed, and its plan."""
+    options, model = config.pretrain, config.model
+    steps_per_epoch = max(1, rows // options.batch_size)
+    torch.manual_seed(config.seed)
+    stage = PretrainStage(
+        options,
+        SIZES[model.size],
+        manifest.modalities,
+        pool=model.pool,
+        projection=model.projection,
+        queue_size=options.queue_size or max(1, min(65536, rows // 4)),
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        autocast=precision.autocast,
+    ).to(device)
+    parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
+    groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
+    if options.adversarial_weight:
+        optimisers["discriminator"] = torch.optim.Adam(
+            stage.discriminator.parameters(),
+            lr=options.discriminator_lr,
+            betas=(0.5, 0.999),
+            fused=True,
+        )
+    final_lr = options.lr_final / options.lr
+    plan = make_plan(config, options, optimisers, steps_per_epoch, final_lr, precision, device)
+    return stage, plan
+
+
+def build_classifier(config: TrainConfig, manifest: Manifest) -> Classifier:
+    """The classifier that fine-tuning starts from, its weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    return Classifier(
+        SIZES[config.model.size],
+        manifest.modalities,
+        len(manifest.classes),
+        pool=config.model.pool,
+        fusion_depth=config.model.fusion_depth,
+    )
+
+
+def build_finetuning(
+    config: TrainConfig,
+    manifest: Manifest,
+    model: Classifier,
+    rows: int,
+    precision: Precision,
+    device: torch.device,
+) -> tuple[FinetuneStage, Plan]:
+    """Stage 2 of a classifier over so many train rows, and its plan."""
+    options = config.finetune
+    steps_per_epoch = max(1, rows // options.unlabelled_batch)
+    stage = FinetuneStage(
+        options,
+        model,
+        num_classes=len(manifest.classes),
+        width=SIZES[config.model.size].width,
+        steps=options.epochs * steps_per_epoch,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        autocast=precision.autocast,
+    ).to(device)
+    groups = []
+    for fresh, lr in ((False, options.lr), (True, options.lr * options.head_lr_factor)):
+        named = [
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if name.startswith("encoders.") != fresh
+        ]
+        groups += decay_groups(named, lr=lr, weight_decay=options.weight_decay)
+    optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
+    plan = make_plan(
+        config, options, optimisers, steps_per_epoch, FINAL_FINETUNE_LR, precision, device
+    )
+    return stage, plan
+
+
+def make_plan(
+    config: TrainConfig,
+    options: PretrainConfig | FinetuneConfig,
+    optimisers: dict[str, Optimizer],
+    steps_per_epoch: int,
+    final_lr: float,
+    precision: Precision,
+    device: torch.device,
+) -> Plan:
+    """The plan of the stage whose options these are."""
+    steps = options.epochs * steps_per_epoch
+    return Plan(
+        name="pretrain" if options is config.pretrain else "finetune",
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        optimisers=optimisers,
+        warmup=round(options.warmup * steps),
+        final_lr={"model": final_lr},
+        clip=options.clip,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        checkpoint_minutes=config.checkpoint_minutes,
+        accumulate=options.accumulate,
+        scaler=precision.scaler(device),
+        peak_tflops=config.peak_tflops or peak_tflops(device),
+        profile=config.profile,
+    )
+
+
+def compile_blocks(modules: Iterable[nn.Module]) -> None:
+    """Compile every encoder block, one graph for all of a kind."""
+    for module in modules:
+        if isinstance(module, Block):
+            module.compile()

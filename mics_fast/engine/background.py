@@ -1,0 +1,107 @@
+"""Checkpoints written beside the training: the state is copied, and a thread writes the copy."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mics_fast.engine.checkpoint import Checkpoints
+
+
+class Snapshot:
+    """A copy of a state in main memory, which training does not change any more.
+
+    Copies from a GPU are ordered behind the work that is under way there; the host goes on.
+
+    Args:
+        state: nested dicts, lists and tuples of tensors and plain values.
+    """
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        self._copied: torch.cuda.Event | None = None
+        self._state = self._copy(state)
+        if self._copied is not None:
+            self._copied.record()
+
+    def read(self) -> dict[str, Any]:
+        """The copy, when it is complete; from any thread."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return self._state
+
+    def _copy(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._copy_tensor(value.detach())
+        if isinstance(value, Mapping):
+            return {name: self._copy(own) for name, own in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(self._copy(own) for own in value)
+        return value
+
+    def _copy_tensor(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor.clone()
+        if self._copied is None:
+            self._copied = torch.cuda.Event()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a stage on one thread, one at a time.
+
+    Args:
+        checkpoints: where they go.
+        name: of the stage.
+        meta: what they belong to.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, name: str, meta: Mapping[str, Any]) -> None:
+        self.checkpoints, self.name, self.meta = checkpoints, name, dict(meta)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
+        """Copy a state, and write it while training goes on, after the one before it.
+
+        Args:
+            step: of the state.
+            state: as ``Snapshot`` copies it.
+            score: names the checkpoint the best, once it is written, if it scores highest.
+        """
+        self._tell(self.wait())
+        snapshot = Snapshot(state)
+        self._pending = step, self._thread.submit(self._write, step, snapshot, score)
+
+    def wait(self) -> str | None:
+        """Wait for the checkpoint on its way; a sentence where it could not be written."""
+        if self._pending is None:
+            return None
+        (step, pending), self._pending = self._pending, None
+        try:
+            pending.result()
+        except OSError as error:
+            where = f"the checkpoint of {self.name} step {step}"
+            return f"{where} cannot be written: {error.strerror or error}"
+        return None
+
+    def close(self) -> None:
+        """Wait for what is under way, and end the thread."""
+        try:
+            self._tell(self.wait())
+        finally:
+            self._thread.shutdown()
+
+    def _tell(self, failure: str | None) -> None:
+        if failure is not None:
+            print(f"{failure}; going on without it", file=sys.stderr)
+
+    def _write(self, step: int, snapshot: Snapshot, score: float | None) -> None:
+        self.checkpoints.save(step, snapshot.read(), self.meta)
+        if score is not None:
+            self.checkpoints.offer_best(step, score)

@@ -1,0 +1,78 @@
+"""What notices a loss that broke without waiting for the device, and what is told then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NEVER = 2**62
+_SHOWN = 8  # sample ids in a sentence; the file has them all
+
+
+class Guard:
+    """Remembers, on the device, the first step at which each value was not finite."""
+
+    def __init__(self) -> None:
+        self._first: dict[tuple[str, ...], Tensor] = {}
+
+    def watch(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Look at the scalars of a step; nothing is read back."""
+        names = tuple(values)
+        finite = torch.stack([value.detach().double() for value in values.values()]).isfinite()
+        found = torch.where(finite, NEVER, step)
+        before = self._first.get(names)
+        self._first[names] = found if before is None else torch.minimum(before, found)
+
+    def first_steps(self) -> dict[str, Tensor]:
+        """name -> 0-d int64: the first step that was not finite, else ``NEVER``."""
+        steps: dict[str, Tensor] = {}
+        for names, first in self._first.items():
+            steps |= zip(names, first, strict=True)
+        return steps
+
+
+def first_broken(steps: Mapping[str, float]) -> tuple[int, list[str]] | None:
+    """The first step at which something was not finite, and what; None: there was none.
+
+    What follows from a broken term, the sum and the gradient norm, is named only on its own.
+    """
+    step = min(steps.values(), default=NEVER)
+    if step >= NEVER:
+        return None
+    names = [name for name, at in steps.items() if at == step]
+    terms = [name for name in names if name.startswith("loss_")]
+    return int(step), terms or names
+
+
+def describe_samples(batch: Sequence[Any]) -> str:
+    """The manifest rows of a batch's parts, the first of them."""
+    ids = [int(i) for part in batch for i in part.sample_id]
+    more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
+    return ", ".join(map(str, ids[:_SHOWN])) + more
+
+
+def write_batch(file: Path, batch: Sequence[Any], about: Mapping[str, Any]) -> None:
+    """Store the parts of a batch, to be loaded with ``weights_only``.
+
+    The file holds ``about`` and, under ``batch``, the fields of each part, such as views,
+    present, label and sample_id, on the CPU.
+    """
+
+    def on_cpu(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: on_cpu(own) for name, own in value.items()}
+        return value.cpu() if isinstance(value, Tensor) else value
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**about, "batch": [on_cpu(vars(part)) for part in batch]}, file)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the machine had no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

@@ -1,0 +1,89 @@
+"""How fast a stage trains, what it waits for, and how much memory it takes."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+# Dense bf16 of the SXM boards, TFLOP/s (NVIDIA's data sheets).
+PEAK_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0}
+
+
+class Meter:
+    """Counts steps and pairs, and how long the training waited for them.
+
+    Args:
+        device: where it trains.
+        before: seconds that earlier processes spent on this stage.
+        flops: floating-point operations of a step; 0: not known.
+        peak_tflops: of the device, in TFLOP/s; None: not known.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        before: float = 0.0,
+        flops: float = 0.0,
+        peak_tflops: float | None = None,
+    ) -> None:
+        self.device, self.flops, self.peak_tflops = device, flops, peak_tflops
+        self._last = time.perf_counter()
+        self._start = self._last - before
+        self._steps, self._pairs, self._waited = 0, 0, 0.0
+
+    def take(self, batches: Iterator[Any]) -> Any:
+        """The next batch, a tuple of parts; its step, its pairs and the wait for it are counted."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - began
+        self._steps += 1
+        self._pairs += sum(len(part.label) for part in batch)
+        return batch
+
+    def seconds(self) -> float:
+        """Since the stage began, over all processes."""
+        return time.perf_counter() - self._start
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """``seconds`` since the beginning; since the last ``restart`` pairs a second, ms a step,
+        the share of the time that waited for data, TFLOP/s and MFU where they are known; peak
+        memory (of a GPU: allocated by torch; else: of the process) and the seconds to go."""
+        elapsed = max(time.perf_counter() - self._last, 1e-9)
+        per_step = elapsed / max(1, self._steps)
+        values = {
+            "seconds": self.seconds(),
+            "pairs_per_second": self._pairs / elapsed,
+            "ms_per_step": 1000 * per_step,
+            "data_wait": self._waited / elapsed,
+            "memory_gib": peak_memory(self.device) / 2**30,
+            "seconds_left": steps_left * per_step,
+        }
+        if self.flops:
+            values["tflops"] = self.flops / per_step / 1e12
+            if self.peak_tflops:
+                values["mfu"] = values["tflops"] / self.peak_tflops
+        return values
+
+    def restart(self) -> None:
+        """Begin the next interval."""
+        self._last = time.perf_counter()
+        self._steps, self._pairs, self._waited = 0, 0, 0.0
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that torch has allocated on a GPU, else the most the process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """What a device that is known can do, in TFLOP/s; None: it is not."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)

@@ -1,0 +1,102 @@
+"""What a stage of the method and the loop agree on: losses, and how they are minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.optim import Optimizer
+
+
+@dataclass
+class Losses:
+    """What one optimiser minimises in one step.
+
+    Args:
+        optimiser: its name.
+        terms: name -> unweighted scalar loss.
+        weights: name -> weight; a term that is not named weighs 1.
+        metrics: name -> scalar that is only logged.
+    """
+
+    optimiser: str
+    terms: dict[str, Tensor]
+    weights: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+
+    def total(self) -> Tensor:
+        """The weighted sum of the terms."""
+        return torch.stack(
+            [self.weights.get(name, 1.0) * term for name, term in self.terms.items()]
+        ).sum()
+
+
+class Stage(Protocol):
+    """One stage of the method: models and losses. Its ``state_dict`` is all it remembers."""
+
+    def losses(self, batch: Any, step: int) -> Iterator[Losses]:
+        """The losses of a step, or of one part of its batch, in the order in which they are
+        minimised; in the last part, the loop has stepped the optimiser of one before it asks for
+        the next."""
+
+    def after_step(self) -> None:
+        """Called once when every optimiser has stepped: averages, queues, statistics advance, by
+        all parts of the batch since the last call."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+
+
+@dataclass
+class Plan:
+    """How long a stage runs and how its optimisers behave.
+
+    Args:
+        name: of the stage.
+        steps: optimiser steps in all.
+        steps_per_epoch: for the log.
+        optimisers: name -> optimiser; the first is the main one, whose losses are ``loss``.
+        warmup: steps of linear warm-up.
+        final_lr: name -> learning rate at the end as a factor of its peak; absent: constant.
+        clip: largest gradient norm of the main optimiser; 0 = none.
+        log_every: steps between log records.
+        checkpoint_every: steps between checkpoints, 0 = off; each is scored where there are val
+            rows.
+        checkpoint_minutes: minutes between checkpoints; 0 = off.
+        accumulate: equal parts that a batch is worked on in.
+        scaler: of the main optimiser's loss, where something is computed in float16.
+        flops: floating-point operations of a step; 0: not known.
+        peak_tflops: of the device, in TFLOP/s; None: not known.
+        profile: steps to profile.
+    """
+
+    name: str
+    steps: int
+    steps_per_epoch: int
+    optimisers: dict[str, Optimizer]
+    warmup: int
+    final_lr: dict[str, float]
+    clip: float
+    log_every: int
+    checkpoint_every: int
+    checkpoint_minutes: float = 0.0
+    accumulate: int = 1
+    scaler: GradScaler | None = None
+    flops: float = 0.0
+    peak_tflops: float | None = None
+    profile: int = 0
+
+    @property
+    def main(self) -> str:
+        """The name of the main optimiser."""
+        return next(iter(self.optimisers))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters of the main optimiser live."""
+        return self.optimisers[self.main].param_groups[0]["params"][0].device

@@ -1,0 +1,69 @@
+"""Where the time of a step goes: a trace for a browser, and a table by phase."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, record_function, schedule
+
+PHASES = ("data", "forward", "backward", "optimiser", "after_step")
+WARM_UP = 5  # steps: compilation, memory pools
+
+
+def phase(name: str) -> record_function:
+    """Names what is inside, one of ``PHASES``, in a trace."""
+    return record_function(name)
+
+
+@contextmanager
+def profiled(steps: int, folder: Path, name: str) -> Iterator[Callable[[], None]]:
+    """Profile ``steps`` steps after some to warm up; 0: none.
+
+    Writes ``folder/<name>.json``, a trace that chrome://tracing or Perfetto shows, and
+    ``folder/<name>.txt``, a table.
+
+    Yields:
+        What to call after each step.
+    """
+    if not steps:
+        yield lambda: None
+        return
+    written = False
+
+    def write(profile: torch.profiler.profile) -> None:
+        nonlocal written
+        folder.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(folder / f"{name}.json"))
+        (folder / f"{name}.txt").write_text(table(profile, steps))
+        written = True
+
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    plan = schedule(wait=WARM_UP - 1, warmup=1, active=steps, repeat=1)
+    with torch.profiler.profile(
+        activities=activities, schedule=plan, on_trace_ready=write
+    ) as profile:
+        yield profile.step
+    if not written:
+        print(f"{name} ended before step {WARM_UP}: nothing was profiled", file=sys.stderr)
+
+
+def table(profile: torch.profiler.profile, steps: int) -> str:
+    """Milliseconds a step by phase on the host, then the operators that take longest.
+
+    On a GPU the host only launches the work: see its time in the second part and the trace.
+    """
+    averages = profile.key_averages()
+    spent = {row.key: row.cpu_time_total / 1000 / steps for row in averages}
+    total = sum(spent.get(name, 0.0) for name in PHASES)
+    lines = [f"{steps} steps, host time a step", f"{'phase':<12}{'ms':>10}{'share':>8}"]
+    for name in PHASES:
+        own = spent.get(name, 0.0)
+        lines.append(f"{name:<12}{own:>10.3f}{own / max(total, 1e-9):>8.1%}")
+    key = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+    return "\n".join(lines) + "\n\n" + averages.table(sort_by=key, row_limit=25) + "\n"

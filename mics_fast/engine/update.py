@@ -1,0 +1,130 @@
+"""One step: backward passes over the parts of a batch, then every optimiser once."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mics_fast.engine.guard import Guard
+from mics_fast.engine.optimiser import cosine_with_warmup, set_learning_rate
+from mics_fast.engine.plan import Plan, Stage
+from mics_fast.engine.profile import phase
+
+Values = dict[str, Tensor | float]
+
+
+class Update:
+    """Steps the optimisers of a plan; nothing is read back from the device.
+
+    Each part of a batch gives losses, divided by the number of parts, and gradients that add up.
+    In the last part an optimiser steps before the stage is asked for the next one's losses. A loss
+    scaler is for the main optimiser alone: a step whose gradients overflow under it is skipped and
+    counted, and is an error only where there is no scale left to lower.
+
+    Args:
+        stage: models and losses.
+        plan: optimisers, schedules, clipping, parts, scaler.
+    """
+
+    def __init__(self, stage: Stage, plan: Plan) -> None:
+        self.stage, self.plan = stage, plan
+        self.guard = Guard()
+        self.skipped: Tensor | float = 0.0
+
+    def __call__(self, batch: Any, step: int) -> Values:
+        """Train on a batch; what to log, still on the device: means over its parts."""
+        parts = self.plan.accumulate
+        if parts == 1:
+            micro_batches = [batch]
+        else:
+            micro_batches = list(zip(*(own.split(parts) for own in batch), strict=True))
+        sums: Values = {}
+        for number, micro in enumerate(micro_batches):
+            values = self._part(micro, step, first=number == 0, last=number == parts - 1)
+            for name, value in values.items():
+                if isinstance(value, Tensor) and name in sums:
+                    value = sums[name] + value
+                sums[name] = value
+        if parts > 1:
+            sums = {n: v / parts if isinstance(v, Tensor) else v for n, v in sums.items()}
+        with phase("after_step"):
+            self.stage.after_step()
+        return sums | self._step_values(step, sums)
+
+    def _part(self, batch: Any, step: int, *, first: bool, last: bool) -> Values:
+        """Backward passes over one part of a batch; after the last part, the optimisers step."""
+        plan, values = self.plan, Values()
+        remaining = iter(self.stage.losses(batch, step))
+        while True:
+            with phase("forward"):
+                losses = next(remaining, None)
+                if losses is None:
+                    return values
+                total = losses.total()
+            name = losses.optimiser
+            if first:
+                plan.optimisers[name].zero_grad(set_to_none=True)
+            with phase("backward"):
+                self._backward(name, total)
+            if last:
+                with phase("optimiser"):
+                    self._step(name, step)
+            if name == plan.main:
+                values["loss"] = total.detach()
+            values |= {f"loss_{term}": loss.detach() for term, loss in losses.terms.items()}
+            values |= {f"weight_{term}": weight for term, weight in losses.weights.items()}
+            values |= losses.metrics
+
+    def _backward(self, name: str, total: Tensor) -> None:
+        if self.plan.accumulate > 1:
+            total = total / self.plan.accumulate
+        if name == self.plan.main and self.plan.scaler is not None:
+            total = self.plan.scaler.scale(total)
+        total.backward()
+
+    def _step(self, name: str, step: int) -> None:
+        """Clip the main optimiser's gradients, and step."""
+        plan = self.plan
+        optimiser = plan.optimisers[name]
+        final = plan.final_lr.get(name)
+        if final is not None:
+            factor = cosine_with_warmup(step, plan.steps, plan.warmup, final)
+            set_learning_rate(optimiser, factor)
+        if name != plan.main:
+            optimiser.step()
+            return
+        if plan.scaler is not None:
+            plan.scaler.unscale_(optimiser)
+        self._norm = clip_gradients(optimiser, plan.clip)
+        if plan.scaler is None:
+            optimiser.step()
+        else:
+            self._scale = plan.scaler.scale(torch.ones((), device=self._norm.device))
+            plan.scaler.step(optimiser)
+            plan.scaler.update()
+
+    def _step_values(self, step: int, losses: Values) -> Values:
+        """Gradient norm, rates and the scaler's state; the guard looks at what must be finite."""
+        norm = self._norm
+        watched = {n: v for n, v in losses.items() if n.startswith("loss_")}
+        watched |= {"loss": losses["loss"], "gradient_norm": norm}
+        values: Values = {"gradient_norm": norm}
+        for name, optimiser in self.plan.optimisers.items():
+            key = "lr" if name == self.plan.main else f"lr_{name}"
+            values[key] = optimiser.param_groups[0]["lr"]
+        if self.plan.scaler is not None:
+            watched["gradient_norm"] = torch.where(self._scale > 1, 0.0, norm)
+            self.skipped = self.skipped + (~norm.isfinite()).double()
+            values |= {"gradient_scale": self._scale, "skipped_steps": self.skipped}
+        self.guard.watch(step + 1, {n: v for n, v in watched.items() if isinstance(v, Tensor)})
+        return values
+
+
+def clip_gradients(optimiser: Optimizer, largest: float) -> Tensor:
+    """Scale the gradients down to a norm of ``largest`` (0: leave them); the norm before, 0-d."""
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    return torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)

@@ -1,0 +1,266 @@
+"""A step is the same in parts, waits for nothing, and survives the overflows of float16."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mics_fast.config import FinetuneConfig, PretrainConfig
+from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.engine.log import RunLog
+from mics_fast.engine.loop import Loop, Plan
+from mics_fast.engine.precision import pick_precision
+from mics_fast.engine.update import Update
+from mics_fast.models.classifier import Classifier
+from mics_fast.stages.finetune import FinetuneStage
+from mics_fast.stages.pretrain import PretrainStage
+from mics_kernels import checks
+
+ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
+
+
+def pretraining(size, autocast=None, **options):
+    torch.manual_seed(0)
+    stage = PretrainStage(
+        PretrainConfig(**options), size, ("wli", "nbi"), pool="mean", projection=8, queue_size=32,
+        steps_per_epoch=4, seed=0, autocast=autocast,
+    )  # fmt: skip
+    trained = [p for p in stage.model.parameters() if p.requires_grad]
+    optimisers = {"model": torch.optim.AdamW(trained, lr=1e-3, fused=True)}
+    if stage.config.adversarial_weight:
+        judge = stage.discriminator.parameters()
+        optimisers["discriminator"] = torch.optim.Adam(judge, lr=1e-3, fused=True)
+    return stage, optimisers
+
+
+def finetuning(size, autocast=None, **options):
+    torch.manual_seed(0)
+    model = Classifier(size, ("wli", "nbi"), 3, pool="mean", fusion_depth=1)
+    stage = FinetuneStage(
+        FinetuneConfig(**options), model, num_classes=3, width=size.width, steps=100,
+        steps_per_epoch=10, seed=0, autocast=autocast,
+    )  # fmt: skip
+    return stage, {"model": torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)}
+
+
+def plan_of(optimisers, **options):
+    defaults = {"name": "stage", "steps": 100, "steps_per_epoch": 4, "warmup": 0, "final_lr": {},
+                "clip": 1.0, "log_every": 4, "checkpoint_every": 0}  # fmt: skip
+    return Plan(optimisers=optimisers, **{**defaults, **options})
+
+
+@pytest.fixture
+def in_float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def gradients(stage, optimisers, batch, parts):
+    """Those of the model after one step, by name."""
+    Update(stage, plan_of(optimisers, clip=0.0, accumulate=parts))(batch, 50)
+    return {n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None}
+
+
+def compare(made, tolerance):
+    assert made[0].keys() == made[1].keys()
+    for name, wanted in made[0].items():
+        difference = (made[1][name] - wanted).abs().max()
+        assert difference <= tolerance * max(1.0, wanted.abs().max()), name
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_gradients_of_the_whole(in_float64, tiny, make_batch, parts):
+    """Of reconstruction, whose rows know nothing of each other."""
+    made = []
+    for count in (1, parts):
+        stage, optimisers = pretraining(tiny, consistency_weight=0.0, adversarial_weight=0.0)
+        made.append(gradients(stage.double(), optimisers, (make_batch(8),), count))
+    compare(made, 1e-12)
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_fine_tuning_in_parts_gives_the_gradients_of_the_whole(tiny, make_batch, parts):
+    batch, made = (make_batch(4), make_batch(8, first_id=4, strong=True)), []
+    for count in (1, parts):
+        stage, optimisers = finetuning(tiny, **ACCEPT_ALL)
+        made.append(gradients(stage, optimisers, batch, count))
+    compare(made, 1e-6)
+
+
+def test_what_is_logged_of_a_batch_in_parts_is_the_mean_over_them(tiny, make_batch):
+    batch, logged = (make_batch(8),), {}
+    for count in (1, 4):
+        stage, optimisers = pretraining(tiny, consistency_weight=0.0, adversarial_weight=0.0)
+        logged[count] = Update(stage, plan_of(optimisers, accumulate=count))(batch, 0)
+    torch.testing.assert_close(logged[4]["loss"], logged[1]["loss"])
+    torch.testing.assert_close(logged[4]["gradient_norm"], logged[1]["gradient_norm"])
+
+
+def test_the_queue_takes_the_whole_of_a_batch_in_parts(tiny, make_batch):
+    stage, optimisers = pretraining(tiny)
+    Update(stage, plan_of(optimisers, accumulate=4))((make_batch(8, first_id=5),), 0)
+    for queue in stage.queues:
+        assert queue.length == 8 and queue.ids[:8].tolist() == list(range(5, 13))
+
+
+def test_the_class_statistics_take_the_whole_of_a_batch_in_parts(tiny, make_batch):
+    counts = {}
+    for parts in (1, 4):
+        stage, optimisers = finetuning(tiny, **ACCEPT_ALL)
+        batch = (make_batch(4), make_batch(8, first_id=4, strong=True))
+        Update(stage, plan_of(optimisers, accumulate=parts))(batch, 50)
+        counts[parts] = stage.statistics.state_dict()
+    for name, wanted in counts[1].items():
+        torch.testing.assert_close(counts[4][name], wanted, msg=name)
+
+
+def test_optimisers_step_once_a_batch(tiny, make_batch):
+    stage, optimisers = pretraining(tiny)
+    stepped = Counter()
+    for name, optimiser in optimisers.items():
+        optimiser.register_step_post_hook(lambda *_, name=name: stepped.update([name]))
+    Update(stage, plan_of(optimisers, accumulate=4))((make_batch(8),), 0)
+    assert stepped == {"model": 1, "discriminator": 1}
+
+
+@pytest.mark.parametrize("make", [pretraining, finetuning])
+def test_a_step_in_float16_trains_as_one_in_float32(tiny, make_batch, make):
+    batch = (make_batch(8),)
+    if make is finetuning:
+        batch = (make_batch(4), make_batch(8, first_id=4, strong=True))
+    losses = {}
+    for name in ("fp32", "fp16"):
+        precision = pick_precision(name, torch.device("cpu"))
+        stage, optimisers = make(tiny, autocast=precision.autocast)
+        scaler = precision.scaler(torch.device("cpu"))
+        update = Update(stage, plan_of(optimisers, scaler=scaler))
+        losses[name] = [float(update(batch, step)["loss"]) for step in range(8)]
+        assert name == "fp32" or float(update.skipped) < 4
+    assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05)
+
+
+def overflowing(stage):
+    """Gradients of the model that leave float16's range under the first loss scales."""
+    for parameter in stage.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient: (gradient * 50.0).half().float())
+
+
+def test_a_step_that_overflows_under_the_scaler_is_skipped_and_counted(tiny, make_batch):
+    stage, optimisers = pretraining(tiny)
+    overflowing(stage)
+    scaler = torch.amp.GradScaler("cpu")
+    update = Update(stage, plan_of(optimisers, scaler=scaler))
+    before = copy.deepcopy(stage.model.encoder.state_dict())
+    values = update((make_batch(8),), 0)
+    assert not values["gradient_norm"].isfinite() and values["skipped_steps"] == 1
+    for name, weight in stage.model.encoder.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+    assert scaler.get_scale() == 2**15
+    assert min(first.item() for first in update.guard.first_steps().values()) > 1, "not an error"
+    for step in range(1, 12):
+        values = update((make_batch(8),), step)
+    assert values["gradient_norm"].isfinite() and values["skipped_steps"] < 11
+    assert not torch.equal(stage.model.encoder.state_dict()[name], before[name])
+
+
+def test_a_gradient_that_no_scale_makes_finite_is_an_error(tiny, make_batch):
+    stage, optimisers = pretraining(tiny)
+    weight = stage.model.encoder.blocks[0].attn.qkv.weight
+    weight.register_hook(lambda gradient: gradient * float("inf"))
+    update = Update(stage, plan_of(optimisers, scaler=torch.amp.GradScaler("cpu")))
+    for step in range(18):
+        update((make_batch(8),), step)
+    # 2**16 is halved sixteen times first.
+    assert update.guard.first_steps()["gradient_norm"] == 17
+
+
+def test_the_scaler_leaves_the_discriminator_alone(tiny, make_batch):
+    gradients = {}
+    for name, scaler in (("plain", None), ("scaled", torch.amp.GradScaler("cpu"))):
+        stage, optimisers = pretraining(tiny)
+        Update(stage, plan_of(optimisers, scaler=scaler))((make_batch(8),), 0)
+        gradients[name] = [p.grad for p in stage.discriminator.parameters()]
+    for plain, scaled in zip(gradients["plain"], gradients["scaled"], strict=True):
+        assert torch.equal(plain, scaled)
+
+
+class HostReads(TorchDispatchMode):
+    """Counts, by step, the operators for which the host would wait for a device."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.step, self.found = 0, {}
+
+    def count(self, name):
+        self.found.setdefault(self.step, []).append(name)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        by_mask = name in ("index", "index_put_") and any(
+            isinstance(at, Tensor) and at.dtype == torch.bool for at in args[1]
+        )
+        if by_mask or any(name.lstrip("_").startswith(w.lstrip("_")) for w in self.WAITING):
+            self.count(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def host_reads(monkeypatch):
+    """The mode; what hands numbers over without an operator is counted, too."""
+    reads = HostReads()
+    for name in ("tolist", "cpu", "__array__"):
+        plain = getattr(Tensor, name)
+
+        def counted(self, *args, plain=plain, name=name):
+            reads.count(name)
+            return plain(self, *args)
+
+        monkeypatch.setattr(Tensor, name, counted)
+    # The operators as on a GPU, where they do not look at the values of their arguments; the C++
+    # ones, which no GPU runs, take numbers from where they lie.
+    monkeypatch.setenv("MICS_KERNELS_BACKEND", "reference")
+    monkeypatch.setattr(checks, "looks_at_values", lambda value: False)
+    return reads
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("make", [pretraining, finetuning])
+def test_the_host_waits_once_a_log_record(tiny, make_batch, make, scaled, host_reads, tmp_path):
+    autocast = torch.float16 if scaled else None
+    stage, optimisers = make(tiny, autocast=autocast)
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
+
+    def batches(step):
+        while True:
+            parts = [make_batch(8, first_id=8 * step, seed=step)]
+            if make is finetuning:
+                parts.append(make_batch(8, first_id=8 * step, strong=True, seed=step))
+            host_reads.step = step + 1
+            yield tuple(parts)
+            step += 1
+
+    plan = plan_of(optimisers, steps=13, log_every=4, scaler=scaler)
+    loop = Loop(stage, plan, Checkpoints(tmp_path / "checkpoints"), {}, RunLog(tmp_path))
+    with host_reads, contextlib.suppress(StopIteration):
+        loop.run(batches)
+    last = host_reads.found.pop(13)  # with a checkpoint, which is copied to the host
+    assert last
+    assert host_reads.found == {4: ["tolist"], 8: ["tolist"], 12: ["tolist"]}
+
+
+def test_a_batch_that_has_no_equal_parts_is_refused(make_batch):
+    with pytest.raises(ValueError, match="a batch of 8 rows has no 3 equal parts"):
+        make_batch(8).split(3)
+    halves = make_batch(8, strong=True).split(2)
+    assert [half.sample_id.tolist() for half in halves] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert halves[1].views["wli"].shape[0] == halves[1].strong["nbi"].shape[0] == 4
