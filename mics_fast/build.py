@@ -15,6 +15,7 @@ from mics_fast.engine.optimiser import decay_groups
 from mics_fast.engine.plan import Plan
 from mics_fast.engine.precision import Precision
 from mics_fast.errors import InputError
+from mics_fast.flops import finetune_flops, pretrain_flops
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Block
@@ -42,6 +43,7 @@ def build_pretraining(
     """Stage 1 over so many train rows, its weights drawn from the seed, and its plan."""
     options, model = config.pretrain, config.model
     steps_per_epoch = max(1, rows // options.batch_size)
+    queue_size = options.queue_size or max(1, min(65536, rows // 4))
     torch.manual_seed(config.seed)
     stage = PretrainStage(
         options,
@@ -49,7 +51,7 @@ def build_pretraining(
         manifest.modalities,
         pool=model.pool,
         projection=model.projection,
-        queue_size=options.queue_size or max(1, min(65536, rows // 4)),
+        queue_size=queue_size,
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
         autocast=precision.autocast,
@@ -64,8 +66,9 @@ def build_pretraining(
             betas=(0.5, 0.999),
             fused=True,
         )
-    final_lr = options.lr_final / options.lr
-    plan = make_plan(config, options, optimisers, steps_per_epoch, final_lr, precision, device)
+    plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
+    plan.final_lr = {"model": options.lr_final / options.lr}
+    plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue_size)
     return stage, plan
 
 
@@ -111,9 +114,10 @@ def build_finetuning(
         ]
         groups += decay_groups(named, lr=lr, weight_decay=options.weight_decay)
     optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
-    plan = make_plan(
-        config, options, optimisers, steps_per_epoch, FINAL_FINETUNE_LR, precision, device
-    )
+    plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
+    plan.final_lr = {"model": FINAL_FINETUNE_LR}
+    sizes = len(manifest.modalities), len(manifest.classes)
+    plan.flops = finetune_flops(config, SIZES[config.model.size], *sizes)
     return stage, plan
 
 
@@ -122,11 +126,10 @@ def make_plan(
     options: PretrainConfig | FinetuneConfig,
     optimisers: dict[str, Optimizer],
     steps_per_epoch: int,
-    final_lr: float,
     precision: Precision,
     device: torch.device,
 ) -> Plan:
-    """The plan of the stage whose options these are."""
+    """The plan of the stage whose options these are, but for what only that stage knows."""
     steps = options.epochs * steps_per_epoch
     return Plan(
         name="pretrain" if options is config.pretrain else "finetune",
@@ -134,7 +137,6 @@ def make_plan(
         steps_per_epoch=steps_per_epoch,
         optimisers=optimisers,
         warmup=round(options.warmup * steps),
-        final_lr={"model": final_lr},
         clip=options.clip,
         log_every=config.log_every,
         checkpoint_every=config.checkpoint_every,

@@ -83,6 +83,9 @@ class Loop:
             InputError: the last checkpoint cannot be written.
         """
         plan, stream = self.plan, batches(self.step)
+        if plan.flops:
+            terms = "  ".join(f"{name} {own / 1e9:.4g}" for name, own in plan.flops.items())
+            print(f"{plan.name}  {sum(plan.flops.values()) / 1e9:.4g} GFLOP a step:  {terms}")
         writer = CheckpointWriter(self.checkpoints, plan.name, self.meta)
         due = Due(plan.checkpoint_every, plan.checkpoint_minutes)
         folder = self.log.folder / "profile"
@@ -112,7 +115,8 @@ class Loop:
         return self.step == plan.steps
 
     def _meter(self, before: float) -> Meter:
-        return Meter(self.plan.device, before, self.plan.flops, self.plan.peak_tflops)
+        flops = sum(self.plan.flops.values())
+        return Meter(self.plan.device, before, flops, self.plan.peak_tflops)
 
     def _read(self, values: Values, batches: Batches) -> dict[str, float]:
         """What to log of a step: the one place where the host waits for the device.

@@ -62,15 +62,15 @@ class Plan:
         steps_per_epoch: for the log.
         optimisers: name -> optimiser; the first is the main one, whose losses are ``loss``.
         warmup: steps of linear warm-up.
-        final_lr: name -> learning rate at the end as a factor of its peak; absent: constant.
         clip: largest gradient norm of the main optimiser; 0 = none.
         log_every: steps between log records.
         checkpoint_every: steps between checkpoints, 0 = off; each is scored where there are val
             rows.
+        final_lr: name -> learning rate at the end as a factor of its peak; absent: constant.
         checkpoint_minutes: minutes between checkpoints; 0 = off.
         accumulate: equal parts that a batch is worked on in.
         scaler: of the main optimiser's loss, where something is computed in float16.
-        flops: floating-point operations of a step; 0: not known.
+        flops: loss term -> floating-point operations of a step; empty: not known.
         peak_tflops: of the device, in TFLOP/s; None: not known.
         profile: steps to profile.
     """
@@ -80,14 +80,14 @@ class Plan:
     steps_per_epoch: int
     optimisers: dict[str, Optimizer]
     warmup: int
-    final_lr: dict[str, float]
     clip: float
     log_every: int
     checkpoint_every: int
+    final_lr: dict[str, float] = field(default_factory=dict)
     checkpoint_minutes: float = 0.0
     accumulate: int = 1
     scaler: GradScaler | None = None
-    flops: float = 0.0
+    flops: dict[str, float] = field(default_factory=dict)
     peak_tflops: float | None = None
     profile: int = 0
 

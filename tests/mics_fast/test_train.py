@@ -15,7 +15,8 @@ import yaml
 
 from mics_fast import evaluate, prepare, train
 from mics_fast.engine.checkpoint import Checkpoints
-from mics_fast.errors import InputError
+from mics_fast.engine.loop import Loop
+from mics_fast.errors import InputError, RunFailed
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 SHORT = [
@@ -183,14 +184,62 @@ def test_one_option_chooses_the_form_of_the_shift(form):
     assert yaml.safe_load(shown)["finetune"]["shift"] == form
 
 
-def fails(module, arguments):
-    """The one line that a failing command leaves on stderr; its exit status is 2."""
+def fails(module, arguments, status=2):
+    """The one line that a failing command leaves on stderr, and its exit status."""
     done = subprocess.run(
         [sys.executable, "-m", f"mics_fast.{module}", *arguments], capture_output=True, text=True
     )
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr and "usage" not in done.stderr
     return done.stderr.strip().splitlines()[-1]
+
+
+def test_the_last_line_of_a_run_is_for_machines(finished, manifest, capsys):
+    train.main([*SHORT, "--data.manifest", manifest, "--out", str(finished), "--resume"])
+    word, _, text = capsys.readouterr().out.strip().splitlines()[-1].partition(" ")
+    result = json.loads(text)
+    assert word == "RESULT" and result["finished"] and result["run"] == str(finished)
+    for stage, found in result["stages"].items():
+        last = [line for line in records(finished) if line["stage"] == stage][-1]
+        assert found["steps"] == 3 and found["loss"] == last["loss"]
+        assert found["losses"] and found["pairs_per_second"] > 0 and found["seconds"] > 0
+    assert list(result["stages"]) == ["pretrain", "finetune"]
+    assert result["stages"]["finetune"]["best_step"] in (2, 3)
+    assert set(result["stages"]["finetune"]["val"]) == {"macro_f1", "accuracy"}
+
+
+def test_speed_and_operations_are_logged(manifest, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main(
+        [*SHORT, "--stage", "finetune", "--finetune.epochs", "3", "--peak_tflops", "0.5",
+         "--profile", "2", "--data.manifest", manifest, "--out", str(run)]
+    )  # fmt: skip
+    last = records(run)[-1]
+    assert last["mfu"] == pytest.approx(last["tflops"] / 0.5) and last["tflops"] > 0
+    assert "GFLOP a step:  supervised" in capsys.readouterr().out
+    phases = (run / "profile" / "finetune.txt").read_text().splitlines()[2:7]
+    assert all(float(line.split()[1]) > 0 for line in phases)
+    assert (run / "profile" / "finetune.json").exists()
+
+
+def test_a_loss_that_breaks_ends_the_run_in_a_sentence(manifest, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*SHORT, "--stage", "pretrain", "--data.manifest", manifest, "--out", str(run)]
+    last = fails("train", [*arguments, "--pretrain.lr", "1e30"], status=1)
+    (file,) = (run / "nonfinite").glob("pretrain-step-*.pt")
+    assert str(file) in last and "not finite, on the samples" in last
+    stored = torch.load(file, weights_only=True)["batch"][0]
+    assert stored["views"]["wli"].shape == (8, 3, 64, 64)
+
+
+def test_a_run_without_memory_names_the_batch_and_what_to_change(manifest, tmp_path, monkeypatch):
+    def exhausted(self, batches):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Loop, "run", exhausted)
+    arguments = [*SHORT, "--data.manifest", manifest, "--out", str(tmp_path / "run")]
+    with pytest.raises(RunFailed, match=r"pretrain\.batch_size 8.*raise pretrain\.accumulate"):
+        train.main(arguments)
 
 
 def test_an_unknown_option_is_named(manifest, tmp_path):
@@ -204,6 +253,10 @@ def test_an_unknown_option_is_named(manifest, tmp_path):
         ("pretrain.epochs", "x", "pretrain.epochs.*int.*x"),
         ("model.size", "vit_huge", "model.size.*vit_micro.*vit_huge"),
         ("pretrain.epochs", "0", "option pretrain.epochs is 0, wanted a number above 0"),
+        ("pretrain.accumulate", "3", "pretrain.accumulate is 3, wanted a divisor of .*size, 8"),
+        ("finetune.accumulate", "4", "finetune.accumulate is 4, .* finetune.labelled_batch, 6"),
+        ("checkpoint_minutes", "-1", "option checkpoint_minutes is -1.0, wanted"),
+        ("peak_tflops", "0", "option peak_tflops is 0.0, wanted a number above 0"),
         ("pretrain.mask_ratio", "1.0", "option pretrain.mask_ratio is 1.0, wanted"),
         ("finetune.max_uncertainty", "2", "finetune.max_uncertainty is 2.0, wanted .* 0 to 1"),
         ("data.modalities", "[wli, xray]", "xray"),

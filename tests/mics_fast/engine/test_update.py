@@ -146,11 +146,11 @@ def test_a_step_in_float16_trains_as_one_in_float32(tiny, make_batch, make):
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-def overflowing(stage):
+def overflowing(stage, factor=50.0):
     """Gradients of the model that leave float16's range under the first loss scales."""
     for parameter in stage.model.parameters():
         if parameter.requires_grad:
-            parameter.register_hook(lambda gradient: (gradient * 50.0).half().float())
+            parameter.register_hook(lambda gradient: (gradient * factor).half().float())
 
 
 def test_a_step_that_overflows_under_the_scaler_is_skipped_and_counted(tiny, make_batch):
@@ -190,6 +190,54 @@ def test_the_scaler_leaves_the_discriminator_alone(tiny, make_batch):
         gradients[name] = [p.grad for p in stage.discriminator.parameters()]
     for plain, scaled in zip(gradients["plain"], gradients["scaled"], strict=True):
         assert torch.equal(plain, scaled)
+
+
+def batches_of(make, make_batch):
+    """The batches of a stage from a step on, a function of the step."""
+
+    def batches(step):
+        while True:
+            parts = [make_batch(8, first_id=8 * step, seed=step)]
+            if make is finetuning:
+                parts.append(make_batch(8, first_id=8 * step, strong=True, seed=step))
+            yield tuple(parts)
+            step += 1
+
+    return batches
+
+
+def tensors(value, name=""):
+    """All tensors of a nested state, by path."""
+    if isinstance(value, Tensor):
+        return {name: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    nested = [(key, own) for key, own in items if isinstance(own, dict | list | tuple | Tensor)]
+    return {path: t for key, own in nested for path, t in tensors(own, f"{name}/{key}").items()}
+
+
+@pytest.mark.parametrize("make", [pretraining, finetuning])
+def test_a_stage_in_float16_and_in_parts_resumes_exactly(tiny, make_batch, make, tmp_path):
+    batches, states = batches_of(make, make_batch), {}
+    for name, stops in (("whole", [6]), ("resumed", [3, 6])):
+        folder = tmp_path / name
+        folder.mkdir()
+        checkpoints = Checkpoints(folder / "checkpoints", keep=6)
+        for stop in stops:
+            stage, optimisers = make(tiny, autocast=torch.float16)
+            overflowing(stage, factor=5.0 if make is pretraining else 500.0)
+            scaler = torch.amp.GradScaler("cpu")
+            plan = plan_of(optimisers, steps=stop, scaler=scaler, accumulate=2)
+            loop = Loop(stage, plan, checkpoints, {}, RunLog(folder))
+            if (state := checkpoints.load_latest({})) is not None:
+                loop.load(state)
+            loop.run(batches)
+        states[name] = checkpoints.load_latest({})
+    assert 0 < states["whole"]["skipped_steps"] == states["resumed"]["skipped_steps"] < 6
+    assert states["whole"]["scaler"] == states["resumed"]["scaler"]
+    wanted, got = tensors(states["whole"]), tensors(states["resumed"])
+    assert wanted.keys() == got.keys() and len(wanted) > 100
+    for name in wanted:
+        assert torch.equal(wanted[name], got[name]), name
 
 
 class HostReads(TorchDispatchMode):
@@ -241,13 +289,9 @@ def test_the_host_waits_once_a_log_record(tiny, make_batch, make, scaled, host_r
     scaler = torch.amp.GradScaler("cpu") if scaled else None
 
     def batches(step):
-        while True:
-            parts = [make_batch(8, first_id=8 * step, seed=step)]
-            if make is finetuning:
-                parts.append(make_batch(8, first_id=8 * step, strong=True, seed=step))
-            host_reads.step = step + 1
-            yield tuple(parts)
-            step += 1
+        for number, batch in enumerate(batches_of(make, make_batch)(step), step + 1):
+            host_reads.step = number
+            yield batch
 
     plan = plan_of(optimisers, steps=13, log_every=4, scaler=scaler)
     loop = Loop(stage, plan, Checkpoints(tmp_path / "checkpoints"), {}, RunLog(tmp_path))
