@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mics_fast.errors import InputError
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets
 from mics_fast.models.sizes import Size
-from mics_fast.models.vit import Pool, VisionTransformer, pool_tokens
+from mics_fast.models.vit import Pool, VisionTransformer, at_least_float32, pool_tokens
 
 LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 
@@ -23,11 +23,13 @@ LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 class PretrainOutput:
     """What the losses of the first stage need, each keyed by modality.
 
+    float32, or float64 after ``.double()``.
+
     Args:
-        features: (B, P) float32, L2-normalised, of the student.
-        teachers: (B, P) float32, L2-normalised, of the momentum teacher; no gradient.
-        predictions: (B, h, patch_dim) float32, the decoder's guesses at the hidden patches.
-        targets: (B, N, patch_dim) float32, the normalised patches of the image.
+        features: (B, P), L2-normalised, of the student.
+        teachers: (B, P), L2-normalised, of the momentum teacher; no gradient.
+        predictions: (B, h, patch_dim), the decoder's guesses at the hidden patches.
+        targets: (B, N, patch_dim), the normalised patches of the image.
         hidden: (B, h) int64, which patches were hidden.
     """
 
@@ -119,7 +121,7 @@ class PretrainModel(nn.Module):
         features = self._features(self.encoder, self.projection_head, images)
         with torch.no_grad():
             teachers = self._features(self.teacher_encoder, self.teacher_projection, images)
-        predictions = self.decoder(self.encoder(images, visible), visible, hidden).float()
+        predictions = at_least_float32(self.decoder(self.encoder(images, visible), visible, hidden))
         return PretrainOutput(
             features=self._by_modality(features),
             teachers=self._by_modality(teachers),
@@ -142,7 +144,7 @@ class PretrainModel(nn.Module):
         self, encoder: VisionTransformer, projection: nn.Linear, images: Tensor
     ) -> Tensor:
         pooled = pool_tokens(encoder(images), self.pool)
-        return F.normalize(projection(pooled).float(), dim=-1)
+        return F.normalize(at_least_float32(projection(pooled)), dim=-1)
 
     def _by_modality(self, stacked: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.modalities, stacked.chunk(len(self.modalities)), strict=True))
