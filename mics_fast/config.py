@@ -189,7 +189,7 @@ class FinetuneConfig:
         labelled_batch: labelled pairs a step [ours].
         unlabelled_batch: unlabelled pairs a step [ours].
         accumulate: parts that both batches are worked on in, one after the other, for less
-            memory [ours].
+            memory; the agreement of modalities is a mean over one part's complete pairs [ours].
         lr: peak learning rate of the encoders (AdamW, cosine to 1 % of it) [ours].
         head_lr_factor: fusion encoder and heads learn this many times faster [ours].
         warmup: share of all steps with a linear warm-up [ours].
@@ -367,12 +367,17 @@ def check_config(config: TrainConfig) -> None:
 
 
 def _check_accumulation(config: TrainConfig) -> None:
-    """Refuse parts of a batch that would not be equal."""
+    """Refuse parts of a batch that would not be equal, and a mode that knows no parts."""
     for batch in ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelled_batch"):
         parts = f"{batch.split('.')[0]}.accumulate"
         count, rows = attrgetter(parts)(config), attrgetter(batch)(config)
         if rows % count:
             raise InputError(f"option {parts} is {count}, wanted a divisor of {batch}, {rows}")
+    if config.pretrain.adversarial == "alternating" and config.pretrain.accumulate > 1:
+        raise InputError(
+            f"option pretrain.accumulate is {config.pretrain.accumulate}, wanted 1 where "
+            "pretrain.adversarial is alternating"
+        )
 
 
 def _check_augment(option: str, augment: AugmentConfig) -> None:

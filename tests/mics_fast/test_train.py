@@ -285,6 +285,13 @@ def test_a_run_does_not_go_on_with_other_options(finished, manifest):
         train.main([*arguments, "--pretrain.lr", "0.5"])
 
 
+def test_alternating_updates_know_no_parts_of_a_batch(manifest, tmp_path):
+    arguments = [*SHORT, "--data.manifest", manifest, "--out", str(tmp_path / "r")]
+    arguments += ["--pretrain.adversarial", "alternating", "--pretrain.accumulate", "2"]
+    with pytest.raises(InputError, match=r"accumulate is 2, wanted 1 where pretrain\.adversarial"):
+        train.main(arguments)
+
+
 def test_an_output_folder_that_cannot_be_written_is_named(manifest, tmp_path):
     (tmp_path / "file").write_text("")
     arguments = [*SHORT, "--data.manifest", manifest, "--out", str(tmp_path / "file" / "run")]
