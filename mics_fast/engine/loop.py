@@ -142,9 +142,10 @@ class Loop:
         file = self.log.folder / "nonfinite" / f"{name}-step-{step}.pt"
         write_batch(file, batch, {"stage": name, "step": step, "values": names})
         verb = "is" if len(names) == 1 else "are"
+        half = "; bf16 and fp32 hold larger numbers than fp16" if self.plan.scaler else ""
         raise RunFailed(
             f"{name} step {step}: {', '.join(names)} {verb} not finite, on the samples "
-            f"{describe_samples(batch)} (manifest rows); the batch is in {file}"
+            f"{describe_samples(batch)} (manifest rows); the batch is in {file}{half}"
         )
 
     def _save(

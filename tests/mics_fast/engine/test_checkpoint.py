@@ -124,3 +124,11 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     with pytest.raises(DamagedCheckpoint, match="weights_only"):
         load_checkpoint(path, META)
     assert not ran.exists()
+
+
+def test_what_a_kill_left_half_written_is_removed(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1}, META)
+    (tmp_path / ".partial-step-00000009").mkdir()
+    assert checkpoints.load_latest(META)["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
