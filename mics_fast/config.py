@@ -115,12 +115,16 @@ class ModelConfig:
         pool: what a head reads: the class token, or the mean of the patch tokens [ours].
         projection: width of the contrastive feature [ALBEF].
         fusion_depth: blocks of the fusion encoder [ours].
+        init: ``.safetensors``, ``.pt`` or ``.pth`` file of a vision transformer in timm's naming,
+            from which the encoders start: in pre-training, or in a fine-tuning without one
+            (``data.mean`` and ``data.std`` should be those it was trained with) [ours].
     """
 
     size: ModelSize = "vit_base"
     pool: Literal["cls", "mean"] = "cls"
     projection: int = 256
     fusion_depth: int = 4
+    init: str = ""
 
 
 @dataclass

@@ -78,6 +78,7 @@ class Run:
 def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
     """What a checkpoint of a stage belongs to: weights fit only where all of it agrees."""
     model = asdict(config.model)
+    model.pop("init")  # where the weights began, not what they fit
     if stage == "pretrain":
         model.pop("fusion_depth")
         return {"stage": stage, "model": model, "modalities": list(manifest.modalities)}

@@ -20,6 +20,7 @@ from mics_fast.engine.optimiser import decay_groups
 from mics_fast.errors import InputError, run_command
 from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
+from mics_fast.models.initial_weights import load_initial_weights
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Block
 from mics_fast.opinions import collect_opinions
@@ -101,6 +102,9 @@ class Trainer:
             seed=self.config.seed,
             autocast=self.autocast,
         ).to(self.device)
+        if model.init:
+            encoders = (stage.model.encoder, stage.model.teacher_encoder)
+            print(load_initial_weights(Path(model.init), encoders))
         parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
         groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
         optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups)}
@@ -275,7 +279,10 @@ class Trainer:
         """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
         checkpoint = pretraining_of(self.run)
         if checkpoint is None:
-            print("fine-tuning from scratch")
+            print("fine-tuning without pre-training")
+            if self.config.model.init:
+                encoders = [model.encoders[name] for name in model.modalities]
+                print(load_initial_weights(Path(self.config.model.init), encoders))
             return
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
         model.load_encoder(weights_of(state, "model.encoder"))
