@@ -23,6 +23,7 @@ from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.initial_weights import load_initial_weights
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Block
+from mics_fast.neighbours import bounded, in_words, neighbour_accuracy
 from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
@@ -119,7 +120,7 @@ class Trainer:
         def batches(step: int) -> Batches:
             return zip(self._loader(self.rows, options.batch_size, options.augment, step))
 
-        return self._run(stage, plan, batches)
+        return self._run(stage, plan, batches, self._neighbours(stage))
 
     def finetune(self) -> bool:
         """Stage 2; False where it was asked to stop before its end."""
@@ -187,6 +188,7 @@ class Trainer:
             clip=options.clip,
             log_every=self.config.log_every,
             checkpoint_every=self.config.checkpoint_every,
+            choose_best=name == "finetune",
         )
 
     def _run(
@@ -260,20 +262,41 @@ class Trainer:
         rows = [row for row in self.manifest.select("val") if row.label >= 0]
         if not rows:
             return None
-        loader = EvalLoader(
-            rows,
-            self.manifest.modalities,
-            data=self.config.data,
-            image_size=self.size.image,
-            batch_size=self.config.finetune.unlabelled_batch,
-            device=self.device,
-        )
+        loader = self._eval_loader(rows, self.config.finetune.unlabelled_batch)
 
         def validate() -> dict[str, float]:
             metrics = view_metrics(collect_opinions(stage.average, loader).fused())
             return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
 
         return validate
+
+    def _neighbours(self, stage: PretrainStage) -> Callable[[], dict[str, float]] | None:
+        """How well nearest labelled rows classify the val rows; None where either is lacking."""
+        val = [row for row in self.manifest.select("val") if row.label >= 0]
+        labelled = [row for row in self.rows if row.labelled]
+        if not val or not labelled:
+            return None
+        sides = [
+            self._eval_loader(bounded(rows), self.config.pretrain.batch_size)
+            for rows in (labelled, val)
+        ]
+
+        def validate() -> dict[str, float]:
+            scores = neighbour_accuracy(stage.model, *sides, autocast=self.autocast)
+            print(f"pretrain  {in_words(scores)}", flush=True)
+            return scores
+
+        return validate
+
+    def _eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader:
+        return EvalLoader(
+            rows,
+            self.manifest.modalities,
+            data=self.config.data,
+            image_size=self.size.image,
+            batch_size=batch_size,
+            device=self.device,
+        )
 
     def _load_encoder(self, model: Classifier) -> None:
         """Start the encoders from the pre-training that ``finetune.init`` names, if any."""

@@ -73,6 +73,7 @@ class Plan:
         clip: largest gradient norm of the main optimiser; 0 = none.
         log_every: steps between log records.
         checkpoint_every: steps between checkpoints; each is scored where there are val rows.
+        choose_best: whether the first score names the best checkpoint; else the latest counts.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Plan:
     clip: float
     log_every: int
     checkpoint_every: int
+    choose_best: bool = True
 
 
 class Loop:
@@ -95,7 +97,8 @@ class Loop:
         checkpoints: where they go.
         meta: what the checkpoints belong to.
         log: where records go.
-        validate: scores the stage as it is; name -> value, higher is better for the first.
+        validate: scores the stage as it is; name -> value, higher is better for the first, which
+            may choose the best checkpoint.
     """
 
     def __init__(
@@ -214,7 +217,7 @@ class Loop:
                 raise InputError(sentence) from None
             print(f"{sentence}; going on without it", file=sys.stderr)
             return scores
-        if scores:
+        if scores and self.plan.choose_best:
             self.checkpoints.offer_best(self.step, next(iter(scores.values())))
         return scores
 
