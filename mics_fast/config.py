@@ -180,6 +180,8 @@ class FinetuneConfig:
         epochs: passes over the train rows [ours].
         labelled_batch: labelled pairs a step [ours].
         unlabelled_batch: unlabelled pairs a step [ours].
+        sampling: of the labelled rows: "natural", each row once an epoch; "balanced", each class
+            equally often, for data in which some are rare [ours].
         lr: peak learning rate of the encoders (AdamW, cosine to 1 % of it) [ours].
         head_lr_factor: fusion encoder and heads learn this many times faster [ours].
         warmup: share of all steps with a linear warm-up [ours].
@@ -208,6 +210,7 @@ class FinetuneConfig:
     epochs: int = 50
     labelled_batch: int = 16
     unlabelled_batch: int = 48
+    sampling: Literal["natural", "balanced"] = "natural"
     lr: float = 1e-4
     head_lr_factor: float = 10.0
     warmup: float = 0.05

@@ -161,7 +161,15 @@ class Trainer:
         plan = self._plan("finetune", options, steps_per_epoch, optimisers, 0.01)
 
         def batches(step: int) -> Batches:
-            loaders = [self._loader(labelled, options.labelled_batch, options.augment, step)]
+            loaders = [
+                self._loader(
+                    labelled,
+                    options.labelled_batch,
+                    options.augment,
+                    step,
+                    balanced=options.sampling == "balanced",
+                )
+            ]
             if wants_unlabelled(options):
                 size = options.unlabelled_batch
                 loaders.append(self._loader(self.rows, size, options.augment, step, strong=True))
@@ -240,6 +248,7 @@ class Trainer:
         step: int,
         *,
         strong: bool = False,
+        balanced: bool = False,
     ) -> TrainLoader:
         loader = TrainLoader(
             rows,
@@ -251,6 +260,7 @@ class Trainer:
             seed=self.config.seed,
             step=step,
             strong=strong,
+            balanced=balanced,
             device=self.device,
             cache=self.cache,
         )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.nn.functional import normalize
 
 from mics_fast.engine.checkpoint import Checkpoints
@@ -108,6 +109,19 @@ def test_a_check_changes_neither_the_model_nor_the_random_numbers(model, make_ba
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_a_check_does_not_compile_blocks_again(model, make_batch):
+    compiled = CompileCounter()
+    for block in model.encoder.blocks:
+        block.compile(backend=compiled)
+    images = make_batch(6).views["wli"]
+    model.encoder(images).sum().backward()
+    before = compiled.frame_count
+    assert before > 0
+    neighbour_accuracy(model, [make_batch(6), make_batch(1)], [make_batch(6)])
+    model.encoder(images).sum().backward()
+    assert compiled.frame_count == before
 
 
 def test_many_rows_are_bounded_by_the_same_draw_in_their_order():
