@@ -87,7 +87,7 @@ class DataConfig:
         mean: per modality, three channel means in [0, 1]; default ImageNet's.
         std: per modality, three channel standard deviations; default ImageNet's.
         dtype: of the training views; bf16, half the memory, needs encoders that run in bf16.
-        threads: CPU threads of the image pipeline.
+        threads: CPU threads of an image pipeline; default: its share (``mics_fast/threads.py``).
         prefetch: batches in flight: while the loop works on one, the next are made.
         on_bad_file: "error" stops at a file that cannot be read or decoded; "skip" treats it as
             a missing modality, or, where a row has none left, takes the next row instead.
@@ -100,7 +100,7 @@ class DataConfig:
     mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     dtype: Literal["fp32", "bf16"] = "fp32"
-    threads: int = 2
+    threads: int | None = None
     prefetch: int = 2
     on_bad_file: Literal["error", "skip"] = "error"
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -244,6 +244,8 @@ class TrainConfig:
         precision: of the encoders' arithmetic; "auto": bf16 on a GPU, fp32 on a CPU; losses are
             always fp32.
         compile: torch.compile of the encoder blocks; "auto": on a GPU.
+        threads: CPU threads that torch, the operators and the image pipeline share; default: all
+            cores that the process may use (the rule: ``mics_fast/threads.py``).
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints; one is also written when a stage ends.
         keep_checkpoints: how many of the latest to keep, beside the best.
@@ -255,6 +257,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    threads: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
@@ -308,7 +311,7 @@ def check_config(config: TrainConfig) -> None:
         InputError: the first option that is out of range.
     """
     positive = (
-        "log_every checkpoint_every keep_checkpoints data.threads data.prefetch model.projection "
+        "log_every checkpoint_every keep_checkpoints data.prefetch model.projection "
         "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.lr pretrain.temperature "
         "finetune.epochs finetune.labelled_batch finetune.unlabelled_batch finetune.lr "
         "finetune.shift_rank"
@@ -337,9 +340,10 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
-    side = config.data.cache.side
-    if side is not None and side <= 0:
-        raise InputError(f"option data.cache.side is {side}, wanted a number above 0")
+    for name in ("threads", "data.threads", "data.cache.side"):
+        value = attrgetter(name)(config)
+        if value is not None and value <= 0:
+            raise InputError(f"option {name} is {value}, wanted a number above 0")
     for stage in ("pretrain", "finetune"):
         _check_augment(f"{stage}.augment", getattr(config, stage).augment)
 

@@ -19,8 +19,8 @@ from mics_fast.errors import InputError
 
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
-    "stage", "device", "log_every", "checkpoint_every", "keep_checkpoints", "data.threads",
-    "data.prefetch", "data.on_bad_file",
+    "stage", "device", "log_every", "checkpoint_every", "keep_checkpoints", "threads",
+    "data.threads", "data.prefetch", "data.on_bad_file",
 }  # fmt: skip
 
 

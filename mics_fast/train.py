@@ -28,6 +28,7 @@ from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
 from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.threads import use_threads
 
 Batches = Iterator[tuple[PairBatch, ...]]
 
@@ -83,6 +84,7 @@ class Trainer:
         self.autocast = torch.bfloat16 if bf16 else None
         if config.data.dtype == "bf16" and not bf16:
             raise InputError("option data.dtype is bf16, wanted fp32 as the encoders run in fp32")
+        self.data = use_threads(config, self.device)
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
         self.run = Run.start(config, resume=resume)
@@ -235,7 +237,7 @@ class Trainer:
         return FrameCache(
             self.rows,
             self.manifest.modalities,
-            data=self.config.data,
+            data=self.data,
             image_size=self.size.image,
             device=self.device,
         )
@@ -253,7 +255,7 @@ class Trainer:
         loader = TrainLoader(
             rows,
             self.manifest.modalities,
-            data=self.config.data,
+            data=self.data,
             augment=augment,
             image_size=self.size.image,
             batch_size=batch_size,
@@ -302,7 +304,7 @@ class Trainer:
         return EvalLoader(
             rows,
             self.manifest.modalities,
-            data=self.config.data,
+            data=self.data,
             image_size=self.size.image,
             batch_size=batch_size,
             device=self.device,

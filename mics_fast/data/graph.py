@@ -20,6 +20,7 @@ from mics_fast.config import AugmentConfig, DataConfig
 from mics_fast.data.augment import BLUR, Augmentation
 from mics_fast.data.views import IMAGENET_STD
 from mics_fast.errors import InputError
+from mics_fast.threads import available_threads, share_threads
 
 # DALI refuses a standard deviation of 0; this one changes nothing.
 _SMALLEST_BLUR = 1e-3
@@ -168,8 +169,8 @@ def check_dali() -> None:
         ) from None
 
 
-def new_pipeline(device: torch.device, threads: int, batch_size: int, prefetch: int) -> Any:
-    """An empty pipeline for a device."""
+def new_pipeline(device: torch.device, threads: int | None, batch_size: int, prefetch: int) -> Any:
+    """An empty pipeline for a device; without a number of threads, with its share of all."""
     from nvidia.dali import Pipeline
 
     number = None
@@ -177,7 +178,7 @@ def new_pipeline(device: torch.device, threads: int, batch_size: int, prefetch: 
         number = torch.cuda.current_device() if device.index is None else device.index
     return Pipeline(
         batch_size=batch_size,
-        num_threads=threads,
+        num_threads=threads or share_threads(available_threads(), device)[1],
         device_id=number,
         prefetch_queue_depth=prefetch,
     )
