@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
+from mics_fast.data.graph import check_dali
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint, weights_of
@@ -63,10 +64,12 @@ class Trainer:
         resume: go on with the run in ``config.out`` if there is one.
 
     Raises:
-        InputError: nothing to train on, no such device, or a run folder that cannot be used.
+        InputError: nothing to train on, no DALI, no such device, or a run folder that cannot be
+            used.
     """
 
     def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
+        check_dali()
         self.config, self.manifest = config, manifest
         self.rows = manifest.select("train")
         if not self.rows:

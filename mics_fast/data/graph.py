@@ -9,6 +9,8 @@ the largest crop and no flip. Colour and normalisation follow in ``views.py``.
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,7 +158,7 @@ class PairGraph:
 
 
 def check_dali() -> None:
-    """Say how to install DALI where it is not.
+    """Say how to install DALI where it is not, or that it cannot be.
 
     Raises:
         InputError: it cannot be imported.
@@ -164,9 +166,11 @@ def check_dali() -> None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        raise InputError(
-            "NVIDIA DALI cannot be imported, wanted: pip install 'mics-fast[train]' on Linux"
-        ) from None
+        if sys.platform == "linux":
+            what = "cannot be imported, wanted: pip install 'mics-fast[train]'"
+        else:
+            what = f"exists for Linux alone, and this is {platform.system()}"
+        raise InputError(f"NVIDIA DALI, which reads the images, {what}") from None
 
 
 def new_pipeline(device: torch.device, threads: int | None, batch_size: int, prefetch: int) -> Any:
