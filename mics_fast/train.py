@@ -95,6 +95,7 @@ class Trainer:
     def pretrain(self) -> bool:
         """Stage 1 over all train rows; False where it was asked to stop before its end."""
         options, model = self.config.pretrain, self.config.model
+        check_modalities(options, self.manifest.modalities)
         steps_per_epoch = max(1, len(self.rows) // options.batch_size)
         torch.manual_seed(self.config.seed)
         stage = PretrainStage(
@@ -130,6 +131,8 @@ class Trainer:
     def finetune(self) -> bool:
         """Stage 2; False where it was asked to stop before its end."""
         options = self.config.finetune
+        if len(self.manifest.modalities) == 1:
+            print(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
         if not labelled:
             raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
@@ -353,6 +356,24 @@ def find_pretraining(path: Path) -> Path:
     if latest is None:
         raise InputError(f"finetune.init {path} holds no pre-training checkpoint")
     return latest
+
+
+def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:
+    """Refuse pre-training that has no loss; say which losses one modality alone leaves out.
+
+    Raises:
+        InputError: every weight is 0 but those that need two modalities.
+    """
+    several = len(modalities) > 1
+    own = options.reconstruction_weight or options.adversarial_weight
+    if not own and not (several and options.consistency_weight):
+        raise InputError(
+            "pre-training has no loss: wanted pretrain.reconstruction_weight or "
+            "pretrain.adversarial_weight above 0"
+            + (", or pretrain.consistency_weight" if several else f", with {modalities[0]} alone")
+        )
+    if not several and options.consistency_weight:
+        print(f"{modalities[0]} alone: without consistency, which takes two modalities")
 
 
 def pick_device(name: str) -> torch.device:
