@@ -294,13 +294,13 @@ class Trainer:
         labelled = [row for row in self.rows if row.labelled]
         if not val or not labelled:
             return None
-        sides = [
+        keys, queries = (
             self._eval_loader(bounded(rows), self.config.pretrain.batch_size)
             for rows in (labelled, val)
-        ]
+        )
 
         def validate() -> dict[str, float]:
-            scores = neighbour_accuracy(stage.model, *sides, autocast=self.autocast)
+            scores = neighbour_accuracy(stage.model, keys, queries, self.autocast)
             print(f"pretrain  {in_words(scores)}", flush=True)
             return scores
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mics_fast.errors import InputError
-from mics_fast.models.vit import VisionTransformer
 
 _ANCHOR = "patch_embed.proj.weight"
 _WRAPPERS = ("model", "state_dict")
@@ -27,12 +26,12 @@ _WRAPPERS = ("model", "state_dict")
 _FOREIGN = re.compile(r"(blocks\.|patch_embed\.|norm_pre\.|reg_token|dist_token|storage_tokens)")
 
 
-def load_initial_weights(file: Path, encoders: Sequence[VisionTransformer]) -> str:
+def load_initial_weights(file: Path, encoders: Sequence[nn.Module]) -> str:
     """Start encoders of one architecture from a file.
 
     Args:
         file: a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file of tensors.
-        encoders: at least one; all are given the same weights.
+        encoders: at least one ``VisionTransformer``; all are given the same weights.
 
     Returns:
         A sentence on what matched, what was resampled, and what was left out on either side.
