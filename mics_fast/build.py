@@ -68,6 +68,7 @@ def build_pretraining(
         )
     plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
     plan.final_lr = {"model": options.lr_final / options.lr}
+    plan.choose_best = False
     plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue_size)
     return stage, plan
 

@@ -88,7 +88,7 @@ class DataConfig:
         mean: per modality, three channel means in [0, 1]; default ImageNet's.
         std: per modality, three channel standard deviations; default ImageNet's.
         dtype: of the training views; bf16, half the memory, needs encoders that run in bf16.
-        threads: CPU threads of the image pipeline.
+        threads: CPU threads of an image pipeline; default: its share (``mics_fast/threads.py``).
         prefetch: batches in flight: while the loop works on one, the next are made.
         on_bad_file: "error" stops at a file that cannot be read or decoded; "skip" treats it as
             a missing modality, or, where a row has none left, takes the next row instead.
@@ -101,7 +101,7 @@ class DataConfig:
     mean: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     std: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     dtype: Literal["fp32", "bf16"] = "fp32"
-    threads: int = 2
+    threads: int | None = None
     prefetch: int = 2
     on_bad_file: Literal["error", "skip"] = "error"
     cache: CacheConfig = field(default_factory=CacheConfig)
@@ -116,12 +116,16 @@ class ModelConfig:
         pool: what a head reads: the class token, or the mean of the patch tokens [ours].
         projection: width of the contrastive feature [ALBEF].
         fusion_depth: blocks of the fusion encoder [ours].
+        init: ``.safetensors``, ``.pt`` or ``.pth`` file of a vision transformer in timm's naming,
+            from which the encoders start: in pre-training, or in a fine-tuning without one
+            (``data.mean`` and ``data.std`` should be those it was trained with) [ours].
     """
 
     size: ModelSize = "vit_base"
     pool: Literal["cls", "mean"] = "cls"
     projection: int = 256
     fusion_depth: int = 4
+    init: str = ""
 
 
 @dataclass
@@ -190,6 +194,8 @@ class FinetuneConfig:
         unlabelled_batch: unlabelled pairs a step [ours].
         accumulate: parts that both batches are worked on in, one after the other, for less
             memory; the agreement of modalities is a mean over one part's complete pairs [ours].
+        sampling: of the labelled rows: "natural", each row once an epoch; "balanced", each class
+            equally often, for data in which some are rare [ours].
         lr: peak learning rate of the encoders (AdamW, cosine to 1 % of it) [ours].
         head_lr_factor: fusion encoder and heads learn this many times faster [ours].
         warmup: share of all steps with a linear warm-up [ours].
@@ -221,6 +227,7 @@ class FinetuneConfig:
     labelled_batch: int = 16
     unlabelled_batch: int = 48
     accumulate: int = 1
+    sampling: Literal["natural", "balanced"] = "natural"
     lr: float = 1e-4
     head_lr_factor: float = 10.0
     warmup: float = 0.05
@@ -257,6 +264,8 @@ class TrainConfig:
             bf16 and fp16 do with what stays in fp32: losses and discriminator. fp16 scales the
             loss.
         compile: torch.compile of the encoder blocks; "auto": on a GPU.
+        threads: CPU threads that torch, the operators and the image pipeline share; default: all
+            cores that the process may use (the rule: ``mics_fast/threads.py``).
         log_every: steps between log lines.
         checkpoint_every: steps between checkpoints, 0 = off; one is also written when a stage ends.
         checkpoint_minutes: minutes between checkpoints, beside those; 0 = off.
@@ -272,6 +281,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: PrecisionName = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    threads: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200
     checkpoint_minutes: float = 0.0
@@ -328,7 +338,7 @@ def check_config(config: TrainConfig) -> None:
         InputError: the first option that is out of range.
     """
     positive = (
-        "log_every keep_checkpoints data.threads data.prefetch model.projection "
+        "log_every keep_checkpoints data.prefetch model.projection "
         "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.accumulate pretrain.lr "
         "pretrain.temperature finetune.epochs finetune.labelled_batch finetune.unlabelled_batch "
         "finetune.accumulate finetune.lr finetune.shift_rank"
@@ -357,7 +367,7 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
-    for name in ("data.cache.side", "peak_tflops"):
+    for name in ("threads", "data.threads", "data.cache.side", "peak_tflops"):
         value = attrgetter(name)(config)
         if value is not None and value <= 0:
             raise InputError(f"option {name} is {value}, wanted a number above 0")

@@ -16,8 +16,9 @@ from mics_fast.build import (
     compile_blocks,
     pick_device,
 )
-from mics_fast.config import AugmentConfig, TrainConfig
+from mics_fast.config import AugmentConfig, PretrainConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
+from mics_fast.data.graph import check_dali
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import load_checkpoint, weights_of
@@ -28,10 +29,14 @@ from mics_fast.engine.precision import pick_precision
 from mics_fast.errors import InputError, RunFailed, run_command
 from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
+from mics_fast.models.initial_weights import load_initial_weights
 from mics_fast.models.sizes import SIZES
+from mics_fast.neighbours import bounded, in_words, neighbour_accuracy
 from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config, pretraining_of
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
+from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.threads import use_threads
 
 Batches = Iterator[tuple[PairBatch, ...]]
 
@@ -69,10 +74,12 @@ class Trainer:
         resume: go on with the run in ``config.out`` if there is one.
 
     Raises:
-        InputError: nothing to train on, no such device, or a run folder that cannot be used.
+        InputError: nothing to train on, no DALI, no such device, or a run folder that cannot be
+            used.
     """
 
     def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
+        check_dali()
         self.config, self.manifest = config, manifest
         self.rows = manifest.select("train")
         if not self.rows:
@@ -90,25 +97,32 @@ class Trainer:
             raise InputError(
                 "option data.dtype is bf16, wanted fp32 as the encoders do not run in bf16"
             )
+        self.data = use_threads(config, self.device)
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
         self.run = Run.start(config, resume=resume)
 
     def pretrain(self) -> bool:
         """Stage 1 over all train rows; False where it was asked to stop before its end."""
-        options = self.config.pretrain
+        options, init = self.config.pretrain, self.config.model.init
+        check_modalities(options, self.manifest.modalities)
         stage, plan = build_pretraining(
             self.config, self.manifest, len(self.rows), self.precision, self.device
         )
+        if init:
+            encoders = (stage.model.encoder, stage.model.teacher_encoder)
+            print(load_initial_weights(Path(init), encoders))
 
         def batches(step: int) -> Batches:
             return zip(self._loader(self.rows, options.batch_size, options.augment, step))
 
-        return self._run(stage, plan, batches)
+        return self._run(stage, plan, batches, self._neighbours(stage))
 
     def finetune(self) -> bool:
         """Stage 2; False where it was asked to stop before its end."""
         options = self.config.finetune
+        if len(self.manifest.modalities) == 1:
+            print(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
         if not labelled:
             raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
@@ -119,7 +133,15 @@ class Trainer:
         )
 
         def batches(step: int) -> Batches:
-            loaders = [self._loader(labelled, options.labelled_batch, options.augment, step)]
+            loaders = [
+                self._loader(
+                    labelled,
+                    options.labelled_batch,
+                    options.augment,
+                    step,
+                    balanced=options.sampling == "balanced",
+                )
+            ]
             if wants_unlabelled(options):
                 size = options.unlabelled_batch
                 loaders.append(self._loader(self.rows, size, options.augment, step, strong=True))
@@ -180,7 +202,7 @@ class Trainer:
         return FrameCache(
             self.rows,
             self.manifest.modalities,
-            data=self.config.data,
+            data=self.data,
             image_size=self.size.image,
             device=self.device,
         )
@@ -193,17 +215,19 @@ class Trainer:
         step: int,
         *,
         strong: bool = False,
+        balanced: bool = False,
     ) -> TrainLoader:
         loader = TrainLoader(
             rows,
             self.manifest.modalities,
-            data=self.config.data,
+            data=self.data,
             augment=augment,
             image_size=self.size.image,
             batch_size=batch_size,
             seed=self.config.seed,
             step=step,
             strong=strong,
+            balanced=balanced,
             device=self.device,
             cache=self.cache,
         )
@@ -215,14 +239,7 @@ class Trainer:
         rows = [row for row in self.manifest.select("val") if row.label >= 0]
         if not rows:
             return None
-        loader = EvalLoader(
-            rows,
-            self.manifest.modalities,
-            data=self.config.data,
-            image_size=self.size.image,
-            batch_size=self.config.finetune.unlabelled_batch,
-            device=self.device,
-        )
+        loader = self._eval_loader(rows, self.config.finetune.unlabelled_batch)
 
         def validate() -> dict[str, float]:
             metrics = view_metrics(collect_opinions(stage.average, loader).fused())
@@ -230,15 +247,64 @@ class Trainer:
 
         return validate
 
+    def _neighbours(self, stage: PretrainStage) -> Callable[[], dict[str, float]] | None:
+        """How well nearest labelled rows classify the val rows; None where either is lacking."""
+        val = [row for row in self.manifest.select("val") if row.label >= 0]
+        labelled = [row for row in self.rows if row.labelled]
+        if not val or not labelled:
+            return None
+        keys, queries = (
+            self._eval_loader(bounded(rows), self.config.pretrain.batch_size)
+            for rows in (labelled, val)
+        )
+
+        def validate() -> dict[str, float]:
+            scores = neighbour_accuracy(stage.model, keys, queries, self.precision.autocast)
+            print(f"pretrain  {in_words(scores)}", flush=True)
+            return scores
+
+        return validate
+
+    def _eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader:
+        return EvalLoader(
+            rows,
+            self.manifest.modalities,
+            data=self.data,
+            image_size=self.size.image,
+            batch_size=batch_size,
+            device=self.device,
+        )
+
     def _load_encoder(self, model: Classifier) -> None:
         """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
         checkpoint = pretraining_of(self.run)
         if checkpoint is None:
-            print("fine-tuning from scratch")
+            print("fine-tuning without pre-training")
+            if self.config.model.init:
+                encoders = [model.encoders[name] for name in model.modalities]
+                print(load_initial_weights(Path(self.config.model.init), encoders))
             return
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
         model.load_encoder(weights_of(state, "model.encoder"))
         print(f"fine-tuning from {checkpoint}")
+
+
+def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:
+    """Refuse pre-training that has no loss; say which losses one modality alone leaves out.
+
+    Raises:
+        InputError: every weight is 0 but those that need two modalities.
+    """
+    several = len(modalities) > 1
+    own = options.reconstruction_weight or options.adversarial_weight
+    if not own and not (several and options.consistency_weight):
+        raise InputError(
+            "pre-training has no loss: wanted pretrain.reconstruction_weight or "
+            "pretrain.adversarial_weight above 0"
+            + (", or pretrain.consistency_weight" if several else f", with {modalities[0]} alone")
+        )
+    if not several and options.consistency_weight:
+        print(f"{modalities[0]} alone: without consistency, which takes two modalities")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from mics_fast.config import AugmentConfig, ColourConfig
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 """Columns of ``Augmentation.weak`` and ``Augmentation.strong``."""
 
-_ORDER, _AUGMENT = 0, 1
+_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS = range(4)  # what numbers are for
 _GEOMETRY_NUMBERS, _COLOUR_NUMBERS = 6, 5
 
 
@@ -92,9 +92,14 @@ def draw_augmentation(
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
     """(rows,) a permutation of the row positions, uniform over permutations."""
-    order = np.argsort(_raw(seed, _ORDER, epoch, 0, rows), kind="stable")
+    order = draw_order(seed, _ORDER, epoch, 0, rows)
     order.flags.writeable = False
     return order
+
+
+def draw_order(seed: int, purpose: int, epoch: int, stream: int, count: int) -> np.ndarray:
+    """(count,) a permutation, uniform over permutations, for one purpose of its own."""
+    return np.argsort(_raw(seed, purpose, epoch, stream, count), kind="stable")
 
 
 def _colour(config: ColourConfig, uniform: np.ndarray) -> np.ndarray:

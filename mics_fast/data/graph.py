@@ -9,6 +9,8 @@ the largest crop and no flip. Colour and normalisation follow in ``views.py``.
 
 from __future__ import annotations
 
+import platform
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from mics_fast.config import AugmentConfig, DataConfig
 from mics_fast.data.augment import BLUR, Augmentation
 from mics_fast.data.views import IMAGENET_STD
 from mics_fast.errors import InputError
+from mics_fast.threads import available_threads, share_threads
 
 # DALI refuses a standard deviation of 0; this one changes nothing.
 _SMALLEST_BLUR = 1e-3
@@ -155,7 +158,7 @@ class PairGraph:
 
 
 def check_dali() -> None:
-    """Say how to install DALI where it is not.
+    """Say how to install DALI where it is not, or that it cannot be.
 
     Raises:
         InputError: it cannot be imported.
@@ -163,13 +166,15 @@ def check_dali() -> None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        raise InputError(
-            "NVIDIA DALI cannot be imported, wanted: pip install 'mics-fast[train]' on Linux"
-        ) from None
+        if sys.platform == "linux":
+            what = "cannot be imported, wanted: pip install 'mics-fast[train]'"
+        else:
+            what = f"exists for Linux alone, and this is {platform.system()}"
+        raise InputError(f"NVIDIA DALI, which reads the images, {what}") from None
 
 
-def new_pipeline(device: torch.device, threads: int, batch_size: int, prefetch: int) -> Any:
-    """An empty pipeline for a device."""
+def new_pipeline(device: torch.device, threads: int | None, batch_size: int, prefetch: int) -> Any:
+    """An empty pipeline for a device; without a number of threads, with its share of all."""
     from nvidia.dali import Pipeline
 
     number = None
@@ -177,7 +182,7 @@ def new_pipeline(device: torch.device, threads: int, batch_size: int, prefetch: 
         number = torch.cuda.current_device() if device.index is None else device.index
     return Pipeline(
         batch_size=batch_size,
-        num_threads=threads,
+        num_threads=threads or share_threads(available_threads(), device)[1],
         device_id=number,
         prefetch_queue_depth=prefetch,
     )

@@ -22,6 +22,7 @@ from mics_fast.data.cache import FrameCache
 from mics_fast.data.files import ImageFiles
 from mics_fast.data.graph import PairGraph
 from mics_fast.data.manifest import Row
+from mics_fast.data.sampling import BalancedOrder
 from mics_fast.data.shards import shard_of, shard_order
 from mics_fast.data.stream import (
     PairBatch,
@@ -41,6 +42,7 @@ class TrainLoader:
     Sample n = step * batch_size + i of the stream is row ``order(seed, n // R)[n % R]`` of the R
     rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch.
     The order is any permutation; of rows that all lie in shards, one that takes shard after shard.
+    Where classes are balanced, an epoch holds each class, not each row, equally often.
     A row none of whose images can be used, where bad files are skipped, is replaced by the next
     one of its epoch.
 
@@ -54,6 +56,7 @@ class TrainLoader:
         seed: of order and augmentation.
         step: number of the first batch.
         strong: also make the strong view.
+        balanced: draw every class equally often; the rows are labelled then.
         device: where decoding, augmentation and batches live.
         rank: of this process.
         world_size: processes that share each batch.
@@ -76,6 +79,7 @@ class TrainLoader:
         seed: int,
         step: int = 0,
         strong: bool = False,
+        balanced: bool = False,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
@@ -98,6 +102,7 @@ class TrainLoader:
         self._offset = rank * self._share
         self._shards = shards_of(rows)
         self._orders: dict[int, np.ndarray] = {}
+        self._balanced = BalancedOrder(seed, [row.label for row in rows]) if balanced else None
         self._stream: Stream | None = None
 
     def __iter__(self) -> TrainLoader:
@@ -158,6 +163,7 @@ class TrainLoader:
             "batch_size": self.batch_size,
             "rows": len(self.rows),
             "rows_checksum": zlib.crc32(names.encode()),
+            "balanced": int(self._balanced is not None),
         }
 
     def _prepare(self, step: int) -> Prepared:
@@ -169,7 +175,11 @@ class TrainLoader:
         return Prepared([self._sample(number) for number in numbers])
 
     def _row(self, number: int, later: int = 0) -> tuple[Row, int]:
-        """Row and epoch of a sample of the stream, or of one that comes later in its epoch."""
+        """Row of a sample of the stream, or of one that comes later in its epoch, and how often it
+        has come before."""
+        if self._balanced is not None:
+            place, before = self._balanced.row(number + later)
+            return self.rows[place], before
         count = len(self.rows)
         epoch, place = divmod(number, count)
         return self.rows[self._order(epoch)[(place + later) % count]], epoch

@@ -39,7 +39,8 @@ class Loop:
         checkpoints: where they go.
         meta: what the checkpoints belong to.
         log: where records go.
-        validate: scores the stage as it is; name -> value, higher is better for the first.
+        validate: scores the stage as it is; name -> value, higher is better for the first, which
+            may choose the best checkpoint.
     """
 
     def __init__(
@@ -169,7 +170,8 @@ class Loop:
             "rng": torch.get_rng_state(),
             "seconds": self.meter.seconds(),
         }
-        writer.save(self.step, state, next(iter(scores.values()), None))
+        score = next(iter(scores.values()), None) if self.plan.choose_best else None
+        writer.save(self.step, state, score)
         if last and (failure := writer.wait()):
             raise InputError(failure)
         return scores

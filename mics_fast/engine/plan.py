@@ -73,6 +73,7 @@ class Plan:
         flops: loss term -> floating-point operations of a step; empty: not known.
         peak_tflops: of the device, in TFLOP/s; None: not known.
         profile: steps to profile.
+        choose_best: whether the first score names the best checkpoint; else the latest counts.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Plan:
     flops: dict[str, float] = field(default_factory=dict)
     peak_tflops: float | None = None
     profile: int = 0
+    choose_best: bool = True
 
     @property
     def main(self) -> str:

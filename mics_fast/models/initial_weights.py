@@ -1,0 +1,201 @@
+"""Initial weights of the encoders from a file of a vision transformer in timm's naming.
+
+The file holds what timm's ``VisionTransformer`` calls its parameters, bare or inside the usual
+wrappings: a dictionary under "model" or "state_dict", one prefix before all names. Positions of
+another grid are resampled; what would make the encoder compute something else than the file's
+network is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mics_fast.errors import InputError
+
+_ANCHOR = "patch_embed.proj.weight"
+_WRAPPERS = ("model", "state_dict")
+# Parts of other networks that change what a block or a token is. What is not one of them (heads,
+# decoders, a norm behind the pooling) comes after the tokens and is left out.
+_FOREIGN = re.compile(r"(blocks\.|patch_embed\.|norm_pre\.|reg_token|dist_token|storage_tokens)")
+
+
+def load_initial_weights(file: Path, encoders: Sequence[nn.Module]) -> str:
+    """Start encoders of one architecture from a file.
+
+    Args:
+        file: a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file of tensors.
+        encoders: at least one ``VisionTransformer``; all are given the same weights.
+
+    Returns:
+        A sentence on what matched, what was resampled, and what was left out on either side.
+
+    Raises:
+        InputError: it cannot be read, holds no such network, or one of another width, depth, patch
+            size or kind.
+    """
+    given = unwrapped(file, read_tensors(file))
+    own = encoders[0].state_dict()
+    check_architecture(file, given, own)
+    notes = []
+    matched = {name: tensor.float() for name, tensor in given.items() if name in own}
+    if "pos_embed" in matched:
+        has_class = "cls_token" in given
+        positions, note = fit_positions(file, matched["pos_embed"], own["pos_embed"], has_class)
+        matched["pos_embed"] = positions
+        notes += [note] if note else []
+    for name, tensor in matched.items():
+        if tensor.shape != own[name].shape:
+            raise InputError(
+                f"model.init {file}: {name} is {tuple(tensor.shape)}, "
+                f"wanted {tuple(own[name].shape)}"
+            )
+    for encoder in encoders:
+        encoder.load_state_dict({**own, **matched})
+    kept, left = own.keys() - matched.keys(), given.keys() - own.keys()
+    notes += [f"not in the file, as initialised: {_names(kept)}"] if kept else []
+    notes += [f"left out of the file: {_names(left)}"] if left else []
+    return "; ".join([f"encoder from {file}: {len(matched)} of {len(own)} tensors", *notes])
+
+
+def read_tensors(file: Path) -> Mapping[str, Any]:
+    """What a file holds, without executing any code that it holds.
+
+    Raises:
+        InputError: no such file, or one that cannot be read.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        if file.suffix in (".pt", ".pth"):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # both libraries raise many kinds
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise InputError(f"model.init {file} cannot be read: {reason}") from error
+    raise InputError(f"model.init is {file}, wanted a .safetensors, .pt or .pth file")
+
+
+def unwrapped(file: Path, content: Any) -> dict[str, Tensor]:
+    """The tensors of the vision transformer in a file, under timm's names.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    while isinstance(content, Mapping) and not any(_is_anchor(name) for name in content):
+        content = next((content[name] for name in _WRAPPERS if name in content), None)
+    names = list(content) if isinstance(content, Mapping) else []
+    prefixes = [name.removesuffix(_ANCHOR) for name in names if _is_anchor(name)]
+    if len(prefixes) != 1:
+        found = f"{len(prefixes)} of them, below {_names(prefixes)}" if prefixes else "none"
+        raise InputError(
+            f"model.init {file} holds {found}, wanted one vision transformer in timm's naming "
+            f"({_ANCHOR}, blocks.0.attn.qkv.weight, ...)"
+        )
+    return {
+        name.removeprefix(prefixes[0]): tensor
+        for name, tensor in content.items()
+        if name.startswith(prefixes[0]) and isinstance(tensor, Tensor)
+    }
+
+
+def check_architecture(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse what is not the encoder's architecture.
+
+    Raises:
+        InputError: names the file, what it holds and what is wanted.
+    """
+    theirs, ours = describe(given), describe(own)
+    if theirs != ours:
+        raise InputError(
+            f"model.init {file} holds an encoder of {theirs}, but model.size wants one of {ours}"
+        )
+    foreign = sorted(name for name in given if name not in own and _FOREIGN.match(name))
+    if foreign:
+        raise InputError(
+            f"model.init {file} holds {_names(foreign)}, which the encoders of this project do "
+            "not have: they would compute something else"
+        )
+    # A class token, biases and the last norm start neutral; a network without them is whole.
+    lacking = [
+        name
+        for name, tensor in own.items()
+        if name not in given and tensor.ndim > 1 and name != "cls_token"
+    ]
+    if lacking:
+        raise InputError(f"model.init {file} lacks {_names(lacking)}")
+
+
+def describe(state: Mapping[str, Tensor]) -> str:
+    """Width, depth and patch of a vision transformer."""
+    width, *patch = state[_ANCHOR].shape
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    return f"width {width}, depth {depth} and patches of {' x '.join(map(str, patch))}"
+
+
+def fit_positions(
+    file: Path, given: Tensor, own: Tensor, has_class_token: bool
+) -> tuple[Tensor, str]:
+    """Positions of a file on the encoder's grid.
+
+    Args:
+        file: for what is said of it.
+        given: (1, N, D) of a square grid, or (1, 1 + N, D) with the class token's first.
+        own: (1, 1 + M, D) of the encoder.
+        has_class_token: whether the file has one. One without a position has position zero; where
+            there is none, the encoder's own stays.
+
+    Returns:
+        (1, 1 + M, D), and a note on what was done, empty where it is all as in the file.
+
+    Raises:
+        InputError: another number of positions, or another shape.
+    """
+    if given.ndim != 3 or len(given) != 1:
+        raise InputError(f"model.init {file}: pos_embed is {tuple(given.shape)}, wanted (1, N, D)")
+    with_class = not _is_square(given.shape[1])
+    if with_class and not _is_square(given.shape[1] - 1):
+        raise InputError(
+            f"model.init {file}: pos_embed has {given.shape[1]} positions, wanted those of a "
+            "square grid, with or without one of the class token"
+        )
+    if with_class:
+        first, patches = given[:, :1], given[:, 1:]
+    else:
+        first, patches = (torch.zeros_like(given[:, :1]) if has_class_token else own[:, :1]), given
+    before, after = (round(x.shape[1] ** 0.5) for x in (patches, own[:, 1:]))
+    notes = [] if with_class else ["the class token has no position in the file"]
+    if before != after:
+        patches = resample_positions(patches, after)
+        notes.append(f"positions resampled from {before} x {before} to {after} x {after}")
+    return torch.cat([first, patches], dim=1), "; ".join(notes)
+
+
+def resample_positions(positions: Tensor, side: int) -> Tensor:
+    """Bicubic, antialiased resampling of a square grid: (1, n * n, D) -> (1, side * side, D)."""
+    before = round(positions.shape[1] ** 0.5)
+    grid = positions.unflatten(1, (before, before)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    return grid.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def _is_anchor(name: object) -> bool:
+    return f".{name}".endswith(f".{_ANCHOR}")
+
+
+def _is_square(number: int) -> bool:
+    return round(number**0.5) ** 2 == number
+
+
+def _names(names: Iterable[str]) -> str:
+    """A few names, sorted, and how many more there are."""
+    ordered = sorted(names)
+    more = [f"{len(ordered) - 6} more"] if len(ordered) > 6 else []
+    return ", ".join([*ordered[:6], *more])
