@@ -89,7 +89,8 @@ class DataConfig:
         std: per modality, three channel standard deviations; default ImageNet's.
         dtype: of the training views; bf16, half the memory, needs encoders that run in bf16.
         threads: CPU threads of an image pipeline; default: its share (``mics_fast/threads.py``).
-        prefetch: batches in flight: while the loop works on one, the next are made.
+        prefetch: batches in flight: while the loop works on one, the next are made (on a CPU:
+            decoded).
         on_bad_file: "error" stops at a file that cannot be read or decoded; "skip" treats it as
             a missing modality, or, where a row has none left, takes the next row instead.
         cache: whether decoded frames are kept.

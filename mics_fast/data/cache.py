@@ -1,13 +1,13 @@
 """Decoded frames kept in memory, so that an epoch after the first reads and decodes nothing.
 
 A kept frame is the whole frame, resized to a square a little larger than the views, as uint8. It
-enters the graph in the place of an encoded image, in the first epoch too: a batch is the same
-whether its frames were kept before it or are decoded for it.
+takes the place of a decoded image, in the first epoch too: a batch is the same whether its frames
+were kept before it or are decoded for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mics_fast.config import DataConfig
 from mics_fast.data.files import WHOLE, ImageFiles
 from mics_fast.data.graph import check_dali, decoded, new_pipeline, resized
 from mics_fast.data.manifest import Row
+from mics_fast.data.resize import resized_square
+from mics_fast.data.workers import image_workers
 from mics_fast.errors import InputError
 
 _LARGEST_BATCH = 64  # frames decoded at a time
@@ -50,6 +52,7 @@ class FrameCache:
     ) -> None:
         check_dali()
         self.modalities, self.threads, self._device = modalities, data.threads, device
+        self._on_gpu = device.type == "cuda"
         self.device = device if data.cache.mode == "device" else torch.device("cpu")
         self.side = data.cache.side or round(image_size * 256 / 224)
         self.files = ImageFiles(data.on_bad_file, device)
@@ -61,6 +64,7 @@ class FrameCache:
         self._frames = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self._blank = torch.zeros(shape[2:], dtype=torch.uint8, device=self.device)
         self._pipeline: Any = None
+        self._workers = image_workers(data.threads)
 
     def fill(self, rows: Sequence[Row]) -> None:
         """Decode whatever is not yet known of some rows.
@@ -110,17 +114,25 @@ class FrameCache:
         try:
             if self._pipeline is None:
                 self._pipeline = self._build()
-            (squares,) = self._pipeline.run(encoded=[encoded for _, _, encoded in readable])
+            (frames,) = self._pipeline.run(encoded=[encoded for _, _, encoded in readable])
         except RuntimeError:
             self._pipeline = None  # DALI cannot go on after an error
             images = [(row, self.modalities[column], WHOLE) for row, column, _ in readable]
             if not self.files.suspect(images):
                 raise
             return self._decode([(row, column) for row, column, _ in readable])
-        for (row, column, _), square in zip(readable, squares, strict=True):
-            place = self._place[row.index]
-            self._frames[place, column].copy_(torch.from_dlpack(square))
-            self._state[place, column] = _KEPT
+        places = [(self._place[row.index], column) for row, column, _ in readable]
+        squares: Iterable[Tensor] = map(torch.from_dlpack, frames)
+        if not self._on_gpu:
+            squares = self._workers.map(self._square, frames)
+        for where, square in zip(places, squares, strict=True):
+            self._frames[where].copy_(square)
+            self._state[where] = _KEPT
+
+    def _square(self, frame: Any) -> Tensor:
+        """A decoded frame as (side, side, 3) uint8."""
+        square = resized_square(torch.from_dlpack(frame), self.side, WHOLE)
+        return square.permute(1, 2, 0).to(torch.uint8)
 
     def _build(self) -> Any:
         from nvidia.dali import fn
@@ -128,7 +140,8 @@ class FrameCache:
         pipeline = new_pipeline(self._device, self.threads, _LARGEST_BATCH, prefetch=1)
         with pipeline:
             encoded = fn.external_source(name="encoded")
-            pipeline.set_outputs(resized(decoded(encoded, self._device), self.side))
+            frame = decoded(encoded, self._device)
+            pipeline.set_outputs(resized(frame, self.side) if self._on_gpu else frame)
         pipeline.build()
         return pipeline
 

@@ -1,8 +1,9 @@
-"""The DALI graph: from images and augmentation numbers to square frames.
+"""The DALI graph: from images and augmentation numbers to decoded frames or square ones.
 
-One graph serves GPU (``mixed`` decode) and CPU, encoded files and frames that are kept decoded. Per
-modality: decode the crop alone, resize it to a square (triangle filter, antialiased), flipped; then
-blur it for each view, weak or strong, that is to be blurred. Images stay uint8, so every operation
+Per modality it decodes the crop alone. On a GPU (``mixed`` decode) it goes on: resize to a square
+(triangle filter, antialiased), flipped; then blur for each view, weak or strong, that is to be
+blurred. On a CPU, where DALI's resize takes as long as its decoder, ``resize.py`` does the same to
+each frame, and frames that are kept decoded need no graph. Images stay uint8, so every operation
 rounds. An evaluation view is the whole frame resized to the square: the geometry of training with
 the largest crop and no flip. Colour and normalisation follow in ``views.py``.
 """
@@ -76,16 +77,33 @@ class PairGraph:
             if min(std) <= 0:
                 raise InputError(f"option data.std of {name} is {std}, wanted numbers above 0")
 
+    @property
+    def resizes(self) -> bool:
+        """Whether frames leave the graph as squares, blurred where they are to be."""
+        return self.device.type == "cuda"
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is anything for a graph to do."""
+        return self.kept is None or self.resizes
+
+    def region(self, drawn: Augmentation) -> np.ndarray:
+        """(4,) float32: which part of a frame, as the resize gets it, becomes the square."""
+        # Encoded images are cropped by the decoder, kept ones by the resize.
+        return drawn.flips() if self.kept is None else drawn.region()
+
     def numbers(self, drawn: Augmentation) -> tuple[np.ndarray, ...]:
         """What an augmenting graph reads of one sample beside its images."""
-        # Encoded images are cropped by the decoder, kept ones by the resize.
-        place = (drawn.flips(), drawn.crop()) if self.kept is None else (drawn.region(),)
+        crop = (drawn.crop(),) if self.kept is None else ()
+        if not self.resizes:
+            return crop
         views = (drawn.weak, drawn.strong)
-        return (*place, *(views[view][:, BLUR].copy() for view in self._blurred()))
+        return (*crop, self.region(drawn), *(views[view][:, BLUR].copy() for view in self.blurred))
 
     def frames_of(self, outputs: Sequence[Any]) -> list[Sequence[Any]]:
-        """The outputs that each view, weak first, is made of: one a modality."""
-        blurred, count = self._blurred(), len(self.modalities)
+        """The outputs of a graph that resizes that each view, weak first, is made of: one a
+        modality."""
+        blurred, count = self.blurred, len(self.modalities)
         # Views that are not blurred share the frames that come first.
         shared = len(blurred) < self.views
         place = {view: shared + number for number, view in enumerate(blurred)}
@@ -97,8 +115,19 @@ class PairGraph:
         """How many views a sample has: weak or evaluation view, and strong view."""
         return 2 if self.strong else 1
 
+    @property
+    def blurred(self) -> list[int]:
+        """The views that are blurred: 0 weak, 1 strong."""
+        if self.augment is None:
+            return []
+        configs = (self.augment.weak, self.augment.strong)
+        return [view for view in range(self.views) if configs[view].blur]
+
     def build(self, images: Source | ShardIndices, numbers: Source, batch_size: int) -> Any:
-        """A running pipeline of (H, W, 3) uint8 frames; ``frames_of`` says which are whose.
+        """A running pipeline of (H, W, 3) uint8 frames.
+
+        They are squares where the graph resizes, and ``frames_of`` says which are whose; where it
+        does not, there is one a modality, each sample of its own size.
 
         Args:
             images: gives the images of each modality, or says where in shards they are.
@@ -107,28 +136,27 @@ class PairGraph:
         """
         from nvidia.dali import fn
 
-        blurred = self._blurred()
         pipeline = new_pipeline(self.device, self.data.threads, batch_size, self.data.prefetch)
         with pipeline:
-            places: Sequence[Any] = ()
+            drawn: list[Any] = []
             if self.augment is not None:
-                count = 2 if self.kept is None else 1
-                drawn = fn.external_source(source=numbers, num_outputs=count + len(blurred))
-                places, sigmas = drawn[:count], drawn[count:]
-            frames = [self._square(image, *places) for image in self._images(images)]
-            outputs = list(frames) if len(blurred) < self.views else []
-            for number in range(len(blurred)):
-                outputs += [_blur(x, sigmas[number][i]) for i, x in enumerate(frames)]
+                count = int(self.kept is None) + (1 + len(self.blurred) if self.resizes else 0)
+                drawn = list(fn.external_source(source=numbers, num_outputs=count))
+            frames = self._images(images)
+            if self.kept is None:
+                crop = drawn.pop(0) if drawn else None
+                frames = [decoded(image, self.device, crop) for image in frames]
+            outputs = self._squares(frames, drawn) if self.resizes else frames
             pipeline.set_outputs(*outputs)
         pipeline.build()
         return pipeline
 
-    def _blurred(self) -> list[int]:
-        """The views that are blurred: 0 weak, 1 strong."""
-        if self.augment is None:
-            return []
-        configs = (self.augment.weak, self.augment.strong)
-        return [view for view in range(self.views) if configs[view].blur]
+    def _squares(self, frames: Sequence[Any], drawn: Sequence[Any]) -> list[Any]:
+        """The outputs of a graph that resizes, of frames, region and blurs."""
+        region, *sigmas = drawn or [None]
+        squares = [resized(frame, self.image_size, region) for frame in frames]
+        outputs = squares if len(self.blurred) < self.views else []
+        return outputs + [_blur(x, own[i]) for own in sigmas for i, x in enumerate(squares)]
 
     def _images(self, source: Source | ShardIndices) -> Sequence[Any]:
         """The image of each modality as it comes."""
@@ -149,12 +177,6 @@ class PairGraph:
         )
         to_gpu = self.kept is not None and self.device.type == "cuda" and not kept_on_gpu
         return [image.gpu() for image in images] if to_gpu else images
-
-    def _square(self, image: Any, region: Any = None, crop: Any = None) -> Any:
-        """The part of the frame inside crop or region, as a flipped uint8 square."""
-        if self.kept is None:
-            image = decoded(image, self.device, crop)
-        return resized(image, self.image_size, region)
 
 
 def check_dali() -> None:

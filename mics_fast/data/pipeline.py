@@ -2,8 +2,8 @@
 
 Which row a sample is and how it is changed are functions of its number in the training stream
 (``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
-happens to the pixels is in ``graph.py`` and ``views.py``, to bad files in ``files.py``;
-``stream.py`` runs it all.
+happens to the pixels is in ``graph.py``, ``resize.py`` and ``views.py``, to bad files in
+``files.py``; ``stream.py`` runs it all.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 
 from mics_fast.config import AugmentConfig, DataConfig
 from mics_fast.data.augment import draw_augmentation, epoch_order
+from mics_fast.data.batch import PairBatch, Sample
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.files import ImageFiles
 from mics_fast.data.graph import PairGraph
@@ -25,9 +26,7 @@ from mics_fast.data.manifest import Row
 from mics_fast.data.sampling import BalancedOrder
 from mics_fast.data.shards import shard_of, shard_order
 from mics_fast.data.stream import (
-    PairBatch,
     Prepared,
-    Sample,
     Stream,
     encoded_sample,
     located_sample,
@@ -210,7 +209,7 @@ class TrainLoader:
         raise InputError(f"none of {len(self.rows)} train rows has an image that can be used")
 
     def _sample_of(self, row: Row, epoch: int) -> Sample:
-        names = self._graph.modalities
+        graph, names = self._graph, self._graph.modalities
         drawn = draw_augmentation(
             self._augment,
             seed=self.seed,
@@ -218,7 +217,7 @@ class TrainLoader:
             sample_id=row.index,
             modalities=len(names),
         )
-        how = (self._graph.numbers(drawn), drawn.crop(), (drawn.weak, drawn.strong))
+        how = (graph.numbers(drawn), drawn.crop(), graph.region(drawn), (drawn.weak, drawn.strong))
         if self._located():
             return located_sample(self._files, row, names, *how)
         if self._cache is None:

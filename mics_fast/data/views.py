@@ -1,4 +1,4 @@
-"""From square uint8 frames to views: colour and normalisation, in torch, where the batch lives.
+"""From square frames to views: colour and normalisation, in torch, where the batch lives.
 
 Both are linear in a pixel, so they cost three multiplications and additions a value here; DALI's
 colour operator took longer on a CPU than decoding half of the frame.
@@ -12,6 +12,8 @@ plane by the hue.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -28,48 +30,54 @@ _VARIANCE_FLOOR = 1.0
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 
-def make_view(
-    frames: Tensor, modality: str, data: DataConfig, colours: np.ndarray | None
-) -> Tensor:
+Colours = tuple[Tensor, Tensor]
+"""Of the samples of a batch: (B, 3, 3), what multiplies a pixel, and (B,), what is added."""
+
+
+def make_view(planes: Tensor, modality: str, data: DataConfig, colours: Colours | None) -> Tensor:
     """The view of one modality.
 
     Args:
-        frames: (B, H, W, 3) uint8.
+        planes: (B, 3, H, W) float32 of grey levels, 0..255.
         modality: its name, for mean and standard deviation.
         data: how to normalise.
-        colours: (B, 5) colour numbers of each sample, as in ``Augmentation``; None: no change.
+        colours: of these samples; None: no change.
 
     Returns:
         (B, 3, H, W) float32.
     """
-    planes = frames.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
     if colours is not None:
-        planes = coloured(planes, colours)
+        planes = coloured(planes, *colours)
     if data.normalize == "image":
         variance, mean = torch.var_mean(planes, (2, 3), correction=0, keepdim=True)
         return (planes - mean) * (variance + _VARIANCE_FLOOR).rsqrt()
-    mean, std = (
-        255 * torch.tensor(values, device=planes.device).reshape(3, 1, 1)
-        for values in (
-            data.mean.get(modality, IMAGENET_MEAN),
-            data.std.get(modality, IMAGENET_STD),
-        )
-    )
-    return planes.sub_(mean).div_(std)
+    mean = _levels(tuple(data.mean.get(modality, IMAGENET_MEAN)), planes.device)
+    std = _levels(tuple(data.std.get(modality, IMAGENET_STD)), planes.device)
+    return (planes - mean).div_(std)
 
 
-def coloured(planes: Tensor, numbers: np.ndarray) -> Tensor:
-    """(B, 3, H, W) float32 in 0..255, changed by the (B, 5) colour numbers of its samples."""
+@lru_cache
+def _levels(shares: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) shares of white as grey levels."""
+    return 255 * torch.tensor(shares, device=device).reshape(3, 1, 1)
+
+
+def coloured(planes: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """(B, 3, H, W) float32 in 0..255, changed by the ``Colours`` of its samples."""
+    # Not as a matrix product, which some GPUs round to ten bits and which may depend on the batch.
+    changed = offset[:, None, None, None].expand_as(planes).contiguous()
+    for channel in range(3):
+        changed.addcmul_(matrix[:, :, channel, None, None], planes[:, channel : channel + 1])
+    return changed.clamp_(0, 255)
+
+
+def colours_of(numbers: np.ndarray, device: torch.device) -> Colours:
+    """The colours of (B, 5) colour numbers as in ``Augmentation``."""
     matrix, offset = (
-        torch.from_numpy(values.astype(np.float32)).to(planes.device)
+        torch.from_numpy(values.astype(np.float32)).to(device)
         for values in colour_matrices(numbers.astype(np.float64))
     )
-    # Not as a matrix product, which some GPUs round to ten bits and which may depend on the batch.
-    changed = offset[:, None, None, None]
-    for channel in range(3):
-        weights = matrix[:, :, channel, None, None]
-        changed = torch.addcmul(changed, weights, planes[:, channel : channel + 1])
-    return changed.clamp_(0, 255)
+    return matrix, offset
 
 
 def colour_matrices(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,232 @@
+"""From samples and what was decoded of them to a batch of views on the training device.
+
+On a GPU the DALI graph has resized and blurred whole batches of squares. On a CPU it has decoded
+frames, each of its own size, or the frames were kept; resize, blur, colour and normalisation follow
+here, sample by sample, in threads that share a batch; DALI decodes the next ones meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mics_fast.data.augment import BLUR
+from mics_fast.data.graph import PairGraph
+from mics_fast.data.manifest import Row
+from mics_fast.data.resize import blurred, resized_square
+from mics_fast.data.shards import Member
+from mics_fast.data.views import Colours, colours_of, make_view
+
+
+@dataclass
+class PairBatch:
+    """B rows of the manifest on the training device.
+
+    Args:
+        views: modality -> (B, 3, H, W) float32 (bfloat16 where asked for), normalised: the weak or
+            the evaluation view; 0 where the image is missing.
+        strong: the strong view of the same crops, where asked for.
+        present: (B, M) bool, columns in the order of ``views``.
+        label: (B,) int64 class, -1 = unknown.
+        labelled: (B,) bool, may training use the label.
+        sample_id: (B,) int64 manifest row.
+        group_id: (B,) int64 contrastive id.
+    """
+
+    views: dict[str, Tensor]
+    strong: dict[str, Tensor] | None
+    present: Tensor
+    label: Tensor
+    labelled: Tensor
+    sample_id: Tensor
+    group_id: Tensor
+
+    def split(self, parts: int) -> list[PairBatch]:
+        """Equal parts of B / ``parts`` rows, in order; they share this batch's memory."""
+        size = len(self.label) // parts
+        if size * parts != len(self.label):
+            raise ValueError(f"a batch of {len(self.label)} rows has no {parts} equal parts")
+        if parts == 1:
+            return [self]
+
+        def rows(values: Any, at: slice) -> Any:
+            if isinstance(values, dict):
+                return {name: value[at] for name, value in values.items()}
+            return None if values is None else values[at]
+
+        return [
+            PairBatch(
+                **{n: rows(v, slice(k * size, (k + 1) * size)) for n, v in vars(self).items()}
+            )
+            for k in range(parts)
+        ]
+
+
+Image = np.ndarray | Tensor | Member
+"""An encoded image, a kept frame, or where an encoded image lies in a shard."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the graph reads of one sample, and whose it is.
+
+    Args:
+        row: of the manifest; None: none.
+        present: (M,) bool, which modalities it has.
+        images: of each modality, encoded, kept, or where it lies in a shard; where there is none,
+            another image, whose view is made black.
+        numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
+        crop: (4,) float32, what is decoded of the encoded images.
+        region: (4,) float32, what of a decoded or kept frame becomes the square.
+        colours: (M, 5) numbers of each view; none where nothing is augmented.
+        problems: a sentence on each bad image that it goes without.
+    """
+
+    row: Row | None
+    present: np.ndarray
+    images: Sequence[Image]
+    numbers: tuple[np.ndarray, ...]
+    crop: np.ndarray
+    region: np.ndarray
+    colours: Sequence[np.ndarray]
+    problems: Sequence[str]
+
+
+Views = list[dict[str, Tensor]]
+"""The views, weak or evaluation first, of each modality: (B, 3, H, W)."""
+
+
+def batch_of(
+    graph: PairGraph,
+    samples: Sequence[Sample],
+    outputs: Sequence[Any],
+    dtype: torch.dtype,
+    workers: Executor,
+) -> PairBatch:
+    """The views, beside what is known of their rows; samples without any image are left out.
+
+    Args:
+        graph: what becomes of the images.
+        samples: of the batch.
+        outputs: of the graph; where it does not run, the kept frames, a list a modality.
+        dtype: of the views.
+        workers: make the samples where the graph does not resize.
+    """
+    kept = [k for k, sample in enumerate(samples) if sample.row and sample.present.any()]
+    rows = [row for k in kept if (row := samples[k].row)]
+    those = [samples[k] for k in kept]
+    present = np.array([s.present for s in those], bool).reshape(len(kept), len(graph.modalities))
+    if graph.resizes:
+        squares = [_to_torch(output, graph.device) for output in outputs]
+        if len(kept) < len(samples):
+            squares = [of[kept] for of in squares]
+        views = _of_squares(graph, those, squares, dtype)
+    else:
+        frames = [[of[k] for k in kept] for of in outputs]
+        views = _of_frames(graph, those, frames, dtype, workers)
+
+    def on_device(values: Tensor) -> Tensor:
+        return _on_device(values, graph.device)
+
+    return PairBatch(
+        views=views[0],
+        strong=views[1] if graph.strong else None,
+        present=on_device(torch.from_numpy(present)),
+        label=on_device(torch.tensor([row.label for row in rows], dtype=torch.int64)),
+        labelled=on_device(torch.tensor([row.labelled for row in rows], dtype=torch.bool)),
+        sample_id=on_device(torch.tensor([row.index for row in rows], dtype=torch.int64)),
+        group_id=on_device(torch.tensor([row.group for row in rows], dtype=torch.int64)),
+    )
+
+
+def _of_squares(
+    graph: PairGraph, samples: Sequence[Sample], squares: Sequence[Tensor], dtype: torch.dtype
+) -> Views:
+    """The views of the graph's (B, side, side, 3) uint8 squares."""
+    views: Views = []
+    for number, own in enumerate(graph.frames_of(squares)):
+        views.append({})
+        for column, name in enumerate(graph.modalities):
+            planes = own[column].permute(0, 3, 1, 2)
+            planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
+            colours = _colours(graph, samples, number, column)
+            view = make_view(planes, name, graph.data, colours)
+            there = np.array([sample.present[column] for sample in samples], bool)
+            if not there.all():
+                view *= _on_device(torch.from_numpy(there), graph.device)[:, None, None, None]
+            views[-1][name] = view.to(dtype)
+    return views
+
+
+def _of_frames(
+    graph: PairGraph,
+    samples: Sequence[Sample],
+    frames: Sequence[Sequence[Any]],
+    dtype: torch.dtype,
+    workers: Executor,
+) -> Views:
+    """The views of (H, W, 3) uint8 frames, decoded or kept, a list a modality."""
+    shape = (len(samples), 3, graph.image_size, graph.image_size)
+    views: Views = [
+        {name: torch.empty(shape, dtype=dtype) for name in graph.modalities}
+        for _ in range(graph.views)
+    ]
+    colours = [
+        [_colours(graph, samples, number, column) for column in range(len(graph.modalities))]
+        for number in range(graph.views)
+    ]
+
+    def make(k: int) -> None:
+        """All views of a sample."""
+        sample = samples[k]
+        for column, name in enumerate(graph.modalities):
+            if not sample.present[column]:
+                for view in views:
+                    view[name][k] = 0
+                continue
+            frame = torch.from_numpy(np.asarray(frames[column][k]))
+            square = resized_square(frame, graph.image_size, sample.region)
+            for number, view in enumerate(views):
+                own = square
+                if number in graph.blurred:
+                    own = blurred(square, float(sample.colours[number][column, BLUR]))
+                of = colours[number][column]
+                colour = None if of is None else (of[0][k : k + 1], of[1][k : k + 1])
+                view[name][k] = make_view(own.contiguous()[None], name, graph.data, colour)[0]
+
+    for _ in workers.map(make, range(len(samples))):
+        pass
+    return views
+
+
+def _colours(graph: PairGraph, samples: Sequence[Sample], view: int, column: int) -> Colours | None:
+    """The colours of a view of a modality."""
+    if graph.augment is None or not samples:
+        return None
+    numbers = np.array([sample.colours[view][column] for sample in samples])
+    return colours_of(numbers, graph.device)
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values
+
+
+def _to_torch(output: Any, device: torch.device) -> Tensor:
+    """A copy that owns its memory; DALI reuses its own at the next run."""
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    dense = output.as_tensor()
+    squares = torch.empty(dense.shape(), dtype=torch.uint8, device=device)
+    # On the current stream, where the copy is ordered before both whatever reads the squares and
+    # DALI's reuse of its buffer.
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    feed_ndarray(dense, squares, cuda_stream=stream)
+    return squares
