@@ -148,8 +148,8 @@ def introduction(rows: Sequence[dict[str, Any]]) -> str:
         "intervals are not corrected for the number of comparisons."
     )
     return (
-        f"{rows[0]['n']} test samples, the same for all runs; {count} seeds (label draw, weights, "
-        f"order). {spread} In brackets: labelled train samples."
+        f"{rows[0]['n']} test samples, the same for all runs; {count} seed{'s' * (count > 1)} "
+        f"(label draw, weights, order). {spread} In brackets: labelled train samples."
     )
 
 

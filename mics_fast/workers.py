@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection, get_context, parent_process
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnProcess
 from multiprocessing.queues import SimpleQueue
 
 import torch
@@ -54,7 +54,7 @@ def run_tasks(tasks: Sequence[Task], processes: int) -> bool:
             if not task.work():
                 return False
         return True
-    waiting, running = list(tasks), list[tuple[Task, BaseProcess]]()
+    waiting, running = list(tasks), list[tuple[Task, SpawnProcess]]()
     context = get_context("spawn")
     sentences: SimpleQueue[str] = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // processes)
@@ -100,7 +100,7 @@ def _end_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _ended(task: Task, process: BaseProcess, stopping: bool, sentences: SimpleQueue[str]) -> bool:
+def _ended(task: Task, process: SpawnProcess, stopping: bool, sentences: SimpleQueue[str]) -> bool:
     """Whether a process has ended; tells how.
 
     Raises:
@@ -119,6 +119,6 @@ def _ended(task: Task, process: BaseProcess, stopping: bool, sentences: SimpleQu
     return True
 
 
-def _terminate(running: Sequence[tuple[Task, BaseProcess]]) -> None:
+def _terminate(running: Sequence[tuple[Task, SpawnProcess]]) -> None:
     for _, process in running:
         process.terminate()

@@ -184,3 +184,12 @@ def test_a_folder_that_cannot_be_written_is_named(options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         experiment.main([*options, "--out", str(tmp_path / "file" / "grid")])
+
+
+def test_the_study_is_the_grid_that_its_document_describes():
+    configs = Path(__file__).parents[2] / "configs"
+    files = [f"--config={configs / name}" for name in ("demo.yaml", "study.yaml")]
+    train, grid = experiment.parse([*files, "--data.manifest", "x", "--out", "y"])
+    assert [len(grid.label_fractions), len(grid.variants), len(grid.seeds)] == [2, 2, 5]
+    assert 1800 // train.finetune.unlabelled_batch * train.finetune.epochs == 336
+    assert 1800 // train.pretrain.batch_size * train.pretrain.epochs == 112
