@@ -193,3 +193,19 @@ def test_the_study_is_the_grid_that_its_document_describes():
     assert [len(grid.label_fractions), len(grid.variants), len(grid.seeds)] == [2, 2, 5]
     assert 1800 // train.finetune.unlabelled_batch * train.finetune.epochs == 336
     assert 1800 // train.pretrain.batch_size * train.pretrain.epochs == 112
+
+
+def test_another_manifest_to_be_unsure_of_needs_no_training(
+    finished, options, phantom_manifest, monkeypatch
+):
+    def refuse(*_):
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("mics_fast.engine.loop.Loop.run", refuse)
+    other = phantom_manifest.with_name("eleven.csv")
+    other.write_text("".join(phantom_manifest.read_text().splitlines(keepends=True)[:12]))
+    asked = ["--experiment.out_of_distribution", str(other)]
+    experiment.main([*options, "--out", str(finished), *asked])
+    assert {row["n_other"] for row in without_seconds(finished)} == {11}
+    experiment.main([*options, "--out", str(finished)])  # as the other tests know it
+    assert {row["n_other"] for row in without_seconds(finished)} == {48}
