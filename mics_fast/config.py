@@ -307,6 +307,9 @@ class ExperimentConfig:
         label_fractions: of the train rows of each class.
         variants: each adds to those before it: supervised (the labelled rows alone, from
             scratch), pretraining, pseudo-labels, shift, and full (also modality consistency).
+        out_of_distribution: a manifest of images that the models should be unsure of; "" = none.
+        processes: runs at a time, each with its share of the CPU threads. Small networks do not
+            use two threads well: as many processes as cores, where memory allows.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
@@ -314,15 +317,20 @@ class ExperimentConfig:
     variants: list[Variant] = field(
         default_factory=lambda: ["supervised", "pretraining", "pseudo-labels", "shift", "full"]
     )
+    out_of_distribution: str = ""
+    processes: int = 1
 
 
 def check_experiment(config: ExperimentConfig) -> None:
     """Refuse a grid that cannot be run, naming the option.
 
     Raises:
-        InputError: a list is empty or names something twice, or a fraction is out of range.
+        InputError: a list is empty or names something twice, or a number is out of range.
     """
-    for name, values in asdict(config).items():
+    if config.processes < 1:
+        raise InputError(f"option experiment.processes is {config.processes}, wanted at least 1")
+    for name in ("seeds", "label_fractions", "variants"):
+        values = getattr(config, name)
         if not values or len(set(values)) < len(values):
             raise InputError(f"option experiment.{name} is {values}, wanted each value once")
     for fraction in config.label_fractions:

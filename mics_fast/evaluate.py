@@ -186,17 +186,29 @@ def add_pseudo_labels(evaluated: Evaluated, described: dict[str, dict[str, Any]]
 
 def add_out_of_distribution(result: dict[str, Any], evaluated: Evaluated, file: Path) -> None:
     """How well each view's vacuity tells the evaluated rows from all rows of another manifest."""
+    areas, count = out_of_distribution(evaluated, file)
+    result["out_of_distribution"] = {"manifest": str(file), "n": count}
+    for name, area in areas.items():
+        described = result["missing"] if name.startswith("without ") else result["views"]
+        described[name.removeprefix("without ")]["out_of_distribution_auroc"] = area
+
+
+def out_of_distribution(evaluated: Evaluated, file: Path) -> tuple[dict[str, float], int]:
+    """For every view that sees rows of both the area by its vacuity; how many other rows.
+
+    Args:
+        evaluated: the rows that the model should know.
+        file: a manifest of which every row is another's.
+    """
     manifest = read_manifest(file, evaluated.trained.model.modalities)
     opinions = evaluated.trained.opinions(manifest.rows, "out of distribution", hide=True)
     inside, outside = evaluated.views(evaluated.opinions), evaluated.views(opinions)
-    result["out_of_distribution"] = {"manifest": str(file), "n": len(manifest.rows)}
-    for name, view in outside.items():
-        described = result["missing"] if name.startswith("without ") else result["views"]
-        key = name.removeprefix("without ")
-        if key in described:
-            described[key]["out_of_distribution_auroc"] = out_of_distribution_auroc(
-                inside[name], view
-            )
+    areas = {
+        name: out_of_distribution_auroc(inside[name], view)
+        for name, view in outside.items()
+        if name in inside
+    }
+    return areas, len(manifest.rows)
 
 
 def compare(evaluated: Evaluated, other: Evaluated, count: int) -> dict[str, Any]:

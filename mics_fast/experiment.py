@@ -1,13 +1,13 @@
 """``python -m mics_fast.experiment``: which part of the method helps, over seeds and label draws.
 
 One command trains every variant of the method for every seed and label fraction on the splits of
-one manifest, and ends in one table. It can be stopped or killed at any moment; the same command
+one manifest, and ends in a few tables. It can be stopped or killed at any moment; the same command
 goes on where it was:
 
     OUT/seed-0/pretraining/                 shared by all fractions and variants of the seed
     OUT/seed-0/labels-0.05.csv              the manifest with the labels of this draw
     OUT/seed-0/labels-0.05/<variant>/       a run folder, with result.json when it is evaluated
-    OUT/results.json, OUT/results.md        the table
+    OUT/results.json, OUT/results.md        the tables
 
 Variants are paired by seed: they see the same labels, the same order and the same first weights.
 """
@@ -18,7 +18,10 @@ import copy
 import csv
 import json
 import os
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -35,40 +38,60 @@ from mics_fast.config import (
 )
 from mics_fast.data.manifest import RESERVED, Manifest, read_manifest, write_manifest
 from mics_fast.data.splits import label_rows
+from mics_fast.engine.checkpoint import load_checkpoint
 from mics_fast.errors import InputError, run_command
-from mics_fast.evaluate import all_views, evaluate, labelled_rows
+from mics_fast.evaluate import all_views, evaluate, labelled_rows, out_of_distribution
 from mics_fast.files import make_folder, write_json, write_text
-from mics_fast.metrics import view_metrics
-from mics_fast.run import Run, parse_options
-from mics_fast.summary import markdown, tabulate
+from mics_fast.metrics import risks_at, view_metrics
+from mics_fast.run import Run, parse_options, read_config, refuse_changes
+from mics_fast.summary import COVERAGES, markdown, tabulate
 from mics_fast.train import Trainer
+from mics_fast.workers import Task, run_tasks
 
 # The first variant with each part; those after it keep it.
 LADDER = get_args(Variant)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Args:
+        seed, fraction, variant: where it is in the grid.
+        config: of its fine-tuning.
+        other: path of the out-of-distribution manifest; "" = none.
+    """
+
+    seed: int
+    fraction: float
+    variant: str
+    config: TrainConfig
+    other: str
+
+    @property
+    def file(self) -> Path:
+        """Of its result."""
+        return Path(self.config.out) / "result.json"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing of the grid, then write and print the table."""
+    """Run what is missing of the grid, then write and print the tables."""
     train, grid = parse(arguments)
     out = Path(train.out).resolve()
-    manifest = read_manifest(Path(train.data.manifest), train.data.modalities)
-    labelled_rows(manifest, "test")
-    results = []
-    for seed in grid.seeds:
-        for fraction in grid.label_fractions:
-            for variant in grid.variants:
-                print(f"seed {seed}, {fraction:.1%} of the labels, {variant}", flush=True)
-                result = run_one(train, manifest, out, seed, fraction, variant)
-                if result is None:
-                    print(f"stopped and saved: the same command goes on, --out {train.out}")
-                    return
-                results.append(result)
+    began = time.monotonic()
+    cells = make_cells(train, grid, out)
+    for tasks in missing_tasks(train, cells, out):
+        if not run_tasks(tasks, grid.processes):
+            print(f"stopped and saved: the same command goes on, --out {train.out}")
+            return
+    results = [json.loads(cell.file.read_text()) for cell in cells]
     table = tabulate(results, grid.label_fractions, grid.variants)
     write_json(out / "results.json", table)
     text = markdown(table)
     write_text(out / "results.md", text)
     Console().print(Markdown(text))
-    print(f"wrote {train.out}/results.md and results.json")
+    minutes = (time.monotonic() - began) / 60
+    print(f"wrote {train.out}/results.md and results.json; this call took {minutes:.1f} min")
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[TrainConfig, ExperimentConfig]:
@@ -79,7 +102,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[TrainConfig, ExperimentConfi
     """
     parser = ArgumentParser(
         prog="python -m mics_fast.experiment",
-        description="Train variants of the method over seeds and label fractions; one table.",
+        description="Train variants of the method over seeds and label fractions; compare them.",
         exit_on_error=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
@@ -96,35 +119,92 @@ def parse(arguments: Sequence[str] | None) -> tuple[TrainConfig, ExperimentConfi
     return train, grid
 
 
-def run_one(
-    train: TrainConfig, manifest: Manifest, out: Path, seed: int, fraction: float, variant: str
-) -> dict[str, Any] | None:
-    """Train and evaluate one cell of the grid, or read what an earlier call made of it.
+def make_cells(train: TrainConfig, grid: ExperimentConfig, out: Path) -> list[Cell]:
+    """All cells of the grid; the labels of each draw are written to its manifest.
 
-    Returns:
-        Seed, label fraction, variant, metrics of every view, seconds of training; None where
-        SIGTERM asked to stop.
+    Raises:
+        InputError: a manifest cannot be used.
     """
-    config = copy.deepcopy(train)
-    config.seed = seed
-    if pretrained(variant):
-        config.stage, config.out = "pretrain", str(out / f"seed-{seed}" / "pretraining")
-        # Called also where it is complete: it refuses to go on with other options.
-        if not Trainer(config, manifest, resume=True).pretrain():
-            return None
-    config.finetune.init = config.out if pretrained(variant) else "none"
-    config.stage = "finetune"
-    drawn = draw_labels(manifest, out / f"seed-{seed}" / f"labels-{fraction:g}.csv", fraction, seed)
-    config.data.manifest = str(drawn.path)
-    config.out = str(drawn.path.with_suffix("") / variant)
-    leave_out(config, variant)
-    file = Path(config.out) / "result.json"
-    trainer = Trainer(config, drawn, resume=True)
-    if not file.exists():
-        if not trainer.finetune():
-            return None
-        write_json(file, assess(trainer.run, drawn, seed, fraction, variant))
-    return json.loads(file.read_text())
+    manifest = read_manifest(Path(train.data.manifest), train.data.modalities)
+    labelled_rows(manifest, "test")
+    other = ""
+    if grid.out_of_distribution:
+        other = str(Path(grid.out_of_distribution).resolve())
+        read_manifest(Path(other), manifest.modalities)
+    cells = []
+    for seed in grid.seeds:
+        for fraction in grid.label_fractions:
+            file = out / f"seed-{seed}" / f"labels-{fraction:g}.csv"
+            draw_labels(manifest, file, fraction, seed)
+            for variant in grid.variants:
+                config = copy.deepcopy(train)
+                config.seed, config.stage = seed, "finetune"
+                config.finetune.init = (
+                    str(pretraining_folder(out, seed)) if pretrained(variant) else "none"
+                )
+                config.data.manifest = str(file)
+                config.out = str(file.with_suffix("") / variant)
+                leave_out(config, variant)
+                cells.append(Cell(seed, fraction, variant, config, other))
+    return cells
+
+
+def missing_tasks(
+    train: TrainConfig, cells: Sequence[Cell], out: Path
+) -> tuple[list[Task], list[Task]]:
+    """What is still to be done: first all that waits for nothing, then what needs pre-training.
+
+    Raises:
+        InputError: a run was begun with other options.
+    """
+    first: list[Task] = []
+    second: list[Task] = []
+    for seed in dict.fromkeys(cell.seed for cell in cells if pretrained(cell.variant)):
+        config = copy.deepcopy(train)
+        config.seed, config.stage, config.out = seed, "pretrain", str(pretraining_folder(out, seed))
+        refuse_other_options(config)
+        if not all(is_done(cell) for cell in cells if cell.seed == seed):
+            first.append(Task(f"seed {seed}, pre-training", partial(pretrain, config)))
+    for cell in cells:
+        refuse_other_options(cell.config)
+        if not is_done(cell):
+            name = f"seed {cell.seed}, {cell.fraction:.1%} of the labels, {cell.variant}"
+            tasks = second if pretrained(cell.variant) else first
+            tasks.append(Task(name, partial(run_cell, cell)))
+    return first, second
+
+
+def pretraining_folder(out: Path, seed: int) -> Path:
+    """The run folder of the pre-training that all cells of a seed share."""
+    return out / f"seed-{seed}" / "pretraining"
+
+
+def refuse_other_options(config: TrainConfig) -> None:
+    """Refuse to go on with a run under options that would change what it computes."""
+    folder = Path(config.out)
+    if (folder / "config.yaml").exists():
+        refuse_changes(read_config(folder / "config.yaml"), config, folder)
+
+
+def is_done(cell: Cell) -> bool:
+    """Whether a cell has been evaluated as it should be."""
+    return cell.file.exists() and json.loads(cell.file.read_text()).get("other") == cell.other
+
+
+def pretrain(config: TrainConfig) -> bool:
+    """Pre-train for one seed, from where it was; False where SIGTERM asked to stop."""
+    manifest = read_manifest(Path(config.data.manifest), config.data.modalities)
+    return Trainer(config, manifest, resume=True).pretrain()
+
+
+def run_cell(cell: Cell) -> bool:
+    """Train a cell, from where it was, and evaluate it; False where SIGTERM asked to stop."""
+    manifest = read_manifest(Path(cell.config.data.manifest), cell.config.data.modalities)
+    trainer = Trainer(cell.config, manifest, resume=True)
+    if not trainer.finetune():
+        return False
+    write_json(cell.file, assess(trainer.run, manifest, cell))
+    return True
 
 
 def pretrained(variant: str) -> bool:
@@ -143,8 +223,9 @@ def leave_out(config: TrainConfig, variant: str) -> None:
         config.finetune.modality_consistency_weight = 0.0
 
 
-def draw_labels(manifest: Manifest, file: Path, fraction: float, seed: int) -> Manifest:
-    """The same rows and splits with other labelled ones: a draw from the seed, as ``prepare``'s."""
+def draw_labels(manifest: Manifest, file: Path, fraction: float, seed: int) -> None:
+    """Write the same rows and splits with other labelled ones, drawn by the seed as ``prepare``
+    does."""
     train = manifest.select("train")
     names = ["" if row.label < 0 else manifest.classes[row.label] for row in train]
     chosen = label_rows(names, [str(row.group) for row in train], fraction, seed)
@@ -162,31 +243,41 @@ def draw_labels(manifest: Manifest, file: Path, fraction: float, seed: int) -> M
     kept = [{name: record[name] for name in (*RESERVED, *modalities)} for record in records
             if any(record[name] for name in modalities)]  # fmt: skip
     write_manifest(file, kept, modalities)
-    return read_manifest(file, manifest.modalities)
 
 
-def assess(
-    run: Run, manifest: Manifest, seed: int, fraction: float, variant: str
-) -> dict[str, Any]:
-    """Metrics of every view on the test rows."""
+def assess(run: Run, manifest: Manifest, cell: Cell) -> dict[str, Any]:
+    """Metrics of every view on the test rows, and how long the training took."""
     evaluated = evaluate(run, manifest, "test")
-    pretraining = Path(run.config.finetune.init)
+    views = {
+        name: view_metrics(view) | risks_at(view, COVERAGES)
+        for name, view in all_views(evaluated.opinions).items()
+    }
+    count = 0
+    if cell.other:
+        areas, count = out_of_distribution(evaluated, Path(cell.other))
+        for name, area in areas.items():
+            views[name]["out_of_distribution_auroc"] = area
+    seconds = training_seconds(run, "finetune")
+    if pretrained(cell.variant):
+        seconds += training_seconds(Run.open(Path(run.config.finetune.init)), "pretrain")
     return {
-        "seed": seed,
-        "label_fraction": fraction,
-        "variant": variant,
+        "seed": cell.seed,
+        "label_fraction": cell.fraction,
+        "variant": cell.variant,
         "labelled": len(manifest.select("train", labelled=True)),
         "n": len(evaluated.rows),
-        "views": {name: view_metrics(view) for name, view in all_views(evaluated.opinions).items()},
-        "seconds": training_seconds(run.folder)
-        + (training_seconds(pretraining) if pretrained(variant) else 0.0),
+        "n_other": count,
+        "other": cell.other,
+        "views": views,
+        "seconds": seconds,
     }
 
 
-def training_seconds(folder: Path) -> float:
-    """Wall time that the last stage of a run took, validation included."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return json.loads(lines[-1])["seconds"]
+def training_seconds(run: Run, stage: str) -> float:
+    """Wall time that a finished stage took, validation included."""
+    checkpoint = run.checkpoints(stage).latest()
+    assert checkpoint is not None
+    return load_checkpoint(checkpoint, {})["seconds"]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from torchmetrics.functional.classification import (
 from mics_fast.opinions import View
 
 BINS = 15
-COVERAGE, RISK = 0.8, 0.05
+RISK = 0.05
 
 
 def view_metrics(view: View) -> dict[str, float]:
@@ -140,13 +141,21 @@ def selection_metrics(view: View) -> dict[str, float]:
     "coverage_at_5_risk" the largest share of rows, by certainty, with an error rate of at most 5 %.
     """
     coverage, risk = risk_coverage(view)
-    enough = int((coverage < COVERAGE - 1e-9).sum())
     good = coverage[risk <= RISK + 1e-9]
     return {
         "aurc": risk.mean().item(),
-        "risk_at_80_coverage": risk[enough].item(),
+        **risks_at(view, (80,)),
         "coverage_at_5_risk": good.max().item() if len(good) else 0.0,
         "uncertainty": view.uncertainty.mean().item(),
+    }
+
+
+def risks_at(view: View, percents: Sequence[int]) -> dict[str, float]:
+    """ "risk_at_80_coverage": the error rate of the most certain 80 % of the rows, rounded up."""
+    coverage, risk = risk_coverage(view)
+    return {
+        f"risk_at_{percent}_coverage": risk[int((coverage < percent / 100 - 1e-9).sum())].item()
+        for percent in percents
     }
 
 

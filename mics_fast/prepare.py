@@ -31,6 +31,8 @@ from mics_fast.data.splits import fold_rows, label_rows, split_fold, split_rows
 from mics_fast.data.virtual_nbi import virtual_nbi
 from mics_fast.errors import InputError, SentenceParser, run_command
 
+HELD_OUT = "held-out.csv"
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -63,8 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples, modalities = find_samples(options)
             found = in_threads(lambda sample: inspect(sample, options), samples, "checking")
         kept = keep_complete(found, modalities, options)
+        kept, apart = hold_out(kept, options)
         for path in write_rows(kept, modalities, options):
             print(f"wrote {path}")
+        if apart:
+            print(f"wrote {write_held_out(apart, modalities, options.out)}")
     except OSError as error:
         raise InputError(f"{error.filename or out}: {error.strerror or error}") from None
     except UnicodeEncodeError as error:
@@ -101,6 +106,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="copy the images into tar shards of this many rows (webdataset)")  # fmt: skip
     add("--group-near-duplicates", action="store_true",
         help="keep frames that look alike on one side of the split")  # fmt: skip
+    add("--hold-out", metavar="CLASS",
+        help="write this class to held-out.csv instead of the manifest")  # fmt: skip
     add("--seed", type=int, default=0, help="of split, labels and phantom")
     add("--pairs", type=int, default=600, help="of the phantom")
     options = parser.parse_args(arguments)
@@ -264,6 +271,25 @@ def keep_complete(
     return kept
 
 
+def hold_out(
+    found: Sequence[Inspected], options: argparse.Namespace
+) -> tuple[list[Inspected], list[Inspected]]:
+    """The samples of all classes but the one that is to be held out, and those of that one.
+
+    Raises:
+        InputError: no sample is of that class, or all are.
+    """
+    name = options.hold_out
+    if name is None:
+        return list(found), []
+    kept = [one for one in found if one.sample.label != name]
+    apart = [one for one in found if one.sample.label == name]
+    if not kept or not apart:
+        classes = ", ".join(sorted({one.sample.label for one in found} - {""}))
+        raise InputError(f"--hold-out is {name}, wanted one of several classes, there: {classes}")
+    return kept, apart
+
+
 def in_threads(work: Callable[[T], R], items: Iterable[T], title: str) -> list[R]:
     """Apply ``work`` to all items, in order, with a progress bar on a terminal."""
     items = list(items)
@@ -304,6 +330,16 @@ def write_rows(
         write_manifest(options.out / name, records, modalities)
         written.append(options.out / name)
     return [*written, options.out / CONTACT_SHEET]
+
+
+def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: Path) -> Path:
+    """The manifest of the class that is held out: every row is for testing."""
+    samples = [one.sample for one in found]
+    groups = [sample.group for sample in samples]
+    splits = ["test"] * len(samples)
+    records = records_of(samples, groups, splits, set(), modalities, out)
+    write_manifest(out / HELD_OUT, records, modalities)
+    return out / HELD_OUT
 
 
 def draw_splits(

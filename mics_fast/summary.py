@@ -1,4 +1,4 @@
-"""Results of many runs as one table: means over seeds, intervals, and paired differences."""
+"""Results of many runs as tables: means over seeds, intervals, and paired differences."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from scipy.stats import t as student
 from mics_fast.intervals import LEVEL
 from mics_fast.model_card import markdown_table
 
-# Columns of the Markdown table; the JSON holds every metric of every view.
-SHOWN = {"macro_f1": "macro F1", "macro_auroc": "macro AUROC", "ece": "ECE", "aurc": "AURC"}
+# The risk-coverage table, in % of the samples.
+COVERAGES = (50, 60, 70, 80, 90, 100)
+# Metrics in the tables: title and factor; the JSON holds every metric of every view.
+FUSED = {"macro_f1": ("macro F1", 1), "macro_auroc": ("macro AUROC", 1)}
+SELECTION = {
+    "aurc": ("AURC", 1),
+    "risk_at_80_coverage": ("risk, 80 % covered", 100),
+    "coverage_at_5_risk": ("covered at 5 % risk", 100),
+    "ece": ("ECE", 1),
+}
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
@@ -36,12 +44,12 @@ def tabulate(
 
     Args:
         results: of every run: "seed", "label_fraction", "variant", "views", "labelled", "n",
-            "seconds".
+            "n_other", "seconds".
         fractions, variants: in the order of the rows.
 
     Returns:
-        "rows": each with means, and the differences, paired by seed, to the variant in the row
-        above and to the first one of its label fraction.
+        "rows": each with means, and differences paired by seed: to the variant in the row above,
+        to the first one of its label fraction, and of the fused opinion to every other view.
     """
     rows = []
     for fraction in fractions:
@@ -60,73 +68,166 @@ def tabulate(
                 "seeds": [result["seed"] for result in own],
                 "labelled": [result["labelled"] for result in own],
                 "n": own[0]["n"],
+                "n_other": own[0]["n_other"],
                 "seconds": statistics.fmean(result["seconds"] for result in own),
-                "views": over_seeds(own),
+                "views": {view: over_seeds(own, view) for view in own[0]["views"]},
+                "fused_minus": {
+                    view: over_seeds(own, "fused", own, view)
+                    for view in own[0]["views"]
+                    if view != "fused"
+                },
             }
             if position:
-                row["minus_previous"] = over_seeds(own, by_variant[variants[position - 1]])
-                row["minus_first"] = over_seeds(own, by_variant[variants[0]])
+                for name, rival in (("minus_previous", position - 1), ("minus_first", 0)):
+                    others = by_variant[variants[rival]]
+                    row[name] = {
+                        view: over_seeds(own, view, others, view) for view in own[0]["views"]
+                    }
             rows.append(row)
     return {"level": LEVEL, "rows": rows}
 
 
 def over_seeds(
-    results: Sequence[dict[str, Any]], minus: Sequence[dict[str, Any]] | None = None
+    results: Sequence[dict[str, Any]],
+    view: str,
+    minus: Sequence[dict[str, Any]] = (),
+    minus_view: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """View -> metric -> mean and interval, of the results or of their paired differences.
+    """Metric -> mean and interval of a view's values, or of their paired differences.
 
     A metric that is not defined (None) for one of the seeds is left out.
     """
-    summary: dict[str, dict[str, Any]] = {}
-    for view, metrics in results[0]["views"].items():
-        summary[view] = {}
-        for name in metrics:
-            values = [result["views"][view][name] for result in results]
-            others = [x["views"][view][name] for x in minus] if minus else [0.0] * len(values)
-            if None not in values and None not in others:
-                differences = [a - b for a, b in zip(values, others, strict=True)]
-                summary[view][name] = mean_interval(differences)
+    summary = {}
+    for name in results[0]["views"][view]:
+        values = [result["views"][view][name] for result in results]
+        others = [result["views"][minus_view].get(name) for result in minus] or [0.0] * len(values)
+        if None not in values and None not in others:
+            differences = [a - b for a, b in zip(values, others, strict=True)]
+            summary[name] = mean_interval(differences)
     return summary
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table for a person: fused metrics, accuracies in %."""
+    """The tables for a person, each under a caption: what is compared, and in what unit."""
     rows = table["rows"]
-    first = rows[0]["variant"]
-    head = [
-        "labels", "variant", "accuracy, %", "- row above", f"- {first}", *SHOWN.values(), "trained",
-    ]  # fmt: skip
-    lines = []
-    for row in rows:
-        fused = row["views"]["fused"]
-        differences = [
-            cell(row[name]["fused"]["accuracy"], 100, signed=True) if name in row else ""
-            for name in ("minus_previous", "minus_first")
+    others = list(rows[0]["fused_minus"])
+    missing = [name for name in others if name.startswith("without ")]
+    modalities = [name for name in others if name not in missing]
+    parts = [
+        introduction(rows),
+        fused_table(rows),
+        "**Fused against each modality alone**, accuracy in %; the differences are paired.",
+        view_table(rows, modalities, [f"{name} alone" for name in modalities]),
+        "**One modality missing** from every test sample, accuracy of the fused opinion in %. Of "
+        "two modalities, what is left is what the other says alone.",
+        view_table(rows, missing, missing),
+        "**Knowing when it is wrong**: the fused opinion answers where its vacuity is lowest. "
+        "Risk (error rate) and coverage (share answered) in %.",
+        metric_table(rows, SELECTION),
+        "**Risk against coverage**: error rate in % of the most certain share of the samples.",
+        metric_table(
+            rows, {f"risk_at_{share}_coverage": (f"{share} %", 100) for share in COVERAGES}
+        ),
+    ]
+    if rows[0]["n_other"]:
+        parts += [
+            f"**Out of distribution**: how well vacuity tells {rows[0]['n_other']} samples of "
+            "another manifest from the test samples (AUROC; 0.5 is chance).",
+            other_table(rows, ["fused", *modalities]),
         ]
-        lines.append(
+    return "\n\n".join(parts) + "\n"
+
+
+def introduction(rows: Sequence[dict[str, Any]]) -> str:
+    """What the figures of all tables are."""
+    count = len(rows[0]["seeds"])
+    spread = (
+        "One seed: no interval."
+        if count == 1
+        else "± is half of Student's 95 % interval over seeds, of differences paired by seed; "
+        "intervals are not corrected for the number of comparisons."
+    )
+    return (
+        f"{rows[0]['n']} test samples, the same for all runs; {count} seed{'s' * (count > 1)} "
+        f"(label draw, weights, order). {spread} In brackets: labelled train samples."
+    )
+
+
+def fused_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The fused opinion of each variant, and what it gains over the others."""
+    first = rows[0]["variant"]
+    differences = {"minus_previous": "- row above", "minus_first": f"- {first}"}
+    if len({row["variant"] for row in rows}) < 3:
+        differences.pop("minus_previous")  # the row above is the first
+    head = ["accuracy, %", *differences.values(), *(title for title, _ in FUSED.values())]
+    lines = [
+        [
+            cell(row["views"]["fused"]["accuracy"], 100),
+            *(
+                cell(row[name]["fused"]["accuracy"], 100, signed=True) if name in row else ""
+                for name in differences
+            ),
+            *(cell(row["views"]["fused"].get(name), scale) for name, (_, scale) in FUSED.items()),
+            f"{row['seconds']:.0f} s",
+        ]
+        for row in rows
+    ]
+    caption = (
+        '**The fused opinion.** "trained": mean wall time, shared pre-training included; the '
+        "variants are not matched in time."
+    )
+    return f"{caption}\n\n{labelled_table(rows, [*head, 'trained'], lines)}"
+
+
+def view_table(rows: Sequence[dict[str, Any]], views: Sequence[str], titles: Sequence[str]) -> str:
+    """Accuracy of the fused opinion, of other views, and the paired differences."""
+    lines = [
+        [
+            *(cell(row["views"][view].get("accuracy"), 100) for view in ("fused", *views)),
+            *(cell(row["fused_minus"][view].get("accuracy"), 100, signed=True) for view in views),
+        ]
+        for row in rows
+    ]
+    return labelled_table(rows, ["fused", *titles, *(f"fused - {t}" for t in titles)], lines)
+
+
+def metric_table(rows: Sequence[dict[str, Any]], shown: dict[str, tuple[str, int]]) -> str:
+    """Metrics of the fused opinion."""
+    lines = [
+        [cell(row["views"]["fused"].get(name), scale) for name, (_, scale) in shown.items()]
+        for row in rows
+    ]
+    return labelled_table(rows, [title for title, _ in shown.values()], lines)
+
+
+def other_table(rows: Sequence[dict[str, Any]], views: Sequence[str]) -> str:
+    """Area by vacuity against another manifest."""
+    lines = [
+        [cell(row["views"][view].get("out_of_distribution_auroc"), 1) for view in views]
+        for row in rows
+    ]
+    return labelled_table(rows, views, lines)
+
+
+def labelled_table(
+    rows: Sequence[dict[str, Any]], head: Sequence[str], lines: Sequence[Sequence[str]]
+) -> str:
+    """A Markdown table whose lines begin with the label fraction and the variant."""
+    return markdown_table(
+        ["labels", "variant", *head],
+        [
             [
                 f"{row['label_fraction']:.1%} ({statistics.fmean(row['labelled']):.0f})",
                 row["variant"],
-                cell(fused["accuracy"], 100),
-                *differences,
-                *(cell(fused.get(name), 1) for name in SHOWN),
-                f"{row['seconds']:.0f} s",
+                *line,
             ]
-        )
-    count = len(rows[0]["seeds"])
-    return (
-        "# Results\n\n"
-        f"Fused opinion on {rows[0]['n']} test samples, {count} seeds (label draw, weights, "
-        "order). In brackets: Student's 95 % interval over seeds, of differences paired by seed"
-        f"{'; one seed has none' if count == 1 else ''}. The test samples are the same for all "
-        "seeds, and the intervals are not corrected for the number of comparisons. "
-        '"trained": mean wall time, shared pre-training included; the variants are not matched '
-        "in time.\n\n" + markdown_table(head, lines) + "\n"
+            for row, line in zip(rows, lines, strict=True)
+        ],
     )
 
 
 def cell(value: dict[str, Any] | None, scale: float, *, signed: bool = False) -> str:
-    """Mean and interval of one metric."""
+    """Mean and half the interval of one metric."""
     if value is None:
         return "not defined"
     digits = 1 if scale == 100 else 3
@@ -134,5 +235,4 @@ def cell(value: dict[str, Any] | None, scale: float, *, signed: bool = False) ->
     text = f"{scale * value['mean']:{sign}.{digits}f}"
     if value["interval"] is None:
         return text
-    low, high = (f"{scale * bound:{sign}.{digits}f}" for bound in value["interval"])
-    return f"{text} ({low} to {high})"
+    return f"{text} ± {scale * (value['interval'][1] - value['mean']):.{digits}f}"

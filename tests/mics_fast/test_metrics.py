@@ -16,6 +16,7 @@ from mics_fast.metrics import (
     out_of_distribution_auroc,
     pseudo_label_quality,
     risk_coverage,
+    risks_at,
     sampled_metrics,
     view_metrics,
 )
@@ -129,6 +130,9 @@ def test_selective_prediction_by_hand():
     values = view_metrics(view)
     assert values["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
     assert values["risk_at_80_coverage"] == pytest.approx(1 / 4)
+    assert risks_at(view, (50, 100)) == pytest.approx(  # of 2.5 rows: of 3
+        {"risk_at_50_coverage": 1 / 3, "risk_at_100_coverage": 2 / 5}
+    )
     assert values["coverage_at_5_risk"] == pytest.approx(0.2)
 
 

@@ -184,6 +184,23 @@ def test_the_phantom_is_rendered_in_pairs_and_the_same_each_time(tmp_path):
             assert (np.asarray(Image.open(row.files[modality])) == frame).all()
 
 
+def test_a_class_is_held_out_of_the_manifest_into_one_of_its_own(tmp_path):
+    run("phantom", "--out", tmp_path, "--pairs", 14, "--hold-out", "bump-rim")
+    manifest = read_manifest(tmp_path / "manifest.csv")
+    apart = read_manifest(tmp_path / "held-out.csv")
+    assert len(manifest.rows) == 12 and len(manifest.classes) == 5
+    assert apart.classes == ("bump-rim",) and [row.id for row in apart.rows] == ["000005", "000011"]
+    assert {(row.split, row.labelled) for row in apart.rows} == {("test", False)}
+    assert apart.modalities == manifest.modalities
+
+
+def test_a_class_that_is_not_there_cannot_be_held_out(tmp_path):
+    with pytest.raises(InputError, match=r"--hold-out is ulcer, wanted .* there: plaque-green, "):
+        run("phantom", "--out", tmp_path, "--pairs", 2, "--hold-out", "ulcer")
+    with pytest.raises(InputError, match="--hold-out is plaque-yellow, wanted one of several"):
+        run("phantom", "--out", tmp_path, "--pairs", 1, "--hold-out", "plaque-yellow")
+
+
 def scenery(seed, height=192, width=256):
     """A random picture with detail of a dozen pixels, unlike that of any other seed."""
     coarse = np.random.default_rng(seed).integers(40, 256, (16, 20, 3), np.uint8)
