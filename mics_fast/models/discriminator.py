@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mics_fast.models.vit import take_rows
+from mics_fast.models.vit import Blocks, take_rows
 
 
 def l2_attention(points: Tensor, values: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ class Discriminator(nn.Module):
         self.embed = SpectralLinear(patch_dim, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
-        self.blocks = nn.ModuleList(L2Block(width, heads) for _ in range(depth))
+        self.blocks = Blocks(L2Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = SpectralLinear(width, 1)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -162,6 +162,5 @@ class Discriminator(nn.Module):
             if places is not None:
                 positions = take_rows(positions.expand(len(tokens), -1, -1), places)
             tokens = torch.cat([cls_token, tokens + positions], dim=1)
-            for block in self.blocks:
-                tokens = block(tokens)
+            tokens = self.blocks(tokens)
             return self.head(self.norm(tokens[:, 0])).squeeze(-1)
