@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mics_fast.models.vit import take_rows
+
 
 def l2_attention(points: Tensor, values: Tensor) -> Tensor:
     """Average values with weights softmax_j(-|q_i - q_j|**2 / sqrt(d)).
@@ -143,19 +145,23 @@ class Discriminator(nn.Module):
             if isinstance(layer, SpectralLinear):
                 layer.advance_power_iteration()
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
         """Judge sequences of patches, in the dtype of the weights (float32) also under autocast.
 
         Args:
-            patches: (B, N, patch_dim), in the space of ``patch_targets``.
+            patches: (B, n, patch_dim), in the space of ``patch_targets``.
+            places: (B, n) int64, which patches of the image they are; default all N, in order.
 
         Returns:
             (B,) logits, float32 (float64 after ``.double()``): large = real.
         """
         with torch.autocast(patches.device.type, enabled=False):
             tokens = self.embed(patches.to(self.cls_token.dtype))
-            cls_token = self.cls_token.expand(len(tokens), -1, -1)
-            tokens = torch.cat([cls_token, tokens], dim=1) + self.pos_embed
+            cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+            positions = self.pos_embed[:, 1:]
+            if places is not None:
+                positions = take_rows(positions.expand(len(tokens), -1, -1), places)
+            tokens = torch.cat([cls_token, tokens + positions], dim=1)
             for block in self.blocks:
                 tokens = block(tokens)
             return self.head(self.norm(tokens[:, 0])).squeeze(-1)

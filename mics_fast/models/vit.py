@@ -39,6 +39,11 @@ def take_rows(sequences: Tensor, index: Tensor) -> Tensor:
     return sequences.gather(1, index.unsqueeze(-1).expand(-1, -1, sequences.shape[-1]))
 
 
+def at_least_float32(values: Tensor) -> Tensor:
+    """Half precision as float32, the rest as it is: a model in double precision stays there."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
     """Two-dimensional sine-cosine positions of a grid of patches.
 

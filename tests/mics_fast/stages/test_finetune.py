@@ -6,26 +6,12 @@ import pytest
 import torch
 
 from mics_fast.config import FinetuneConfig
-from mics_fast.models.classifier import Classifier
-from mics_fast.stages.finetune import NO_LABEL, FinetuneStage, ramp, wants_unlabelled
+from mics_fast.stages.finetune import NO_LABEL, ramp, wants_unlabelled
 
 
 @pytest.fixture
-def make_stage(tiny):
-    def make(**options):
-        torch.manual_seed(0)
-        model = Classifier(tiny, ("wli", "nbi"), 3, pool="mean", fusion_depth=1)
-        return FinetuneStage(
-            FinetuneConfig(**options),
-            model,
-            num_classes=3,
-            width=tiny.width,
-            steps=100,
-            steps_per_epoch=10,
-            seed=0,
-        )
-
-    return make
+def make_stage(make_finetuning):
+    return make_finetuning
 
 
 ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
