@@ -197,6 +197,8 @@ class FinetuneConfig:
         max_uncertainty: a pseudo-label needs a fused vacuity at most this [ours].
         min_probability: ... and a class probability at least this [ours].
         modality_consistency_weight: agreement of the modalities' opinions; 0 = off [ours].
+        modality_dropout: probability with which the student must do without a modality of a row,
+            never without its last; evaluation and pseudo-labels see all [ours].
         shift: how fusion features are augmented: "none"; "diagonal": moved at random by their
             class's variance; "low-rank": moved along the latest rows of their class; both under
             the evidential loss; "closed-form": not moved, but a cross-entropy that bounds the
@@ -225,6 +227,7 @@ class FinetuneConfig:
     max_uncertainty: float = 0.3
     min_probability: float = 0.8
     modality_consistency_weight: float = 0.1
+    modality_dropout: float = 0.1
     shift: ShiftForm = "diagonal"
     shift_weight: float = 0.5
     shift_strength: float = 0.7
@@ -324,7 +327,7 @@ def check_config(config: TrainConfig) -> None:
     shares = (
         "pretrain.warmup pretrain.alpha pretrain.teacher_momentum finetune.warmup "
         "finetune.ema_momentum finetune.unlabelled_ramp finetune.max_uncertainty "
-        "finetune.min_probability pretrain.augment.flip "
+        "finetune.min_probability finetune.modality_dropout pretrain.augment.flip "
         "finetune.augment.flip"
     )
     between = "pretrain.mask_ratio finetune.shift_momentum"
