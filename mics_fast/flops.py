@@ -162,12 +162,18 @@ def decoder(size: Size, visible: int) -> Work:
 
 
 def discriminator(size: Size, patches: int) -> Work:
-    """The discriminator on some patches of one image; L2 attention as dot products of its width."""
-    width = size.discriminator_width
-    blocks = block(1 + patches, width) * size.discriminator_depth
-    # Queries and keys are tied: eleven matrices, not twelve.
-    tied = dense(1 + patches, width, width) * -size.discriminator_depth
-    return embedding(patches, size.patch_dim, width) + blocks + tied + dense(1, width, 1)
+    """The discriminator on some patches of one image; the last block's class token is all that is
+    read. L2 attention counts as dot products of its width, its queries and keys as tied."""
+    tokens, width = 1 + patches, size.discriminator_width
+    blocks = distance_block(tokens, tokens, width) * (size.discriminator_depth - 1)
+    last = distance_block(tokens, 1, width)
+    return embedding(patches, size.patch_dim, width) + blocks + last + dense(1, width, 1)
+
+
+def distance_block(tokens: int, wanted: int, width: int) -> Work:
+    """A block with L2 attention: two matrices on all tokens, nine on those that are wanted."""
+    inner = 2.0 * (2 * tokens + 9 * wanted) * width**2
+    return Work(inner=inner, attention=4.0 * tokens * wanted * width)
 
 
 def contrastive(queries: int, keys: int, width: int) -> float:

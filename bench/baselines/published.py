@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 
 from mics_fast.config import TrainConfig
 from mics_fast.data.pipeline import PairBatch
-from mics_fast.flops import block, contrastive, dense, discriminator, embedding, encoder
+from mics_fast.flops import block, contrastive, dense, distance_block, embedding, encoder
 from mics_fast.models.discriminator import Discriminator, L2Block
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets, random_mask
 from mics_fast.models.sizes import SIZES
@@ -272,7 +272,9 @@ def published_flops(config: TrainConfig) -> float:
     teacher = (whole * images).forward()
     loss = 2 * contrastive(batch, batch + options.queue_size, width)
     first, second = student.forward() + teacher + loss * 2 / 3, student.trained() + teacher + loss
-    judged = discriminator(size, size.num_patches) * images
+    tokens, wide = 1 + size.num_patches, size.discriminator_width
+    blocks = distance_block(tokens, tokens, wide) * size.discriminator_depth
+    judged = (embedding(size.num_patches, size.patch_dim, wide) + blocks) * images
     # The model's loss fills the weights' gradients, too, and its input wants one.
     fooled = judged.trained() + judged.first
     return first + second + (judged * 2).trained() + fooled

@@ -36,9 +36,9 @@ def reference_operators(monkeypatch):
 def padding(size, images, patches=None):
     """The products with the columns that L2 attention adds to fit the fused kernels: a forward."""
     width = size.discriminator_width // size.discriminator_heads
-    added = 1 + (-(width + 1) % 4)
-    columns = added * size.discriminator_heads * size.discriminator_depth
-    return 4 * (1 + (patches or size.num_patches)) ** 2 * columns * images
+    columns = (1 + (-(width + 1) % 4)) * size.discriminator_heads
+    tokens = 1 + (patches or size.num_patches)
+    return 4 * tokens * (tokens * (size.discriminator_depth - 1) + 1) * columns * images
 
 
 def make_discriminator(size):
