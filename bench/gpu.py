@@ -9,6 +9,7 @@ minutes.
 from __future__ import annotations
 
 import json
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -61,7 +62,19 @@ def steps(scratch: Path) -> list[tuple[str, str]]:
     for name in BENCHMARKS:
         command = [sys.executable, str(ROOT / "bench" / f"{name}.py"), "--quick"]
         results.append((name, run([*command, "--json", f"{out}/{name}.json"], 60, environment)))
+    results.append(("training", training(out, environment)))
     return results
+
+
+def training(out: str, environment: dict[str, str]) -> str:
+    """The ladder of vit_base, where what the trainer needs is installed."""
+    if importlib.util.find_spec("nvidia.dali") is None:
+        return "ok"
+    command = [sys.executable, str(ROOT / "bench" / "training.py"), "--quick"]
+    path = os.pathsep.join((environment["PYTHONPATH"], str(ROOT)))
+    return run(
+        [*command, "--json", f"{out}/training.json"], 240, {**environment, "PYTHONPATH": path}
+    )
 
 
 def configure(scratch: Path) -> list[str]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from mics_fast.config import FinetuneConfig, PretrainConfig, TrainConfig
@@ -18,7 +15,6 @@ from mics_fast.errors import InputError
 from mics_fast.flops import finetune_flops, pretrain_flops
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
-from mics_fast.models.vit import Block
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 
@@ -147,10 +143,3 @@ def make_plan(
         peak_tflops=config.peak_tflops or peak_tflops(device),
         profile=config.profile,
     )
-
-
-def compile_blocks(modules: Iterable[nn.Module]) -> None:
-    """Compile every encoder block, one graph for all of a kind."""
-    for module in modules:
-        if isinstance(module, Block):
-            module.compile()

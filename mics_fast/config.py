@@ -17,6 +17,7 @@ from mics_fast.errors import InputError
 Stage = Literal["pretrain", "finetune", "both"]
 ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
+CompileScope = Literal["blocks", "step"]
 ModelSize = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base"]
 
 
@@ -120,6 +121,8 @@ class ModelConfig:
         init: ``.safetensors``, ``.pt`` or ``.pth`` file of a vision transformer in timm's naming,
             from which the encoders start: in pre-training, or in a fine-tuning without one
             (``data.mean`` and ``data.std`` should be those it was trained with) [ours].
+        activation_checkpointing: computes each block's activations once more in the backward pass
+            instead of keeping them: less memory, a third more arithmetic, the same result.
     """
 
     size: ModelSize = "vit_base"
@@ -127,6 +130,7 @@ class ModelConfig:
     projection: int = 256
     fusion_depth: int = 4
     init: str = ""
+    activation_checkpointing: bool = False
 
 
 @dataclass
@@ -264,7 +268,9 @@ class TrainConfig:
             fp32 on a CPU; "tf32": fp32 whose matrix products a GPU takes on its tensor cores, as
             bf16 and fp16 do with what stays in fp32: losses and discriminator. fp16 scales the
             loss.
-        compile: torch.compile of the encoder blocks; "auto": on a GPU.
+        compile: torch.compile; "auto": on a GPU.
+        compile_scope: what is compiled: "blocks", each transformer block; "step", the forward pass
+            and the losses of each optimiser as a whole, which takes longer to compile.
         threads: CPU threads that torch, the operators and the image pipeline share; default: all
             cores that the process may use (the rule: ``mics_fast/threads.py``).
         log_every: steps between log lines.
@@ -282,6 +288,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: PrecisionName = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    compile_scope: CompileScope = "blocks"
     threads: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200

@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mics_fast.config import PretrainConfig, TrainConfig
+from mics_fast.config import TrainConfig
 from mics_fast.models.sizes import Size
+from mics_fast.stages.pretrain import TURBO_SHARE
 
 LONGEST_QUEUE = 65536
 
@@ -68,25 +69,35 @@ def pretrain_flops(
         queue: rows of each queue; default: the option's, or its largest default.
 
     Returns:
-        Of the terms that are on: "consistency" (the student's whole views and the loss),
-        "teacher", "reconstruction" (masked views and decoder, which the adversarial term needs
-        too), "discriminator" (its own loss) and "adversarial" (the model's loss through it).
+        Of the terms that are on: "consistency" (the student's whole views, their loss), "teacher",
+        "reconstruction" (masked views and decoder, which the adversarial term needs too; in the
+        turbo preset the student's views are these), "discriminator" (its own loss) and
+        "adversarial" (what the model's loss through it takes more).
     """
     options, images = config.pretrain, config.pretrain.batch_size * modalities
-    whole = encoder(size, size.num_patches) + dense(1, size.width, config.model.projection)
+    turbo = options.preset == "turbo"
+    visible = size.num_patches - round(size.num_patches * options.mask_ratio)
+    masked = options.reconstruction_weight > 0 or options.adversarial_weight > 0
     flops: dict[str, float] = {}
     if options.consistency_weight and modalities > 1:
-        rows = (queue or options.queue_size or LONGEST_QUEUE) + options.batch_size
+        seen = encoder(size, visible if turbo else size.num_patches)
+        head = dense(1, size.width, config.model.projection)
+        student = head if turbo and masked else seen + head
+        keys = (queue or options.queue_size or LONGEST_QUEUE) + options.batch_size
         ordered_pairs = modalities * (modalities - 1)
-        loss = contrastive(options.batch_size, rows, config.model.projection) * ordered_pairs
-        flops["consistency"] = (whole * images).trained() + loss
-        flops["teacher"] = (whole * images).forward()
-    if options.reconstruction_weight or options.adversarial_weight:
-        flops["reconstruction"] = (masked_autoencoder(size, options) * images).trained()
+        loss = contrastive(options.batch_size, keys, config.model.projection) * ordered_pairs
+        flops["consistency"] = (student * images).trained() + loss
+        flops["teacher"] = ((seen + head) * images).forward()
+    if masked:
+        work = encoder(size, visible) + decoder(size, visible)
+        flops["reconstruction"] = (work * images).trained()
     if options.adversarial_weight:
-        judged = discriminator(size, size.num_patches) * images
+        share = TURBO_SHARE if turbo else 1.0
+        judged = discriminator(size, round(size.num_patches * share)) * images
         flops["discriminator"] = (judged * 2).trained()
-        flops["adversarial"] = judged.passed_through()
+        # Simultaneous: beyond its own backward pass, the gradient of the reconstructions alone.
+        alternates = options.adversarial == "alternating"
+        flops["adversarial"] = judged.passed_through() if alternates else judged.first
     return flops
 
 
@@ -141,25 +152,28 @@ def encoder(size: Size, patches: int) -> Work:
     return embedding(patches, size.patch_dim, size.width) + blocks
 
 
-def masked_autoencoder(size: Size, options: PretrainConfig) -> Work:
-    """Encoder on the visible patches of one image, decoder on all, its head on the hidden ones."""
-    hidden = round(size.num_patches * options.mask_ratio)
-    visible = size.num_patches - hidden
+def decoder(size: Size, visible: int) -> Work:
+    """The reconstruction decoder on all tokens of one image, its head on the hidden ones."""
     return (
-        encoder(size, visible)
-        + dense(1 + visible, size.width, size.decoder_width)
+        dense(1 + visible, size.width, size.decoder_width)
         + block(1 + size.num_patches, size.decoder_width) * size.decoder_depth
-        + dense(hidden, size.decoder_width, size.patch_dim)
+        + dense(size.num_patches - visible, size.decoder_width, size.patch_dim)
     )
 
 
 def discriminator(size: Size, patches: int) -> Work:
-    """The discriminator on some patches of one image; L2 attention as dot products of its width."""
-    width = size.discriminator_width
-    blocks = block(1 + patches, width) * size.discriminator_depth
-    # Queries and keys are tied: eleven matrices, not twelve.
-    tied = dense(1 + patches, width, width) * -size.discriminator_depth
-    return embedding(patches, size.patch_dim, width) + blocks + tied + dense(1, width, 1)
+    """The discriminator on some patches of one image; the last block's class token is all that is
+    read. L2 attention counts as dot products of its width, its queries and keys as tied."""
+    tokens, width = 1 + patches, size.discriminator_width
+    blocks = distance_block(tokens, tokens, width) * (size.discriminator_depth - 1)
+    last = distance_block(tokens, 1, width)
+    return embedding(patches, size.patch_dim, width) + blocks + last + dense(1, width, 1)
+
+
+def distance_block(tokens: int, wanted: int, width: int) -> Work:
+    """A block with L2 attention: two matrices on all tokens, nine on those that are wanted."""
+    inner = 2.0 * (2 * tokens + 9 * wanted) * width**2
+    return Work(inner=inner, attention=4.0 * tokens * wanted * width)
 
 
 def contrastive(queries: int, keys: int, width: int) -> float:

@@ -22,7 +22,8 @@ from mics_fast.errors import InputError
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
-    "peak_tflops", "profile", "threads", "data.threads", "data.prefetch", "data.on_bad_file",
+    "peak_tflops", "profile", "model.activation_checkpointing", "threads", "data.threads",
+    "data.prefetch", "data.on_bad_file",
 }  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, A
     """What a checkpoint of a stage belongs to: weights fit only where all of it agrees."""
     model = asdict(config.model)
     model.pop("init")  # where the weights began, not what they fit
+    model.pop("activation_checkpointing")  # changes memory, not weights
     if stage == "pretrain":
         model.pop("fusion_depth")
         return {"stage": stage, "model": model, "modalities": list(manifest.modalities)}

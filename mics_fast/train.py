@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from mics_fast.build import (
     build_classifier,
     build_finetuning,
     build_pretraining,
-    compile_blocks,
     pick_device,
 )
 from mics_fast.config import AugmentConfig, PretrainConfig, TrainConfig
@@ -24,13 +22,14 @@ from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import load_checkpoint, weights_of
 from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog
-from mics_fast.engine.loop import Loop, Plan, Stage
+from mics_fast.engine.loop import Loop, Plan
 from mics_fast.engine.precision import pick_precision
 from mics_fast.errors import InputError, RunFailed, run_command
 from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.initial_weights import load_initial_weights
 from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import checkpoint_activations
 from mics_fast.neighbours import bounded, in_words, neighbour_accuracy
 from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config, pretraining_of
@@ -151,17 +150,18 @@ class Trainer:
 
     def _run(
         self,
-        stage: Stage,
+        stage: PretrainStage | FinetuneStage,
         plan: Plan,
         batches: Callable[[int], Batches],
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> bool:
         """Go on from the stage's last checkpoint, or from its beginning."""
-        assert isinstance(stage, nn.Module)
+        if self.config.model.activation_checkpointing:
+            checkpoint_activations(stage)
         if self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
-            compile_blocks(stage.modules())
+            stage.compile_parts(self.config.compile_scope)
         meta = identity(self.config, self.manifest, plan.name)
         checkpoints = self.run.checkpoints(plan.name)
         log = RunLog(self.run.folder)
@@ -192,7 +192,8 @@ class Trainer:
         return (
             f"{stage} ran out of memory on {self.device} with {batch}, accumulate {accumulate}, "
             f"model.size {options.model.size}; raise {stage}.accumulate (the same batch in smaller "
-            "parts), or lower the batch, data.prefetch, data.cache.side or model.size"
+            "parts), set model.activation_checkpointing true, or lower the batch, data.prefetch, "
+            "data.cache.side or model.size"
         )
 
     def _cache(self) -> FrameCache | None:

@@ -131,9 +131,8 @@ class Loop:
             self._stop_broken(*broken, batches)
         record = {"epoch": self.step / self.plan.steps_per_epoch, **numbers}
         record |= self.meter.read(self.plan.steps - self.step)
-        if warnings := getattr(self.stage, "warnings", None):
-            for sentence in warnings(record):
-                self.log.warn(self.plan.name, sentence)
+        for sentence in self.stage.warnings(record):
+            self.log.warn(self.plan.name, sentence)
         return {name: value for name, value in record.items() if math.isfinite(value)}
 
     def _stop_broken(self, step: int, names: list[str], batches: Batches) -> None:

@@ -47,6 +47,9 @@ class Stage(Protocol):
         """Called once when every optimiser has stepped: averages, queues, statistics advance, by
         all parts of the batch since the last call."""
 
+    def warnings(self, record: Mapping[str, float]) -> list[str]:
+        """What looks wrong in a log record, a sentence each."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mics_fast.models.vit import take_rows
+from mics_fast.models.vit import Blocks, take_rows
 
 
-def l2_attention(points: Tensor, values: Tensor) -> Tensor:
+def l2_attention(points: Tensor, values: Tensor, queries: int | None = None) -> Tensor:
     """Average values with weights softmax_j(-|q_i - q_j|**2 / sqrt(d)).
 
     As |q_i|**2 cancels in the softmax, these are the weights of dot-product attention of
@@ -24,9 +24,10 @@ def l2_attention(points: Tensor, values: Tensor) -> Tensor:
     Args:
         points: (B, heads, N, d) float32 or float64, queries and keys in one.
         values: (B, heads, N, d).
+        queries: only the first so many points ask; default all N.
 
     Returns:
-        (B, heads, N, d).
+        (B, heads, queries, d).
 
     Source: Kim, Papamakarios, Mnih, The Lipschitz Constant of Self-Attention, section 3.2.
     """
@@ -34,7 +35,8 @@ def l2_attention(points: Tensor, values: Tensor) -> Tensor:
     # The fused float32 kernels want one width, a multiple of 4, for queries, keys and values.
     padding = -(width + 1) % 4
     squares = points.square().sum(dim=-1, keepdim=True)
-    query = F.pad(torch.cat([2 * points, -torch.ones_like(squares)], dim=-1), (0, padding))
+    minus_one = -torch.ones_like(squares[:, :, :queries])
+    query = F.pad(torch.cat([2 * points[:, :, :queries], minus_one], dim=-1), (0, padding))
     key = F.pad(torch.cat([points, squares], dim=-1), (0, padding))
     value = F.pad(values, (0, 1 + padding))
     mixed = F.scaled_dot_product_attention(query, key, value, scale=width**-0.5)
@@ -89,11 +91,17 @@ class SpectralLinear(nn.Module):
 
 
 class L2Block(nn.Module):
-    """Pre-norm transformer block with L2 attention and spectrally normalised layers."""
+    """Pre-norm transformer block with L2 attention and spectrally normalised layers.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: channels of a token; a multiple of ``heads``.
+        heads: attention heads.
+        wanted: gives only what becomes of the first so many tokens; default of all.
+    """
+
+    def __init__(self, width: int, heads: int, wanted: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.wanted = heads, wanted
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         # Two normalised tokens are 2 d apart in squared distance; with this gain their logit is -2
         # whatever d. At gain 1 it is -2 sqrt(d), each token reads itself alone, and hardly any
@@ -106,12 +114,12 @@ class L2Block(nn.Module):
         self.fc2 = SpectralLinear(4 * width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, width) -> (B, N, width)."""
+        """(B, N, width) -> (B, wanted, width)."""
         features = self.norm1(tokens)
         points = self.points(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         values = self.values(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = l2_attention(points, values).transpose(1, 2).flatten(2)
-        tokens = tokens + self.proj(mixed)
+        mixed = l2_attention(points, values, self.wanted).transpose(1, 2).flatten(2)
+        tokens = tokens[:, : self.wanted] + self.proj(mixed)
         return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
 
 
@@ -133,7 +141,9 @@ class Discriminator(nn.Module):
         self.embed = SpectralLinear(patch_dim, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
-        self.blocks = nn.ModuleList(L2Block(width, heads) for _ in range(depth))
+        # Of the last block only the class token is read.
+        wanted = [None] * (depth - 1) + [1]
+        self.blocks = Blocks(L2Block(width, heads, count) for count in wanted)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = SpectralLinear(width, 1)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -162,6 +172,5 @@ class Discriminator(nn.Module):
             if places is not None:
                 positions = take_rows(positions.expand(len(tokens), -1, -1), places)
             tokens = torch.cat([cls_token, tokens + positions], dim=1)
-            for block in self.blocks:
-                tokens = block(tokens)
+            tokens = self.blocks(tokens)
             return self.head(self.norm(tokens[:, 0])).squeeze(-1)

@@ -33,12 +33,12 @@ def reference_operators(monkeypatch):
     monkeypatch.setenv("MICS_KERNELS_BACKEND", "reference")
 
 
-def padding(size, images):
+def padding(size, images, patches=None):
     """The products with the columns that L2 attention adds to fit the fused kernels: a forward."""
     width = size.discriminator_width // size.discriminator_heads
-    added = 1 + (-(width + 1) % 4)
-    columns = added * size.discriminator_heads * size.discriminator_depth
-    return 4 * (1 + size.num_patches) ** 2 * columns * images
+    columns = (1 + (-(width + 1) % 4)) * size.discriminator_heads
+    tokens = 1 + (patches or size.num_patches)
+    return 4 * tokens * (tokens * (size.discriminator_depth - 1) + 1) * columns * images
 
 
 def make_discriminator(size):
@@ -100,12 +100,21 @@ def test_the_discriminator_costs_what_it_runs(name, monkeypatch):
         assert through == work.passed_through() + 3 * extra
 
 
-@pytest.mark.parametrize("off", ["", "adversarial_weight", "reconstruction_weight"])
-def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, off):
-    options = PretrainConfig(batch_size=4, queue_size=32, **({off: 0.0} if off else {}))
-    stage = make_pretrain_stage(options, tiny)
-    flops = pretrain_flops(TrainConfig(model=MODEL, pretrain=options), tiny, 2)
-    extra = (3 * 2 + 3) * padding(tiny, 8) if options.adversarial_weight else 0
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"adversarial": "alternating"}, {"preset": "turbo"}, {"adversarial_weight": 0.0},
+     {"reconstruction_weight": 0.0}],
+)  # fmt: skip
+def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, options):
+    config = PretrainConfig(batch_size=4, queue_size=32, **options)
+    stage = make_pretrain_stage(config, tiny)
+    patches = tiny.num_patches // 4 if config.preset == "turbo" else tiny.num_patches
+    extra = 2 * 2 * 4 * 4 * MODEL.projection  # how alike teachers' features are, for the log
+    if config.adversarial == "alternating":
+        extra += (3 * 2 + 3) * padding(tiny, 8, patches)
+    elif config.adversarial_weight:  # real patches share the pass that gives fakes a gradient
+        extra += 3 * 2 * padding(tiny, 8, patches) + discriminator(tiny, patches).first * 8
+    flops = pretrain_flops(TrainConfig(model=MODEL, pretrain=config), tiny, 2)
     assert counted(lambda: step(stage, (make_batch(4),))) == sum(flops.values()) + extra
 
 
