@@ -122,9 +122,9 @@ class Toy(torch.nn.Module):
         return values * self.factor
 
 
-def test_a_stage_is_compiled_however_many_were_before_it(graphs, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_a_stage_is_compiled_however_many_were_before_it(graphs):
     """Torch keeps some variants of a function, and fails beyond: here beyond one."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for factor in (2, 3):
         stage = Toy(factor)
         compile_parts(stage, "step", ["scaled"])
