@@ -1,11 +1,11 @@
-# make demo | test | lint | drill | gpu | check-kernels | clean: everything happens in .venv, installed once.
+# make demo | test | lint | drill | gpu | check-kernels | check-wheel | clean: everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
 # Run once more in Triton's interpreter, in a process of their own.
 INTERPRETED := $(wildcard tests/kernels/test_*_backends.py) tests/kernels/test_consistency_triton.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-native lint drill gpu check-kernels clean
+.PHONY: demo test test-native lint drill gpu check-kernels check-wheel clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
@@ -37,6 +37,10 @@ gpu:
 # Compiles the GPU kernels for all supported chips, without one; fails where registers spill.
 check-kernels: $(INSTALLED)
 	$(PY) csrc/tools/check_kernels.py
+
+# Before a release: installs wheel and sdist in fresh environments with two versions of torch.
+check-wheel:
+	.ci/check-wheel $(PYTHON)
 
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
