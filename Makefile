@@ -45,7 +45,7 @@ gpu:
 
 # Compiles the GPU kernels for all supported chips, without one; fails where registers spill.
 check-kernels: $(INSTALLED)
-	$(PY) csrc/tools/check_kernels.py
+	PYTHONPATH=$(CURDIR) $(PY) csrc/tools/check_kernels.py
 
 # Before a release: installs wheel and sdist in fresh environments with two versions of torch.
 check-wheel:

@@ -10,13 +10,14 @@ stored result stays as it is.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable
 from functools import partial
 
 from bench.machine import ROOT
-from bench.results import Result, Row, latest, stored
+from bench.results import FOLDER, Result, Row, latest, stored
 from bench.targets import TARGETS, Target, holds, row_for
 
 FILES = ("README.md", "docs/performance.md")
@@ -289,6 +290,24 @@ def targets(results: list[Result]) -> str | None:
     return table(["", "operator", "wanted", "measured", ""], lines) if results else None
 
 
+def kernels(results: list[Result]) -> str | None:
+    """Registers and shared memory of every kind of GPU kernel, as make check-kernels found them."""
+    path = FOLDER / "kernels.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    chips = list(next(iter(found["kinds"].values())))
+    lines = [
+        [kind, *(f"{usage[chip][0]}, {usage[chip][2] / 1024:.0f} KB" for chip in chips)]
+        for kind, usage in found["kinds"].items()
+    ]
+    spilled = sum(chip[1] for usage in found["kinds"].values() for chip in usage.values())
+    return (
+        f"{found['count']} kernels, compiled by Triton {found['triton']} and nvcc; bytes spilled: "
+        f"{spilled}.\n\n{table(['kernel', *(f'sm_{chip}' for chip in chips)], lines)}"
+    )
+
+
 def shown(results: list[Result]) -> str | None:
     """The plots, as images."""
     from bench.plots import plots
@@ -318,6 +337,7 @@ BLOCKS: dict[str, Block] = {
     "work": work,
     "targets": targets,
     "plots": shown,
+    "kernels": kernels,
     **{f"all {name}": partial(everything, name) for name in ("evidential", "consistency", "shift")},
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 
 import pytest
 import torch
@@ -33,9 +33,9 @@ def implementations(label: str) -> list[str]:
     return list(CASES[label].make(DEVICE, True).steps)
 
 
-@cache
+@lru_cache(maxsize=1)  # inputs of one case at a time
 def rivals_of(label: str) -> Rivals:
-    """A case's implementations, each checked; of one case at a time."""
+    """A case's implementations, each checked."""
     return checked(CASES[label], DEVICE)
 
 
