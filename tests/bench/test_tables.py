@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bench import results, tables
+from bench import reports, results, summaries, tables
 from bench.plots import plots, stale_plots
 
 MACHINE = {
@@ -51,7 +51,7 @@ def store(folder: Path, name: str = "2026.json", **machine: Any) -> None:
 
 def test_a_table_holds_times_ratios_memory_command_and_the_cases_we_lose(tmp_path: Path) -> None:
     store(tmp_path)
-    text = tables.consistency(results.stored(tmp_path))
+    text = summaries.consistency(results.stored(tmp_path))
     assert text == (
         "`python -m bench --full --only consistency` on 2 threads of an AMD EPYC, torch 2.13.0, "
         "commit abc1234, 2026-01-02:\n\n"
@@ -66,10 +66,10 @@ def test_a_table_holds_times_ratios_memory_command_and_the_cases_we_lose(tmp_pat
 
 def test_what_was_not_measured_says_so_and_why(tmp_path: Path) -> None:
     store(tmp_path)
-    text = tables.everything("consistency", results.stored(tmp_path))
+    text = reports.everything("consistency", results.stored(tmp_path))
     assert text is not None
     assert "not measured: needs a GPU" in text and "On a GPU: not measured." in text
-    promised = tables.targets(results.stored(tmp_path))
+    promised = reports.targets(results.stored(tmp_path))
     assert promised is not None
     assert "| ALBEF eager at least 12x | 12.5x | holds |" in promised
     assert "| ALBEF compiled at least 3x | 0.75x | missed |" in promised
@@ -106,7 +106,7 @@ def test_the_newest_full_run_of_a_device_counts(tmp_path: Path) -> None:
     store(tmp_path, "1.json", date="2026-01-01T0000", commit="older")
     store(tmp_path, "2.json", date="2026-02-01T0000", commit="newer")
     store(tmp_path, "3-quick.json", date="2026-03-01T0000", commit="quick")
-    text = tables.consistency(results.stored(tmp_path))
+    text = summaries.consistency(results.stored(tmp_path))
     assert text is not None and "newer" in text and "quick" not in text
 
 
