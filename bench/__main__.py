@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ from bench.timing import rows_of, take_turns
 
 OPERATORS = ("evidential", "consistency", "shift")
 SUBJECTS = (*OPERATORS, "pipeline")
-Row = dict[str, object]
+Row = dict[str, Any]
 
 
 def main() -> int:
@@ -131,7 +132,7 @@ def rows_of_case(
         extra = (
             extra_megabytes(subject, number, name, rivals.steps[name], device) if weighs else None
         )
-        yield row | {"extra_mb": extra}
+        yield row | {"extra_mb": extra, "replayed": device.type == "cuda" and rivals.captured(name)}
     for name, reason in rivals.absent.items():
         print(f"{case.operator:26} {case.shape:18} {name:20} not measured ({reason})")
         yield label | {"implementation": name, "absent": reason}

@@ -24,11 +24,18 @@ class Rivals:
         steps: one call of each implementation, by name; "compiled" in a name: of torch.compile.
         check: takes a name and what its step returned; AssertionError where that is wrong.
         absent: name -> why that implementation cannot run here.
+        synchronises: names whose calls wait for the GPU, so that no CUDA graph captures them.
     """
 
     steps: dict[str, Step]
     check: Callable[[str, Any], None]
     absent: dict[str, str] = field(default_factory=dict)
+    synchronises: frozenset[str] = frozenset()
+
+    def captured(self, name: str) -> bool:
+        """Whether a GPU replays this one as a CUDA graph; a graph of the backward pass that
+        torch.compile makes cannot be captured."""
+        return "compiled" not in name and name not in self.synchronises
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[s
         try:
             explain(operator, torch.empty(0, device=device), name)
             found.append(name)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             absent[name] = str(error)
     return found, absent
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench.results import Result, Row, latest
 
 
@@ -61,7 +63,7 @@ def named(rows: list[Row], **wanted: object) -> dict[str, Row]:
     }
 
 
-def keys_of(rows: list[Row], *names: str) -> list[tuple[object, ...]]:
+def keys_of(rows: list[Row], *names: str) -> list[tuple[Any, ...]]:
     """Values of these columns, each once, in their order."""
     return list(dict.fromkeys(tuple(row[name] for name in names) for row in rows if "shape" in row))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from functools import cache, lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def waiting(step: Callable[[], object]) -> Callable[[], object]:
 @pytest.mark.parametrize(
     ("label", "name"), [(label, name) for label in CASES for name in implementations(label)]
 )
-def test_time(label: str, name: str, benchmark: Callable) -> None:
+def test_time(label: str, name: str, benchmark: Any) -> None:
     """One implementation of one case; groups are cases."""
     threads = torch.get_num_threads()
     torch.set_num_threads(CASES[label].threads or threads)

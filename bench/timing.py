@@ -2,9 +2,9 @@
 
 "cores" is CPU time over wall time of the whole case: well below the number of threads, the machine
 was busy with something else, and wall times prove nothing. Then measure again, or, with one
-thread, read the CPU times. On a GPU a call is a replayed CUDA graph (torch.compile: an ordinary
-call, where a graph of its backward cannot be captured); calls below 100 us go round copies of the
-inputs that together exceed the L2 cache, inside one graph, so that each finds its inputs in memory.
+thread, read the CPU times. On a GPU a call is a replayed CUDA graph, or an ordinary
+call where none can be captured; replayed calls below 100 us go round copies of the inputs that
+together exceed the L2 cache, inside one graph, so that each finds its inputs in memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def on_gpu(case: Case, rivals: Rivals, device: torch.device) -> dict[str, Timed]
     copies = min(MOST_COPIES, 1 + math.ceil(2 * cache / case.work.bytes))
     others: list[Rivals] = []
     for name, step in rivals.steps.items():
-        if "compiled" in name:
+        if not rivals.captured(name):
             timed[name] = Timed(step)
             continue
         timed[name] = Timed(captured([step]))
