@@ -128,6 +128,9 @@ class PretrainConfig:
     """Stage 1, without labels: consistency, reconstruction, alignment.
 
     Args:
+        preset: "paper"; or "turbo", which changes the method: student and teacher make the
+            contrastive features from the visible patches, the discriminator judges a random
+            quarter of the patches [ours].
         epochs: passes over the train rows [code].
         batch_size: pairs a step [ours].
         lr: peak learning rate of AdamW [code].
@@ -139,6 +142,9 @@ class PretrainConfig:
         consistency_weight: weight of the contrastive loss; 0 = off [code].
         reconstruction_weight: weight of the masked reconstruction; 0 = off [code].
         adversarial_weight: weight of the adversarial alignment; 0 = off [code].
+        adversarial: "simultaneous": one backward pass through the discriminator serves both it and
+            the model [ours]; "alternating": the discriminator steps first, the model learns
+            through it as it is then, by a forward and backward of its own [code].
         alpha: share of the teacher's soft target, ramped over the first epoch [ALBEF].
         temperature: at the start; learned within [0.001, 0.5] [ALBEF].
         teacher_momentum: of the momentum encoder, a step [ALBEF].
@@ -147,6 +153,7 @@ class PretrainConfig:
         augment: image augmentation; only the weak view is used.
     """
 
+    preset: Literal["paper", "turbo"] = "paper"
     epochs: int = 30
     batch_size: int = 64
     lr: float = 1e-4
@@ -158,6 +165,7 @@ class PretrainConfig:
     consistency_weight: float = 1.0
     reconstruction_weight: float = 10.0
     adversarial_weight: float = 0.1
+    adversarial: Literal["simultaneous", "alternating"] = "simultaneous"
     alpha: float = 0.4
     temperature: float = 0.07
     teacher_momentum: float = 0.995
@@ -189,6 +197,8 @@ class FinetuneConfig:
         max_uncertainty: a pseudo-label needs a fused vacuity at most this [ours].
         min_probability: ... and a class probability at least this [ours].
         modality_consistency_weight: agreement of the modalities' opinions; 0 = off [ours].
+        modality_dropout: probability with which the student must do without a modality of a row,
+            never without its last; evaluation and pseudo-labels see all [ours].
         shift: how fusion features are augmented: "none"; "diagonal": moved at random by their
             class's variance; "low-rank": moved along the latest rows of their class; both under
             the evidential loss; "closed-form": not moved, but a cross-entropy that bounds the
@@ -217,6 +227,7 @@ class FinetuneConfig:
     max_uncertainty: float = 0.3
     min_probability: float = 0.8
     modality_consistency_weight: float = 0.1
+    modality_dropout: float = 0.1
     shift: ShiftForm = "diagonal"
     shift_weight: float = 0.5
     shift_strength: float = 0.7
@@ -316,7 +327,7 @@ def check_config(config: TrainConfig) -> None:
     shares = (
         "pretrain.warmup pretrain.alpha pretrain.teacher_momentum finetune.warmup "
         "finetune.ema_momentum finetune.unlabelled_ramp finetune.max_uncertainty "
-        "finetune.min_probability pretrain.augment.flip "
+        "finetune.min_probability finetune.modality_dropout pretrain.augment.flip "
         "finetune.augment.flip"
     )
     between = "pretrain.mask_ratio finetune.shift_momentum"

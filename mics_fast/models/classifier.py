@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from mics_fast.errors import InputError
 from mics_fast.models.sizes import Size
-from mics_fast.models.vit import Block, Pool, VisionTransformer, initialise, pool_tokens
+from mics_fast.models.vit import (
+    Block,
+    Pool,
+    VisionTransformer,
+    at_least_float32,
+    initialise,
+    pool_tokens,
+)
 
 FUSION = "fusion"
 # softplus(-4) = 0.018: an untrained head states hardly any evidence, however many views there are.
@@ -21,10 +28,12 @@ INITIAL_HEAD_BIAS = -4.0
 class ClassifierOutput:
     """What each view says; the views are those of ``Classifier.views``, in that order.
 
+    float32, or float64 after ``.double()``.
+
     Args:
-        logits: (B, V, C) float32; of a view that is not present, without meaning.
+        logits: (B, V, C); of a view that is not present, without meaning.
         present: (B, V) bool.
-        fusion_feature: (B, width) float32, what the fusion head reads; None with one modality.
+        fusion_feature: (B, width), what the fusion head reads; None with one modality.
     """
 
     logits: Tensor
@@ -144,12 +153,12 @@ class Classifier(nn.Module):
         ``present`` may leave out modalities that were encoded: what would be said without them.
         """
         features = {
-            name: pool_tokens(own, self.pool).float()
+            name: at_least_float32(pool_tokens(own, self.pool))
             for name, own in zip(self.modalities, tokens, strict=True)
         }
         if self.fusion is not None:
             patches = torch.stack([own[:, 1:] for own in tokens], dim=1)
-            features[FUSION] = self.fusion(patches, present).float()
+            features[FUSION] = at_least_float32(self.fusion(patches, present))
             several = present.sum(dim=1, keepdim=True) >= 2
             present = torch.cat([present, several], dim=1)
         logits = [self._logits(view, features[view]) for view in self.views]
@@ -183,7 +192,7 @@ class Classifier(nn.Module):
     def _logits(self, view: str, feature: Tensor) -> Tensor:
         # bfloat16 resolves a logit near -4 to 0.03 only.
         with torch.autocast(feature.device.type, enabled=False):
-            return self.heads[view](feature.float())
+            return self.heads[view](at_least_float32(feature))
 
 
 def _head(width: int, num_classes: int) -> nn.Linear:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mics_fast.models.vit import take_rows
 
-def l2_attention(points: Tensor, values: Tensor) -> Tensor:
+
+def l2_attention(points: Tensor, values: Tensor, queries: int | None = None) -> Tensor:
     """Average values with weights softmax_j(-|q_i - q_j|**2 / sqrt(d)).
 
     As |q_i|**2 cancels in the softmax, these are the weights of dot-product attention of
@@ -22,9 +24,10 @@ def l2_attention(points: Tensor, values: Tensor) -> Tensor:
     Args:
         points: (B, heads, N, d) float32 or float64, queries and keys in one.
         values: (B, heads, N, d).
+        queries: only the first so many points ask; default all N.
 
     Returns:
-        (B, heads, N, d).
+        (B, heads, queries, d).
 
     Source: Kim, Papamakarios, Mnih, The Lipschitz Constant of Self-Attention, section 3.2.
     """
@@ -32,7 +35,8 @@ def l2_attention(points: Tensor, values: Tensor) -> Tensor:
     # The fused float32 kernels want one width, a multiple of 4, for queries, keys and values.
     padding = -(width + 1) % 4
     squares = points.square().sum(dim=-1, keepdim=True)
-    query = F.pad(torch.cat([2 * points, -torch.ones_like(squares)], dim=-1), (0, padding))
+    minus_one = -torch.ones_like(squares[:, :, :queries])
+    query = F.pad(torch.cat([2 * points[:, :, :queries], minus_one], dim=-1), (0, padding))
     key = F.pad(torch.cat([points, squares], dim=-1), (0, padding))
     value = F.pad(values, (0, 1 + padding))
     mixed = F.scaled_dot_product_attention(query, key, value, scale=width**-0.5)
@@ -103,13 +107,13 @@ class L2Block(nn.Module):
         self.fc1 = SpectralLinear(width, 4 * width)
         self.fc2 = SpectralLinear(4 * width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, width) -> (B, N, width)."""
+    def forward(self, tokens: Tensor, wanted: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, wanted, width): what becomes of the first tokens; default of all."""
         features = self.norm1(tokens)
         points = self.points(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         values = self.values(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = l2_attention(points, values).transpose(1, 2).flatten(2)
-        tokens = tokens + self.proj(mixed)
+        mixed = l2_attention(points, values, wanted).transpose(1, 2).flatten(2)
+        tokens = tokens[:, :wanted] + self.proj(mixed)
         return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
 
 
@@ -143,19 +147,25 @@ class Discriminator(nn.Module):
             if isinstance(layer, SpectralLinear):
                 layer.advance_power_iteration()
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
         """Judge sequences of patches, in the dtype of the weights (float32) also under autocast.
 
         Args:
-            patches: (B, N, patch_dim), in the space of ``patch_targets``.
+            patches: (B, n, patch_dim), in the space of ``patch_targets``.
+            places: (B, n) int64, which patches of the image they are; default all N, in order.
 
         Returns:
             (B,) logits, float32 (float64 after ``.double()``): large = real.
         """
         with torch.autocast(patches.device.type, enabled=False):
             tokens = self.embed(patches.to(self.cls_token.dtype))
-            cls_token = self.cls_token.expand(len(tokens), -1, -1)
-            tokens = torch.cat([cls_token, tokens], dim=1) + self.pos_embed
-            for block in self.blocks:
-                tokens = block(tokens)
+            cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+            positions = self.pos_embed[:, 1:]
+            if places is not None:
+                positions = take_rows(positions.expand(len(tokens), -1, -1), places)
+            tokens = torch.cat([cls_token, tokens + positions], dim=1)
+            last = len(self.blocks) - 1
+            for number, block in enumerate(self.blocks):
+                # Of the last block only the class token is read.
+                tokens = block(tokens, 1 if number == last else None)
             return self.head(self.norm(tokens[:, 0])).squeeze(-1)

@@ -11,7 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mics_fast.errors import InputError
-from mics_fast.models.vit import Block, initialise, patchify, sincos_positions
+from mics_fast.models.vit import (
+    Block,
+    at_least_float32,
+    initialise,
+    patchify,
+    sincos_positions,
+)
 from mics_kernels.philox import philox4x32
 
 
@@ -39,11 +45,11 @@ def patch_targets(images: Tensor, patch_size: int) -> Tensor:
         patch_size: side of a patch, in pixels.
 
     Returns:
-        (B, N, 3 * patch_size**2) float32; a patch of one value becomes 0.
+        (B, N, 3 * patch_size**2) float32, float64 of float64; a patch of one value becomes 0.
 
     Source: MAE, section 4.1, "reconstruction target".
     """
-    patches = patchify(images, patch_size).float()
+    patches = at_least_float32(patchify(images, patch_size))
     return F.layer_norm(patches, patches.shape[-1:], eps=1e-6)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mics_fast.errors import InputError
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets
 from mics_fast.models.sizes import Size
-from mics_fast.models.vit import Pool, VisionTransformer, pool_tokens
+from mics_fast.models.vit import Pool, VisionTransformer, at_least_float32, pool_tokens
 
 LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 
@@ -23,11 +23,13 @@ LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 class PretrainOutput:
     """What the losses of the first stage need, each keyed by modality.
 
+    float32, or float64 after ``.double()``.
+
     Args:
-        features: (B, P) float32, L2-normalised, of the student.
-        teachers: (B, P) float32, L2-normalised, of the momentum teacher; no gradient.
-        predictions: (B, h, patch_dim) float32, the decoder's guesses at the hidden patches.
-        targets: (B, N, patch_dim) float32, the normalised patches of the image.
+        features: (B, P), L2-normalised, of the student.
+        teachers: (B, P), L2-normalised, of the momentum teacher; no gradient.
+        predictions: (B, h, patch_dim), the decoder's guesses at the hidden patches.
+        targets: (B, N, patch_dim), the normalised patches of the image.
         hidden: (B, h) int64, which patches were hidden.
     """
 
@@ -61,6 +63,8 @@ class PretrainModel(nn.Module):
         pool: what the contrastive feature reads: "cls" or "mean".
         projection: width P of the contrastive feature.
         temperature: at the start, within (0.001, 0.5).
+        visible_only: student and teacher make the contrastive features from the visible patches,
+            so that the student's masked forward is its only one.
 
     Raises:
         InputError: the temperature is outside its range.
@@ -74,6 +78,7 @@ class PretrainModel(nn.Module):
         pool: Pool,
         projection: int,
         temperature: float,
+        visible_only: bool = False,
     ) -> None:
         super().__init__()
         share = (temperature - LOWEST_TEMPERATURE) / TEMPERATURE_RANGE
@@ -83,7 +88,7 @@ class PretrainModel(nn.Module):
                 f"and {LOWEST_TEMPERATURE + TEMPERATURE_RANGE:g}, exclusive."
             )
         self.modalities = tuple(modalities)
-        self.pool = pool
+        self.pool, self.visible_only = pool, visible_only
         self.patch_size = size.patch
         self.encoder = VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
         self.projection_head = nn.Linear(size.width, projection)
@@ -106,7 +111,7 @@ class PretrainModel(nn.Module):
     def forward(
         self, views: dict[str, Tensor], masks: dict[str, tuple[Tensor, Tensor]]
     ) -> PretrainOutput:
-        """Encode every view whole, masked, and by the teacher; changes no state.
+        """Encode every view, masked, whole where asked to, and by the teacher; changes no state.
 
         Args:
             views: for each modality (B, 3, image, image), normalised. A missing modality's rows
@@ -116,10 +121,13 @@ class PretrainModel(nn.Module):
         images = torch.cat([views[name] for name in self.modalities])
         visible = torch.cat([masks[name][0] for name in self.modalities])
         hidden = torch.cat([masks[name][1] for name in self.modalities])
-        features = self._features(self.encoder, self.projection_head, images)
+        tokens = self.encoder(images, visible)
+        seen = visible if self.visible_only else None
+        whole = tokens if self.visible_only else self.encoder(images)
+        features = self._features(whole, self.projection_head)
         with torch.no_grad():
-            teachers = self._features(self.teacher_encoder, self.teacher_projection, images)
-        predictions = self.decoder(self.encoder(images, visible), visible, hidden).float()
+            teachers = self._features(self.teacher_encoder(images, seen), self.teacher_projection)
+        predictions = at_least_float32(self.decoder(tokens, visible, hidden))
         return PretrainOutput(
             features=self._by_modality(features),
             teachers=self._by_modality(teachers),
@@ -138,11 +146,9 @@ class PretrainModel(nn.Module):
         student = (*self.encoder.parameters(), *self.projection_head.parameters())
         torch._foreach_lerp_(teacher, student, 1 - momentum)
 
-    def _features(
-        self, encoder: VisionTransformer, projection: nn.Linear, images: Tensor
-    ) -> Tensor:
-        pooled = pool_tokens(encoder(images), self.pool)
-        return F.normalize(projection(pooled).float(), dim=-1)
+    def _features(self, tokens: Tensor, projection: nn.Linear) -> Tensor:
+        pooled = pool_tokens(tokens, self.pool)
+        return F.normalize(at_least_float32(projection(pooled)), dim=-1)
 
     def _by_modality(self, stacked: Tensor) -> dict[str, Tensor]:
         return dict(zip(self.modalities, stacked.chunk(len(self.modalities)), strict=True))

@@ -18,6 +18,7 @@ from mics_fast.config import FinetuneConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.loop import Losses
 from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
+from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.means import masked_mean
 from mics_kernels import (
     ClassStatistics,
@@ -30,6 +31,7 @@ from mics_kernels import (
 )
 
 NO_LABEL = -1
+Seen = tuple[Tensor, Tensor, Tensor]  # features (R, D), labels (R,), weights (R,)
 
 
 @dataclass
@@ -58,6 +60,23 @@ class Rows:
         return labelled.sum() / max(1, self.sizes[0]), unlabelled.sum() / max(1, self.sizes[1])
 
 
+@dataclass
+class Scalars:
+    """What changes from step to step; tensors are 0-d.
+
+    Args:
+        step: int64.
+        kl_weight: of the KL term.
+        pseudo_weight: of rows with a pseudo-label.
+        shift_strength: of rows of weight 1.
+    """
+
+    step: Tensor
+    kl_weight: float
+    pseudo_weight: Tensor
+    shift_strength: Tensor
+
+
 class FinetuneStage(nn.Module):
     """A classifier with several views, its moving average, and class-conditional statistics.
 
@@ -66,7 +85,7 @@ class FinetuneStage(nn.Module):
         model: the classifier, its encoders pre-trained or not.
         num_classes: C.
         steps, steps_per_epoch: for the ramps.
-        seed: of the shifts.
+        seed: of the shifts and of modality dropout.
         autocast: dtype of the encoders' arithmetic, None for float32.
     """
 
@@ -91,54 +110,92 @@ class FinetuneStage(nn.Module):
         self.statistics = ClassStatistics(
             num_classes, width, momentum=config.shift_momentum, rank=rank
         )
-        self._seen: tuple[Tensor, Tensor, Tensor] | None = None
+        self._seen: list[Seen] = []
 
     def losses(self, batch: tuple[PairBatch, ...], step: int) -> Iterator[Losses]:
         """One forward of the average over weak unlabelled views, then one of the student.
 
-        ``batch`` is the labelled rows and, where a term reads them, the unlabelled ones.
+        ``batch`` is the labelled rows and, where a term reads them, the unlabelled ones. May be
+        called for several parts of a batch before ``after_step``.
         """
         config = self.config
-        rows, metrics = self._rows(batch)
-        output = self._forward(self.model, rows.views, rows.present)
         kl_weight = config.kl_weight * ramp(step / self.steps_per_epoch, config.kl_anneal_epochs)
         pseudo_weight = config.unlabelled_weight * ramp(step / self.steps, config.unlabelled_ramp)
-        metrics |= {"kl_weight": kl_weight}
-        terms, weights = {}, {}
-        per_row = evidential_fusion_loss(
+        scalars = Scalars(
+            self._scalar(step),
+            kl_weight,
+            self._scalar(pseudo_weight),
+            self._scalar(config.shift_strength * step / self.steps),
+        )
+        terms, metrics, seen = self._compute(batch, scalars)
+        if seen is not None:
+            self._seen.append(seen)
+        weights = {
+            "pseudo": pseudo_weight,
+            "modality_consistency": config.modality_consistency_weight,
+            "shift": config.shift_weight,
+        }
+        weights = {name: weight for name, weight in weights.items() if name in terms}
+        yield Losses("model", terms, weights, {**metrics, "kl_weight": kl_weight})
+
+    def _scalar(self, value: float) -> Tensor:
+        """0-d, on the device without waiting for it: a number would be compiled in."""
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        device = self.statistics.count.device
+        return torch.full((), value, dtype=dtype, device=device)
+
+    def _compute(
+        self, batch: tuple[PairBatch, ...], scalars: Scalars
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen | None]:
+        """Terms, metrics, and what the statistics take in after the step; changes nothing."""
+        config = self.config
+        rows, metrics = self._rows(batch)
+        present = drop_modalities(
+            rows.present,
+            rows.sample_id,
+            seed=self.seed,
+            step=scalars.step,
+            rate=config.modality_dropout,
+        )
+        output = self._forward(self.model, rows.views, present)
+        per_row, fused = evidential_fusion_loss(
             output.logits,
             rows.label,
-            kl_weight=kl_weight,
+            kl_weight=scalars.kl_weight,
             present=output.present,
             weight=rows.weight,
             ignore_index=NO_LABEL,
             reduction="none",
-        ).loss
+        )
+        terms, seen = {}, None
         terms["supervised"], pseudo = rows.means(per_row)
         if config.unlabelled_weight:
-            terms["pseudo"], weights["pseudo"] = pseudo, pseudo_weight
+            terms["pseudo"] = pseudo
         if config.modality_consistency_weight and len(self.model.modalities) > 1:
             terms["modality_consistency"] = self._agreement(output)
-            weights["modality_consistency"] = config.modality_consistency_weight
         shifts = config.shift != "none" and config.shift_weight > 0
         if shifts and output.fusion_feature is not None:
-            shifted, pseudo = rows.means(self._shift(output, rows, step, kl_weight))
-            terms["shift"] = shifted + pseudo_weight * pseudo
-            weights["shift"] = config.shift_weight
-        yield Losses("model", terms, weights, metrics)
+            per_row, seen = self._shift(output, rows, scalars)
+            shifted, pseudo = rows.means(per_row)
+            terms["shift"] = shifted + scalars.pseudo_weight * pseudo
+        metrics["student_uncertainty"] = opinion(fused).uncertainty.mean()
+        return terms, metrics, seen
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Advance the averaged weights and the class statistics, once."""
+        """Advance the averaged weights and the class statistics by this step's batch, once."""
         torch._foreach_lerp_(
             list(self.average.parameters()),
             list(self.model.parameters()),
             1 - self.config.ema_momentum,
         )
-        if self._seen is not None:
-            self.statistics.update(*self._seen)
+        if self._seen:
+            features, labels, weights = (
+                torch.cat(parts) for parts in zip(*self._seen, strict=True)
+            )
+            self.statistics.update(features, labels, weights)
             self.statistics.sync()
-            self._seen = None
+            self._seen = []
 
     def _forward(
         self, model: Classifier, views: dict[str, Tensor], present: Tensor
@@ -146,7 +203,7 @@ class FinetuneStage(nn.Module):
         with torch.autocast(present.device.type, self.autocast, enabled=self.autocast is not None):
             return model(views, present)
 
-    def _rows(self, batch: tuple[PairBatch, ...]) -> tuple[Rows, dict[str, Tensor | float]]:
+    def _rows(self, batch: tuple[PairBatch, ...]) -> tuple[Rows, dict[str, Tensor]]:
         """Labelled rows alone, or followed by the unlabelled ones with their pseudo-labels."""
         labelled = batch[0]
         one = torch.ones_like(labelled.label, dtype=torch.float32)
@@ -169,9 +226,7 @@ class FinetuneStage(nn.Module):
         return rows, metrics
 
     @torch.no_grad()
-    def _pseudo_labels(
-        self, unlabelled: PairBatch
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor | float]]:
+    def _pseudo_labels(self, unlabelled: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Labels the averaged model is sure of, their weights 1 - u, and how good they are."""
         if not self.config.unlabelled_weight:
             none = torch.full_like(unlabelled.label, NO_LABEL)
@@ -181,7 +236,7 @@ class FinetuneStage(nn.Module):
         label = fused.probability.argmax(-1)
         accepted = is_pseudo_label(self.config, fused.probability, fused.uncertainty)
         known = accepted & (unlabelled.label >= 0)
-        metrics: dict[str, Tensor | float] = {
+        metrics = {
             "pseudo_accepted": accepted.float().mean(),
             "pseudo_accuracy": masked_mean((label == unlabelled.label).float(), known),
             "uncertainty": fused.uncertainty.mean(),
@@ -201,35 +256,34 @@ class FinetuneStage(nn.Module):
             both.append(output.present[:, a] & output.present[:, b])
         return masked_mean(torch.stack(distances, 1), torch.stack(both, 1))
 
-    def _shift(self, output: ClassifierOutput, rows: Rows, step: int, kl_weight: float) -> Tensor:
-        """Loss (R,) of the fusion view on features that vary as their class does.
-
-        The unmoved features are kept for the statistics, which advance after the step.
-        """
+    def _shift(self, output: ClassifierOutput, rows: Rows, scalars: Scalars) -> tuple[Tensor, Seen]:
+        """Loss (R,) of the fusion view on features that vary as their class does, and the unmoved
+        features for the statistics, which advance after the step."""
         feature = output.fusion_feature
         assert feature is not None
         label = torch.where(output.present[:, -1], rows.label, NO_LABEL)
-        self._seen = (feature.detach(), label, rows.weight)
-        strength = self.config.shift_strength * step / self.steps * rows.weight
+        seen = (feature.detach(), label, rows.weight)
+        strength = scalars.shift_strength * rows.weight
         if self.config.shift == "closed-form":
-            return rows.weight * self._bound(output, label, strength)
+            return rows.weight * self._bound(output, label, strength), seen
         moved = shift_features(
             feature,
             label,
             self.statistics.variance(),
             strength=strength,
-            seed=torch.tensor([self.seed, step], device=feature.device),
+            seed=torch.stack([torch.full_like(scalars.step, self.seed), scalars.step]),
             row_ids=rows.sample_id,
             directions=self.statistics.directions() if self.config.shift == "low-rank" else None,
         )
-        return evidential_loss(
+        loss = evidential_loss(
             softplus(self.model.fusion_logits(moved)),
             label,
-            kl_weight=kl_weight,
+            kl_weight=scalars.kl_weight,
             weight=rows.weight,
             ignore_index=NO_LABEL,
             reduction="none",
         )
+        return loss, seen
 
     def _bound(self, output: ClassifierOutput, label: Tensor, strength: Tensor) -> Tensor:
         """What the diagonal shift would cost the fusion head in the mean, at most (R,): softmax

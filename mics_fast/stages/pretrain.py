@@ -5,11 +5,11 @@ What each term is and where it comes from: docs/method.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from mics_fast.config import PretrainConfig
 from mics_fast.data.pipeline import PairBatch
@@ -18,9 +18,27 @@ from mics_fast.models.discriminator import Discriminator
 from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches
 from mics_fast.models.sizes import Size
-from mics_fast.models.vit import Pool
+from mics_fast.models.vit import Pool, take_rows
+from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judge
 from mics_fast.stages.means import masked_mean
 from mics_kernels import FeatureQueue, multimodal_consistency_loss
+
+TURBO_SHARE = 0.25  # of the patches, that the discriminator judges in the turbo preset
+
+
+@dataclass
+class Keys:
+    """The teacher's features of a batch, or of a part of one.
+
+    Args:
+        teachers: one (B, P) a modality.
+        ids: (B,) int64, contrastive ids.
+        present: (B, M) bool.
+    """
+
+    teachers: Sequence[Tensor]
+    ids: Tensor
+    present: Tensor
 
 
 class PretrainStage(nn.Module):
@@ -59,6 +77,7 @@ class PretrainStage(nn.Module):
             pool=pool,
             projection=projection,
             temperature=config.temperature,
+            visible_only=config.preset == "turbo",
         )
         self.discriminator = Discriminator(
             size.num_patches,
@@ -68,58 +87,96 @@ class PretrainStage(nn.Module):
             size.discriminator_heads,
         )
         self.queues = nn.ModuleList(FeatureQueue(queue_size, projection) for _ in self.modalities)
-        self._teachers: dict[str, Tensor] = {}
-        self._batch: PairBatch | None = None
+        self._keys: list[Keys] = []
 
     def losses(self, batch: tuple[PairBatch], step: int) -> Iterator[Losses]:
-        """The discriminator's loss, then the model's: one forward of the model for both."""
+        """The discriminator's loss, then the model's: one forward of the model for both.
+
+        May be called for several parts of a batch before ``after_step``.
+        """
         (pairs,) = batch
         config = self.config
-        output = self._forward(pairs, step)
+        output, sequences = self._forward(pairs, self._scalar(step))
+        keys = Keys(list(output.teachers.values()), pairs.group_id, pairs.present)
+        self._keys.append(keys)
         terms: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
-        metrics: dict[str, Tensor | float] = {"temperature": self.model.temperature().detach()}
-        if config.adversarial_weight:
-            real = self._patches(output.targets)
-            fake = self._patches(self._reconstructions(output))
-            present = pairs.present.T.flatten()
-            yield Losses("discriminator", {"discriminator": self._judge(real, fake, present)})
-            terms["adversarial"] = self._fool(fake, present)
+        metrics: dict[str, Tensor | float] = {}
+        if sequences is not None:
+            terms["adversarial"] = yield from self._align(sequences, metrics)
             weights["adversarial"] = config.adversarial_weight
-        if config.reconstruction_weight:
-            terms["reconstruction"] = self._reconstruction(output, pairs.present)
-            weights["reconstruction"] = config.reconstruction_weight
-        if config.consistency_weight and len(self.modalities) > 1:
-            terms["consistency"] = self._consistency(output, pairs, step)
-            weights["consistency"] = config.consistency_weight
-        self._teachers, self._batch = output.teachers, pairs
-        yield Losses("model", terms, weights, metrics)
+        alpha = self._scalar(config.alpha * min(1.0, step / self.steps_per_epoch))
+        rest, more = self._model_losses(output, keys, alpha)
+        terms |= rest
+        weights |= {name: getattr(config, f"{name}_weight") for name in rest}
+        yield Losses("model", terms, weights, metrics | more)
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Advance the teacher and the queues by this step's batch, once."""
+        """Advance teacher, queues and power iteration by this step's batch, once."""
         self.model.update_teacher(self.config.teacher_momentum)
-        batch, self._batch = self._batch, None
-        assert batch is not None
-        for column, name in enumerate(self.modalities):
-            present = batch.present[:, column]
-            self._queues()[column].enqueue(self._teachers[name], batch.group_id, present)
+        if self.config.adversarial_weight:
+            self.discriminator.advance_power_iteration()
+        for keys in self._keys:
+            for column, queue in enumerate(self._queues()):
+                queue.enqueue(keys.teachers[column], keys.ids, keys.present[:, column])
+        self._keys = []
 
-    def _forward(self, pairs: PairBatch, step: int) -> PretrainOutput:
+    def _align(
+        self, sequences: Sequences, metrics: dict[str, Tensor | float]
+    ) -> Generator[Losses, None, Tensor]:
+        """The discriminator's losses on the way to the model's adversarial term."""
+        simultaneous = self.config.adversarial == "simultaneous"
+        leaf = sequences.fake.detach().requires_grad_(simultaneous)
+        loss, logits = self._judge(sequences, leaf)
+        if not simultaneous:
+            yield Losses("discriminator", {"discriminator": loss})
+            self.discriminator.requires_grad_(False)
+            fooled = self._fool(sequences)
+            self.discriminator.requires_grad_(True)
+            return fooled
+        # The loop may divide a loss by the parts of its batch: this shows by what.
+        factor = torch.ones_like(loss).requires_grad_()
+        yield Losses("discriminator", {"discriminator": loss + (factor - 1)})
+        assert leaf.grad is not None and factor.grad is not None, "no backward pass was made"
+        fooled, metrics["adversarial_clamped"] = self._fool_by_gradient(
+            sequences, leaf.grad / factor.grad, logits
+        )
+        return fooled
+
+    def _scalar(self, value: float) -> Tensor:
+        """0-d, on the device without waiting for it: a number would be compiled in."""
+        dtype = torch.int64 if isinstance(value, int) else torch.float64
+        return torch.full((), value, dtype=dtype, device=self.model.theta.device)
+
+    def _forward(self, pairs: PairBatch, step: Tensor) -> tuple[PretrainOutput, Sequences | None]:
+        """The model on a batch, and what the discriminator is to judge of it."""
+        seed, patches = (self.seed, 0), self.size.num_patches
         masks = {
-            name: random_mask(
-                (self.seed, 0),
-                pairs.sample_id,
-                step,
-                self.size.num_patches,
-                self.config.mask_ratio,
-                stream,
-            )
+            name: random_mask(seed, pairs.sample_id, step, patches, self.config.mask_ratio, stream)
             for stream, name in enumerate(self.modalities)
         }
         device = pairs.label.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            return self.model(pairs.views, masks)
+            output = self.model(pairs.views, masks)
+        if not self.config.adversarial_weight:
+            return output, None
+        return output, self._sequences(output, pairs, step)
+
+    def _sequences(self, output: PretrainOutput, pairs: PairBatch, step: Tensor) -> Sequences:
+        """True and reconstructed patches: in the turbo preset a random quarter of them."""
+        real, fake = self._stack(output.targets), self._stack(self._reconstructions(output))
+        present = pairs.present.T.flatten()
+        if self.config.preset == "paper":
+            return Sequences(real, fake, None, present)
+        streams = [len(self.modalities) + column for column in range(len(self.modalities))]
+        patches = self.size.num_patches
+        drawn = [
+            random_mask((self.seed, 0), pairs.sample_id, step, patches, 1 - TURBO_SHARE, stream)[0]
+            for stream in streams
+        ]
+        places = torch.cat(drawn)
+        return Sequences(take_rows(real, places), take_rows(fake, places), places, present)
 
     def _queues(self) -> list[FeatureQueue]:
         return [queue for queue in self.queues if isinstance(queue, FeatureQueue)]
@@ -131,23 +188,32 @@ class PretrainStage(nn.Module):
             for name, predicted in output.predictions.items()
         }
 
-    def _patches(self, by_modality: dict[str, Tensor]) -> Tensor:
+    def _stack(self, by_modality: dict[str, Tensor]) -> Tensor:
         """Modalities stacked along the batch, in the order of ``present.T.flatten()``."""
         return torch.cat([by_modality[name] for name in self.modalities])
 
-    def _judge(self, real: Tensor, fake: Tensor, present: Tensor) -> Tensor:
-        """The discriminator's loss on true and on (detached) reconstructed patch sequences."""
-        self.discriminator.advance_power_iteration()
-        logits = self.discriminator(torch.cat([real, fake.detach()]))
-        on_real, on_fake = logits.chunk(2)
-        return masked_mean(softplus(-on_real) + softplus(on_fake), present)
+    def _judge(self, sequences: Sequences, leaf: Tensor) -> tuple[Tensor, Tensor]:
+        return judge(self.discriminator, sequences, leaf)
 
-    def _fool(self, fake: Tensor, present: Tensor) -> Tensor:
-        """The model's loss through a discriminator whose weights stand still."""
-        self.discriminator.requires_grad_(False)
-        loss = masked_mean(softplus(-self.discriminator(fake)), present)
-        self.discriminator.requires_grad_(True)
-        return loss
+    def _fool(self, sequences: Sequences) -> Tensor:
+        return fool(self.discriminator, sequences)
+
+    def _fool_by_gradient(
+        self, sequences: Sequences, gradient: Tensor, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return fool_by_gradient(sequences, gradient, logits)
+
+    def _model_losses(
+        self, output: PretrainOutput, keys: Keys, alpha: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
+        """The model's own terms, those that are on, and what else to log."""
+        terms: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor | float] = {"temperature": self.model.temperature().detach()}
+        if self.config.reconstruction_weight:
+            terms["reconstruction"] = self._reconstruction(output, keys.present)
+        if self.config.consistency_weight and len(self.modalities) > 1:
+            terms["consistency"] = self._consistency(output, keys, alpha)
+        return terms, metrics
 
     def _reconstruction(self, output: PretrainOutput, present: Tensor) -> Tensor:
         """Mean squared error on the hidden patches of the images that are there (MAE)."""
@@ -158,17 +224,17 @@ class PretrainStage(nn.Module):
             errors.append((output.predictions[name] - truth).square().mean((1, 2)))
         return masked_mean(torch.stack(errors, 1), present)
 
-    def _consistency(self, output: PretrainOutput, pairs: PairBatch, step: int) -> Tensor:
+    def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
         """Soft-target contrastive loss over ordered pairs of modalities (ALBEF)."""
         queues = self._queues()
         return multimodal_consistency_loss(
             [output.features[name] for name in self.modalities],
-            [output.teachers[name] for name in self.modalities],
+            keys.teachers,
             [queue.features for queue in queues],
             temperature=self.model.temperature(),
-            alpha=self.config.alpha * min(1.0, step / self.steps_per_epoch),
+            alpha=alpha,
             queue_lengths=[queue.length for queue in queues],
-            key_ids=pairs.group_id,
+            key_ids=keys.ids,
             queue_ids=[queue.ids for queue in queues],
-            present=pairs.present,
+            present=keys.present,
         )

@@ -11,6 +11,7 @@ from mics_fast.models.vit import (
     Block,
     PatchEmbed,
     VisionTransformer,
+    attend_written_out,
     patchify,
     pool_tokens,
     sincos_positions,
@@ -189,3 +190,27 @@ def test_compiles_into_one_graph():
     compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
     images, visible = torch.randn(2, 3, 16, 16), torch.tensor([[3, 1], [0, 15]])
     torch.testing.assert_close(compiled(images, visible), encoder(images, visible))
+
+
+def test_attention_in_bfloat16_on_a_cpu_is_attention():
+    """It is written out there; float32 attention of the same rounded numbers is the truth."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 3, 20, 8).bfloat16()
+    mask = torch.rand(2, 1, 1, 20) < 0.7
+    for readable in (None, mask):
+        wanted = F.scaled_dot_product_attention(
+            query.float(), key.float(), value.float(), attn_mask=readable
+        )
+        got = attend_written_out(query, key, value, readable)
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.float(), wanted, rtol=0, atol=1e-2)
+
+
+def test_a_block_under_autocast_is_the_block_but_for_rounding():
+    torch.manual_seed(0)
+    block, tokens = Block(width=16, heads=2), torch.randn(2, 5, 16)
+    wanted = block(tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = block(tokens)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-2)
+    assert not torch.equal(got, wanted)

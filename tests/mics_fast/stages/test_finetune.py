@@ -6,26 +6,12 @@ import pytest
 import torch
 
 from mics_fast.config import FinetuneConfig
-from mics_fast.models.classifier import Classifier
-from mics_fast.stages.finetune import NO_LABEL, FinetuneStage, ramp, wants_unlabelled
+from mics_fast.stages.finetune import NO_LABEL, Scalars, ramp, wants_unlabelled
 
 
 @pytest.fixture
-def make_stage(tiny):
-    def make(**options):
-        torch.manual_seed(0)
-        model = Classifier(tiny, ("wli", "nbi"), 3, pool="mean", fusion_depth=1)
-        return FinetuneStage(
-            FinetuneConfig(**options),
-            model,
-            num_classes=3,
-            width=tiny.width,
-            steps=100,
-            steps_per_epoch=10,
-            seed=0,
-        )
-
-    return make
+def make_stage(make_finetuning):
+    return make_finetuning
 
 
 ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
@@ -128,6 +114,45 @@ def test_the_average_and_the_statistics_advance_once_after_the_step(make_stage, 
         torch.testing.assert_close(average, before[name].lerp(student[name], 0.1))
 
 
+def test_the_statistics_take_in_all_parts_of_a_batch_at_once(make_stage, make_batch):
+    whole, parts = (make_stage(**ACCEPT_ALL, modality_dropout=0.0) for _ in range(2))
+    whole._seen = [tuple(torch.cat(pair) for pair in zip(*_two_parts(), strict=True))]
+    parts._seen = _two_parts()
+    for stage in (whole, parts):
+        stage.after_step()
+    for name, value in whole.statistics.state_dict().items():
+        assert torch.equal(value, parts.statistics.state_dict()[name])
+    for first in (0, 4):
+        for _ in parts.losses((make_batch(4, first_id=first), make_batch(8, strong=True)), 50):
+            pass
+    assert len(parts._seen) == 2
+
+
+def _two_parts():
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(6, 16, generator=generator), torch.arange(6) % 3, torch.ones(6))
+        for _ in range(2)
+    ]
+
+
+def test_the_student_alone_does_without_modalities(make_stage, make_batch, monkeypatch):
+    stage = make_stage(modality_dropout=0.9)
+    batch = (make_batch(4), make_batch(8, strong=True))
+    given = {}
+    original = stage._forward
+
+    def spy(model, views, present):
+        given["student" if model is stage.model else "average"] = present
+        return original(model, views, present)
+
+    monkeypatch.setattr(stage, "_forward", spy)
+    list(stage.losses(batch, 50))
+    assert given["average"].all()
+    assert given["student"].any(1).all() and not given["student"].all()
+    assert batch[0].present.all() and batch[1].present.all()
+
+
 def test_the_shift_grows_from_nothing(make_stage, make_batch, monkeypatch):
     strengths = []
     from mics_kernels import shift_features
@@ -191,17 +216,19 @@ def test_the_closed_form_weighs_rows_like_the_others(make_stage, make_batch):
     rows, _ = stage._rows((make_batch(4), make_batch(8, strong=True)))
     output = stage.model(rows.views, rows.present)
     plain = torch.nn.functional.cross_entropy(output.logits[:, -1], rows.label, reduction="none")
-    torch.testing.assert_close(stage._shift(output, rows, 50, 0.5), rows.weight * plain)
+    scalars = Scalars(torch.tensor(50), 0.5, torch.tensor(1.0), torch.tensor(0.0))
+    torch.testing.assert_close(stage._shift(output, rows, scalars)[0], rows.weight * plain)
 
 
 @pytest.mark.parametrize("form", ["diagonal", "low-rank", "closed-form"])
 def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make_batch, form):
-    stage = make_stage(unlabelled_weight=0.0, modality_consistency_weight=0.0, shift=form)
+    options = {"unlabelled_weight": 0.0, "modality_consistency_weight": 0.0}
+    stage = make_stage(**options, modality_dropout=0.0, shift=form)
     batch = make_batch(4)
     batch.present[1, 0] = False
     (losses,) = stage.losses((batch,), 50)
     assert torch.isfinite(losses.total())
-    feature, label, _ = stage._seen
+    ((feature, label, _),) = stage._seen
     assert label.tolist() == [0, NO_LABEL, 2, 0]
     assert torch.isfinite(feature).all()
 

@@ -7,27 +7,14 @@ import copy
 import pytest
 import torch
 
-from mics_fast.config import PretrainConfig
+from mics_fast.models.masked_autoencoder import unpatchify
+from mics_fast.models.vit import patchify
 from mics_fast.stages.means import masked_mean
-from mics_fast.stages.pretrain import PretrainStage
 
 
 @pytest.fixture
-def make_stage(tiny):
-    def make(queue_size=32, **options):
-        torch.manual_seed(0)
-        return PretrainStage(
-            PretrainConfig(**options),
-            tiny,
-            ("wli", "nbi"),
-            pool="mean",
-            projection=8,
-            queue_size=queue_size,
-            steps_per_epoch=4,
-            seed=0,
-        )
-
-    return make
+def make_stage(make_pretraining):
+    return make_pretraining
 
 
 def run_step(stage, batch, step=0, lr=0.0):
@@ -55,12 +42,14 @@ def test_the_adversarial_loss_alone_trains_the_encoder(make_stage, make_batch):
 
 
 def test_the_model_s_step_leaves_no_gradient_on_the_discriminator(make_stage, make_batch):
-    stage = make_stage()
-    losses = stage.losses((make_batch(4),), 0)
-    next(losses)
-    next(losses).total().backward()
-    assert all(p.grad is None for p in stage.discriminator.parameters())
-    assert all(p.requires_grad for p in stage.discriminator.parameters())
+    for form in ("simultaneous", "alternating"):
+        stage = make_stage(adversarial=form)
+        losses = stage.losses((make_batch(4),), 0)
+        next(losses).total().backward()
+        stage.discriminator.zero_grad()
+        next(losses).total().backward()
+        assert all(p.grad is None for p in stage.discriminator.parameters())
+        assert all(p.requires_grad for p in stage.discriminator.parameters())
 
 
 def test_the_discriminator_s_step_leaves_no_gradient_on_the_model(make_stage, make_batch):
@@ -77,9 +66,9 @@ def test_real_and_fake_share_a_space_and_differ(make_stage, make_batch, monkeypa
     judged = {}
     original = stage._judge
 
-    def spy(real, fake, present):
-        judged.update(real=real, fake=fake)
-        return original(real, fake, present)
+    def spy(sequences, leaf):
+        judged.update(real=sequences.real, fake=leaf)
+        return original(sequences, leaf)
 
     monkeypatch.setattr(stage, "_judge", spy)
     run_step(stage, make_batch(4))
@@ -112,6 +101,27 @@ def test_a_batch_enters_the_queue_once_and_after_its_own_loss(make_stage, make_b
         assert queue.ids[:4].tolist() == [0, 1, 2, 3]
 
 
+def test_parts_of_a_batch_advance_everything_once_and_enter_the_queue_in_order(
+    make_stage, make_batch
+):
+    stage = make_stage(teacher_momentum=0.9)
+    before = copy.deepcopy(stage.state_dict())
+    for first in (0, 4):
+        for losses in stage.losses((make_batch(4, first_id=first),), 0):
+            losses.total().backward()
+    with torch.no_grad():
+        for parameter in stage.discriminator.parameters():
+            parameter += 0.1
+        stage.model.encoder.cls_token += 1
+    stage.after_step()
+    assert [queue.ids[:9].tolist() for queue in stage.queues] == [[*range(8), -1]] * 2
+    moved = stage.model.teacher_encoder.cls_token - before["model.teacher_encoder.cls_token"]
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.1))
+    layer, name = stage.discriminator.head, "discriminator.head"
+    once = torch.nn.functional.normalize(layer.weight.T @ before[f"{name}.u"], dim=0)
+    assert torch.equal(layer.v, once.detach())
+
+
 def test_a_sample_s_own_older_feature_is_never_its_negative(make_stage, make_batch):
     """The published queue held every sample 10 to 27 times (audit E-3): a floor under the loss."""
     stage = make_stage(adversarial_weight=0.0, reconstruction_weight=0.0)
@@ -137,6 +147,24 @@ def test_an_absent_modality_changes_no_loss_and_enters_no_queue(make_stage, make
         losses.append([seen["discriminator"].total(), seen["model"].total()])
         assert [queue.length for queue in stage.queues] == [4, 3]
     assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
+
+
+def test_in_the_turbo_preset_student_and_teacher_see_the_visible_patches_alone(
+    make_stage, make_batch
+):
+    stage = make_stage(preset="turbo")
+    output, _ = stage._forward(make_batch(4), torch.tensor(0))
+    changed = make_batch(4)
+    for name, images in changed.views.items():
+        patches = patchify(images, 4)
+        rows = torch.arange(4).unsqueeze(1)
+        patches[rows, output.hidden[name]] = 9.0
+        changed.views[name] = unpatchify(patches, 4)
+    other, _ = stage._forward(changed, torch.tensor(0))
+    for name in ("wli", "nbi"):
+        assert torch.equal(output.features[name], other.features[name])
+        assert torch.equal(output.teachers[name], other.teachers[name])
+        assert not torch.equal(output.targets[name], other.targets[name])
 
 
 def test_terms_that_are_off_are_not_computed(make_stage, make_batch):

@@ -1,0 +1,1 @@
+"""What the benchmarks hold this project against, restated here."""

@@ -1,0 +1,287 @@
+"""The rungs of the ladder: the published pre-training step, and what makes it this project's.
+
+Each rung changes one thing. From the third on it is ``mics_fast``'s own stage that runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from baselines.published import PublishedStep, albef, published_flops
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim import Optimizer
+
+from mics_fast.config import PretrainConfig, TrainConfig
+from mics_fast.data.pipeline import PairBatch
+from mics_fast.engine.optimiser import decay_groups
+from mics_fast.flops import finetune_flops, pretrain_flops
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.pretraining import PretrainOutput
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import Block
+from mics_fast.stages.finetune import FinetuneStage
+from mics_fast.stages.pretrain import Keys, PretrainStage
+
+Batch = tuple[PairBatch, ...]
+Losses = list[dict[str, float]]
+"""By name, of one step after the other."""
+EXACT, LAGGING, ROUNDED = 1e-4, 1e-2, 3e-2
+"""How far a loss may be off, relative (of a loss below 1: absolute): for float32 sums in another
+order; where the discriminator has stepped since its singular vectors were taken; for bfloat16.
+Measured after four steps of vit_micro and vit_tiny: 4e-6, 3e-3, 3e-3."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How this project's pre-training step is made; the default is the rung nearest to theirs.
+
+    Args:
+        adversarial, preset: see ``config.PretrainConfig``.
+        written_out: attention with its scores materialised.
+        amp: encoders in bfloat16.
+        compiled: torch.compile of the encoder blocks.
+        fused: the contrastive loss by the operator, else as published.
+        cached: frames from memory, else decoded for every step.
+    """
+
+    adversarial: str = "alternating"
+    preset: str = "paper"
+    written_out: bool = True
+    amp: bool = False
+    compiled: bool = False
+    fused: bool = False
+    cached: bool = False
+
+
+@dataclass
+class Rung:
+    """One way to make a training step.
+
+    Args:
+        name: what it adds.
+        step: trains on a batch, given its number; losses by name.
+        flops: floating-point operations of a step, as this rung makes it.
+        way: of this project; None: published.
+        like: the rung whose losses it must give; None: nobody's.
+        tolerance: how closely: relative, of a loss below 1 absolute.
+        but: a loss that differs by intent, and with it the weights: only the first step's others
+            must agree.
+    """
+
+    name: str
+    step: PublishedStep | EngineStep
+    flops: float
+    way: Way = Way()
+    like: str | None = None
+    tolerance: float = EXACT
+    but: str = ""
+
+
+class EagerLossStage(PretrainStage):
+    """The stage with the published contrastive loss in the place of the operator."""
+
+    def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
+        losses = [
+            albef(
+                output.features[one],
+                output.teachers[one],
+                output.teachers[other],
+                queue.features,
+                self.model.temperature(),
+                alpha,
+            )
+            for one, other, queue in zip(
+                self.modalities, self.modalities[::-1], reversed(self._queues()), strict=True
+            )
+        ]
+        return torch.stack(losses).mean()
+
+
+class EngineStep:
+    """A stage's step as the training loop makes it, without a log.
+
+    Args:
+        stage: of pre-training or fine-tuning.
+        optimisers: by name.
+        written_out: attention with its scores materialised.
+    """
+
+    def __init__(
+        self, stage: nn.Module, optimisers: dict[str, Optimizer], *, written_out: bool = False
+    ) -> None:
+        self.stage, self.optimisers, self.written_out = stage, optimisers, written_out
+
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        with sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext():
+            for losses in self.stage.losses(batch, step):
+                optimiser = self.optimisers[losses.optimiser]
+                optimiser.zero_grad(set_to_none=True)
+                losses.total().backward()
+                optimiser.step()
+                values |= {name: term.detach() for name, term in losses.terms.items()}
+            self.stage.after_step()
+        return values
+
+    def release(self) -> None:
+        """Give back the memory of the gradients."""
+        for optimiser in self.optimisers.values():
+            optimiser.zero_grad(set_to_none=True)
+
+
+def ladder(
+    config: TrainConfig, modalities: Sequence[str], *, amp: bool, compiles: bool
+) -> Iterator[Rung]:
+    """The rungs, each from the same weights; last, outside the ladder, the turbo preset.
+
+    Args:
+        config: of the run; the length of the queue is set, nothing is clipped.
+        modalities: names of two.
+        amp: whether bfloat16 pays here.
+        compiles: whether to make the rung with torch.compile. As in the trainer, what comes after
+            it is compiled on a GPU alone.
+    """
+    published = published_flops(config)
+    for name, svd, like in (("a", True, None), ("b", False, "a")):
+        stage = build_pretraining(config, modalities, Way())
+        step = PublishedStep(stage, optimisers_of(stage, config), svd=svd)
+        yield Rung(name, step, published, like=like, tolerance=LAGGING)
+
+    def rung(name: str, way: Way, like: str | None, tolerance: float, but: str = "") -> Rung:
+        own = replace(config, pretrain=options_of(config, way))
+        stage = build_pretraining(config, modalities, way)
+        step = EngineStep(stage, optimisers_of(stage, config), written_out=way.written_out)
+        flops = sum(pretrain_flops(own, stage.size, len(modalities)).values())
+        return Rung(name, step, flops, way, like, tolerance, but)
+
+    way = Way()
+    yield rung("c, alternating", way, "b", EXACT)
+    way = replace(way, adversarial="simultaneous")
+    yield rung("c", way, "c, alternating", EXACT, but="adversarial")
+    way = replace(way, written_out=False)
+    yield rung("d, float32", way, "c", EXACT)
+    last, tolerance = "d, float32", EXACT
+    if amp:
+        way, tolerance = replace(way, amp=True), ROUNDED
+        yield rung("d", way, last, tolerance)
+        last = "d"
+    if compiles:
+        compiled = replace(way, compiled=True)
+        yield rung("e", compiled, last, tolerance)
+        if config.device == "cuda":
+            way, last = compiled, "e"
+    way = replace(way, fused=True)
+    yield rung("f", way, last, tolerance)
+    way = replace(way, cached=True)
+    yield rung("g", way, "f", EXACT)
+    yield rung("turbo", replace(way, preset="turbo"), None, EXACT)
+
+
+def fine_tuning(
+    config: TrainConfig, modalities: Sequence[str], classes: int, *, amp: bool, compiles: bool
+) -> Iterator[Rung]:
+    """This project's fine-tuning step, eager and, where asked for, compiled."""
+    size, options = SIZES[config.model.size], config.finetune
+    flops = sum(finetune_flops(config, size, len(modalities), classes).values())
+    for compiled in (False, True)[: 1 + compiles]:
+        torch.manual_seed(config.seed)
+        depth = config.model.fusion_depth
+        model = Classifier(size, modalities, classes, pool=config.model.pool, fusion_depth=depth)
+        stage = FinetuneStage(
+            options, model, num_classes=classes, width=size.width, steps=1000, steps_per_epoch=100,
+            seed=config.seed, autocast=torch.bfloat16 if amp else None,
+        ).to(config.device)  # fmt: skip
+        if compiled:
+            compile_blocks(stage)
+        groups = decay_groups(
+            model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay
+        )
+        step = EngineStep(stage, {"model": torch.optim.AdamW(groups)})
+        way = Way(written_out=False, amp=amp, compiled=compiled, fused=True, cached=True)
+        name, like = ("fine-tuning, e", "fine-tuning") if compiled else ("fine-tuning", None)
+        yield Rung(name, step, flops, way, like, ROUNDED if amp else EXACT)
+
+
+def build_pretraining(config: TrainConfig, modalities: Sequence[str], way: Way) -> PretrainStage:
+    """A stage with weights from the seed and full queues of random features, nobody's repeats."""
+    torch.manual_seed(config.seed)
+    options = options_of(config, way)
+    assert options.queue_size is not None
+    stage = (PretrainStage if way.fused else EagerLossStage)(
+        options,
+        SIZES[config.model.size],
+        modalities,
+        pool=config.model.pool,
+        projection=config.model.projection,
+        queue_size=options.queue_size,
+        steps_per_epoch=4,
+        seed=config.seed,
+        autocast=torch.bfloat16 if way.amp else None,
+    )
+    for queue in stage._queues():
+        queue.enqueue(nn.functional.normalize(torch.randn(queue.features.shape), dim=1))
+    if way.compiled:
+        compile_blocks(stage)
+    return stage.to(config.device)
+
+
+def options_of(config: TrainConfig, way: Way) -> PretrainConfig:
+    """The stage's options with those that a rung sets."""
+    return replace(config.pretrain, adversarial=way.adversarial, preset=way.preset)
+
+
+def optimisers_of(stage: PretrainStage, config: TrainConfig) -> dict[str, Optimizer]:
+    """AdamW for the model, Adam for the discriminator, as the trainer makes them."""
+    options = config.pretrain
+    trained = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
+    groups = decay_groups(trained, lr=options.lr, weight_decay=options.weight_decay)
+    return {
+        "model": torch.optim.AdamW(groups),
+        "discriminator": torch.optim.Adam(
+            stage.discriminator.parameters(), lr=options.discriminator_lr, betas=(0.5, 0.999)
+        ),
+    }
+
+
+def compile_blocks(stage: nn.Module) -> None:
+    """torch.compile of every encoder block."""
+    for module in stage.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+
+def losses_of(rung: Rung, batches: Sequence[Batch]) -> Losses:
+    """The losses of a rung on these batches, from its first step on."""
+    found = [rung.step(batch, number) for number, batch in enumerate(batches)]
+    return [{name: float(value) for name, value in values.items()} for values in found]
+
+
+def disagreement(rung: Rung, losses: Mapping[str, Losses]) -> float:
+    """How far a rung's losses are from those it must give, as ``Rung.tolerance`` counts it.
+
+    Raises:
+        SystemExit: too far, or a loss is missing; the sentence says which, and where.
+    """
+    worst = 0.0
+    if rung.like is None:
+        return worst
+    both = list(zip(losses[rung.name], losses[rung.like], strict=True))
+    for number, (own, other) in enumerate(both[:1] if rung.but else both):
+        if own.keys() != other.keys():
+            raise SystemExit(f"rung {rung.name} has losses {sorted(own)}, wanted {sorted(other)}")
+        for term, wanted in other.items():
+            apart = abs(own[term] - wanted) / max(abs(wanted), 1.0)
+            if term == rung.but:
+                continue
+            if not apart <= rung.tolerance:
+                raise SystemExit(
+                    f"rung {rung.name} disagrees with {rung.like}: the {term} loss of step "
+                    f"{number + 1} is {own[term]:.6g}, wanted {wanted:.6g} within "
+                    f"{rung.tolerance:g} of it"
+                )
+            worst = max(worst, apart)
+    return worst

@@ -1,0 +1,309 @@
+"""Time a training step, from the published code's to this project's: a ladder of rungs in one run.
+
+    a   the published step (bench/baselines/published.py)     b  without singular value decomposition
+    c   one forward: of the model ("alternating"), and of the discriminator for both
+    d   scaled_dot_product_attention, and bfloat16 where it pays (on a CPU attention in bfloat16 is
+        written out: the fused kernel is slower)              e  torch.compile of the blocks
+    f   the contrastive loss by the fused operator            g  frames from memory, not decoded
+
+Beside it stand the turbo preset, which changes the method, and the fine-tuning step. All rungs have
+the same weights, batches and queue, filled with random features. Before anything is timed each
+rung's losses are held against those of the rung before, on the same frames, and the run fails where
+they differ. What is timed includes the loader, DALI's for every rung; the published one, Pillow in
+the training process, would be slower. Rungs take turns, round by round; a turn's first step is not
+timed. Times are medians; "CPU" is that of all threads, "x" is how many times rung a's time. "MB" is
+the most memory a step takes beside weights and optimisers. GFLOP are counted as the rung makes
+them, without the decomposition; MFU is their share of what a large float32 product reaches here,
+on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the number of threads, the
+machine was busy with something else, and only the CPU times tell anything. On a CPU, compiled
+blocks take longer to make than --quick has, and nothing after rung e is compiled, as in the trainer.
+
+    python bench/training.py [MANIFEST] [--size vit_micro] [--quick] [--device cuda] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rungs import Batch, Losses, Rung, disagreement, fine_tuning, ladder, losses_of
+from timing import processor
+
+from mics_fast import prepare
+from mics_fast.config import CacheConfig, DataConfig, TrainConfig
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.manifest import Manifest, read_manifest
+from mics_fast.data.pipeline import TrainLoader
+from mics_fast.models.sizes import SIZES
+
+GPU_PEAK = 989e12  # H100 and H200, dense bfloat16
+BATCHES = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
+QUICK_BATCHES = {"vit_micro": 16, "vit_tiny": 4, "vit_small": 2, "vit_base": 16}
+QUEUE = 4096
+PAYS = 1.5  # times float32's speed, for bfloat16 to be worth its rounding
+Turn = list[tuple[float, float, float]]
+"""Wall, CPU and data-wait seconds of each step."""
+
+
+def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Check and measure everything; one row for each rung."""
+    config = config_of(options)
+    device = torch.device(options.device)
+    peaks = {dtype: peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    amp = peaks[torch.bfloat16] > PAYS * peaks[torch.float32]
+    on_gpu = device.type == "cuda"
+    reached = f"float32 {peaks[torch.float32]:.3g}, bfloat16 {peaks[torch.bfloat16]:.3g}"
+    print(f"products reach {reached} TFLOP/s; batch {config.pretrain.batch_size}, queue {QUEUE}")
+    compiles = on_gpu or not options.quick
+    loaders = loaders_of(manifest, config, device)
+    pretraining = ladder(config, manifest.modalities, amp=amp, compiles=compiles)
+    classes = len(manifest.classes)
+    tuning = fine_tuning(config, manifest.modalities, classes, amp=amp, compiles=compiles)
+    count = 2 if options.quick else 4
+    kept = {name: list(itertools.islice(loader, count)) for name, loader in loaders.items()}
+    rungs: dict[str, Rung] = {}
+    losses: dict[str, Losses] = {}
+    rows: dict[str, dict[str, object]] = {}
+    for rung in itertools.chain(pretraining, tuning):
+        batches = unrepeated(kept["tuning" if rung.name.startswith("fine") else "decoded"])
+        losses[rung.name], memory = losses_and_memory(rung, batches, device)
+        rungs[rung.name] = rung
+        rows[rung.name] = {
+            "rung": rung.name,
+            "precision": "bf16" if rung.way.amp else "fp32",
+            "apart": disagreement(rung, losses),
+            "memory_mb": memory,
+            "loss_first": losses[rung.name][0],
+            "loss_last": losses[rung.name][-1],
+        }
+    print(f"losses agree over {count} steps; timing {len(rungs)} rungs")
+    times, cores = take_turns(rungs, loaders, device, 15.0 if options.quick else 120.0)
+    best = GPU_PEAK if on_gpu else peaks[torch.float32] * 1e12
+    for name, rung in rungs.items():
+        rows[name] |= speeds(times[name], rung.flops, pairs_of(config, name), best)
+        rows[name] |= {f"x_{n}": rows["a"][n] / rows[name][n] if rows[name][n] else None
+                       for n in ("ms", "cpu_ms")}  # type: ignore[operator]  # fmt: skip
+        rows[name] |= {"rounds": len(times[name]), "cores": cores}
+        print(line(rows[name]), flush=True)
+    return list(rows.values())
+
+
+def config_of(options: argparse.Namespace) -> TrainConfig:
+    """The demo's small heads, defaults otherwise; no clipping, so that rungs do the same."""
+    config = TrainConfig(device=options.device)
+    config.model.size = options.size
+    batch = options.batch or (QUICK_BATCHES if options.quick else BATCHES)[options.size]
+    config.pretrain = replace(config.pretrain, batch_size=batch, queue_size=QUEUE, clip=0.0)
+    labelled = max(1, batch // 4)
+    config.finetune = replace(
+        config.finetune, labelled_batch=labelled, unlabelled_batch=batch - labelled, clip=0.0
+    )
+    return config
+
+
+def loaders_of(
+    manifest: Manifest, config: TrainConfig, device: torch.device
+) -> dict[str, Iterator[Batch]]:
+    """Batches of pre-training, "decoded" or "cached", and of fine-tuning, from all rows."""
+    rows, size = list(manifest.rows), SIZES[config.model.size]
+    data = DataConfig(cache=CacheConfig("host"))
+    cache = FrameCache(rows, manifest.modalities, data=data, image_size=size.image, device=device)
+    cache.fill(rows)
+
+    def loader(batch: int, kept: FrameCache | None, strong: bool = False) -> TrainLoader:
+        return TrainLoader(
+            rows, manifest.modalities, data=data if kept else DataConfig(),
+            augment=config.pretrain.augment, image_size=size.image, batch_size=batch,
+            seed=config.seed, strong=strong, device=device, cache=kept,
+        )  # fmt: skip
+
+    batch, tuning = config.pretrain.batch_size, config.finetune
+    return {
+        "decoded": zip(loader(batch, None)),
+        "cached": zip(loader(batch, cache)),
+        "tuning": zip(
+            loader(tuning.labelled_batch, cache),
+            loader(tuning.unlabelled_batch, cache, strong=True),
+            strict=True,
+        ),
+    }
+
+
+def unrepeated(batches: Sequence[Batch]) -> list[Batch]:
+    """The same frames as rows that are all different: the published loss masks no repeats."""
+    found, first = [], 0
+    for batch in batches:
+        parts = []
+        for part in batch:
+            ids = first + torch.arange(len(part.label), device=part.label.device)
+            parts.append(replace(part, sample_id=ids, group_id=ids))
+            first += len(ids)
+        found.append(tuple(parts))
+    return found
+
+
+def losses_and_memory(
+    rung: Rung, batches: Sequence[Batch], device: torch.device
+) -> tuple[Losses, float | None]:
+    """A rung's losses from its first step on, and the most memory, in MB, that the steps after the
+    first take beside what it keeps; None where that cannot be told."""
+    losses = losses_of(rung, batches[:1])
+    rung.step.release()
+    gc.collect()
+    begin = start_peak(device)
+    for number, batch in enumerate(batches[1:], 1):
+        values = rung.step(batch, number)
+        losses.append({name: float(value) for name, value in values.items()})
+    memory = None if begin is None else (end_peak(device) - begin) / 2**20
+    rung.step.release()
+    return losses, memory
+
+
+def start_peak(device: torch.device) -> float | None:
+    """Bytes in use; the peak starts anew from here. On Linux's CPU: resident, after the allocator
+    has given back what it does not use, else None."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS")
+
+
+def end_peak(device: torch.device) -> float:
+    """The most bytes in use since ``start_peak``."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    return resident("VmHWM")
+
+
+def resident(entry: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in bytes, as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
+
+
+def take_turns(
+    rungs: dict[str, Rung], loaders: dict[str, Iterator[Batch]], device: torch.device, budget: float
+) -> tuple[dict[str, Turn], float]:
+    """The steps of each rung, and CPU time over wall time of it all; three rounds at least, and
+    ``budget`` seconds."""
+    times: dict[str, Turn] = {name: [] for name in rungs}
+    start, used, rounds = time.perf_counter(), time.process_time(), 0
+    while rounds < 3 or time.perf_counter() - start < budget:
+        rounds += 1
+        for name, rung in rungs.items():
+            way = "cached" if rung.way.cached else "decoded"
+            loader = loaders["tuning" if name.startswith("fine") else way]
+            first = timed_step(rung, loader, device, rounds)[0]
+            for _ in range(max(1, int(0.3 / first))):
+                times[name].append(timed_step(rung, loader, device, rounds))
+            rung.step.release()
+    return times, (time.process_time() - used) / (time.perf_counter() - start)
+
+
+def timed_step(
+    rung: Rung, loader: Iterator[Batch], device: torch.device, number: int
+) -> tuple[float, float, float]:
+    """Wall, CPU and data-wait seconds of one step on the loader's next batch."""
+    begin, used = time.perf_counter(), time.process_time()
+    batch = next(loader)
+    waited = time.perf_counter() - begin
+    rung.step(batch, number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin, time.process_time() - used, waited
+
+
+def speeds(times: Turn, flops: float, pairs: int, best: float) -> dict[str, float]:
+    """What a row says of its steps; ``best`` in FLOP/s."""
+    wall, cpu, waited = (statistics.median(column) for column in zip(*times, strict=True))
+    return {
+        "ms": wall * 1e3,
+        "cpu_ms": cpu * 1e3,
+        "pairs_per_second": pairs / wall,
+        "gflop_per_pair": flops / pairs / 1e9,
+        "tflops": flops / wall / 1e12,
+        "mfu": flops / wall / best,
+        "data_wait": waited / wall,
+    }
+
+
+def pairs_of(config: TrainConfig, name: str) -> int:
+    """Rows of the manifest in a step."""
+    tuning = config.finetune
+    fine = name.startswith("fine")
+    return tuning.labelled_batch + tuning.unlabelled_batch if fine else config.pretrain.batch_size
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> float:
+    """TFLOP/s of a large matrix product."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
+    shortest = float("inf")
+    for _ in range(6):
+        begin = time.perf_counter()
+        (left @ right)[0, 0].item()
+        shortest = min(shortest, time.perf_counter() - begin)
+    return 2 * side**3 / shortest / 1e12
+
+
+def line(row: dict[str, object]) -> str:
+    """A row as it is printed."""
+    memory = row["memory_mb"]
+    return (
+        f"{row['rung']:15} {row['precision']}  {row['pairs_per_second']:8.2f} pairs/s "
+        f"{row['ms']:9.1f} ms (CPU {row['cpu_ms']:9.1f})  {row['x_ms']:5.2f}x "
+        f"(CPU {row['x_cpu_ms'] or 0:5.2f}x)  {row['gflop_per_pair']:8.2f} GFLOP/pair "
+        f"{row['tflops']:7.3f} TFLOP/s  MFU {row['mfu']:6.1%}  "
+        f"{'-' if memory is None else f'{memory:.0f}':>6} MB  wait {row['data_wait']:4.0%}  "
+        f"loss apart {row['apart']:.0e}"
+    )
+
+
+def main() -> None:
+    """Print the table; write it, with what it ran on, as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("manifest", type=Path, nargs="?", help="default: 64 pairs of the phantom")
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--size", choices=SIZES, default="vit_base" if on_gpu else "vit_micro")
+    parser.add_argument("--batch", type=int, help="pairs a step")
+    parser.add_argument("--quick", action="store_true", help="three rounds and smaller batches")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--json", type=Path, help="write results here")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    machine = {
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "size": options.size,
+    }
+    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.manifest or Path(folder) / "manifest.csv"
+        if options.manifest is None:
+            prepare.main(["phantom", "--out", folder, "--pairs", "64"])
+        rows = table(read_manifest(path), options)
+    if options.json:
+        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Modality dropout: the student learns to do without one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mics_kernels.philox import philox4x32, uniforms
+
+# Second word of the key: masks and shifts of seeds below 2**32 have 0 there.
+PURPOSE = 1
+
+
+def drop_modalities(
+    present: Tensor, sample_id: Tensor, *, seed: int, step: Tensor, rate: float
+) -> Tensor:
+    """Which modalities are left when each is dropped at random, but never a row's last.
+
+    A function of (seed, step, sample) alone: Philox4x32-10 with key (seed, 1) and counter
+    (modality, sample, step, 0) gives each modality a uniform number; below ``rate`` it is dropped,
+    unless it is the largest of the row's present ones.
+
+    Args:
+        present: (R, M) bool.
+        sample_id: (R,) int64.
+        seed: the low 32 bits count.
+        step: 0-d int64.
+        rate: in [0, 1].
+
+    Returns:
+        (R, M) bool; of a row with a modality at least one stays.
+    """
+    modalities = torch.arange(present.shape[1], device=present.device)
+    words = philox4x32((seed, PURPOSE), (modalities, sample_id.unsqueeze(1), step, 0))
+    draws = uniforms(words[0]).masked_fill(~present, -1.0)
+    return present & ((draws >= rate) | (draws == draws.amax(1, keepdim=True)))
