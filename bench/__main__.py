@@ -27,7 +27,7 @@ from bench.roofline import Peaks, floor_seconds
 from bench.timing import rows_of, take_turns
 
 OPERATORS = ("evidential", "consistency", "shift")
-SUBJECTS = (*OPERATORS, "pipeline")
+SUBJECTS = (*OPERATORS, "pipeline", "training")
 Row = dict[str, Any]
 
 
@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="store results here instead")
-    parser.add_argument("--manifest", type=Path, help="of the images that pipeline decodes")
+    parser.add_argument("--manifest", type=Path, help="of images, for pipeline and training")
     parser.add_argument("--budget", type=float, help="seconds a case")
     options = parser.parse_args()
     if options.compare and not options.compare.is_file():

@@ -183,8 +183,9 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
 
 
 def ladder(axes: Axes, result: Result) -> None:
-    """Pairs a second of each rung, relative to the first, for each model."""
-    rows = [row for row in result.of("training") if "absent" not in row]
+    """Pairs a second of each rung, for each model."""
+    rows = [row for row in result.of("training") if row.get("implementation", "z")[0] in "abcdefg"]
+    rows = [row for row in rows if not row["implementation"].startswith("fine")]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):
         own = [row for row in rows if row["shape"] == shape]

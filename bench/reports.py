@@ -49,6 +49,40 @@ def full_table(rows: list[Row]) -> str:
     return table([*head, "CPU ms", "times ours", "of the floor", "MB extra"], lines)
 
 
+def training(results: list[Result]) -> str | None:
+    """The ladder of every device."""
+    parts = []
+    for kind in ("cpu", "cuda"):
+        for result in latest(results, "training", kind).values():
+            lines = [
+                [
+                    row["shape"],
+                    f"{row['implementation']}, {row['precision']}",
+                    digits(row["pairs_per_second"]),
+                    f"{digits(row['ms'])} ({digits(row['cpu_ms'])})",
+                    f"{row['x_ms']:.2f}x",
+                    digits(row["gflop_per_pair"]),
+                    f"{100 * row['mfu']:.0f} %",
+                    "not measured" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}",
+                    f"{100 * row['data_wait']:.0f} %",
+                ]
+                for row in measured(result.of("training"))
+            ]
+            head = ["model", "rung", "pairs/s", "ms (CPU ms)", "faster than a", "GFLOP/pair", "MFU"]
+            cells = table([*head, "MB", "wait for data"], lines)
+            parts.append(f"{how(result, 'training')}:\n\n{cells}")
+    if not parts:
+        return None
+    if not latest(results, "training", "cuda"):
+        parts.append("On a GPU: not measured.\n")
+    return "\n".join(parts)
+
+
+def measured(rows: list[Row]) -> list[Row]:
+    """Those that hold figures."""
+    return [row for row in rows if "absent" not in row]
+
+
 def work(results: list[Result]) -> str | None:
     """Bytes, FLOPs and floor of every case, and what the machines do at most."""
     parts = []
@@ -66,7 +100,7 @@ def work(results: list[Result]) -> str | None:
             f"{peaks['vector_flops'] / 1e9:.0f} of others ({peaks['source']})"
             for peaks in result.peaks.values()
         ]
-        rows = [row for row in rows if "absent" not in row]
+        rows = measured(rows)
         seen = keys_of(rows, "operator", "shape", "threads", "bytes", "flops")
         for operator, shape, threads, moved, flops in seen:
             own = named(rows, operator=operator, shape=shape, threads=threads)
@@ -135,4 +169,7 @@ def in_words(target: Target, value: float) -> str:
         "median_ms": milliseconds(value),
         "extra_mb": f"{value:.0f} MB extra",
         "share_of_floor": f"{100 * value:.0f} % of the floor",
+        "times_b": f"{digits(value)}x faster than b",
+        "pairs_per_second": f"{digits(value)} pairs/s",
+        "mfu": f"MFU {100 * value:.0f} %",
     }[target.column]

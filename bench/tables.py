@@ -27,6 +27,7 @@ BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
     "consistency": summaries.consistency,
     "shift": summaries.shift,
     "pipeline": summaries.pipeline,
+    "training": reports.training,
     "work": reports.work,
     "targets": reports.targets,
     "plots": reports.shown,
