@@ -84,7 +84,7 @@ def steps(scratch: Path, out: Path) -> Iterator[tuple[str, str]]:
             continue
         stored = str(out / f"{subject}.json")
         command = [sys.executable, "-m", "bench", "--quick", "--only", subject, "--json", stored]
-        yield subject, run(command, 85)
+        yield subject, run(command, 240 if subject == "training" else 85)
 
 
 def tests(run: Callable[[list[str], int], str]) -> Iterator[tuple[str, str]]:

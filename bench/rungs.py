@@ -22,7 +22,6 @@ from mics_fast.flops import finetune_flops, pretrain_flops
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.pretraining import PretrainOutput
 from mics_fast.models.sizes import SIZES
-from mics_fast.models.vit import Block
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import Keys, PretrainStage
 
@@ -196,7 +195,7 @@ def fine_tuning(
             seed=config.seed, autocast=torch.bfloat16 if amp else None,
         ).to(config.device)  # fmt: skip
         if compiled:
-            compile_blocks(stage)
+            stage.compile_parts("blocks")
         groups = decay_groups(
             model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay
         )
@@ -225,7 +224,7 @@ def build_pretraining(config: TrainConfig, modalities: Sequence[str], way: Way) 
     for queue in stage._queues():
         queue.enqueue(nn.functional.normalize(torch.randn(queue.features.shape), dim=1))
     if way.compiled:
-        compile_blocks(stage)
+        stage.compile_parts("blocks")
     return stage.to(config.device)
 
 
@@ -245,13 +244,6 @@ def optimisers_of(stage: PretrainStage, config: TrainConfig) -> dict[str, Optimi
             stage.discriminator.parameters(), lr=options.discriminator_lr, betas=(0.5, 0.999)
         ),
     }
-
-
-def compile_blocks(stage: nn.Module) -> None:
-    """torch.compile of every encoder block."""
-    for module in stage.modules():
-        if isinstance(module, Block):
-            module.compile()
 
 
 def losses_of(rung: Rung, batches: Sequence[Batch]) -> Losses:

@@ -1,22 +1,25 @@
-"""Time a training step, from the published code's to this project's: a ladder of rungs in one run.
+"""Time a training step, from the published code's to this project's: a ladder in one run.
 
-    a   the published step (bench/baselines/published.py)     b  without singular value decomposition
-    c   one forward: of the model ("alternating"), and of the discriminator for both
-    d   scaled_dot_product_attention, and bfloat16 where it pays (on a CPU attention in bfloat16 is
-        written out: the fused kernel is slower)              e  torch.compile of the blocks
-    f   the contrastive loss by the fused operator            g  frames from memory, not decoded
+    a   the published step: bench/baselines/published.py
+    b   ... without singular value decomposition
+    c   one forward: of the model (alternating), and of the discriminator for both
+    d   scaled_dot_product_attention, then bfloat16 where large products are 1.5 times as fast in it
+        (on a CPU attention in bfloat16 is written out: its fused kernel is slower)
+    e   torch.compile of the encoders' blocks
+    f   the contrastive loss by the fused operator
+    g   frames from memory, not decoded for every step
 
-Beside it stand the turbo preset, which changes the method, and the fine-tuning step. All rungs have
-the same weights, batches and queue, filled with random features. Before anything is timed each
-rung's losses are held against those of the rung before, on the same frames, and the run fails where
-they differ. What is timed includes the loader, DALI's for every rung; the published one, Pillow in
-the training process, would be slower. Rungs take turns, round by round; a turn's first step is not
-timed. Times are medians; "CPU" is that of all threads, "x" is how many times rung a's time. "MB" is
-the most memory a step takes beside weights and optimisers. GFLOP are counted as the rung makes
-them, without the decomposition; MFU is their share of what a large float32 product reaches here,
-on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the number of threads, the
-machine was busy with something else, and only the CPU times tell anything. On a CPU, compiled
-blocks take longer to make than --quick has, and nothing after rung e is compiled, as in the trainer.
+Beside it: the turbo preset, which changes the method, and the fine-tuning step. All rungs have the
+same weights, batches and queue, which is filled with random features. Before anything is timed each
+rung's losses are held against those of the rung before, on the same frames; the run fails where
+they differ. What is timed includes the loader, DALI's for every rung (the published one decodes
+with Pillow between the steps). Rungs take turns, round by round; a turn's first step is not timed.
+Times are medians; "CPU" is that of all threads, "x" how many times faster than rung a. "MB" is the
+most memory a step takes beside weights and optimisers. GFLOP are counted as the rung makes them,
+without the decomposition; MFU is their share of what a large float32 product reaches in the same
+run, on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the number of threads,
+the machine was busy with something else, and only the CPU times tell anything. On a CPU compiling
+takes longer than --quick has, and nothing after rung e is compiled, as in the trainer.
 
     python -m bench --full --only training [--manifest FILE]      (else 64 pairs of the phantom)
 """
@@ -47,7 +50,7 @@ from mics_fast.models.sizes import SIZES
 
 GPU_PEAK = 989e12  # H100 and H200, dense bfloat16
 BATCHES = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
-QUICK_BATCHES = {"vit_micro": 16, "vit_tiny": 4, "vit_small": 2, "vit_base": 16}
+QUICK_BATCHES = {"vit_micro": 32, "vit_tiny": 4, "vit_small": 2, "vit_base": 16}
 QUEUE = 4096
 PAYS = 1.5  # times float32's speed, for bfloat16 to be worth its rounding
 Turn = list[tuple[float, float, float]]
@@ -86,8 +89,9 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, obj
             "loss_last": losses[rung.name][-1],
         }
     print(f"losses agree over {count} steps; timing {len(rungs)} rungs")
-    times, cores = take_turns(rungs, loaders, device, 15.0 if options.quick else 120.0)
-    best = GPU_PEAK if on_gpu else peaks[torch.float32] * 1e12
+    times, cores, reached = take_turns(rungs, loaders, device, 15.0 if options.quick else 120.0)
+    best = GPU_PEAK if on_gpu else max(peaks[torch.float32], reached) * 1e12
+    print(f"cores {cores:.2f}; MFU is of {best / 1e12:.3g} TFLOP/s")
     for name, rung in rungs.items():
         rows[name] |= speeds(times[name], rung.flops, pairs_of(config, name), best)
         rows[name] |= {f"x_{n}": rows["a"][n] / rows[name][n] if rows[name][n] else None
@@ -196,13 +200,14 @@ def resident(entry: str) -> float:
 
 def take_turns(
     rungs: dict[str, Rung], loaders: dict[str, Iterator[Batch]], device: torch.device, budget: float
-) -> tuple[dict[str, Turn], float]:
-    """The steps of each rung, and CPU time over wall time of it all; three rounds at least, and
-    ``budget`` seconds."""
+) -> tuple[dict[str, Turn], float, float]:
+    """The steps of each rung, CPU time over wall time of it all, and the most TFLOP/s of a float32
+    product, measured once a round; three rounds at least, and ``budget`` seconds."""
     times: dict[str, Turn] = {name: [] for name in rungs}
-    start, used, rounds = time.perf_counter(), time.process_time(), 0
+    start, used, rounds, best = time.perf_counter(), time.process_time(), 0, 0.0
     while rounds < 3 or time.perf_counter() - start < budget:
         rounds += 1
+        best = max(best, peak(device, torch.float32))
         for name, rung in rungs.items():
             way = "cached" if rung.way.cached else "decoded"
             loader = loaders["tuning" if name.startswith("fine") else way]
@@ -210,7 +215,7 @@ def take_turns(
             for _ in range(max(1, int(0.3 / first))):
                 times[name].append(timed_step(rung, loader, device, rounds))
             rung.step.release()
-    return times, (time.process_time() - used) / (time.perf_counter() - start)
+    return times, (time.process_time() - used) / (time.perf_counter() - start), best
 
 
 def timed_step(

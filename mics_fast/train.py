@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from mics_fast.config import AugmentConfig, FinetuneConfig, PretrainConfig, TrainConfig
@@ -15,13 +14,13 @@ from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint, weights_of
 from mics_fast.engine.log import RunLog
-from mics_fast.engine.loop import Loop, Plan, Stage
+from mics_fast.engine.loop import Loop, Plan
 from mics_fast.engine.optimiser import decay_groups
 from mics_fast.errors import InputError, run_command
 from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.sizes import SIZES
-from mics_fast.models.vit import Block
+from mics_fast.models.vit import checkpoint_activations
 from mics_fast.opinions import collect_opinions
 from mics_fast.run import Run, identity, parse_config
 from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
@@ -187,19 +186,18 @@ class Trainer:
 
     def _run(
         self,
-        stage: Stage,
+        stage: PretrainStage | FinetuneStage,
         plan: Plan,
         batches: Callable[[int], Batches],
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> bool:
         """Go on from the stage's last checkpoint, or from its beginning."""
-        assert isinstance(stage, nn.Module)
+        if self.config.model.activation_checkpointing:
+            checkpoint_activations(stage)
         if self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
-            for module in stage.modules():
-                if isinstance(module, Block):
-                    module.compile()
+            stage.compile_parts(self.config.compile_scope)
         meta = identity(self.config, self.manifest, plan.name)
         checkpoints = self.run.checkpoints(plan.name)
         log = RunLog(self.run.folder)

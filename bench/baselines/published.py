@@ -229,11 +229,11 @@ def judge(discriminator: Discriminator, patches: Tensor) -> Tensor:
     cls_token = discriminator.cls_token.expand(len(tokens), -1, -1)
     tokens = torch.cat([cls_token, tokens], dim=1) + discriminator.pos_embed
     for layer in discriminator.blocks:
-        tokens = distance_block(layer, tokens)
+        tokens = judging_block(layer, tokens)
     return discriminator.head(discriminator.norm(tokens[:, 0])).squeeze(-1)
 
 
-def distance_block(layer: L2Block, tokens: Tensor) -> Tensor:
+def judging_block(layer: L2Block, tokens: Tensor) -> Tensor:
     """Block whose attention weights are softmax_j(-|q_i - q_j|^2 / sqrt(d)), materialised."""
     features = layer.norm1(tokens)
     points = layer.points(features).unflatten(-1, (layer.heads, -1)).transpose(1, 2)

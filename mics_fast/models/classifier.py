@@ -12,6 +12,7 @@ from mics_fast.errors import InputError
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import (
     Block,
+    Blocks,
     Pool,
     VisionTransformer,
     at_least_float32,
@@ -57,7 +58,7 @@ class FusionEncoder(nn.Module):
         self.pool = pool
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.modality_embed = nn.Parameter(torch.empty(modalities, 1, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = Blocks(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
         nn.init.normal_(self.modality_embed, std=0.02)
@@ -79,9 +80,7 @@ class FusionEncoder(nn.Module):
         readable = present.repeat_interleave(count, dim=1)
         # The class token can always be read: the softmax of a row without modalities has a key.
         mask = torch.cat([readable.new_ones(batch, 1), readable], dim=1)[:, None, None]
-        for block in self.blocks:
-            tokens = block(tokens, mask)
-        tokens = self.norm(tokens)
+        tokens = self.norm(self.blocks(tokens, mask))
         if self.pool == "cls":
             return tokens[:, 0]
         total = tokens[:, 1:].masked_fill(~readable.unsqueeze(-1), 0.0).sum(dim=1)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mics_fast.models.vit import take_rows
+from mics_fast.models.vit import Blocks, take_rows
 
 
 def l2_attention(points: Tensor, values: Tensor, queries: int | None = None) -> Tensor:
@@ -91,11 +91,17 @@ class SpectralLinear(nn.Module):
 
 
 class L2Block(nn.Module):
-    """Pre-norm transformer block with L2 attention and spectrally normalised layers."""
+    """Pre-norm transformer block with L2 attention and spectrally normalised layers.
 
-    def __init__(self, width: int, heads: int) -> None:
+    Args:
+        width: channels of a token; a multiple of ``heads``.
+        heads: attention heads.
+        wanted: gives only what becomes of the first so many tokens; default of all.
+    """
+
+    def __init__(self, width: int, heads: int, wanted: int | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.wanted = heads, wanted
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         # Two normalised tokens are 2 d apart in squared distance; with this gain their logit is -2
         # whatever d. At gain 1 it is -2 sqrt(d), each token reads itself alone, and hardly any
@@ -107,13 +113,13 @@ class L2Block(nn.Module):
         self.fc1 = SpectralLinear(width, 4 * width)
         self.fc2 = SpectralLinear(4 * width, width)
 
-    def forward(self, tokens: Tensor, wanted: int | None = None) -> Tensor:
-        """(B, N, width) -> (B, wanted, width): what becomes of the first tokens; default of all."""
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, width) -> (B, wanted, width)."""
         features = self.norm1(tokens)
         points = self.points(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         values = self.values(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = l2_attention(points, values, wanted).transpose(1, 2).flatten(2)
-        tokens = tokens[:, :wanted] + self.proj(mixed)
+        mixed = l2_attention(points, values, self.wanted).transpose(1, 2).flatten(2)
+        tokens = tokens[:, : self.wanted] + self.proj(mixed)
         return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
 
 
@@ -135,7 +141,9 @@ class Discriminator(nn.Module):
         self.embed = SpectralLinear(patch_dim, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
-        self.blocks = nn.ModuleList(L2Block(width, heads) for _ in range(depth))
+        # Of the last block only the class token is read.
+        wanted = [None] * (depth - 1) + [1]
+        self.blocks = Blocks(L2Block(width, heads, count) for count in wanted)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = SpectralLinear(width, 1)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -164,8 +172,5 @@ class Discriminator(nn.Module):
             if places is not None:
                 positions = take_rows(positions.expand(len(tokens), -1, -1), places)
             tokens = torch.cat([cls_token, tokens + positions], dim=1)
-            last = len(self.blocks) - 1
-            for number, block in enumerate(self.blocks):
-                # Of the last block only the class token is read.
-                tokens = block(tokens, 1 if number == last else None)
+            tokens = self.blocks(tokens)
             return self.head(self.norm(tokens[:, 0])).squeeze(-1)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mics_fast.errors import InputError
 from mics_fast.models.vit import (
     Block,
+    Blocks,
     at_least_float32,
     initialise,
     patchify,
@@ -125,7 +126,7 @@ class MaskedDecoder(nn.Module):
         # Fixed, and never zero: without positions all hidden patches get one and the same guess.
         side = round(num_patches**0.5)
         self.register_buffer("positions", sincos_positions(side, side, width))
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.blocks = Blocks(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, patch_dim)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -149,6 +150,5 @@ class MaskedDecoder(nn.Module):
         patches = patches + self.positions[visible]
         guesses = self.mask_token + self.positions[hidden]
         sequence = torch.cat([cls_token, patches, guesses], dim=1)
-        for block in self.blocks:
-            sequence = block(sequence)
+        sequence = self.blocks(sequence)
         return self.head(self.norm(sequence[:, 1 + visible.shape[1] :]))

@@ -6,7 +6,7 @@ What each term is and where it comes from: docs/method.md.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from mics_fast.config import FinetuneConfig
+from mics_fast.config import CompileScope, FinetuneConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.loop import Losses
 from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
+from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
+from mics_fast.stages.health import finetune_warnings
 from mics_fast.stages.means import masked_mean
 from mics_kernels import (
     ClassStatistics,
@@ -137,6 +139,14 @@ class FinetuneStage(nn.Module):
         }
         weights = {name: weight for name, weight in weights.items() if name in terms}
         yield Losses("model", terms, weights, {**metrics, "kl_weight": kl_weight})
+
+    def compile_parts(self, scope: CompileScope) -> None:
+        """Compile each block, or the computation of the losses as one graph."""
+        compile_parts(self, scope, ("_compute",))
+
+    def warnings(self, record: Mapping[str, float]) -> list[str]:
+        """What looks wrong in a log record."""
+        return finetune_warnings(self.config, record)
 
     def _scalar(self, value: float) -> Tensor:
         """0-d, on the device without waiting for it: a number would be compiled in."""

@@ -5,13 +5,14 @@ What each term is and where it comes from: docs/method.md.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import permutations
 
 import torch
 from torch import Tensor, nn
 
-from mics_fast.config import PretrainConfig
+from mics_fast.config import CompileScope, PretrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.loop import Losses
 from mics_fast.models.discriminator import Discriminator
@@ -20,6 +21,8 @@ from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_pa
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import Pool, take_rows
 from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judge
+from mics_fast.stages.compiled import compile_parts
+from mics_fast.stages.health import pretrain_warnings
 from mics_fast.stages.means import masked_mean
 from mics_kernels import FeatureQueue, multimodal_consistency_loss
 
@@ -122,6 +125,15 @@ class PretrainStage(nn.Module):
                 queue.enqueue(keys.teachers[column], keys.ids, keys.present[:, column])
         self._keys = []
 
+    def compile_parts(self, scope: CompileScope) -> None:
+        """Compile each block, or the computation of each optimiser's losses as one graph."""
+        methods = ("_forward", "_judge", "_fool", "_fool_by_gradient", "_model_losses")
+        compile_parts(self, scope, methods)
+
+    def warnings(self, record: Mapping[str, float]) -> list[str]:
+        """What looks wrong in a log record."""
+        return pretrain_warnings(self.config, record)
+
     def _align(
         self, sequences: Sequences, metrics: dict[str, Tensor | float]
     ) -> Generator[Losses, None, Tensor]:
@@ -213,6 +225,7 @@ class PretrainStage(nn.Module):
             terms["reconstruction"] = self._reconstruction(output, keys.present)
         if self.config.consistency_weight and len(self.modalities) > 1:
             terms["consistency"] = self._consistency(output, keys, alpha)
+            metrics |= self._health(output, keys)
         return terms, metrics
 
     def _reconstruction(self, output: PretrainOutput, present: Tensor) -> Tensor:
@@ -223,6 +236,25 @@ class PretrainStage(nn.Module):
             truth = torch.take_along_dim(output.targets[name], hidden, dim=1)
             errors.append((output.predictions[name] - truth).square().mean((1, 2)))
         return masked_mean(torch.stack(errors, 1), present)
+
+    @torch.no_grad()
+    def _health(self, output: PretrainOutput, keys: Keys) -> dict[str, Tensor]:
+        """What shows a collapse: cosines between features, and the queue's age in steps."""
+        present = keys.present.T
+        teachers = torch.stack(list(keys.teachers))
+        others = keys.ids.unsqueeze(0) != keys.ids.unsqueeze(1)
+        both = present.unsqueeze(1) & present.unsqueeze(2) & others
+        positives, complete = [], []
+        for a, b in permutations(range(len(self.modalities)), 2):
+            own, other = output.features[self.modalities[a]], output.teachers[self.modalities[b]]
+            positives.append((own * other).sum(-1))
+            complete.append(keys.present[:, a] & keys.present[:, b])
+        lengths = torch.stack([queue.length for queue in self._queues()])
+        return {
+            "teacher_similarity": masked_mean(teachers @ teachers.mT, both),
+            "positive_similarity": masked_mean(torch.stack(positives), torch.stack(complete)),
+            "queue_age": lengths.amax() / self.config.batch_size,
+        }
 
     def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
         """Soft-target contrastive loss over ordered pairs of modalities (ALBEF)."""

@@ -109,11 +109,11 @@ def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, options):
     config = PretrainConfig(batch_size=4, queue_size=32, **options)
     stage = make_pretrain_stage(config, tiny)
     patches = tiny.num_patches // 4 if config.preset == "turbo" else tiny.num_patches
-    extra = 0.0
+    extra = 2 * 2 * 4 * 4 * MODEL.projection  # how alike teachers' features are, for the log
     if config.adversarial == "alternating":
-        extra = (3 * 2 + 3) * padding(tiny, 8, patches)
+        extra += (3 * 2 + 3) * padding(tiny, 8, patches)
     elif config.adversarial_weight:  # real patches share the pass that gives fakes a gradient
-        extra = 3 * 2 * padding(tiny, 8, patches) + discriminator(tiny, patches).first * 8
+        extra += 3 * 2 * padding(tiny, 8, patches) + discriminator(tiny, patches).first * 8
     flops = pretrain_flops(TrainConfig(model=MODEL, pretrain=config), tiny, 2)
     assert counted(lambda: step(stage, (make_batch(4),))) == sum(flops.values()) + extra
 

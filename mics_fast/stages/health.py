@@ -1,0 +1,72 @@
+"""Warnings about training that runs, but not as it should: from the numbers of a log record.
+
+Each limit is far from what a healthy run logs; a sentence says what a number beyond it likely
+means, and which option to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mics_fast.config import FinetuneConfig, PretrainConfig
+
+# Negatives at a cosine of 0.95 leave the softmax at most exp(0.05 / 0.07) = 2 between a positive
+# and any one of them: the loss cannot tell rows apart.
+SIMILAR = 0.95
+# A mean this close to a bound lets hardly a row away from it; an untrained model is at 0.95.
+CERTAIN, UNCERTAIN = 0.01, 0.99
+HARDLY, NEARLY_ALL = 0.01, 0.99  # share of unlabelled rows whose pseudo-label is accepted
+
+
+def pretrain_warnings(config: PretrainConfig, record: Mapping[str, float]) -> list[str]:
+    """Sentences about a log record of stage 1; it need not hold every number.
+
+    Similarities say nothing before the first epoch is over: an untrained encoder takes all images
+    for alike.
+    """
+    warnings = []
+    similarity = record.get("teacher_similarity", 0.0)
+    if record.get("epoch", 0.0) >= 1 and similarity > SIMILAR:
+        warnings.append(
+            f"the teacher's features of different rows have a mean cosine of {similarity:.2f}: the "
+            "encoder maps all images to about one point (collapse); look at pretrain.lr, "
+            "pretrain.alpha and pretrain.teacher_momentum"
+        )
+    horizon = 1 / (1 - config.teacher_momentum) if config.teacher_momentum < 1 else float("inf")
+    age = record.get("queue_age", 0.0)
+    if age > horizon:
+        warnings.append(
+            f"the oldest negatives are {age:.0f} steps old, but the teacher that made them is "
+            f"another one after {horizon:.0f} steps; lower pretrain.queue_size or raise "
+            "pretrain.teacher_momentum"
+        )
+    return warnings
+
+
+def finetune_warnings(config: FinetuneConfig, record: Mapping[str, float]) -> list[str]:
+    """Sentences about a log record of stage 2; it need not hold every number."""
+    warnings = []
+    uncertainty = record.get("student_uncertainty", 0.5)
+    if uncertainty < CERTAIN:
+        warnings.append(
+            f"the mean uncertainty is {uncertainty:.3f}: the model is sure of every row, right or "
+            "wrong; raise finetune.kl_weight or lower finetune.lr"
+        )
+    if uncertainty > UNCERTAIN:
+        warnings.append(
+            f"the mean uncertainty is {uncertainty:.3f}: the model states no evidence for any row; "
+            "lower finetune.kl_weight or raise finetune.kl_anneal_epochs"
+        )
+    ramped = record.get("weight_pseudo", 0.0) >= config.unlabelled_weight > 0
+    accepted = record.get("pseudo_accepted", 0.5)
+    if ramped and accepted < HARDLY:
+        warnings.append(
+            f"{accepted:.1%} of the pseudo-labels are accepted: unlabelled rows teach nothing; "
+            "raise finetune.max_uncertainty, lower finetune.min_probability or train longer"
+        )
+    if ramped and accepted > NEARLY_ALL:
+        warnings.append(
+            f"{accepted:.1%} of the pseudo-labels are accepted, the wrong ones too; lower "
+            "finetune.max_uncertainty, raise finetune.min_probability or raise finetune.kl_weight"
+        )
+    return warnings

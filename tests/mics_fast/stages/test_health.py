@@ -1,0 +1,105 @@
+"""Warnings: what a record must show for each, and that healthy ones show none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mics_fast.config import FinetuneConfig, PretrainConfig
+from mics_fast.stages.health import finetune_warnings, pretrain_warnings
+
+HEALTHY_PRETRAINING = {"epoch": 3.0, "teacher_similarity": 0.4, "queue_age": 20.0}
+HEALTHY_FINETUNING = {
+    "student_uncertainty": 0.3,
+    "pseudo_accepted": 0.5,
+    "weight_pseudo": 1.0,
+}
+
+
+def test_healthy_and_empty_records_give_no_warning():
+    for record in ({}, HEALTHY_PRETRAINING):
+        assert pretrain_warnings(PretrainConfig(), record) == []
+    for record in ({}, HEALTHY_FINETUNING):
+        assert finetune_warnings(FinetuneConfig(), record) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [({"teacher_similarity": 0.99}, "pretrain.alpha"), ({"queue_age": 201.0}, "queue_size")],
+)
+def test_each_sign_of_a_failing_pretraining_names_an_option(change, option):
+    (sentence,) = pretrain_warnings(PretrainConfig(), {**HEALTHY_PRETRAINING, **change})
+    assert option in sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"student_uncertainty": 0.001}, "raise finetune.kl_weight"),
+        ({"student_uncertainty": 0.999}, "lower finetune.kl_weight"),
+        ({"pseudo_accepted": 0.0}, "raise finetune.max_uncertainty"),
+        ({"pseudo_accepted": 1.0}, "raise finetune.min_probability"),
+    ],
+)
+def test_each_sign_of_a_failing_finetuning_names_an_option(change, option):
+    (sentence,) = finetune_warnings(FinetuneConfig(), {**HEALTHY_FINETUNING, **change})
+    assert option in sentence
+
+
+def test_what_only_an_untrained_model_shows_is_no_warning():
+    early = {"epoch": 0.5, "teacher_similarity": 0.99}
+    assert pretrain_warnings(PretrainConfig(), early) == []
+    ramping = {"pseudo_accepted": 0.0, "weight_pseudo": 0.5}
+    assert finetune_warnings(FinetuneConfig(), ramping) == []
+    off = {"pseudo_accepted": 0.0, "weight_pseudo": 0.0}
+    assert finetune_warnings(FinetuneConfig(unlabelled_weight=0.0), off) == []
+
+
+def test_a_collapsed_teacher_shows_in_the_metrics(make_pretraining, make_batch):
+    stage = make_pretraining(batch_size=4)
+    with torch.no_grad():
+        stage.model.teacher_projection.weight.zero_()
+        stage.model.teacher_projection.bias.fill_(1.0)
+    *_, losses = _losses(stage, make_batch(4))
+    assert losses.metrics["teacher_similarity"] > 0.999
+    assert stage.warnings({"epoch": 1.0, **_numbers(losses.metrics)})
+
+
+def test_similarity_leaves_out_a_row_itself_its_group_and_what_is_absent(
+    make_pretraining, make_batch
+):
+    stage = make_pretraining()
+    batch = make_batch(4)
+    batch.group_id[:] = torch.tensor([0, 0, 1, 2])
+    batch.present[3, :] = False
+    output, _ = stage._forward(batch, torch.tensor(0))
+    *_, losses = _losses(stage, batch)
+    pairs = [
+        output.teachers[name][a] @ output.teachers[name][b]
+        for name in ("wli", "nbi")
+        for a, b in ((0, 2), (1, 2))
+    ]
+    similarity = losses.metrics["teacher_similarity"]
+    torch.testing.assert_close(similarity, torch.stack(pairs).mean())
+
+
+def test_the_queue_s_age_is_in_steps(make_pretraining, make_batch):
+    stage = make_pretraining(batch_size=4)
+    ages = []
+    for step in range(3):
+        *_, losses = _losses(stage, make_batch(4, first_id=4 * step))
+        ages.append(losses.metrics["queue_age"].item())
+        stage.after_step()
+    assert ages == [0.0, 1.0, 2.0]
+
+
+def _losses(stage, batch):
+    seen = []
+    for losses in stage.losses((batch,), 0):
+        losses.total().backward()
+        seen.append(losses)
+    return seen
+
+
+def _numbers(metrics):
+    return {name: float(value) for name, value in metrics.items()}
