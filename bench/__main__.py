@@ -100,23 +100,18 @@ def measured(
     if subject not in OPERATORS:
         yield from module.rows(device, options)
         return
-    for number, case in enumerate(module.cases(device)):
+    for case in module.cases(device):
         threads = case.threads or options.threads
         torch.set_num_threads(threads)
         if threads not in peaks:
             peaks[threads] = peaks_of(device)
-        given = (subject, number, replace(case, threads=threads), device, options)
-        yield from rows_of_case(*given, peaks[threads])
+        case = replace(case, threads=threads)
+        yield from rows_of_case(subject, case, device, options, peaks[threads])
     torch.set_num_threads(options.threads)
 
 
 def rows_of_case(
-    subject: str,
-    number: int,
-    case: Case,
-    device: torch.device,
-    options: argparse.Namespace,
-    peaks: Peaks,
+    subject: str, case: Case, device: torch.device, options: argparse.Namespace, peaks: Peaks
 ) -> Iterator[Row]:
     """A row for each implementation, those that cannot run here last, with the reason."""
     torch._dynamo.reset()
@@ -129,9 +124,7 @@ def rows_of_case(
     for row in rows_of(label, times, cores, 1e3 * floor_seconds(case.work, peaks)):
         name = str(row["implementation"])
         weighs = options.full or device.type == "cuda"
-        extra = (
-            extra_megabytes(subject, number, name, rivals.steps[name], device) if weighs else None
-        )
+        extra = extra_megabytes(subject, case, name, rivals.steps[name], device) if weighs else None
         yield row | {"extra_mb": extra, "replayed": device.type == "cuda" and rivals.captured(name)}
     for name, reason in rivals.absent.items():
         print(f"{case.operator:26} {case.shape:18} {name:20} not measured ({reason})")
@@ -140,11 +133,13 @@ def rows_of_case(
 
 def print_table(rows: list[Row]) -> None:
     """Of operators: medians, percentiles, ratios, shares of the floor, and memory."""
-    print(f"\n{'':66} {'median':>9} {'p20':>9} {'p80':>9}  {'times':>6} {'floor':>6} {'memory':>8}")
-    for row in rows:
-        if "median_ms" not in row:
-            continue
+    timed = [row for row in rows if "median_ms" in row]
+    if timed:
+        head = f"{'median':>9} {'p20':>9} {'p80':>9}  {'times':>6} {'floor':>6} {'memory':>8}"
+        print(f"\n{'':66} {head}")
+    for row in timed:
         name = f"{row['operator']}, {row['shape']}, {row['implementation']}"
+        name += ", 1 thread" if row["threads"] == 1 else ""
         extra = row.get("extra_mb")
         print(
             f"{name:66} {row['median_ms']:9.4f} {row['p20_ms']:9.4f} {row['p80_ms']:9.4f}  "

@@ -21,9 +21,9 @@ STATUS = Path("/proc/self/status")
 
 
 def extra_megabytes(
-    subject: str, number: int, name: str, step: Step, device: torch.device
+    subject: str, case: Case, name: str, step: Step, device: torch.device
 ) -> float | None:
-    """Of implementation ``name`` of the subject's case ``number``; None where nothing tells it."""
+    """Of implementation ``name`` of a subject's case; None where nothing tells it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -32,7 +32,7 @@ def extra_megabytes(
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not STATUS.exists():
         return None
-    command = [sys.executable, "-m", "bench.memory", subject, str(number), name]
+    command = [sys.executable, "-m", "bench.memory", subject, case.operator, case.shape, name]
     command.append(str(torch.get_num_threads()))
     done = subprocess.run(
         command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
@@ -61,7 +61,8 @@ def resident_megabytes(entry: str) -> float:
 
 
 if __name__ == "__main__":
-    subject, number, name, threads = sys.argv[1:]
+    subject, operator, shape, name, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
     cases = importlib.import_module(f"bench.{subject}").cases(torch.device("cpu"))
-    print(weigh(cases[int(number)], name))
+    wanted = next(case for case in cases if (case.operator, case.shape) == (operator, shape))
+    print(weigh(wanted, name))

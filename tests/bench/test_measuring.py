@@ -14,6 +14,7 @@ from bench import __main__ as command
 from bench import consistency, evidential, shift
 from bench.case import Case, checked
 from bench.compare import lost_ground
+from bench.memory import extra_megabytes
 from bench.roofline import Work
 
 CPU = torch.device("cpu")
@@ -125,3 +126,12 @@ def test_work_is_counted_for_every_case() -> None:
     for module in (evidential, consistency, shift):
         for case in module.cases(CPU):
             assert isinstance(case.work, Work) and case.work.bytes > 0 and case.work.flops > 0
+
+
+def test_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
+    case = next(case for case in shift.cases(CPU) if case.operator == "class_moments")
+    step = case.make(CPU, False).steps["one-hot"]
+    measured = extra_megabytes("shift", case, "one-hot", step, CPU)
+    assert measured is not None
+    squares = 2 * 4 * 8192 * shift.DIM / 2**20  # x - mean[y], and its square
+    assert 0.9 * squares < measured < 1.3 * squares
