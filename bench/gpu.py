@@ -3,7 +3,8 @@
 Uses the tools that are installed (nvcc, a C++ compiler, CMake, Ninja, pybind11, PyTorch) and a
 scratch folder; the checkout is left alone. What lacks a package is named, and the rest goes on.
 Prints a short table last; writes gpu.json and the benchmarks' results to $OUT when it is set. Each
-step has a limit, and all of them together end within 9 minutes.
+step has a limit, and all of them together end within 9 minutes. The training ladder comes last and
+gets what is left; `python -m bench --quick --only training` runs it alone.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def steps(scratch: Path, out: Path) -> Iterator[tuple[str, str]]:
             continue
         stored = str(out / f"{subject}.json")
         command = [sys.executable, "-m", "bench", "--quick", "--only", subject, "--json", stored]
-        yield subject, run(command, 240 if subject == "training" else 85)
+        yield subject, run(command, SECONDS if subject == "training" else 85)
 
 
 def tests(run: Callable[[list[str], int], str]) -> Iterator[tuple[str, str]]:

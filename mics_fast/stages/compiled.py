@@ -13,7 +13,7 @@ from mics_fast.models.vit import Block
 
 
 def compile_parts(stage: nn.Module, scope: CompileScope, methods: Iterable[str]) -> None:
-    """Compile a stage in place; its state keeps its names.
+    """Compile a stage in place; its state keeps its names. One stage at a time is compiled.
 
     Args:
         stage: its modules, or its methods, are compiled when they first run.
@@ -22,10 +22,13 @@ def compile_parts(stage: nn.Module, scope: CompileScope, methods: Iterable[str])
         methods: of the stage, without a side effect; what changes from step to step they must take
             as arguments: tensors, or floats.
     """
+    # What other stages of this process have compiled counts towards the variants that torch keeps
+    # of one function, eight: beyond them it gives up.
+    torch.compiler.reset()
     if scope == "blocks":
         for module in stage.modules():
             if isinstance(module, Block | L2Block):
-                module.compile(fullgraph=True)
+                module.compile()
         return
     for name in methods:
         setattr(stage, name, torch.compile(getattr(stage, name), fullgraph=True))

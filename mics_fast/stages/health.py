@@ -1,7 +1,6 @@
 """Warnings about training that runs, but not as it should: from the numbers of a log record.
 
-Each limit is far from what a healthy run logs; a sentence says what a number beyond it likely
-means, and which option to look at.
+A sentence says what a number beyond its limit likely means, and which option to look at.
 """
 
 from __future__ import annotations
@@ -21,16 +20,17 @@ HARDLY, NEARLY_ALL = 0.01, 0.99  # share of unlabelled rows whose pseudo-label i
 def pretrain_warnings(config: PretrainConfig, record: Mapping[str, float]) -> list[str]:
     """Sentences about a log record of stage 1; it need not hold every number.
 
-    Similarities say nothing before the first epoch is over: an untrained encoder takes all images
-    for alike.
+    An untrained encoder takes all images for alike, and the teacher is one for long: so not before
+    the first epoch is over, and only where the student agrees with it.
     """
     warnings = []
-    similarity = record.get("teacher_similarity", 0.0)
+    names = ("teacher_similarity", "positive_similarity")
+    similarity = min(record.get(name, 0.0) for name in names)
     if record.get("epoch", 0.0) >= 1 and similarity > SIMILAR:
         warnings.append(
-            f"the teacher's features of different rows have a mean cosine of {similarity:.2f}: the "
-            "encoder maps all images to about one point (collapse); look at pretrain.lr, "
-            "pretrain.alpha and pretrain.teacher_momentum"
+            f"features of different rows, like those of one row, have a mean cosine of "
+            f"{similarity:.2f} or more: the encoder maps all images to about one point (collapse); "
+            "look at pretrain.lr, pretrain.alpha and pretrain.teacher_momentum"
         )
     horizon = 1 / (1 - config.teacher_momentum) if config.teacher_momentum < 1 else float("inf")
     age = record.get("queue_age", 0.0)

@@ -8,7 +8,12 @@ import torch
 from mics_fast.config import FinetuneConfig, PretrainConfig
 from mics_fast.stages.health import finetune_warnings, pretrain_warnings
 
-HEALTHY_PRETRAINING = {"epoch": 3.0, "teacher_similarity": 0.4, "queue_age": 20.0}
+HEALTHY_PRETRAINING = {
+    "epoch": 3.0,
+    "teacher_similarity": 0.4,
+    "positive_similarity": 0.97,
+    "queue_age": 20.0,
+}
 HEALTHY_FINETUNING = {
     "student_uncertainty": 0.3,
     "pseudo_accepted": 0.5,
@@ -47,19 +52,22 @@ def test_each_sign_of_a_failing_finetuning_names_an_option(change, option):
 
 
 def test_what_only_an_untrained_model_shows_is_no_warning():
-    early = {"epoch": 0.5, "teacher_similarity": 0.99}
+    early = {"epoch": 0.5, "teacher_similarity": 0.99, "positive_similarity": 0.99}
     assert pretrain_warnings(PretrainConfig(), early) == []
+    slow = {"epoch": 2.0, "teacher_similarity": 0.97, "positive_similarity": 0.5}
+    assert pretrain_warnings(PretrainConfig(), slow) == []
     ramping = {"pseudo_accepted": 0.0, "weight_pseudo": 0.5}
     assert finetune_warnings(FinetuneConfig(), ramping) == []
     off = {"pseudo_accepted": 0.0, "weight_pseudo": 0.0}
     assert finetune_warnings(FinetuneConfig(unlabelled_weight=0.0), off) == []
 
 
-def test_a_collapsed_teacher_shows_in_the_metrics(make_pretraining, make_batch):
+def test_a_collapse_shows_in_the_metrics(make_pretraining, make_batch):
     stage = make_pretraining(batch_size=4)
     with torch.no_grad():
-        stage.model.teacher_projection.weight.zero_()
-        stage.model.teacher_projection.bias.fill_(1.0)
+        for layer in (stage.model.projection_head, stage.model.teacher_projection):
+            layer.weight.zero_()
+            layer.bias.fill_(1.0)
     *_, losses = _losses(stage, make_batch(4))
     assert losses.metrics["teacher_similarity"] > 0.999
     assert stage.warnings({"epoch": 1.0, **_numbers(losses.metrics)})
