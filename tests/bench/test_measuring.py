@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from bench import __main__ as command
-from bench import consistency, evidential, shift
-from bench.case import Case, checked
+from bench import consistency, evidential, shift, timing
+from bench.case import Case, Rivals, checked
 from bench.compare import lost_ground
 from bench.memory import extra_megabytes
 from bench.roofline import Work
@@ -135,3 +136,28 @@ def test_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
     assert measured is not None
     squares = 2 * 4 * 8192 * shift.DIM / 2**20  # x - mean[y], and its square
     assert 0.9 * squares < measured < 1.3 * squares
+
+
+@pytest.mark.parametrize(("took", "copies"), [(50e-6, 5), (200e-6, 1)])
+def test_short_calls_on_a_gpu_go_round_inputs_larger_than_its_cache(
+    took: float, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def make(device: torch.device, tiny: bool) -> Rivals:
+        number = len(made)
+        made.append(number)
+        steps = {"triton": lambda: number, "eager, compiled": lambda: number}
+        return Rivals(steps, lambda name, result: None)
+
+    def captured(steps: list[Any]) -> Any:
+        return lambda: [step() for step in steps]
+
+    monkeypatch.setattr(timing, "captured", captured)
+    monkeypatch.setattr(timing, "seconds", lambda *arguments: (took, 0.0))
+    cache = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    case = Case("shift_features", "", Work(25 * 2**20, 1), make, batch=1)
+    timed = timing.on_gpu(case, make(CPU, False), CPU)
+    assert timed["triton"].run() == list(range(copies)) and timed["triton"].calls == copies
+    assert timed["eager, compiled"].run() == 0 and timed["eager, compiled"].calls == 1
