@@ -1,11 +1,11 @@
-# make demo | test | lint | drill | gpu | check-kernels | clean: everything happens in .venv, installed once.
+# make demo | test | lint | drill | bench | tables | gpu | check-kernels | check-wheel | clean: everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
 # Run once more in Triton's interpreter, in a process of their own.
 INTERPRETED := $(wildcard tests/kernels/test_*_backends.py) tests/kernels/test_consistency_triton.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-native lint drill gpu check-kernels clean
+.PHONY: demo test test-native lint drill bench tables gpu check-kernels check-wheel clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
@@ -25,23 +25,36 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	$(PY) -m bench.tables --check
 
 # Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
 drill: $(INSTALLED)
 	MICS_DRILL_KILLS=20 $(PY) -m pytest tests/mics_fast/test_drill.py
 
+# One second a case. `python -m bench --full` is what the documents show.
+bench: $(INSTALLED)
+	$(PY) -m bench --quick
+
+# Tables and plots of README.md and docs/, from bench/results.
+tables: $(INSTALLED)
+	$(PY) -m bench.tables
+
 # On a machine with an NVIDIA GPU: builds in a scratch place with the installed tools, tests, times.
 gpu:
-	PYTHONPATH=kernels $(PYTHON) bench/gpu.py
+	PYTHONPATH=kernels $(PYTHON) -m bench.gpu
 
 # Compiles the GPU kernels for all supported chips, without one; fails where registers spill.
 check-kernels: $(INSTALLED)
-	$(PY) csrc/tools/check_kernels.py
+	PYTHONPATH=$(CURDIR) $(PY) csrc/tools/check_kernels.py
+
+# Before a release: installs wheel and sdist in fresh environments with two versions of torch.
+check-wheel:
+	.ci/check-wheel $(PYTHON)
 
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test,bench]'
 	touch $@
 
 clean:

@@ -1,32 +1,56 @@
-"""Time and weigh the consistency loss: forward + gradient of both directions, D = 256, Q = 65,536.
+"""Consistency losses: forward + gradient, D = 256, a queue of 65,536.
 
-Against it stand the published ALBEF lines (queue in columns, cloned and concatenated at every
-step), torch.compile of them, the same loss in chunks of keys that are computed again in the
-backward pass, and the same loss written over scaled_dot_product_attention (V = K). Agreement is
-checked before anything is timed. "extra" is the most memory a call took beyond what it was given:
-on a CPU the peak of the resident size, in a process of its own (Linux). How it is timed: timing.py.
+`multimodal_consistency_loss` of two modalities stands against the published ALBEF lines (queue in
+columns, cloned and concatenated at every step), torch.compile of them, the same loss in chunks of
+keys that are computed again in the backward pass, and the same loss written over
+scaled_dot_product_attention (V = K).
 
-    python bench/consistency.py [--device cuda] [--quick] [--threads N] [--json FILE]
+With hard targets (alpha = 0) and one direction the loss is a cross-entropy over keys, and public
+kernels compute it: Liger-Kernel's and cut-cross-entropy's fused linear cross-entropy, with the keys
+as classifier, and Inf-CL. They need a GPU, and are timed where they are installed.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
+import importlib.util
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import Step, rows_of, run, take_turns
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mics_kernels import multimodal_consistency_loss
+from bench import roofline
+from bench.case import Case, Rivals, Step, close, own_backends
+from mics_kernels import consistency_loss, multimodal_consistency_loss
 
 DIM, QUEUE, TEMPERATURE, ALPHA, CHUNK = 256, 65536, 0.07, 0.4, 8192
 BATCHES = (8, 64, 256)
 Loss = Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor]
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Both losses at every batch size."""
+    batches = (*BATCHES, 1024) if device.type == "cuda" else BATCHES
+    size = dtype_on(device).itemsize
+    soft = [
+        Case("multimodal_consistency_loss", f"B = {batch}",
+             roofline.consistency(batch, DIM, QUEUE, size), partial(rivals, batch), batch)
+        for batch in batches
+    ]  # fmt: skip
+    hard = [
+        Case("consistency_loss", f"B = {batch}, alpha = 0",
+             roofline.contrastive(batch, DIM, QUEUE, size), partial(hard_rivals, batch), batch)
+        for batch in batches[-1:]
+    ]  # fmt: skip
+    return soft + hard
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """What the loss is computed from there."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def ours(backend: str) -> Loss:
@@ -69,7 +93,10 @@ def chunked(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tens
     with torch.no_grad():
         sums = [(teacher @ chunk.T / TEMPERATURE).logsumexp(1) for chunk in chunks]
         log_soft = torch.stack(sums, 1).logsumexp(1, keepdim=True)
-    parts = [checkpoint(part, query, chunk, log_soft, use_reentrant=False) for chunk in chunks]
+    parts = [
+        checkpoint(part, query, chunk, log_soft, use_reentrant=False, preserve_rng_state=False)
+        for chunk in chunks
+    ]
     log_sum = torch.stack([log for log, _ in parts], 1).logsumexp(1)
     positive = (query * keys[: len(query)]).sum(1) / TEMPERATURE
     target = ALPHA * sum(soft for _, soft in parts) + (1 - ALPHA) * positive
@@ -88,103 +115,129 @@ def attention(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Te
     return (query * (outer - target)).sum(1).mean() / TEMPERATURE
 
 
-def losses_of(device: torch.device) -> dict[str, Loss]:
-    """What is compared, by name; queues as rows, or as columns for the published code."""
-    albef_loss = both_directions(albef)
-    return {
-        "triton" if device.type == "cuda" else "cpu": ours(
-            "triton" if device.type == "cuda" else "cpu"
-        ),
-        "ALBEF eager": albef_loss,
-        "ALBEF compiled": torch.compile(albef_loss),
-        "chunked, recomputed": both_directions(chunked),
-        "attention (SDPA)": both_directions(attention),
-    }
-
-
-def inputs(batch: int, device: torch.device) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def inputs(
+    batch: int, device: torch.device, queue: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Features that want gradients, teachers, and queues (Q, D), as unit vectors."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
         numbers = torch.randn(rows, DIM, generator=generator)
-        return F.normalize(numbers, dim=1).to(device, dtype)
+        return F.normalize(numbers, dim=1).to(device, dtype_on(device))
 
     features = [unit(batch).requires_grad_() for _ in range(2)]
-    return features, [unit(batch) for _ in range(2)], [unit(QUEUE) for _ in range(2)]
+    return features, [unit(batch) for _ in range(2)], [unit(queue) for _ in range(2)]
 
 
-def steps_of(batch: int, device: torch.device) -> dict[str, Step]:
-    """One call of each implementation: the gradients of both features."""
-    features, teachers, queues = inputs(batch, device)
+def step_of(loss: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Step:
+    """One call: loss, and the gradients of ``wanted``."""
+
+    def step() -> tuple[Tensor, ...]:
+        result = loss()
+        return result.detach(), *torch.autograd.grad(result, wanted)
+
+    return step
+
+
+def rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
+    """Implementations on the same inputs; queues as rows, or as columns for the published code."""
+    features, teachers, queues = inputs(1 if tiny else batch, device, 1 if tiny else QUEUE)
     columns = [queue.T.contiguous() for queue in queues]
+    names, absent = own_backends("consistency", device)
+    published = both_directions(albef)
+    losses = {name: ours(name) for name in names} | {
+        "ALBEF eager": published,
+        "ALBEF compiled": torch.compile(published),
+        "chunked, recomputed": both_directions(chunked),
+        "attention (SDPA)": both_directions(attention),
+    }
 
-    def step_of(name: str, loss: Loss) -> Step:
+    def call(name: str, loss: Loss) -> Step:
         held = columns if name.startswith("ALBEF") else queues
-        return lambda: torch.autograd.grad(loss(features, teachers, held), features)
+        return step_of(lambda: loss(features, teachers, held), features)
 
-    steps = {name: step_of(name, loss) for name, loss in losses_of(device).items()}
-    wanted = steps["ALBEF eager"]()
-    for name, step in steps.items():
-        for got, true in zip(step(), wanted, strict=True):  # type: ignore[call-overload]
-            torch.testing.assert_close(
-                got, true, rtol=0, atol=(2e-2 if got.dtype == torch.bfloat16 else 2e-5) / batch,
-                msg=lambda text, name=name: f"{name} disagrees: {text}",
-            )  # fmt: skip
-    return steps
+    steps = {name: call(name, loss) for name, loss in losses.items()}
+    exact = [x.detach().float().requires_grad_() for x in features]
+    others = [[x.float() for x in held] for held in (teachers, columns)]
+    true = step_of(lambda: published(exact, *others), exact)()
 
+    def check(name: str, result: Any) -> None:
+        first = 1 if name.startswith("attention") else 0  # which has no loss
+        close(result[first:], true[first:], tolerance_on(device))
 
-def extra_megabytes(batch: int, name: str, step: Step, device: torch.device) -> float:
-    """Peak memory of a call beyond what it was given."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    command = [sys.executable, __file__, "--weigh", str(batch), name, str(torch.get_num_threads())]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return Rivals(steps, check, absent)
 
 
-def weigh(batch: int, name: str) -> float:
-    """``extra_megabytes`` on a CPU, in this process: a call of batch 1 first, for what stays."""
-    device = torch.device("cpu")
-    loss, columns = losses_of(device)[name], name.startswith("ALBEF")
-    features, teachers, queues = inputs(batch, device)
-    if columns:
-        queues = [queue.T.contiguous() for queue in queues]
-    first, teacher, _ = inputs(1, device)
-    short = [(queue[:, :1] if columns else queue[:1]).contiguous() for queue in queues]
-    torch.autograd.grad(loss(first, teacher, short), first)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = resident_megabytes("VmRSS")
-    torch.autograd.grad(loss(features, teachers, queues), features)
-    return resident_megabytes("VmHWM") - before
+def tolerance_on(device: torch.device) -> float:
+    """Of loss and gradient against float32, as a share of the largest element."""
+    return 5e-2 if dtype_on(device) == torch.bfloat16 else 1e-4
 
 
-def resident_megabytes(entry: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 2**10 for line in lines if line.startswith(entry))
+def hard_rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
+    """alpha = 0, one direction: cross-entropy over [keys, queue] with class i for query i."""
+    features, teachers, queues = inputs(1 if tiny else batch, device, 1 if tiny else QUEUE)
+    query, keys, queue = features[0], teachers[1], queues[1]
+    pool = torch.cat([keys, queue])
+    target = torch.arange(len(query), device=device)
+
+    def own(backend: str) -> Tensor:
+        return consistency_loss(
+            query, teachers[0], keys, queue, temperature=TEMPERATURE, alpha=0.0, backend=backend
+        )
+
+    def eager() -> Tensor:
+        return F.cross_entropy(query @ pool.T / TEMPERATURE, target)
+
+    names, absent = own_backends("consistency", device)
+    losses: dict[str, Callable[[], Tensor]] = {name: partial(own, name) for name in names}
+    losses |= {"cross_entropy eager": eager, "cross_entropy compiled": torch.compile(eager)}
+    exact = query.detach().float().requires_grad_()
+    true = step_of(lambda: F.cross_entropy(exact @ pool.float().T / TEMPERATURE, target), [exact])()
+    public, missing = public_kernels(query, pool, target, true)
+    steps = {name: step_of(loss, [query]) for name, loss in (losses | public).items()}
+
+    def check(name: str, result: Any) -> None:
+        close(result, true, tolerance_on(device))
+
+    return Rivals(steps, check, absent | missing, frozenset(public))
 
 
-def table(device: torch.device, budget: float) -> list[dict[str, object]]:
-    """Measure everything; one row for each batch size and implementation."""
-    rows: list[dict[str, object]] = []
-    for batch in (*BATCHES, *((1024,) if device.type == "cuda" else ())):
-        torch._dynamo.reset()
-        steps = steps_of(batch, device)
-        times, cores = take_turns(steps, device, budget)
-        for row in rows_of({"batch": f"B = {batch}"}, times, cores):
-            name = str(row["implementation"])
-            rows.append(row | {"extra_mb": extra_megabytes(batch, name, steps[name], device)})
-            print(f"{'':63} {rows[-1]['extra_mb']:10.1f} MB extra", flush=True)
-    return rows
+def public_kernels(
+    query: Tensor, pool: Tensor, target: Tensor, true: tuple[Tensor, ...]
+) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
+    """Kernels of others for the cross-entropy of query . pool / T, and why some are not here: those
+    whose loss and gradient are not the ``true`` ones, too, rather than to stop the run."""
 
+    def liger() -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["--weigh"]:
-        torch.set_num_threads(int(sys.argv[4]))
-        print(weigh(int(sys.argv[2]), sys.argv[3]))
-    else:
-        run(__doc__.splitlines()[0], table)
+        return LigerFusedLinearCrossEntropyLoss()(pool, query / TEMPERATURE, target)
+
+    def cut() -> Tensor:
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(query / TEMPERATURE, pool, target)
+
+    def inf_cl() -> Tensor:
+        from inf_cl import cal_flash_loss
+
+        return cal_flash_loss(query, pool, scale=1 / TEMPERATURE)
+
+    found: dict[str, Callable[[], Tensor]] = {}
+    absent = {}
+    for name, package, call in (
+        ("Liger-Kernel", "liger_kernel", liger),
+        ("cut-cross-entropy", "cut_cross_entropy", cut),
+        ("Inf-CL", "inf_cl", inf_cl),
+    ):
+        if query.device.type != "cuda":
+            absent[name] = "needs a GPU"
+        elif importlib.util.find_spec(package) is None:
+            absent[name] = f"{package} is not installed"
+        else:
+            try:
+                close(step_of(call, [query])(), true, tolerance_on(query.device))
+                found[name] = call
+            except Exception as error:  # of others' code, of whatever kind
+                absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return found, absent

@@ -1,23 +1,45 @@
-"""Time the evidential operators: forward + gradient, every implementation in one run.
+"""Evidential operators: forward + gradient.
 
 Beside the reference (float64 inside) stands the textbook formula in float32, the code a user would
-have written: cheaper, and less exact. How it is timed: timing.py.
-
-    python bench/evidential.py [--device cuda] [--quick] [--threads N] [--json FILE]
+have written: cheaper, and less exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
-from timing import Step, rows_of, run, take_turns
 from torch import Tensor
 
+from bench import roofline
+from bench.case import Case, Rivals, Step, close, own_backends
 from mics_kernels import evidential_fusion_loss, evidential_loss, fuse_evidence
-from mics_kernels.backends import explain
 
 SHAPES = ((8192, 3, 8), (2048, 3, 1000))
+OPERATORS = ("evidential_fusion_loss", "evidential_loss", "fuse_evidence")
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""(logits or evidence (B, V, C), target (B,)) -> scalar."""
+
+
+def cases(device: torch.device) -> list[Case]:
+    """Every operator and shape."""
+    return [
+        Case(
+            operator,
+            " x ".join(map(str, shape)),
+            roofline.evidential(
+                *shape,
+                fuse=operator != "evidential_loss",
+                judge=operator != "fuse_evidence",
+            ),
+            partial(rivals, operator, shape),
+            batch=shape[0],
+        )
+        for operator in OPERATORS
+        for shape in SHAPES
+    ]
 
 
 def textbook_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -38,60 +60,53 @@ def textbook_loss(logits: Tensor, target: Tensor) -> Tensor:
     return (expected + 0.5 * kl).sum(1).mean()
 
 
-def losses_of(operator: str, device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """What is compared, by name: (logits (B, V, C), target (B,)) -> loss."""
+def loss_of(operator: str, backend: str) -> Loss:
+    """The operator itself."""
+    if operator == "fuse_evidence":
+        return lambda x, y: fuse_evidence(x, backend=backend).mean()
+    if operator == "evidential_loss":
+        return lambda x, y: evidential_loss(x, y, kl_weight=0.5, backend=backend)
+    return lambda x, y: evidential_fusion_loss(x, y, kl_weight=0.5, backend=backend).loss
 
-    def of(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
-        if operator == "fuse_evidence":
-            return lambda x, y: fuse_evidence(x, backend=backend).mean()
-        if operator == "evidential_loss":
-            return lambda x, y: evidential_loss(x, y, kl_weight=0.5, backend=backend)
-        return lambda x, y: evidential_fusion_loss(x, y, kl_weight=0.5, backend=backend).loss
 
-    names = ["cpu"] if device.type == "cpu" else ["triton", "cuda"]
-    found = {}
-    for name in names:
-        try:
-            explain("evidential", torch.empty(0, device=device), name)
-            found[name] = of(name)
-        except RuntimeError as error:
-            print(f"{name}: not measured ({error})")
-    found["reference"] = of("reference")
-    found["reference, compiled"] = torch.compile(of("reference"), fullgraph=True)
+def rivals(operator: str, shape: tuple[int, int, int], device: torch.device, tiny: bool) -> Rivals:
+    """Implementations on the same inputs; a step gives loss and gradient."""
+    names, absent = own_backends("evidential", device)
+    losses = {name: loss_of(operator, name) for name in names}
+    reference = loss_of(operator, "reference")
+    losses["reference"] = reference
+    losses["reference, compiled"] = torch.compile(reference, fullgraph=True)
     if operator == "evidential_fusion_loss":
-        found["textbook float32"] = textbook_loss
-        found["textbook, compiled"] = torch.compile(textbook_loss, fullgraph=True)
-    return found
+        losses["textbook float32"] = textbook_loss
+        losses["textbook, compiled"] = torch.compile(textbook_loss, fullgraph=True)
+    values, target = inputs(operator, shape, device, tiny)
+    steps = {name: step_of(loss, values, target) for name, loss in losses.items()}
+    true = steps["reference"]()
+
+    def check(name: str, result: Any) -> None:
+        close(result, true, 1e-3 if name.startswith("textbook") else 1e-5)
+
+    return Rivals(steps, check, absent)
 
 
-def step_of(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Step:
-    """One call: loss and gradient."""
-    return lambda: torch.autograd.grad(loss(logits, target), logits)[0]
-
-
-def steps_of(operator: str, shape: tuple[int, int, int], device: torch.device) -> dict[str, Step]:
-    """One call of each implementation on the same inputs."""
+def inputs(
+    operator: str, shape: tuple[int, int, int], device: torch.device, tiny: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits of the fusion loss, evidence of the others, and labels."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(shape, generator=generator)
+    batch, views, classes = (1 if tiny else shape[0]), *shape[1:]
+    values = torch.randn(batch, views, classes, generator=generator)
     if operator != "evidential_fusion_loss":
-        logits = logits.exp()  # evidence
-    logits = logits.to(device).requires_grad_()
-    target = torch.randint(shape[2], shape[:1], generator=generator).to(device)
-    losses = losses_of(operator, device)
-    return {name: step_of(loss, logits, target) for name, loss in losses.items()}
+        values = values.exp()
+    target = torch.randint(classes, (batch,), generator=generator)
+    return values.to(device).requires_grad_(), target.to(device)
 
 
-def table(device: torch.device, budget: float) -> list[dict[str, object]]:
-    """Measure everything; one row for each operator, shape and implementation."""
-    rows: list[dict[str, object]] = []
-    for operator in ("evidential_fusion_loss", "evidential_loss", "fuse_evidence"):
-        for shape in SHAPES:
-            torch._dynamo.reset()
-            times, cores = take_turns(steps_of(operator, shape, device), device, budget)
-            label: dict[str, object] = {"operator": operator, "shape": "x".join(map(str, shape))}
-            rows += rows_of(label, times, cores)
-    return rows
+def step_of(loss: Loss, values: Tensor, target: Tensor) -> Step:
+    """One call: loss and gradient."""
 
+    def step() -> tuple[Tensor, Tensor]:
+        result = loss(values, target)
+        return result.detach(), torch.autograd.grad(result, values)[0]
 
-if __name__ == "__main__":
-    run(__doc__.splitlines()[0], table)
+    return step

@@ -1,31 +1,28 @@
-"""Time the image pipeline: pairs a second of training views, each way to make them in one run.
+"""The image pipeline: pairs a second of training views, each way to make them in one run.
 
 The DALI pipeline, uncached and from frames kept in memory, stands beside what many would write: a
 PyTorch DataLoader whose workers use Pillow, without and with JPEG draft mode (which decodes at a
 half or a quarter of the size where that is enough, and so changes the image a little). All crop,
 flip, resize, colour and normalise by the same numbers; how far their views are from those of DALI
-is printed first. Rounds alternate; each is a process of its own and warms up before its clock runs.
+is checked first. Rounds alternate; each is a process of its own and warms up before its clock runs.
 "cores" is CPU time over wall time of a round with its start: well below the number of cores, the
 machine was busy with something else. "CPU ms" is that CPU time for each pair, which suffers less.
 
-    python bench/pipeline.py MANIFEST [--device cuda] [--quick] [--json FILE]
+    python -m bench --full --only pipeline --manifest FILE      (of python -m mics_fast.prepare)
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import PIL
@@ -50,6 +47,7 @@ from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
 SIDE, BATCH, SEED, WORKERS = 224, 32, 0, 2
 BATCHES = 16  # on the clock
 WARM_UP = 6  # batches before it, and after it: more than any of the loaders makes ahead
+MOST_APART = 2.0  # grey levels on average, by which other decoders and resizes may differ
 AUGMENT = AugmentConfig()
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 Views = tuple[Tensor, ...]
@@ -183,81 +181,69 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def print_differences(rows: Sequence[Row], names: Sequence[str], device: torch.device) -> None:
-    """How far the first batch of each is from that of DALI, in grey levels: it is the same work."""
+def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.device) -> None:
+    """The first batch of each is that of DALI to some grey levels on average: the same work.
+
+    Raises:
+        AssertionError: it is not.
+    """
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
-    kept = PillowPairs(rows, names, False), PillowPairs(rows, names, True)
     mean = 255 * torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1)
     views = next(iter(dali_loader(rows, names, device, "none")))
     ours = torch.stack([view.cpu() * scale + mean for view in views], 1)
-    for name, pairs in zip(("Pillow", "Pillow, draft mode"), kept, strict=True):
+    for name, draft in (("Pillow", False), ("Pillow, draft mode", True)):
+        pairs = PillowPairs(rows, names, draft)
         theirs = torch.from_numpy(np.stack([pairs[k] for k in range(BATCH)])).permute(0, 1, 4, 2, 3)
         apart = (ours - theirs).abs().mean().item()
         print(f"{name} differs from DALI by {apart:.2f} grey levels on average")
+        assert apart < MOST_APART, f"{name} does other work than DALI"
+
+
+def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """Measure everything; a row for each implementation, or one that says what is missing."""
+    if options.manifest is None:
+        print("pipeline: not measured (give --manifest FILE)")
+        yield {"absent": "no --manifest was given"}
+        return
+    manifest = read_manifest(options.manifest)
+    images = [replace(row, index=k) for k, row in enumerate(manifest.rows)]
+    check_differences(images, manifest.modalities, device)
+    yield from table(images, manifest.modalities, device, 5 if options.full else 2)
 
 
 def table(
-    rows: Sequence[Row], names: Sequence[str], device: torch.device, rounds: int
-) -> list[dict]:
-    """Measure everything; one row for each implementation."""
-    decoders = {name: decoder for name, (_, decoder) in loaders_of(rows, names, device).items()}
+    images: Sequence[Row], names: Sequence[str], device: torch.device, rounds: int
+) -> Iterator[dict[str, object]]:
+    """One row for each implementation; ``ratio``: how many times as long as DALI it takes."""
+    decoders = {name: decoder for name, (_, decoder) in loaders_of(images, names, device).items()}
     measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in decoders}
     for _, name in itertools.product(range(rounds), decoders):
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, context) as pool:
-            future = pool.submit(one_round, rows, names, str(device), name)
+            future = pool.submit(one_round, images, names, str(device), name)
             measured[name].append(future.result())
     base = statistics.median(rate for rate, _, _ in measured["DALI"])
-    results = []
     for name, decoder in decoders.items():
         own, cores, milliseconds = (list(column) for column in zip(*measured[name], strict=True))
-        result = {
+        rate = statistics.median(own)
+        print(
+            f"{name:30} {rate:7.1f} pairs/s ({min(own):.1f} to {max(own):.1f})  "
+            f"{rate / base:5.2f}x  cores {statistics.median(cores):.2f}  "
+            f"CPU ms {statistics.median(milliseconds):.1f}  decoder: {decoder}"
+        )
+        yield {
+            "operator": "training views",
+            "shape": f"{len(images)} pairs to {SIDE} px",
+            "threads": os.cpu_count(),
             "implementation": name,
+            "ours": name.startswith("DALI"),
             "decoder": decoder,
-            "pairs_per_second": statistics.median(own),
+            "pairs_per_second": rate,
             "slowest": min(own),
             "fastest": max(own),
-            "ratio_to_dali": statistics.median(own) / base,
+            "ratio": base / rate,
             "cores": statistics.median(cores),
             "cpu_ms": statistics.median(milliseconds),
+            "pillow": PIL.__version__,
             "rounds": rounds,
         }
-        results.append(result)
-        print(
-            f"{name:30} {statistics.median(own):7.1f} pairs/s ({min(own):.1f} to {max(own):.1f})  "
-            f"{result['ratio_to_dali']:5.2f}x  cores {result['cores']:.2f}  "
-            f"CPU ms {result['cpu_ms']:.1f}  decoder: {decoder}"
-        )
-    return results
-
-
-def main() -> None:
-    """Print the table; write it, with what it ran on, as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("manifest", type=Path, help="written by python -m mics_fast.prepare")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--quick", action="store_true", help="2 rounds instead of 5")
-    parser.add_argument("--json", type=Path, help="write results here")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    manifest = read_manifest(arguments.manifest)
-    rows = [replace(row, index=k) for k, row in enumerate(manifest.rows)]
-    machine = {
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "cores": os.cpu_count(),
-        "pairs": len(rows),
-        "torch": torch.__version__,
-        "pillow": PIL.__version__,
-        "python": platform.python_version(),
-    }
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
-    print_differences(rows, manifest.modalities, device)
-    results = table(rows, manifest.modalities, device, 2 if arguments.quick else 5)
-    if device.type == "cpu":
-        print("on a GPU: not measured")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine, "rows": results}, indent=1))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,11 +10,11 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
-from baselines.published import PublishedStep, albef, published_flops
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
+from bench.baselines.published import PublishedStep, albef, published_flops
 from mics_fast.config import PretrainConfig, TrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.optimiser import decay_groups

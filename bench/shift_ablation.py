@@ -5,7 +5,7 @@ labelled; four runs from scratch that differ in ``--finetune.shift`` alone. The 
 over seeds with a 95 % interval (Student's t), and the paired differences to no shift. Every run is
 resumed where it was interrupted and kept in OUT, so several processes may share the seeds.
 
-    python bench/shift_ablation.py --out runs/shift [--seeds 0 1 2 3 4] [--report-only]
+    python -m bench.shift_ablation --out runs/shift [--seeds 0 1 2 3 4] [--report-only]
 """
 
 from __future__ import annotations

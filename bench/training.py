@@ -21,7 +21,7 @@ run, on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the
 the machine was busy with something else, and only the CPU times tell anything. On a CPU compiling
 takes longer than --quick has, and nothing after rung e is compiled, as in the trainer.
 
-    python bench/training.py [MANIFEST] [--size vit_micro] [--quick] [--device cuda] [--json FILE]
+    python -m bench --full --only training [--manifest FILE]      (else 64 pairs of the phantom)
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ import argparse
 import ctypes
 import gc
 import itertools
-import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -41,9 +39,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rungs import Batch, Losses, Rung, disagreement, fine_tuning, ladder, losses_of
-from timing import processor
 
+from bench.rungs import Batch, Losses, Rung, disagreement, fine_tuning, ladder, losses_of
 from mics_fast import prepare
 from mics_fast.config import CacheConfig, DataConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
@@ -280,35 +277,33 @@ def line(row: dict[str, object]) -> str:
     )
 
 
-def main() -> None:
-    """Print the table; write it, with what it ran on, as JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("manifest", type=Path, nargs="?", help="default: 64 pairs of the phantom")
-    on_gpu = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
-    parser.add_argument("--size", choices=SIZES, default="vit_base" if on_gpu else "vit_micro")
-    parser.add_argument("--batch", type=int, help="pairs a step")
-    parser.add_argument("--quick", action="store_true", help="three rounds and smaller batches")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--json", type=Path, help="write results here")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    machine = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else processor(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "size": options.size,
-    }
-    print(", ".join(f"{key}: {value}" for key, value in machine.items()))
+def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str, object]]:
+    """A ladder for each size of model: vit_base on a GPU; vit_micro and, but for --quick, vit_tiny
+    on a CPU.
+
+    Columns beside those of ``table``: ``ratio``, how many times as long as rung g a rung takes, and
+    ``times_b``, how many times faster than rung b it is.
+    """
+    sizes = ("vit_micro", "vit_tiny") if options.full else ("vit_micro",)
     with tempfile.TemporaryDirectory() as folder:
-        path = options.manifest or Path(folder) / "manifest.csv"
         if options.manifest is None:
             prepare.main(["phantom", "--out", folder, "--pairs", "64"])
-        rows = table(read_manifest(path), options)
-    if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+        manifest = read_manifest(options.manifest or Path(folder) / "manifest.csv")
+        for size in ("vit_base",) if device.type == "cuda" else sizes:
+            given = argparse.Namespace(
+                device=device.type, size=size, batch=None, quick=not options.full
+            )
+            found = {str(row["rung"]): row for row in table(manifest, given)}
+            for name, row in found.items():
+                milliseconds = float(str(row["ms"]))
+                trains_likewise = not name.startswith("fine")
+                label = {
+                    "operator": "training step",
+                    "shape": f"{size}, batch {config_of(given).pretrain.batch_size}",
+                    "threads": options.threads,
+                    "implementation": name,
+                    "ours": name in ("g", "turbo") or not trains_likewise,
+                    "ratio": milliseconds / float(str(found["g"]["ms"])),
+                    "times_b": float(str(found["b"]["ms"])) / milliseconds,
+                }
+                yield label | row if trains_likewise else label | row | {"ratio": None}

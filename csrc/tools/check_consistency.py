@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 from compiled import Check, Usage, compile_for, usage_of
+from counts import operations, total, wide
 
+from bench import roofline
 from mics_kernels.consistency import triton_kernels
 
 
@@ -45,8 +47,9 @@ def sweep_usage(
     tile: triton_kernels.Tile,
     gradient: bool,
 ) -> Usage:
-    """Of the sweep over keys and queues of two views; also refuses a program
-    that does not fit on the chip, or makes no use of tensor cores or asynchronous copies."""
+    """Of the sweep over keys and queues of two views; also refuses a program that does not fit on
+    the chip, makes no use of tensor cores or asynchronous copies, reads keys other than 16 bytes at
+    a time, or moves or computes other than the roofline model counts."""
     kernel = triton_kernels.sweep_kernel
     features = "*bf16" if precision == "half" else "*fp32"
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
@@ -83,7 +86,23 @@ def sweep_usage(
         )
     if precision != "tf32":
         assert "cp.async" in code, (capability, width, tile)
+    assert wide(code, "ld"), (capability, width, tile)
+    check_counts(compiled.asm["ttir"], width, 2 if precision == "half" else 4, tile, gradient)
     return usage_of(compiled)
+
+
+def check_counts(
+    ttir: str, width: int, size: int, tile: triton_kernels.Tile, gradient: bool
+) -> None:
+    """A step of either loop, over keys or queue, reads its keys once, and takes the products of its
+    queries with them that the model counts; the loss alone takes half of them."""
+    found = list(operations(ttir))
+    queries = tile.rows // 2
+    less, more = (roofline.consistency(queries, width, n, size) for n in (0, tile.keys))
+    # The model's queues and pairs of views are two each, as are the loops here.
+    assert total(found, "load", rank=2, depth=1) == more.bytes - less.bytes, (width, tile)
+    wanted = (more.flops - less.flops) // (1 if gradient else 2)
+    assert total(found, "dot", depth=1) == wanted, (width, tile, gradient)
 
 
 def join_usage(capability: int) -> Usage:

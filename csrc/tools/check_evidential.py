@@ -1,4 +1,4 @@
-"""What the evidential GPU kernels take of a chip."""
+"""What the evidential GPU kernels take of a chip, and every CUDA kernel."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from compiled import Check, Usage, simple_usage
+from compiled import Check, Usage, simply_compiled, usage_of
+from counts import operations, total
 
+from bench import roofline
 from mics_kernels.evidential import triton_kernels
 
 CSRC = Path(__file__).resolve().parents[1]
@@ -17,7 +19,10 @@ SHAPES = ((1, 2), (3, 8), (8, 8), (3, 64))  # views, classes; spills are refused
 
 def checks(capability: int) -> list[Check]:
     """Every kernel for a chip."""
-    rows = [Check("evidential, CUDA, most of all", cuda_usage, (capability,))]
+    rows = [
+        Check(f"{source.name}, most of all", cuda_usage, (capability, source.name))
+        for source in sorted(CSRC.glob("*.cu"))
+    ]
     for views, classes in SHAPES:
         name = f"evidential, V={views} C={classes}"
         rows.append(Check(name, triton_usage, (capability, views, classes)))
@@ -25,7 +30,8 @@ def checks(capability: int) -> list[Check]:
 
 
 def triton_usage(capability: int, views: int, classes: int) -> Usage:
-    """Of the loss kernel in Triton."""
+    """Of the loss kernel in Triton; also refuses one that moves or computes other than the roofline
+    model counts: logits are read once more, from the cache, for the gradient."""
     kernel = triton_kernels.evidential_rows_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("values", "gradient", "targets", "weight"), "*fp32")
@@ -35,14 +41,25 @@ def triton_usage(capability: int, views: int, classes: int) -> Usage:
     flags = ("FUSE", "GRADIENT", "HAS_PRESENT", "HAS_WEIGHT", "HAS_COUNT")
     constants = triton_kernels.blocks(views, classes) | dict.fromkeys(flags, True)
     constants |= {"ACT": 1, "SOFT": False, "KL_IN_MEMORY": False}
-    return simple_usage(capability, kernel, signature, constants)
+    compiled = simply_compiled(capability, kernel, signature, constants)
+    found = list(operations(compiled.asm["ttir"]))
+    rows, padded = constants["R"], constants["VP"]
+    work = roofline.evidential(rows, padded, classes, fuse=True, judge=True)
+    fused = 4 * rows * classes
+    moved = total(found, "load", rank=3) / 2 + total(found, "store", rank=3) + fused
+    assert moved == work.bytes - 8 * rows, (views, classes, moved, work)
+    assert fused <= total(found, "store", rank=2) - total(found, "store", rank=3)
+    if classes >= 8:  # below, what a row takes outweighs what its classes take
+        ratio = total(found, "float") / work.flops
+        assert 1 <= ratio < 4, (views, classes, ratio)
+    return usage_of(compiled)
 
 
-def cuda_usage(capability: int) -> Usage:
-    """Most registers, bytes spilled, and most shared memory of all CUDA kernels."""
+def cuda_usage(capability: int, source: str) -> Usage:
+    """Most registers, bytes spilled, and most shared memory of all CUDA kernels of a file."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas=-v", "-c"]
-        command += [str(CSRC / "evidential_cuda.cu"), "-o", f"{folder}/kernels.o"]
+        command += [str(CSRC / source), "-o", f"{folder}/kernels.o"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", text)]
     shared = [0, *(int(n) for n in re.findall(r"(\d+) bytes smem", text))]

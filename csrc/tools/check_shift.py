@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from compiled import Check, Usage, simple_usage
+from compiled import Check, Usage, simply_compiled, usage_of
+from counts import operations, total, wide
 
+from bench import roofline
 from mics_kernels.shift import triton_kernels as shift_kernels
 
 
@@ -28,7 +30,8 @@ def checks(capability: int) -> list[Check]:
 
 
 def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Of the shift, D = 768."""
+    """Of the shift, D = 768; also refuses one that does not move features 16 bytes at a time, or
+    moves or computes other than the roofline model counts."""
     kernel = shift_kernels.shift_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "moved": f"*{dtype}", "spread": "*fp32"}
@@ -36,7 +39,24 @@ def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
     signature |= {"rows": "i32", "strength": "*fp32"}
     constants = shift_kernels.shift_blocks(768) | {"C": 8, "SOFT": soft, "HAS_IDS": True}
     constants |= {"IN_MEMORY": True, "STRIDE": 1}
-    return simple_usage(capability, kernel, signature, constants)
+    compiled = simply_compiled(capability, kernel, signature, constants)
+    code = compiled.asm["ptx"]
+    assert wide(code, "ld") and wide(code, "st"), (capability, dtype, soft)
+    if not soft:
+        check_shift_counts(compiled.asm["ttir"], constants["R"] * constants["K"], dtype)
+    return usage_of(compiled)
+
+
+def check_shift_counts(ttir: str, elements: int, dtype: str) -> None:
+    """A program of so many features reads and writes each once, and its deviation from a table
+    that stays in the cache; its FLOPs are at least those of the model, and less than twice."""
+    size = 2 if dtype == "bf16" else 4
+    more, less = (roofline.shift(batch, 768, 8, size) for batch in (2, 1))
+    found = list(operations(ttir))
+    moved = total(found, "load", rank=2) + total(found, "store", rank=2) - 4 * elements
+    assert moved * 768 == elements * (more.bytes - less.bytes - 8), (moved, elements)
+    ratio = total(found, "float") * 768 / (elements * (more.flops - less.flops))
+    assert 1 <= ratio < 2, ratio
 
 
 def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
@@ -48,11 +68,11 @@ def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
     signature |= {"rows": "i32", "scale": "fp32", "strength": "*fp32"}
     constants = shift_kernels.shift_blocks(768) | {"C": 8, "RANK": 64, "SOFT": soft}
     constants |= {"HAS_IDS": True, "IN_MEMORY": True, "STRIDE": 1}
-    return simple_usage(capability, kernel, signature, constants)
+    return usage_of(simply_compiled(capability, kernel, signature, constants))
 
 
 def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Of the moments of 8 classes."""
+    """Of the moments of 8 classes; also refuses one that reads its features more than once."""
     kernel = shift_kernels.moments_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "target": "*fp32" if soft else "*i64"}
@@ -61,7 +81,12 @@ def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
     block = shift_kernels.moments_blocks(65536, 768, 8)
     constants = {"D": 768, "C": 8, "R": block["R"], "K": block["K"]}
     constants |= {"SOFT": soft, "HAS_WEIGHT": True}
-    return simple_usage(capability, kernel, signature, constants)
+    compiled = simply_compiled(capability, kernel, signature, constants)
+    found = list(operations(compiled.asm["ttir"]))
+    size = 2 if dtype == "bf16" else 4
+    assert total(found, "load", rank=2, depth=1) == block["R"] * block["K"] * size
+    assert total(found, "load", rank=2) == total(found, "load", rank=2, depth=1)
+    return usage_of(compiled)
 
 
 def merge_usage(capability: int) -> Usage:
@@ -71,7 +96,7 @@ def merge_usage(capability: int) -> Usage:
     signature |= dict.fromkeys(("counts", "means", "m2s", "count"), "*fp64")
     signature |= {"mean": "*fp32", "m2": "*fp32"}
     constants = {"D": 768, "C": 8, "S": 64, "SP": 64, "T": 12, "K": 32}
-    return simple_usage(capability, kernel, signature, constants)
+    return usage_of(simply_compiled(capability, kernel, signature, constants))
 
 
 def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:
@@ -82,4 +107,4 @@ def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:
     signature |= dict.fromkeys(("table", "losses", "strength"), "*fp32") | {"rows": "i32"}
     constants = {**shift_kernels.loss_blocks(classes), "GRADIENT": True}
     constants |= {"IN_MEMORY": True, "STRIDE": 1}
-    return simple_usage(capability, kernel, signature, constants)
+    return usage_of(simply_compiled(capability, kernel, signature, constants))

@@ -66,13 +66,13 @@ def usage_of(compiled: Any) -> Usage:
     return Usage(int(found[1]), int(found[2]), compiled.metadata.shared)
 
 
-def simple_usage(
+def simply_compiled(
     capability: int,
     kernel: triton.JITFunction,
     signature: dict[str, Any],
     constants: dict[str, Any],
-) -> Usage:
-    """Usage of a kernel of four warps whose arrays are all aligned."""
+) -> Any:
+    """A kernel of four warps whose arrays are all aligned."""
     arrays = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     places = [(i,) for i in arrays]
-    return usage_of(compile_for(capability, kernel, signature, constants, places, num_warps=4))
+    return compile_for(capability, kernel, signature, constants, places, num_warps=4)

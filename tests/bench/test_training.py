@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import rungs
 from mics_fast.config import ModelConfig, PretrainConfig, TrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.models.sizes import SIZES, Size
@@ -24,16 +23,10 @@ TINY = Size(
 MODALITIES = ("wli", "nbi")
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    """The module of the rungs, on networks of 16 pixels."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "bench"))
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Networks of 16 pixels."""
     monkeypatch.setitem(SIZES, "vit_micro", TINY)
-    import rungs
-
-    yield rungs
-    for name in [name for name in sys.modules if name == "rungs" or name.startswith("baselines")]:
-        del sys.modules[name]
 
 
 @pytest.fixture
@@ -60,59 +53,59 @@ def batches():
     return [batch(first) for first in (0, 4, 8, 12)]
 
 
-def rungs_of(bench, config, amp=False):
-    return bench.ladder(config, MODALITIES, amp=amp, compiles=False)
+def rungs_of(config, amp=False):
+    return rungs.ladder(config, MODALITIES, amp=amp, compiles=False)
 
 
-def test_the_published_step_has_the_losses_of_this_project_s(bench, config, batches):
+def test_the_published_step_has_the_losses_of_this_project_s(config, batches):
     losses, apart = {}, {}
-    for rung in rungs_of(bench, config, amp=True):
-        losses[rung.name] = bench.losses_of(rung, batches)
-        apart[rung.name] = bench.disagreement(rung, losses)
+    for rung in rungs_of(config, amp=True):
+        losses[rung.name] = rungs.losses_of(rung, batches)
+        apart[rung.name] = rungs.disagreement(rung, losses)
     assert list(losses) == ["a", "b", "c, alternating", "c", "d, float32", "d", "f", "g", "turbo"]
     assert max(apart[name] for name in ("c, alternating", "c", "d, float32")) < 1e-5
     assert losses["b"][0].keys() == losses["c"][0].keys()
 
 
-def test_a_decomposition_finds_what_the_power_iteration_has_converged_to(bench, config, batches):
+def test_a_decomposition_finds_what_the_power_iteration_has_converged_to(config, batches):
     """As long as the discriminator's weights stand still."""
     config.pretrain.discriminator_lr = 1e-12
-    first_two = islice(rungs_of(bench, config), 2)
-    a, b = (bench.losses_of(rung, batches[:2]) for rung in first_two)
+    first_two = islice(rungs_of(config), 2)
+    a, b = (rungs.losses_of(rung, batches[:2]) for rung in first_two)
     for own, other in zip(a, b, strict=True):
         assert own == pytest.approx(other, rel=1e-5)
 
 
-def test_a_rung_that_computes_something_else_is_caught(bench, config, batches):
+def test_a_rung_that_computes_something_else_is_caught(config, batches):
     losses = {}
-    for rung in rungs_of(bench, config):
-        losses[rung.name] = bench.losses_of(rung, batches[:2])
+    for rung in rungs_of(config):
+        losses[rung.name] = rungs.losses_of(rung, batches[:2])
         if rung.name == "c, alternating":
             break
     wrong = replace(config, pretrain=replace(config.pretrain, temperature=0.0701))
-    spoilt = next(r for r in rungs_of(bench, wrong) if r.name == "c, alternating")
-    losses[rung.name] = bench.losses_of(spoilt, batches[:2])
+    spoilt = next(r for r in rungs_of(wrong) if r.name == "c, alternating")
+    losses[rung.name] = rungs.losses_of(spoilt, batches[:2])
     with pytest.raises(SystemExit, match=r"c, alternating disagrees with b: the consistency loss"):
-        bench.disagreement(rung, losses)
+        rungs.disagreement(rung, losses)
     losses[rung.name] = [{"consistency": float("nan")} for _ in range(2)]
     with pytest.raises(SystemExit, match="has losses"):
-        bench.disagreement(rung, losses)
+        rungs.disagreement(rung, losses)
     losses[rung.name] = [dict.fromkeys(losses["b"][0], float("nan")) for _ in range(2)]
     with pytest.raises(SystemExit, match="is nan"):
-        bench.disagreement(rung, losses)
+        rungs.disagreement(rung, losses)
 
 
-def test_the_published_step_costs_what_it_runs(bench, config, batches):
-    rung = next(rungs_of(bench, config))
+def test_the_published_step_costs_what_it_runs(config, batches):
+    rung = next(rungs_of(config))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         rung.step(batches[0], 0)
     assert counter.get_total_flops() == pytest.approx(rung.flops, rel=1e-3)
 
 
-def test_the_published_step_trains_what_its_code_did_not(bench, config, batches):
+def test_the_published_step_trains_what_its_code_did_not(config, batches):
     """Its discriminator's attention learns, and its alignment reaches the encoder (audit E)."""
     config.pretrain = replace(config.pretrain, consistency_weight=0.0, reconstruction_weight=0.0)
-    rung = next(rungs_of(bench, config))
+    rung = next(rungs_of(config))
     stage = rung.step.stage
     before = stage.discriminator.blocks[0].points.weight.clone()
     rung.step(batches[0], 0)
@@ -120,10 +113,10 @@ def test_the_published_step_trains_what_its_code_did_not(bench, config, batches)
     assert stage.model.encoder.blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 
-def test_fine_tuning_costs_and_trains(bench, config, batches):
+def test_fine_tuning_costs_and_trains(config, batches):
     config.finetune.labelled_batch = config.finetune.unlabelled_batch = 4
-    (rung,) = bench.fine_tuning(config, MODALITIES, 3, amp=False, compiles=False)
+    (rung,) = rungs.fine_tuning(config, MODALITIES, 3, amp=False, compiles=False)
     (unlabelled,) = batches[1]
     unlabelled = replace(unlabelled, strong=unlabelled.views)
-    (losses,) = bench.losses_of(rung, [(*batches[0], unlabelled)])
+    (losses,) = rungs.losses_of(rung, [(*batches[0], unlabelled)])
     assert losses["supervised"] > 0 and rung.flops > 0

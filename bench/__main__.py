@@ -1,0 +1,152 @@
+"""Measures; prints a table, and stores it as JSON.
+
+    python -m bench --quick | --full [--only SUBJECT ...] [--compare BASE.json] [--threads N]
+
+Results go to bench/results/<device>/<date>-<commit>.json; those of --quick, which tables leave out
+and git ignores, to ...-quick.json. --compare fails where an operator lost ground (compare.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import Case, checked
+from bench.compare import lost_ground
+from bench.machine import ROOT, machine, peaks_of, slug
+from bench.memory import extra_megabytes
+from bench.roofline import Peaks, floor_seconds
+from bench.timing import rows_of, take_turns
+
+OPERATORS = ("evidential", "consistency", "shift")
+SUBJECTS = (*OPERATORS, "pipeline", "training")
+Row = dict[str, Any]
+
+
+def main() -> int:
+    """Run what is asked for; exit status 1 where --compare finds lost ground."""
+    options = parse()
+    device = torch.device(options.device)
+    torch.set_num_threads(options.threads)
+    facts = machine(device) | {"mode": "full" if options.full else "quick"}
+    print(", ".join(f"{key}: {value}" for key, value in facts.items() if value), flush=True)
+    peaks: dict[int, Peaks] = {}
+    rows: list[Row] = []
+    for subject in options.only:
+        rows += [{"subject": subject, **row} for row in measured(subject, device, options, peaks)]
+    stored = {
+        "machine": facts,
+        "peaks": {str(threads): found._asdict() for threads, found in peaks.items()},
+        "rows": rows,
+    }
+    path = options.json or path_of(facts)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(stored, indent=1) + "\n")
+    print_table(rows)
+    print(f"\nstored in {path}")
+    if not options.compare:
+        return 0
+    lost = lost_ground(rows, json.loads(options.compare.read_text())["rows"])
+    print("\n".join(lost) or f"no operator lost ground against {options.compare}")
+    return 1 if lost else 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--quick", action="store_true", help="1 s a case; no memory on a CPU")
+    length.add_argument("--full", action="store_true", help="10 s a case")
+    parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=SUBJECTS)
+    parser.add_argument("--compare", type=Path, metavar="BASE.json", help="fail where slower")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="store results here instead")
+    parser.add_argument("--manifest", type=Path, help="of images, for pipeline and training")
+    parser.add_argument("--budget", type=float, help="seconds a case")
+    options = parser.parse_args()
+    if options.compare and not options.compare.is_file():
+        parser.error(f"--compare: there is no file {options.compare}")
+    if options.budget is None:
+        options.budget = 10.0 if options.full else 1.0
+    return options
+
+
+def path_of(facts: Row) -> Path:
+    """Where a result is stored."""
+    suffix = "-quick" if facts["mode"] == "quick" else ""
+    folder = ROOT / "bench" / "results" / slug(str(facts["device"]))
+    return folder / f"{facts['date']}-{facts['commit']}{suffix}.json"
+
+
+def measured(
+    subject: str, device: torch.device, options: argparse.Namespace, peaks: dict[int, Peaks]
+) -> Iterator[Row]:
+    """Rows of a subject, or one row that says why there are none."""
+    try:
+        module = importlib.import_module(f"bench.{subject}")
+    except ImportError as error:
+        print(f"{subject}: not measured ({error})")
+        yield {"absent": str(error)}
+        return
+    if subject not in OPERATORS:
+        yield from module.rows(device, options)
+        return
+    for case in module.cases(device):
+        threads = case.threads or options.threads
+        torch.set_num_threads(threads)
+        if threads not in peaks:
+            peaks[threads] = peaks_of(device)
+        case = replace(case, threads=threads)
+        yield from rows_of_case(subject, case, device, options, peaks[threads])
+    torch.set_num_threads(options.threads)
+
+
+def rows_of_case(
+    subject: str, case: Case, device: torch.device, options: argparse.Namespace, peaks: Peaks
+) -> Iterator[Row]:
+    """A row for each implementation, those that cannot run here last, with the reason."""
+    torch._dynamo.reset()
+    rivals = checked(case, device)
+    times, cores = take_turns(case, rivals, device, options.budget)
+    label: Row = {
+        "operator": case.operator, "shape": case.shape, "batch": case.batch,
+        "threads": case.threads, "bytes": case.work.bytes, "flops": case.work.flops,
+    }  # fmt: skip
+    for row in rows_of(label, times, cores, 1e3 * floor_seconds(case.work, peaks)):
+        name = str(row["implementation"])
+        weighs = options.full or device.type == "cuda"
+        extra = extra_megabytes(subject, case, name, rivals.steps[name], device) if weighs else None
+        yield row | {"extra_mb": extra, "replayed": device.type == "cuda" and rivals.captured(name)}
+    for name, reason in rivals.absent.items():
+        print(f"{case.operator:26} {case.shape:18} {name:20} not measured ({reason})")
+        yield label | {"implementation": name, "absent": reason}
+
+
+def print_table(rows: list[Row]) -> None:
+    """Of operators: medians, percentiles, ratios, shares of the floor, and memory."""
+    timed = [row for row in rows if "median_ms" in row]
+    if timed:
+        head = f"{'median':>9} {'p20':>9} {'p80':>9}  {'times':>6} {'floor':>6} {'memory':>8}"
+        print(f"\n{'':66} {head}")
+    for row in timed:
+        name = f"{row['operator']}, {row['shape']}, {row['implementation']}"
+        name += ", 1 thread" if row["threads"] == 1 else ""
+        extra = row.get("extra_mb")
+        print(
+            f"{name:66} {row['median_ms']:9.4f} {row['p20_ms']:9.4f} {row['p80_ms']:9.4f}  "
+            f"{row['ratio']:5.1f}x {100 * row['share_of_floor']:4.0f} % "
+            f"{'-' if extra is None else f'{extra:.1f} MB':>8}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

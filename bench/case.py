@@ -1,0 +1,102 @@
+"""What a benchmark of an operator is: inputs of one size, and implementations that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.roofline import Work
+from mics_kernels.backends import explain
+
+Step = Callable[[], Any]
+OURS = ("cpu", "triton", "cuda")
+"""Names of this project's own implementations."""
+
+
+@dataclass(frozen=True)
+class Rivals:
+    """What is compared on the same inputs.
+
+    Attributes:
+        steps: one call of each implementation, by name; "compiled" in a name: of torch.compile.
+        check: takes a name and what its step returned; AssertionError where that is wrong.
+        absent: name -> why that implementation cannot run here.
+        synchronises: names whose calls wait for the GPU, so that no CUDA graph captures them.
+    """
+
+    steps: dict[str, Step]
+    check: Callable[[str, Any], None]
+    absent: dict[str, str] = field(default_factory=dict)
+    synchronises: frozenset[str] = frozenset()
+
+    def captured(self, name: str) -> bool:
+        """Whether a GPU replays this one as a CUDA graph; a graph of the backward pass that
+        torch.compile makes cannot be captured."""
+        return "compiled" not in name and name not in self.synchronises
+
+
+@dataclass(frozen=True)
+class Case:
+    """An operator on inputs of one size.
+
+    Attributes:
+        operator: what is measured.
+        shape: the size, for a reader.
+        work: what it cannot do without.
+        make: (device, tiny) -> rivals on new inputs, the same ones at every call; ``tiny``: the
+            smallest inputs of this kind, for what a process keeps after its first call.
+        batch: rows, for the plots.
+        threads: of the CPU; None: as many as the command line says.
+    """
+
+    operator: str
+    shape: str
+    work: Work
+    make: Callable[[torch.device, bool], Rivals]
+    batch: int
+    threads: int | None = None
+
+
+def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """This project's implementations that can run here, and why others cannot.
+
+    Args:
+        operator: folder of mics_kernels.
+    """
+    names = ("cpu",) if device.type == "cpu" else ("triton", "cuda")
+    found, absent = [], {}
+    for name in names:
+        try:
+            explain(operator, torch.empty(0, device=device), name)
+            found.append(name)
+        except (RuntimeError, ValueError) as error:
+            absent[name] = str(error)
+    return found, absent
+
+
+def checked(case: Case, device: torch.device) -> Rivals:
+    """The case's rivals, after each has shown that its result is right.
+
+    Raises:
+        AssertionError: one is wrong; the message names case and implementation.
+    """
+    rivals = case.make(device, False)
+    for name, step in rivals.steps.items():
+        try:
+            rivals.check(name, step())
+        except AssertionError as error:
+            raise AssertionError(
+                f"{case.operator}, {case.shape}: {name} is wrong: {error}"
+            ) from None
+    return rivals
+
+
+def close(got: Any, true: Any, tolerance: float) -> None:
+    """Differences of at most ``tolerance`` times the largest of ``true``; tuples go by element."""
+    for one, other in zip(got, true, strict=True):
+        distance = (one.double() - other.double()).abs().max().item()
+        allowed = tolerance * other.double().abs().max().item()
+        assert distance <= allowed, f"off by {distance:.3g}, allowed {allowed:.3g}"

@@ -1,0 +1,206 @@
+"""Plots of the stored results, one set a device, in docs/plots: time and memory of the consistency
+loss over the batch size, the share of its floor that each kernel reaches, the training ladder.
+
+Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes differ as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from bench.machine import ROOT
+from bench.results import Result, Row, latest
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+FOLDER = ROOT / "docs" / "plots"
+OPERATORS = ("evidential", "consistency", "shift")
+# colour, marker, dashes
+STYLES = (
+    ("#0072B2", "o", "-"),
+    ("#D55E00", "s", "--"),
+    ("#009E73", "^", "-."),
+    ("#CC79A7", "D", ":"),
+    ("#E69F00", "v", (0, (5, 1, 1, 1, 1, 1))),
+    ("#56B4E9", "P", (0, (8, 2))),
+)
+
+
+class Plot(NamedTuple):
+    """A file, what it shows in words, where its figures come from, and what draws it."""
+
+    path: Path
+    title: str
+    result: Result
+    draw: Callable[[Axes, Result], None]
+
+
+def plots(results: list[Result]) -> Iterator[Plot]:
+    """Each plot that the results hold."""
+    for kind in ("cpu", "cuda"):
+        for device, result in latest(results, "consistency", kind).items():
+            where = f"on {result.machine['device']}"
+            time, memory = FOLDER / f"time-{device}.svg", FOLDER / f"memory-{device}.svg"
+            title = f"Time of the consistency loss over the batch size, with its floor, {where}"
+            yield Plot(time, title, result, time_over_batch)
+            if any(row["extra_mb"] for row in soft_rows(result)):
+                title = f"Memory of the consistency loss over the batch size, {where}"
+                yield Plot(memory, title, result, memory_over_batch)
+        for device in dict.fromkeys(
+            device for subject in OPERATORS for device in latest(results, subject, kind)
+        ):
+            result = merged(results, device, kind)
+            title = f"Share of its floor that each kernel reaches, on {result.machine['device']}"
+            yield Plot(FOLDER / f"floor-{device}.svg", title, result, shares_of_floor)
+        for device, result in latest(results, "training", kind).items():
+            title = f"The training ladder on {result.machine['device']}"
+            yield Plot(FOLDER / f"ladder-{device}.svg", title, result, ladder)
+
+
+def merged(results: list[Result], device: str, kind: str) -> Result:
+    """The newest rows of every operator on a device, as one result."""
+    found = {subject: latest(results, subject, kind).get(device) for subject in OPERATORS}
+    newest = {subject: result for subject, result in found.items() if result is not None}
+    rows = [row for subject, result in newest.items() for row in result.of(subject)]
+    first = next(iter(newest.values()))
+    names = "+".join(dict.fromkeys(result.path.name for result in newest.values()))
+    return Result(Path(names), first.machine, first.peaks, rows)
+
+
+def source_of(result: Result) -> str:
+    """What a plot holds in its metadata: where its figures come from."""
+    return f"from {result.path.name}"
+
+
+def stale_plots(results: list[Result]) -> list[str]:
+    """Plots that are missing or show another result; needs no matplotlib."""
+    return [
+        str(one.path.relative_to(ROOT))
+        for one in plots(results)
+        if not one.path.exists() or source_of(one.result) not in one.path.read_text()
+    ]
+
+
+def draw(results: list[Result]) -> None:
+    """Write every plot.
+
+    Raises:
+        SystemExit: matplotlib is not installed.
+    """
+    wanted = list(plots(results))
+    if not wanted:
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("plots need matplotlib: pip install '.[bench]'") from None
+    matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.hashsalt": "mics-fast", "font.size": 10})
+    import matplotlib.pyplot as plt
+
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for one in wanted:
+        figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+        one.draw(axes, one.result)
+        figure.savefig(one.path, metadata={"Date": None, "Description": source_of(one.result)})
+        plt.close(figure)
+        print(f"wrote {one.path.relative_to(ROOT)}")
+
+
+def where(result: Result) -> str:
+    """Device and threads, for a title."""
+    machine = result.machine
+    number = machine["threads"]
+    threads = f", {number} thread{'s' * (number > 1)}" if machine["kind"] == "cpu" else ""
+    return f"{machine['device']}{threads}, torch {machine['torch']}"
+
+
+def soft_rows(result: Result) -> list[Row]:
+    """Measured rows of the loss of two modalities."""
+    rows = result.of("consistency", "multimodal_consistency_loss")
+    return [row for row in rows if "absent" not in row]
+
+
+def curves(axes: Axes, result: Result, column: str) -> None:
+    """A line for each implementation over the batch size, both axes logarithmic."""
+    rows = soft_rows(result)
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    for name, (colour, marker, dashes) in zip(names, STYLES, strict=False):
+        own = [row for row in rows if row["implementation"] == name and row[column]]
+        label = {"cpu": "ours, C++", "triton": "ours, Triton"}.get(name, name)
+        axes.plot(
+            [row["batch"] for row in own], [row[column] for row in own],
+            color=colour, marker=marker, linestyle=dashes, label=label,
+        )  # fmt: skip
+    batches = sorted({row["batch"] for row in rows})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.set_xlabel("batch size (rows a modality)")
+    axes.grid(alpha=0.3)
+
+
+def time_over_batch(axes: Axes, result: Result) -> None:
+    """Medians, with the floor below."""
+    curves(axes, result, "median_ms")
+    floor = sorted({(row["batch"], row["floor_ms"]) for row in soft_rows(result)})
+    axes.plot(*zip(*floor, strict=True), color="black", linewidth=1, label="floor")
+    axes.fill_between(*zip(*floor, strict=True), axes.get_ylim()[0], color="black", alpha=0.08)
+    axes.set_ylabel("forward + gradient, median (ms)")
+    axes.set_title(f"Consistency loss, queue of 65,536 x 256\n{where(result)}", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def memory_over_batch(axes: Axes, result: Result) -> None:
+    """Peaks beyond the inputs."""
+    curves(axes, result, "extra_mb")
+    axes.set_ylabel("peak memory beyond the inputs (MB)")
+    axes.set_title(f"Consistency loss, queue of 65,536 x 256\n{where(result)}", fontsize=10)
+    axes.legend(fontsize=8)
+
+
+def shares_of_floor(axes: Axes, result: Result) -> None:
+    """A bar for each of our kernels."""
+    rows = [row for row in result.rows if row.get("ours")]
+    several = len({row["threads"] for row in rows}) > 1
+    names = [
+        f"{row['operator']}, {row['shape']}, {row['implementation']}"
+        + (f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if several else "")
+        for row in rows
+    ]
+    shares = [100 * row["share_of_floor"] for row in rows]
+    bars = axes.barh(names, shares, color=STYLES[0][0])
+    axes.bar_label(bars, [f"{share:.0f}" for share in shares], padding=3, fontsize=8)
+    axes.axvline(100, color="black", linewidth=1, linestyle="--")
+    axes.set_xlim(0, max(110, 1.1 * max(shares)))
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("share of the floor (%); 100 = bandwidth or FLOP/s used in full")
+    axes.set_title(where(result), fontsize=10, loc="right")
+
+
+def ladder(axes: Axes, result: Result) -> None:
+    """Pairs a second of each rung, for each model."""
+    rows = [row for row in result.of("training") if row.get("implementation", "z")[0] in "abcdefg"]
+    rows = [row for row in rows if not row["implementation"].startswith("fine")]
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):
+        own = [row for row in rows if row["shape"] == shape]
+        axes.plot(
+            [row["implementation"] for row in own], [row["pairs_per_second"] for row in own],
+            color=colour, marker=marker, linestyle=dashes, label=shape,
+        )  # fmt: skip
+        for row in own:
+            axes.annotate(
+                f"{row['pairs_per_second']:.3g}", (row["implementation"], row["pairs_per_second"]),
+                textcoords="offset points", xytext=(0, 6), ha="center", fontsize=8,
+            )  # fmt: skip
+    axes.set_ylim(0, 1.12 * max(row["pairs_per_second"] for row in rows))
+    axes.set_ylabel("training steps (pairs/s)")
+    axes.set_title(where(result), fontsize=10)
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)

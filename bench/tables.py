@@ -1,0 +1,79 @@
+"""Writes the tables of README.md and docs/, and the plots, from the stored results.
+
+    python -m bench.tables            writes
+    python -m bench.tables --check    fails where a table or a plot is not what the results say
+
+A table stands between "<!-- bench: NAME -->" and "<!-- bench: end -->". One whose subject has no
+stored result stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable
+from functools import partial
+
+from bench import reports, summaries
+from bench.machine import ROOT
+from bench.plots import draw, stale_plots
+from bench.results import Result, stored
+
+FILES = ("README.md", "docs/performance.md")
+BLOCK = re.compile(r"(<!-- bench: (?!end)([\w -]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
+BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
+    "evidential": summaries.evidential,
+    "consistency": summaries.consistency,
+    "shift": summaries.shift,
+    "pipeline": summaries.pipeline,
+    "training": reports.training,
+    "work": reports.work,
+    "targets": reports.targets,
+    "plots": reports.shown,
+    "kernels": reports.kernels,
+    **{
+        f"all {name}": partial(reports.everything, name)
+        for name in ("evidential", "consistency", "shift")
+    },
+}
+
+
+def filled(text: str, results: list[Result]) -> str:
+    """A document with its tables as the results say."""
+
+    def block(match: re.Match[str]) -> str:
+        if match[2] not in BLOCKS:
+            raise SystemExit(f"there is no table named {match[2]!r}; there are {', '.join(BLOCKS)}")
+        content = BLOCKS[match[2]](results)
+        return match[0] if content is None else f"{match[1]}{content}{match[3]}"
+
+    return BLOCK.sub(block, text)
+
+
+def main() -> int:
+    """Write, or say what is stale; exit status 1 where something is."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    results = stored()
+    stale = stale_plots(results) if check else []
+    for name in FILES:
+        path = ROOT / name
+        text = path.read_text()
+        new = filled(text, results)
+        if new != text and check:
+            stale.append(name)
+        elif new != text:
+            path.write_text(new)
+            print(f"wrote {name}")
+    if not check:
+        draw(results)
+        return 0
+    for name in stale:
+        print(f"{name} is not what bench/results says: run python -m bench.tables")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

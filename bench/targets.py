@@ -1,0 +1,90 @@
+"""What was promised of each operator, and whether the stored results keep it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bench.results import Result, Row, latest
+
+
+class Target(NamedTuple):
+    """A bound on one column of one row of a kind of device; ``least`` or ``most`` of it.
+
+    ``shape`` is how that of the row begins; ``ratio``: how many times as long as ours another
+    implementation takes.
+    """
+
+    kind: str
+    subject: str
+    operator: str
+    shape: str
+    implementation: str
+    column: str
+    least: float | None = None
+    most: float | None = None
+
+
+FUSION, BOTH = "evidential_fusion_loss", "multimodal_consistency_loss"
+SMALL, LARGE = "8192 x 3 x 8", "2048 x 3 x 1000"
+HALF, STEP = "65536 x 768 bfloat16", "training step"
+TARGETS = (
+    Target("cpu", "evidential", FUSION, SMALL, "reference", "ratio", 50),
+    Target("cpu", "evidential", FUSION, SMALL, "reference, compiled", "ratio", 50),
+    Target("cpu", "evidential", FUSION, LARGE, "reference", "ratio", 30),
+    Target("cpu", "evidential", FUSION, LARGE, "reference, compiled", "ratio", 30),
+    Target("cpu", "consistency", BOTH, "B = 8", "ALBEF eager", "ratio", 12),
+    Target("cpu", "consistency", BOTH, "B = 8", "ALBEF compiled", "ratio", 3),
+    Target("cpu", "consistency", BOTH, "B = 64", "ALBEF eager", "ratio", 1.5),
+    Target("cpu", "consistency", BOTH, "B = 64", "ALBEF compiled", "ratio", 1.4),
+    Target("cpu", "consistency", BOTH, "B = 256", "ALBEF eager", "ratio", 2.5),
+    Target("cpu", "consistency", BOTH, "B = 256", "ALBEF compiled", "ratio", 1.8),
+    Target("cpu", "consistency", BOTH, "B = 256", "cpu", "extra_mb", most=64),
+    Target("cpu", "shift", "shift_features", "8192 x 768 float32", "eager", "ratio", 6),
+    Target("cpu", "shift", "shift_features", "8192 x 768 float32", "eager, compiled", "ratio", 3),
+    Target("cpu", "shift", "class_moments", "8192 x 768 float32", "one-hot", "ratio", 3),
+    Target("cpu", "pipeline", "training views", "", "Pillow, 2 workers", "ratio", 1),
+    Target("cpu", "pipeline", "training views", "", "DALI, host cache", "ratio", most=1 / 3),
+    Target("cpu", "training", STEP, "vit_micro", "a", "ratio", 3),
+    Target("cpu", "training", STEP, "vit_micro", "c", "times_b", 1.25),
+    Target("cpu", "training", STEP, "vit_tiny", "a", "ratio", 3),
+    Target("cpu", "training", STEP, "vit_tiny", "c", "times_b", 1.25),
+    Target("cuda", "evidential", FUSION, SMALL, "cuda", "median_ms", most=0.010),
+    Target("cuda", "evidential", FUSION, SMALL, "reference", "ratio", 50),
+    Target("cuda", "evidential", FUSION, SMALL, "reference, compiled", "ratio", 8),
+    Target("cuda", "evidential", FUSION, LARGE, "cuda", "share_of_floor", 0.60),
+    Target("cuda", "consistency", BOTH, "B = 8", "ALBEF eager", "ratio", 10),
+    Target("cuda", "consistency", BOTH, "B = 1024", "ALBEF eager", "ratio", 5),
+    Target("cuda", "consistency", BOTH, "B = 1024", "ALBEF compiled", "ratio", 3),
+    Target("cuda", "consistency", BOTH, "B = 1024", "attention (SDPA)", "ratio", 1),
+    Target("cuda", "consistency", BOTH, "B = 1024", "triton", "share_of_floor", 0.45),
+    Target("cuda", "consistency", BOTH, "B = 1024", "triton", "extra_mb", most=60),
+    Target("cuda", "shift", "shift_features", HALF, "triton", "share_of_floor", 0.65),
+    Target("cuda", "shift", "shift_features", HALF, "eager", "ratio", 4),
+    Target("cuda", "shift", "class_moments", HALF, "triton", "share_of_floor", 0.50),
+    Target("cuda", "training", STEP, "vit_base", "g", "pairs_per_second", 207),
+    Target("cuda", "training", STEP, "vit_base", "g", "mfu", 0.40),
+    Target("cuda", "training", STEP, "vit_base", "g", "times_b", 8),
+    Target("cuda", "training", STEP, "vit_base", "turbo", "pairs_per_second", 500),
+)
+
+
+def row_for(target: Target, results: list[Result]) -> Row | None:
+    """The row that a target is about, of the newest device of its kind and the most threads; None
+    where it has not been measured."""
+    for result in latest(results, target.subject, target.kind).values():
+        rows = [
+            row
+            for row in result.of(target.subject, target.operator)
+            if row["implementation"] == target.implementation
+            and row["shape"].startswith(target.shape)
+            and row.get(target.column) is not None
+        ]
+        return max(rows, key=lambda row: row["threads"], default=None)
+    return None
+
+
+def holds(target: Target, value: float) -> bool:
+    """Whether a value keeps the bound."""
+    return (target.least is None or value >= target.least) and (
+        target.most is None or value <= target.most
+    )

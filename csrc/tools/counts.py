@@ -1,0 +1,80 @@
+"""What a compiled Triton kernel loads, stores and computes, counted in its code.
+
+TTIR is the compiler's first form: every load, store and product is there once, with its shape. A
+loop's body counts once, so that counts are those of one pass.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+BYTES = {"f64": 8, "i64": 8, "f32": 4, "i32": 4, "bf16": 2, "f16": 2, "i8": 1, "i1": 1}
+LOOP = re.compile(r"scf\.for ")
+MOVE = re.compile(r"tt\.(load|store) .*: (?:tensor<([\dx]+)x)?!tt\.ptr<(\w+)>")
+DOT = re.compile(r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x\w+>")
+FLOAT = re.compile(r"(?:arith\.(?:add|sub|mul|div)f|math\.\w+) .*: tensor<([\dx]+)xf32>")
+
+
+class Operation(NamedTuple):
+    """A load, store, product or elementwise operation, and how many loops stand around it.
+
+    ``amount``: bytes loaded or stored, or FLOPs; ``shape``: of what is moved or computed.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    amount: int
+    depth: int
+
+
+def operations(ttir: str) -> Iterator[Operation]:
+    """Every operation that counts, in the order of the code."""
+    ends: list[int] = []  # indentation of the loops that are open
+    for line in ttir.splitlines():
+        indent = len(line) - len(line.lstrip())
+        while ends and indent <= ends[-1] and line.strip():
+            ends.pop()
+        if LOOP.search(line):
+            ends.append(indent)
+        elif move := MOVE.search(line):
+            shape = sides(move[2])
+            yield Operation(move[1], shape, math.prod(shape) * BYTES[move[3]], len(ends))
+        elif dot := DOT.search(line):
+            m, k, n = (int(side) for side in dot.groups())
+            yield Operation("dot", (m, n), 2 * m * n * k, len(ends))
+        elif number := FLOAT.search(line):
+            shape = sides(number[1])
+            yield Operation("float", shape, math.prod(shape), len(ends))
+
+
+def sides(shape: str | None) -> tuple[int, ...]:
+    """ "16x256" as numbers; a scalar has none."""
+    return tuple(int(side) for side in shape.split("x")) if shape else ()
+
+
+def total(found: list[Operation], kind: str, *, rank: int = 0, depth: int | None = None) -> int:
+    """Sum of what operations of a kind move or compute.
+
+    Args:
+        rank: of these dimensions at least.
+        depth: inside so many loops alone.
+    """
+    return sum(
+        one.amount
+        for one in found
+        if one.kind == kind and len(one.shape) >= rank and depth in (None, one.depth)
+    )
+
+
+def wide(ptx: str, kind: str) -> int:
+    """Loads ("ld") or stores ("st") of 16 bytes at a time in global memory; asynchronous copies
+    count as loads."""
+    found = len(re.findall(rf"{kind}\.global[.\w:]*\.v4\.b32", ptx))
+    if kind == "ld":
+        found += len(
+            re.findall(r"cp\.async\.cg\.shared\.global \[[^\]]*\], \[[^\]]*\], (?:0x10|16)", ptx)
+        )
+    return found

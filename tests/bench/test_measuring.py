@@ -1,0 +1,163 @@
+"""Agreement before time, the command line, and the gate against lost ground."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import __main__ as command
+from bench import consistency, evidential, shift, timing
+from bench.case import Case, Rivals, checked
+from bench.compare import lost_ground
+from bench.memory import extra_megabytes
+from bench.roofline import Work
+
+CPU = torch.device("cpu")
+
+
+def with_step(case: Case, name: str, wrong: Any) -> Case:
+    """The case with one implementation replaced, on tiny inputs."""
+
+    def make(device: torch.device, tiny: bool) -> Any:
+        rivals = case.make(device, True)
+        return dataclasses.replace(rivals, steps={name: wrong(rivals.steps[name])})
+
+    return dataclasses.replace(case, make=make)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (consistency.cases(CPU)[0], "chunked, recomputed"),
+        (consistency.cases(CPU)[0], "attention (SDPA)"),
+        (consistency.cases(CPU)[-1], "cross_entropy eager"),
+        (evidential.cases(CPU)[0], "textbook float32"),
+        (shift.cases(CPU)[0], "reference"),
+        (shift.cases(CPU)[0], "eager"),
+        (shift.cases(CPU)[-1], "one-hot, E[x^2]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.operator,
+)
+def test_a_result_that_is_wrong_by_five_percent_is_never_timed(case: Case, name: str) -> None:
+    checked(with_step(case, name, lambda step: step), CPU)
+
+    def wrong(step: Any) -> Any:
+        def call() -> Any:
+            result = step()
+            if isinstance(result, torch.Tensor):
+                return 1.05 * result
+            return [1.05 * one for one in result]
+
+        return call
+
+    with pytest.raises(AssertionError, match=f"{name[:8]}.* is wrong"):
+        checked(with_step(case, name, wrong), CPU)
+
+
+def row(ratio: float | None, implementation: str = "eager", **others: Any) -> dict[str, Any]:
+    label = {"subject": "shift", "operator": "shift_features", "shape": "8 x 4", "threads": 2}
+    return {**label, "implementation": implementation, "ours": False, "ratio": ratio, **others}
+
+
+def test_an_operator_that_keeps_four_fifths_of_its_lead_passes() -> None:
+    assert lost_ground([row(4.1), row(9.0, "compiled")], [row(5.0), row(3.0, "compiled")]) == []
+
+
+def test_an_operator_that_lost_more_than_a_fifth_is_named_with_both_ratios() -> None:
+    (sentence,) = lost_ground([row(3.9), row(9.0, "compiled")], [row(5.0), row(9.0, "compiled")])
+    assert "shift_features" in sentence and "3.90" in sentence and "5.00" in sentence
+
+
+def test_a_faster_variant_of_our_own_is_no_lost_ground() -> None:
+    now, before = row(0.2, "DALI, host cache", ours=True), row(0.4, "DALI, host cache", ours=True)
+    assert lost_ground([now, row(5.0)], [before, row(5.0)]) == []
+
+
+def test_results_that_have_nothing_in_common_do_not_pass() -> None:
+    (sentence,) = lost_ground([row(5.0)], [row(5.0, threads=1), row(None, "absent")])
+    assert "nothing" in sentence
+
+
+@pytest.fixture
+def tiny_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The subject "shift" on tiny inputs, without a compiler."""
+    cases = [
+        dataclasses.replace(case, make=lambda device, tiny, make=case.make: make(device, True))
+        for case in shift.cases(CPU)
+    ]
+    monkeypatch.setattr(shift, "cases", lambda device: cases)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def test_one_command_measures_a_subject_stores_it_and_compares(
+    tmp_path: Path,
+    tiny_shift: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first, second = tmp_path / "first.json", tmp_path / "second.json"
+
+    def bench(*arguments: object) -> int:
+        given = ["--quick", "--only", "shift", "--budget", 0, "--device", "cpu", *arguments]
+        monkeypatch.setattr("sys.argv", ["bench", *map(str, given)])
+        return command.main()
+
+    assert bench("--json", first) == 0
+    stored = json.loads(first.read_text())
+    known = {"torch", "triton", "cuda", "cpu", "threads", "commit", "command", "gpu", "cpu_clock"}
+    assert known <= set(stored["machine"])
+    own = next(row for row in stored["rows"] if row["ours"])
+    assert own["min_ms"] <= own["p20_ms"] <= own["median_ms"] <= own["p80_ms"]
+    assert own["bytes"] > 0 and own["share_of_floor"] > 0
+    assert "shift_features" in capsys.readouterr().out
+    for base in stored["rows"]:
+        base["ratio"] *= 1000
+    first.write_text(json.dumps(stored))
+    assert bench("--json", second, "--compare", first) == 1
+    assert "times as long as ours, and took" in capsys.readouterr().out
+
+
+def test_work_is_counted_for_every_case() -> None:
+    for module in (evidential, consistency, shift):
+        for case in module.cases(CPU):
+            assert isinstance(case.work, Work) and case.work.bytes > 0 and case.work.flops > 0
+
+
+def test_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
+    case = next(case for case in shift.cases(CPU) if case.operator == "class_moments")
+    step = case.make(CPU, False).steps["one-hot"]
+    measured = extra_megabytes("shift", case, "one-hot", step, CPU)
+    assert measured is not None
+    squares = 2 * 4 * 8192 * shift.DIM / 2**20  # x - mean[y], and its square
+    assert 0.9 * squares < measured < 1.3 * squares
+
+
+@pytest.mark.parametrize(("took", "copies"), [(50e-6, 5), (200e-6, 1)])
+def test_short_calls_on_a_gpu_go_round_inputs_larger_than_its_cache(
+    took: float, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    def make(device: torch.device, tiny: bool) -> Rivals:
+        number = len(made)
+        made.append(number)
+        steps = {"triton": lambda: number, "eager, compiled": lambda: number}
+        return Rivals(steps, lambda name, result: None)
+
+    def captured(steps: list[Any]) -> Any:
+        return lambda: [step() for step in steps]
+
+    monkeypatch.setattr(timing, "captured", captured)
+    monkeypatch.setattr(timing, "seconds", lambda *arguments: (took, 0.0))
+    cache = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+    case = Case("shift_features", "", Work(25 * 2**20, 1), make, batch=1)
+    timed = timing.on_gpu(case, make(CPU, False), CPU)
+    assert timed["triton"].run() == list(range(copies)) and timed["triton"].calls == copies
+    assert timed["eager, compiled"].run() == 0 and timed["eager, compiled"].calls == 1
