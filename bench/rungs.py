@@ -18,6 +18,8 @@ from bench.baselines.published import PublishedStep, albef, published_flops
 from mics_fast.config import PretrainConfig, TrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.optimiser import decay_groups
+from mics_fast.engine.plan import Plan, Stage
+from mics_fast.engine.update import Update
 from mics_fast.flops import finetune_flops, pretrain_flops
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.pretraining import PretrainOutput
@@ -101,30 +103,27 @@ class EagerLossStage(PretrainStage):
 
 
 class EngineStep:
-    """A stage's step as the training loop makes it, without a log.
+    """A stage's step as the training loop makes it, without a log and at one learning rate.
 
     Args:
         stage: of pre-training or fine-tuning.
-        optimisers: by name.
+        optimisers: by name; "model" comes first.
         written_out: attention with its scores materialised.
     """
 
     def __init__(
-        self, stage: nn.Module, optimisers: dict[str, Optimizer], *, written_out: bool = False
+        self, stage: Stage, optimisers: dict[str, Optimizer], *, written_out: bool = False
     ) -> None:
-        self.stage, self.optimisers, self.written_out = stage, optimisers, written_out
+        self.optimisers, self.written_out = optimisers, written_out
+        plan = Plan("ladder", 1000, 100, optimisers, warmup=0, clip=0, log_every=1,
+                    checkpoint_every=0)  # fmt: skip
+        self.update = Update(stage, plan)
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        values: dict[str, Tensor] = {}
+        """Train on a batch; the losses by name."""
         with sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext():
-            for losses in self.stage.losses(batch, step):
-                optimiser = self.optimisers[losses.optimiser]
-                optimiser.zero_grad(set_to_none=True)
-                losses.total().backward()
-                optimiser.step()
-                values |= {name: term.detach() for name, term in losses.terms.items()}
-            self.stage.after_step()
-        return values
+            values = self.update(batch, step)
+        return {n.removeprefix("loss_"): v for n, v in values.items() if n.startswith("loss_")}
 
     def release(self) -> None:
         """Give back the memory of the gradients."""
@@ -147,13 +146,15 @@ def ladder(
     published = published_flops(config)
     for name, svd, like in (("a", True, None), ("b", False, "a")):
         stage = build_pretraining(config, modalities, Way())
-        step = PublishedStep(stage, optimisers_of(stage, config), svd=svd)
+        step = PublishedStep(stage, optimisers_of(stage, config, fused=False), svd=svd)
         yield Rung(name, step, published, like=like, tolerance=LAGGING)
 
     def rung(name: str, way: Way, like: str | None, tolerance: float, but: str = "") -> Rung:
         own = replace(config, pretrain=options_of(config, way))
         stage = build_pretraining(config, modalities, way)
-        step = EngineStep(stage, optimisers_of(stage, config), written_out=way.written_out)
+        step = EngineStep(
+            stage, optimisers_of(stage, config, fused=True), written_out=way.written_out
+        )
         flops = sum(pretrain_flops(own, stage.size, len(modalities)).values())
         return Rung(name, step, flops, way, like, tolerance, but)
 
@@ -199,7 +200,7 @@ def fine_tuning(
         groups = decay_groups(
             model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay
         )
-        step = EngineStep(stage, {"model": torch.optim.AdamW(groups)})
+        step = EngineStep(stage, {"model": torch.optim.AdamW(groups, fused=True)})
         way = Way(written_out=False, amp=amp, compiled=compiled, fused=True, cached=True)
         name, like = ("fine-tuning, e", "fine-tuning") if compiled else ("fine-tuning", None)
         yield Rung(name, step, flops, way, like, ROUNDED if amp else EXACT)
@@ -233,16 +234,18 @@ def options_of(config: TrainConfig, way: Way) -> PretrainConfig:
     return replace(config.pretrain, adversarial=way.adversarial, preset=way.preset)
 
 
-def optimisers_of(stage: PretrainStage, config: TrainConfig) -> dict[str, Optimizer]:
-    """AdamW for the model, Adam for the discriminator, as the trainer makes them."""
+def optimisers_of(
+    stage: PretrainStage, config: TrainConfig, *, fused: bool
+) -> dict[str, Optimizer]:
+    """AdamW for the model, Adam for the discriminator, as the trainer makes them where fused."""
     options = config.pretrain
     trained = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
     groups = decay_groups(trained, lr=options.lr, weight_decay=options.weight_decay)
+    judge = stage.discriminator.parameters()
+    rate = options.discriminator_lr
     return {
-        "model": torch.optim.AdamW(groups),
-        "discriminator": torch.optim.Adam(
-            stage.discriminator.parameters(), lr=options.discriminator_lr, betas=(0.5, 0.999)
-        ),
+        "model": torch.optim.AdamW(groups, fused=fused or None),
+        "discriminator": torch.optim.Adam(judge, lr=rate, betas=(0.5, 0.999), fused=fused or None),
     }
 
 
