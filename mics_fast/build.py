@@ -7,6 +7,7 @@ from torch.optim import Optimizer
 
 from mics_fast.config import FinetuneConfig, PretrainConfig, TrainConfig
 from mics_fast.data.manifest import Manifest
+from mics_fast.engine.distributed import local_gpu
 from mics_fast.engine.meter import peak_tflops
 from mics_fast.engine.optimiser import decay_groups
 from mics_fast.engine.plan import Plan
@@ -22,15 +23,15 @@ FINAL_FINETUNE_LR = 0.01  # of its peak
 
 
 def pick_device(name: str) -> torch.device:
-    """The device an option names.
+    """The device an option names; of several processes on a machine, each gets its own GPU.
 
     Raises:
-        InputError: "cuda" where there is none.
+        InputError: "cuda" where there is none, or none for this process.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise InputError("option device is cuda, but torch sees no GPU")
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    return local_gpu() if available and name != "cpu" else torch.device("cpu")
 
 
 def build_pretraining(

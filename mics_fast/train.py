@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -14,12 +15,19 @@ from mics_fast.build import (
     build_pretraining,
     pick_device,
 )
-from mics_fast.config import AugmentConfig, PretrainConfig, TrainConfig
+from mics_fast.config import FinetuneConfig, PretrainConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.graph import check_dali
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.pipeline import EvalLoader, PairBatch, TrainLoader
 from mics_fast.engine.checkpoint import load_checkpoint, weights_of
+from mics_fast.engine.distributed import (
+    first_then_others,
+    from_first,
+    joined,
+    rank,
+    world_size,
+)
 from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Plan
@@ -46,6 +54,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not config.data.manifest or not config.out:
         missing = "--out" if config.data.manifest else "--data.manifest"
         raise InputError(f"option {missing} is missing")
+    with joined(pick_device(config.device)):
+        train(config, resume=resume)
+
+
+def train(config: TrainConfig, *, resume: bool) -> None:
+    """Run the stages that a configuration asks for, on this and all other ranks."""
     manifest = read_manifest(
         Path(config.data.manifest),
         config.data.modalities,
@@ -58,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finished = trainer.pretrain() if stage == "pretrain" else trainer.finetune()
         if not finished:
             break
+    if rank() > 0:
+        return
     result = {"finished": finished, **trainer.run.result()}
     said = "finished:" if finished else "stopped and saved: go on with --resume --out"
     print(f"{said} {config.out}")
@@ -89,6 +105,7 @@ class Trainer:
                 raise InputError(
                     f"option data.mean or data.std names {name}, no modality of the run"
                 )
+        check_shares(config)
         self.device = pick_device(config.device)
         self.size = SIZES[config.model.size]
         self.precision = pick_precision(config.precision, self.device)
@@ -99,7 +116,7 @@ class Trainer:
         self.data = use_threads(config, self.device)
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
-        self.run = Run.start(config, resume=resume)
+        self.run = from_first(lambda: Run.start(config, resume=resume))
 
     def pretrain(self) -> bool:
         """Stage 1 over all train rows; False where it was asked to stop before its end."""
@@ -110,10 +127,10 @@ class Trainer:
         )
         if init:
             encoders = (stage.model.encoder, stage.model.teacher_encoder)
-            print(load_initial_weights(Path(init), encoders))
+            say(load_initial_weights(Path(init), encoders))
 
         def batches(step: int) -> Batches:
-            return zip(self._loader(self.rows, options.batch_size, options.augment, step))
+            return zip(self._loader(self.rows, options.batch_size, options, step))
 
         return self._run(stage, plan, batches, self._neighbours(stage))
 
@@ -121,7 +138,7 @@ class Trainer:
         """Stage 2; False where it was asked to stop before its end."""
         options = self.config.finetune
         if len(self.manifest.modalities) == 1:
-            print(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
+            say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
         if not labelled:
             raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
@@ -132,18 +149,13 @@ class Trainer:
         )
 
         def batches(step: int) -> Batches:
+            balanced = options.sampling == "balanced"
             loaders = [
-                self._loader(
-                    labelled,
-                    options.labelled_batch,
-                    options.augment,
-                    step,
-                    balanced=options.sampling == "balanced",
-                )
+                self._loader(labelled, options.labelled_batch, options, step, balanced=balanced)
             ]
             if wants_unlabelled(options):
                 size = options.unlabelled_batch
-                loaders.append(self._loader(self.rows, size, options.augment, step, strong=True))
+                loaders.append(self._loader(self.rows, size, options, step, strong=True))
             return zip(*loaders, strict=True)
 
         return self._run(stage, plan, batches, self._validation(stage))
@@ -167,7 +179,7 @@ class Trainer:
         log = RunLog(self.run.folder)
         try:
             loop = Loop(stage, plan, checkpoints, meta, log, validate)
-            state = checkpoints.load_latest(meta)
+            state = first_then_others(lambda: checkpoints.load_latest(meta))
             if state is not None:
                 loop.load(state)
             with self.precision.products():
@@ -212,7 +224,7 @@ class Trainer:
         self,
         rows: Sequence[Row],
         batch_size: int,
-        augment: AugmentConfig,
+        options: PretrainConfig | FinetuneConfig,
         step: int,
         *,
         strong: bool = False,
@@ -222,7 +234,7 @@ class Trainer:
             rows,
             self.manifest.modalities,
             data=self.data,
-            augment=augment,
+            augment=options.augment,
             image_size=self.size.image,
             batch_size=batch_size,
             seed=self.config.seed,
@@ -230,6 +242,9 @@ class Trainer:
             strong=strong,
             balanced=balanced,
             device=self.device,
+            rank=rank(),
+            world_size=world_size(),
+            parts=options.accumulate,
             cache=self.cache,
         )
         self.loaders.append(loader)
@@ -280,14 +295,37 @@ class Trainer:
         """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
         checkpoint = pretraining_of(self.run)
         if checkpoint is None:
-            print("fine-tuning without pre-training")
+            say("fine-tuning without pre-training")
             if self.config.model.init:
                 encoders = [model.encoders[name] for name in model.modalities]
-                print(load_initial_weights(Path(self.config.model.init), encoders))
+                say(load_initial_weights(Path(self.config.model.init), encoders))
             return
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
         model.load_encoder(weights_of(state, "model.encoder"))
-        print(f"fine-tuning from {checkpoint}")
+        say(f"fine-tuning from {checkpoint}")
+
+
+def say(sentence: str) -> None:
+    """Print, once for all ranks."""
+    if rank() == 0:
+        print(sentence)
+
+
+def check_shares(config: TrainConfig) -> None:
+    """Refuse a batch that the ranks cannot share.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name in ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelled_batch"):
+        stage = name.split(".")[0]
+        rows, parts = attrgetter(name)(config), getattr(config, stage).accumulate
+        if config.stage in (stage, "both") and rows % (parts * world_size()):
+            times = f" times {stage}.accumulate, {parts}" if parts > 1 else ""
+            raise InputError(
+                f"option {name} is {rows}, wanted a multiple of {parts * world_size()}, the number "
+                f"of processes that share it{times}"
+            )
 
 
 def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:
@@ -305,7 +343,7 @@ def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None
             + (", or pretrain.consistency_weight" if several else f", with {modalities[0]} alone")
         )
     if not several and options.consistency_weight:
-        print(f"{modalities[0]} alone: without consistency, which takes two modalities")
+        say(f"{modalities[0]} alone: without consistency, which takes two modalities")
 
 
 if __name__ == "__main__":

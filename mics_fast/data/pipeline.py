@@ -39,7 +39,8 @@ class TrainLoader:
     """The endless training stream: shuffled by epoch, augmented, always in full batches.
 
     Sample n = step * batch_size + i of the stream is row ``order(seed, n // R)[n % R]`` of the R
-    rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch.
+    rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch, or
+    of each part of one.
     The order is any permutation; of rows that all lie in shards, one that takes shard after shard.
     Where classes are balanced, an epoch holds each class, not each row, equally often.
     A row none of whose images can be used, where bad files are skipped, is replaced by the next
@@ -51,7 +52,7 @@ class TrainLoader:
         data: normalisation, threads, what to do with bad files.
         augment: how pairs are changed.
         image_size: side of the views, pixels.
-        batch_size: pairs a step over all ranks; a multiple of ``world_size``.
+        batch_size: pairs a step over all ranks; a multiple of ``world_size * parts``.
         seed: of order and augmentation.
         step: number of the first batch.
         strong: also make the strong view.
@@ -59,6 +60,7 @@ class TrainLoader:
         device: where decoding, augmentation and batches live.
         rank: of this process.
         world_size: processes that share each batch.
+        parts: equal parts of a batch that are worked on one after the other.
         cache: keeps the decoded frames of these rows; None: decode anew each time.
 
     Raises:
@@ -82,14 +84,15 @@ class TrainLoader:
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
+        parts: int = 1,
         cache: FrameCache | None = None,
     ) -> None:
         if not rows:
             raise InputError("there are no rows to train on, wanted at least one")
-        if batch_size % world_size:
+        if batch_size % (world_size * parts):
             raise InputError(
-                f"a batch of {batch_size} cannot be shared by {world_size} processes, wanted a "
-                f"multiple of {world_size}"
+                f"a batch of {batch_size} cannot be shared by {world_size} processes in {parts} "
+                f"parts, wanted a multiple of {world_size * parts}"
             )
         self.rows, self.batch_size, self.seed, self.step = rows, batch_size, seed, step
         self._augment, self._cache = augment, cache
@@ -97,8 +100,8 @@ class TrainLoader:
         self._graph = PairGraph(modalities, data, image_size, device, augment, strong, kept)
         self._files = ImageFiles(data.on_bad_file, device)
         self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
+        self._rank, self._parts = rank, parts
         self._share = batch_size // world_size
-        self._offset = rank * self._share
         self._shards = shards_of(rows)
         self._orders: dict[int, np.ndarray] = {}
         self._balanced = BalancedOrder(seed, [row.label for row in rows]) if balanced else None
@@ -167,8 +170,10 @@ class TrainLoader:
 
     def _prepare(self, step: int) -> Prepared:
         """The samples of this rank in a batch."""
-        first = step * self.batch_size + self._offset
-        numbers = range(first, first + self._share)
+        part, share = self.batch_size // self._parts, self._share // self._parts
+        first = step * self.batch_size + self._rank * share
+        starts = range(first, first + self.batch_size, part)
+        numbers = [start + own for start in starts for own in range(share)]
         if self._cache is not None:
             self._cache.fill([self._row(number)[0] for number in numbers])
         return Prepared([self._sample(number) for number in numbers])

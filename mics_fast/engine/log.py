@@ -19,9 +19,13 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from mics_fast.engine.distributed import rank
+
 
 class RunLog:
     """Writes each record to the terminal, to ``metrics.jsonl`` and to TensorBoard.
+
+    Of several ranks the first one speaks for all, and the others are silent.
 
     Args:
         folder: run folder; a log that is already there is appended to.
@@ -29,8 +33,10 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (closed below)
-        self._board = SummaryWriter(str(folder / "tensorboard"))
+        self._speaks = rank() == 0
+        if self._speaks:
+            self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (see close)
+            self._board = SummaryWriter(str(folder / "tensorboard"))
         self._bar: Progress | None = None
         self._warned: set[tuple[str, str]] = set()
 
@@ -38,7 +44,7 @@ class RunLog:
     def progress(self, stage: str, step: int, steps: int) -> Iterator[None]:
         """Show a bar while a stage runs, where standard output is a terminal; lines go above it."""
         console = Console()
-        if not console.is_terminal:
+        if not (self._speaks and console.is_terminal):
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -52,6 +58,8 @@ class RunLog:
 
     def write(self, stage: str, step: int, values: Mapping[str, float], progress: str) -> None:
         """One record: ``values`` under ``stage`` and ``step``; ``progress`` opens the line."""
+        if not self._speaks:
+            return
         self._file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
         for name, value in values.items():
             self._board.add_scalar(f"{stage}/{name}", value, step)
@@ -66,13 +74,14 @@ class RunLog:
 
     def warn(self, stage: str, sentence: str) -> None:
         """Say something that a person should look at, once a stage."""
-        if (stage, sentence) not in self._warned:
+        if self._speaks and (stage, sentence) not in self._warned:
             self._warned.add((stage, sentence))
             print(f"{stage}: {sentence}", file=sys.stderr)
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._speaks:
+            self._file.close()
+            self._board.close()
 
 
 def read_log(folder: Path) -> dict[str, list[dict[str, float]]]:

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from mics_fast.engine.background import CheckpointWriter
 from mics_fast.engine.checkpoint import Checkpoints
-from mics_fast.engine.guard import describe_samples, first_broken, write_batch
+from mics_fast.engine.distributed import (
+    agree,
+    from_first,
+    least_over_ranks,
+    mean_over_ranks,
+    rank,
+    world_size,
+)
+from mics_fast.engine.guard import NEVER, describe_samples, first_broken, write_batch
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.meter import Meter
 from mics_fast.engine.plan import Losses, Plan, Stage
@@ -31,7 +39,8 @@ Batches = Callable[[int], Iterator[Any]]
 class Loop:
     """Runs one stage from wherever its last checkpoint left it.
 
-    Between two records nothing is read back from the device.
+    Between two records nothing is read back from the device. Of several ranks each works on its
+    part of every batch; the first one alone validates, saves and logs.
 
     Args:
         stage: models and losses.
@@ -83,28 +92,29 @@ class Loop:
             RunFailed: a loss or the gradient is not finite.
             InputError: the last checkpoint cannot be written.
         """
-        plan, stream = self.plan, batches(self.step)
-        if plan.flops:
+        plan, stream, stopping = self.plan, batches(self.step), False
+        if plan.flops and rank() == 0:
             terms = "  ".join(f"{name} {own / 1e9:.4g}" for name, own in plan.flops.items())
             print(f"{plan.name}  {sum(plan.flops.values()) / 1e9:.4g} GFLOP a step:  {terms}")
         writer = CheckpointWriter(self.checkpoints, plan.name, self.meta)
         due = Due(plan.checkpoint_every, plan.checkpoint_minutes)
         folder = self.log.folder / "profile"
+        first = rank() == 0
         with (
             StopOnSigterm() as stop,
             self.log.progress(plan.name, self.step, plan.steps),
             closing(writer),
-            profiled(plan.profile, folder, plan.name) as profiled_step,
+            profiled(plan.profile if first else 0, folder, plan.name) as profiled_step,
         ):
             while self.step < plan.steps:
-                with phase("data"):
-                    batch = self.meter.take(stream)
+                batch, failure = self._take(stream)
+                save_asked = first and due.at(self.step + 1)
+                stopping, save = agree(stop.asked, save_asked, failure=failure)
                 values = self.update(batch, self.step)
                 self.step += 1
                 profiled_step()
-                stopping = stop.asked
                 last = self.step == plan.steps or stopping
-                save = last or due.at(self.step)
+                save = save or last
                 if save or self.step % plan.log_every == 0:
                     record = self._read(values, batches)
                     if save:
@@ -113,11 +123,19 @@ class Loop:
                     self.meter.restart()
                 if stopping:
                     break
-        return self.step == plan.steps
+        return self.step == plan.steps and not stopping
 
     def _meter(self, before: float) -> Meter:
         flops = sum(self.plan.flops.values())
         return Meter(self.plan.device, before, flops, self.plan.peak_tflops)
+
+    def _take(self, stream: Iterator[Any]) -> tuple[Any, InputError | None]:
+        """The next batch, or why this rank gets none."""
+        with phase("data"):
+            try:
+                return self.meter.take(stream), None
+            except InputError as error:
+                return None, error
 
     def _read(self, values: Values, batches: Batches) -> dict[str, float]:
         """What to log of a step: the one place where the host waits for the device.
@@ -125,25 +143,35 @@ class Loop:
         What is not finite, as the gradient norm of a step that the scaler skipped, is left out.
         """
         first = {f"first {name}": at for name, at in self.update.guard.first_steps().items()}
-        numbers = read_back({**values, **first})
+        numbers = read_back({**mean_over_ranks(values), **first})
         broken = first_broken({name.removeprefix("first "): numbers.pop(name) for name in first})
-        if broken is not None:
-            self._stop_broken(*broken, batches)
+        agree(failure=self._failure(broken, batches))
         record = {"epoch": self.step / self.plan.steps_per_epoch, **numbers}
         record |= self.meter.read(self.plan.steps - self.step)
         for sentence in self.stage.warnings(record):
             self.log.warn(self.plan.name, sentence)
         return {name: value for name, value in record.items() if math.isfinite(value)}
 
-    def _stop_broken(self, step: int, names: list[str], batches: Batches) -> None:
-        """Store the batch of a step whose losses were not finite, asked for again, and stop."""
+    def _failure(self, broken: tuple[int, list[str]] | None, batches: Batches) -> RunFailed | None:
+        """What to say of a step that was not finite, where this rank saw it first; its batch is
+        asked for again and stored.
+
+        What breaks a loss on one rank breaks the gradients of all: those that know the loss tell.
+        """
+        urgency = NEVER
+        if broken is not None:
+            step, names = broken
+            urgency = 2 * step + (not names[0].startswith("loss_"))
+        if urgency > least_over_ranks(urgency) or urgency == NEVER:
+            return None
         name = self.plan.name
         batch = next(batches(step - 1))
-        file = self.log.folder / "nonfinite" / f"{name}-step-{step}.pt"
+        part = f"-rank-{rank()}" if world_size() > 1 else ""
+        file = self.log.folder / "nonfinite" / f"{name}-step-{step}{part}.pt"
         write_batch(file, batch, {"stage": name, "step": step, "values": names})
         verb = "is" if len(names) == 1 else "are"
         half = "; bf16 and fp32 hold larger numbers than fp16" if self.plan.scaler else ""
-        raise RunFailed(
+        return RunFailed(
             f"{name} step {step}: {', '.join(names)} {verb} not finite, on the samples "
             f"{describe_samples(batch)} (manifest rows); the batch is in {file}{half}"
         )
@@ -156,7 +184,7 @@ class Loop:
         Raises:
             InputError: the last one cannot be written; without another, training goes on.
         """
-        scores = self.validate() if self.validate else {}
+        scores = from_first(self.validate) if self.validate else {}
         scaler = self.plan.scaler
         state = {
             "step": self.step,
@@ -169,9 +197,10 @@ class Loop:
             "rng": torch.get_rng_state(),
             "seconds": self.meter.seconds(),
         }
-        score = next(iter(scores.values()), None) if self.plan.choose_best else None
-        writer.save(self.step, state, score)
-        if last and (failure := writer.wait()):
+        if rank() == 0:
+            score = next(iter(scores.values()), None) if self.plan.choose_best else None
+            writer.save(self.step, state, score)
+        if last and (failure := from_first(writer.wait)):
             raise InputError(failure)
         return scores
 

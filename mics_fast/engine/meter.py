@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
+from mics_fast.engine.distributed import world_size
+
 # Dense bf16 of the SXM boards, TFLOP/s (NVIDIA's data sheets).
 PEAK_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0}
 
 
 class Meter:
-    """Counts steps and pairs, and how long the training waited for them.
+    """Counts steps and the pairs of all ranks, and how long this one waited for them.
 
     Args:
         device: where it trains.
         before: seconds that earlier processes spent on this stage.
-        flops: floating-point operations of a step; 0: not known.
-        peak_tflops: of the device, in TFLOP/s; None: not known.
+        flops: floating-point operations of a step over all ranks; 0: not known.
+        peak_tflops: of each rank's device, in TFLOP/s; None: not known.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Meter:
         batch = next(batches)
         self._waited += time.perf_counter() - began
         self._steps += 1
-        self._pairs += sum(len(part.label) for part in batch)
+        self._pairs += world_size() * sum(len(part.label) for part in batch)
         return batch
 
     def seconds(self) -> float:
@@ -65,7 +67,7 @@ class Meter:
         if self.flops:
             values["tflops"] = self.flops / per_step / 1e12
             if self.peak_tflops:
-                values["mfu"] = values["tflops"] / self.peak_tflops
+                values["mfu"] = values["tflops"] / (self.peak_tflops * world_size())
         return values
 
     def restart(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
@@ -49,6 +49,8 @@ class Stage(Protocol):
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
         """What looks wrong in a log record, a sentence each."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 

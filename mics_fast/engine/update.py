@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mics_fast.engine.gradients import GradientAverager
 from mics_fast.engine.guard import Guard
 from mics_fast.engine.optimiser import cosine_with_warmup, set_learning_rate
 from mics_fast.engine.plan import Plan, Stage
@@ -32,6 +34,10 @@ class Update:
 
     def __init__(self, stage: Stage, plan: Plan) -> None:
         self.stage, self.plan = stage, plan
+        self.averagers = {
+            name: GradientAverager(in_order(optimiser, stage))
+            for name, optimiser in plan.optimisers.items()
+        }
         self.guard = Guard()
         self.skipped: Tensor | float = 0.0
 
@@ -69,7 +75,7 @@ class Update:
             if first:
                 plan.optimisers[name].zero_grad(set_to_none=True)
             with phase("backward"):
-                self._backward(name, total)
+                self._backward(name, total, last)
             if last:
                 with phase("optimiser"):
                     self._step(name, step)
@@ -79,12 +85,13 @@ class Update:
             values |= {f"weight_{term}": weight for term, weight in losses.weights.items()}
             values |= losses.metrics
 
-    def _backward(self, name: str, total: Tensor) -> None:
+    def _backward(self, name: str, total: Tensor, last: bool) -> None:
         if self.plan.accumulate > 1:
             total = total / self.plan.accumulate
         if name == self.plan.main and self.plan.scaler is not None:
             total = self.plan.scaler.scale(total)
-        total.backward()
+        with self.averagers[name].averaging() if last else nullcontext():
+            total.backward()
 
     def _step(self, name: str, step: int) -> None:
         """Clip the main optimiser's gradients, and step."""
@@ -126,5 +133,17 @@ class Update:
 
 def clip_gradients(optimiser: Optimizer, largest: float) -> Tensor:
     """Scale the gradients down to a norm of ``largest`` (0: leave them); the norm before, 0-d."""
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    parameters = parameters_of(optimiser)
     return torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)
+
+
+def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
+    """All that an optimiser steps."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def in_order(optimiser: Optimizer, stage: Stage) -> list[nn.Parameter]:
+    """What an optimiser steps in the order of the stage, which is about that of the forward pass:
+    the optimiser's own sorts by decay."""
+    own = set(parameters_of(optimiser))
+    return [parameter for parameter in stage.parameters() if parameter in own]

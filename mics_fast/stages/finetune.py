@@ -16,6 +16,7 @@ from torch.nn.functional import softplus
 
 from mics_fast.config import CompileScope, FinetuneConfig
 from mics_fast.data.pipeline import PairBatch
+from mics_fast.engine.distributed import gather_rows
 from mics_fast.engine.loop import Losses
 from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
 from mics_fast.stages.compiled import compile_parts
@@ -131,7 +132,9 @@ class FinetuneStage(nn.Module):
         )
         terms, metrics, seen = self._compute(batch, scalars)
         if seen is not None:
-            self._seen.append(seen)
+            sizes = [len(part.label) for part in batch]
+            feature, label, weight = (gather_parts(values, sizes) for values in seen)
+            self._seen.append((feature, label, weight))
         weights = {
             "pseudo": pseudo_weight,
             "modality_consistency": config.modality_consistency_weight,
@@ -204,7 +207,6 @@ class FinetuneStage(nn.Module):
                 torch.cat(parts) for parts in zip(*self._seen, strict=True)
             )
             self.statistics.update(features, labels, weights)
-            self.statistics.sync()
             self._seen = []
 
     def _forward(
@@ -308,6 +310,12 @@ class FinetuneStage(nn.Module):
             strength=strength,
             reduction="none",
         )
+
+
+def gather_parts(values: Tensor, sizes: list[int]) -> Tensor:
+    """Labelled and unlabelled rows of all ranks in the order of the whole batch, as one rank has
+    them: the statistics come out the same everywhere."""
+    return torch.cat([gather_rows(part) for part in values.split(sizes)])
 
 
 def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Tensor) -> Tensor:

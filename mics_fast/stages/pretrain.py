@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mics_fast.config import CompileScope, PretrainConfig
 from mics_fast.data.pipeline import PairBatch
+from mics_fast.engine.distributed import gather_rows, own_first
 from mics_fast.engine.loop import Losses
 from mics_fast.models.discriminator import Discriminator
 from mics_fast.models.masked_autoencoder import random_mask
@@ -23,7 +24,7 @@ from mics_fast.models.vit import Pool, take_rows
 from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judge
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.health import pretrain_warnings
-from mics_fast.stages.means import masked_mean
+from mics_fast.stages.means import masked_mean, part_of_mean
 from mics_kernels import FeatureQueue, multimodal_consistency_loss
 
 TURBO_SHARE = 0.25  # of the patches, that the discriminator judges in the turbo preset
@@ -31,12 +32,12 @@ TURBO_SHARE = 0.25  # of the patches, that the discriminator judges in the turbo
 
 @dataclass
 class Keys:
-    """The teacher's features of a batch, or of a part of one.
+    """The teacher's features of a batch, or of a part of one: those of all ranks, in their order.
 
     Args:
-        teachers: one (B, P) a modality.
-        ids: (B,) int64, contrastive ids.
-        present: (B, M) bool.
+        teachers: one (K, P) a modality.
+        ids: (K,) int64, contrastive ids.
+        present: (K, M) bool.
     """
 
     teachers: Sequence[Tensor]
@@ -100,7 +101,7 @@ class PretrainStage(nn.Module):
         (pairs,) = batch
         config = self.config
         output, sequences = self._forward(pairs, self._scalar(step))
-        keys = Keys(list(output.teachers.values()), pairs.group_id, pairs.present)
+        keys = self._gather(output, pairs)
         self._keys.append(keys)
         terms: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
@@ -109,7 +110,7 @@ class PretrainStage(nn.Module):
             terms["adversarial"] = yield from self._align(sequences, metrics)
             weights["adversarial"] = config.adversarial_weight
         alpha = self._scalar(config.alpha * min(1.0, step / self.steps_per_epoch))
-        rest, more = self._model_losses(output, keys, alpha)
+        rest, more = self._model_losses(output, pairs.present, keys, alpha)
         terms |= rest
         weights |= {name: getattr(config, f"{name}_weight") for name in rest}
         yield Losses("model", terms, weights, metrics | more)
@@ -216,16 +217,16 @@ class PretrainStage(nn.Module):
         return fool_by_gradient(sequences, gradient, logits)
 
     def _model_losses(
-        self, output: PretrainOutput, keys: Keys, alpha: Tensor
+        self, output: PretrainOutput, present: Tensor, keys: Keys, alpha: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
         """The model's own terms, those that are on, and what else to log."""
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor | float] = {"temperature": self.model.temperature().detach()}
         if self.config.reconstruction_weight:
-            terms["reconstruction"] = self._reconstruction(output, keys.present)
+            terms["reconstruction"] = self._reconstruction(output, present)
         if self.config.consistency_weight and len(self.modalities) > 1:
             terms["consistency"] = self._consistency(output, keys, alpha)
-            metrics |= self._health(output, keys)
+            metrics |= self._health(output, present, keys)
         return terms, metrics
 
     def _reconstruction(self, output: PretrainOutput, present: Tensor) -> Tensor:
@@ -238,17 +239,17 @@ class PretrainStage(nn.Module):
         return masked_mean(torch.stack(errors, 1), present)
 
     @torch.no_grad()
-    def _health(self, output: PretrainOutput, keys: Keys) -> dict[str, Tensor]:
+    def _health(self, output: PretrainOutput, present: Tensor, keys: Keys) -> dict[str, Tensor]:
         """What shows a collapse: cosines between features, and the queue's age in steps."""
-        present = keys.present.T
+        there = keys.present.T
         teachers = torch.stack(list(keys.teachers))
         others = keys.ids.unsqueeze(0) != keys.ids.unsqueeze(1)
-        both = present.unsqueeze(1) & present.unsqueeze(2) & others
+        both = there.unsqueeze(1) & there.unsqueeze(2) & others
         positives, complete = [], []
         for a, b in permutations(range(len(self.modalities)), 2):
             own, other = output.features[self.modalities[a]], output.teachers[self.modalities[b]]
             positives.append((own * other).sum(-1))
-            complete.append(keys.present[:, a] & keys.present[:, b])
+            complete.append(present[:, a] & present[:, b])
         lengths = torch.stack([queue.length for queue in self._queues()])
         return {
             "teacher_similarity": masked_mean(teachers @ teachers.mT, both),
@@ -256,17 +257,32 @@ class PretrainStage(nn.Module):
             "queue_age": lengths.amax() / self.config.batch_size,
         }
 
+    def _gather(self, output: PretrainOutput, pairs: PairBatch) -> Keys:
+        """Keys for the queries of all ranks, and what all queues will hold alike."""
+        teachers = gather_rows(torch.cat([output.teachers[name] for name in self.modalities], 1))
+        return Keys(
+            teachers.chunk(len(self.modalities), dim=1),
+            gather_rows(pairs.group_id),
+            gather_rows(pairs.present),
+        )
+
     def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
         """Soft-target contrastive loss over ordered pairs of modalities (ALBEF)."""
         queues = self._queues()
-        return multimodal_consistency_loss(
-            [output.features[name] for name in self.modalities],
-            keys.teachers,
+        features = [output.features[name] for name in self.modalities]
+        present = own_first(keys.present)
+        total = multimodal_consistency_loss(
+            features,
+            [output.teachers[name] for name in self.modalities],
             [queue.features for queue in queues],
+            keys=[own_first(teachers) for teachers in keys.teachers],
             temperature=self.model.temperature(),
             alpha=alpha,
             queue_lengths=[queue.length for queue in queues],
-            key_ids=keys.ids,
+            key_ids=own_first(keys.ids),
             queue_ids=[queue.ids for queue in queues],
-            present=keys.present,
+            present=present,
+            reduction="sum",
         )
+        there = present[: len(features[0])].sum(1)
+        return part_of_mean(total, (there * (there - 1)).sum())  # ordered pairs

@@ -224,6 +224,16 @@ def test_ranks_share_the_batches_of_one_process(rows):
             assert torch.equal(value, torch.cat([tensors(part)[name] for part in parts]))
 
 
+def test_ranks_share_each_part_of_a_batch_that_is_worked_on_in_parts(rows):
+    options = {"strong": True, "batch_size": 8, "parts": 2}
+    whole = take(train(rows, **options), 2)
+    ranks = [take(train(rows, rank=r, world_size=2, **options), 2) for r in range(2)]
+    for batch, *shares in zip(whole, *ranks, strict=True):
+        for part, *own in zip(batch.split(2), *(share.split(2) for share in shares), strict=True):
+            for name, value in tensors(part).items():
+                assert torch.equal(value, torch.cat([tensors(each)[name] for each in own]))
+
+
 def test_the_number_of_threads_changes_nothing(rows):
     one, three = (
         take(train(rows, strong=True, data=replace(GREY_LEVELS, threads=n)), 3) for n in (1, 3)
@@ -648,6 +658,8 @@ def test_no_rows_cannot_be_trained_on():
 def test_a_batch_that_ranks_cannot_share_is_refused(rows):
     with pytest.raises(InputError, match=r"batch of 4 .* 3 processes"):
         train(rows, world_size=3)
+    with pytest.raises(InputError, match=r"batch of 4 .* 2 processes in 4 parts"):
+        train(rows, world_size=2, parts=4)
 
 
 def test_a_standard_deviation_of_zero_is_refused(rows):

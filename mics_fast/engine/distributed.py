@@ -1,0 +1,199 @@
+"""Several processes that train one model together (``torchrun``), each on its slice of every batch.
+
+Who this one ("rank") is, what all of them share, and how they stop together. Without a process
+group there is one rank, and every function here does what one rank alone needs: nothing.
+Small things travel as CPU tensors over gloo, so that they never wait for a GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mics_fast.errors import InputError, RunFailed
+
+T = TypeVar("T")
+CPU = torch.device("cpu")
+
+
+def is_launched() -> bool:
+    """Whether ``torchrun`` (or whatever sets its variables) started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def rank() -> int:
+    """Number of this process, 0 where it is alone."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 where this one is alone."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Within this context the processes that ``torchrun`` started belong together.
+
+    Where one fails, it alone tells why; the others, which miss it, leave without a word.
+
+    Args:
+        device: what this process trains on: NCCL on a GPU, gloo on a CPU.
+
+    Raises:
+        RunFailed: another process ended without telling why.
+    """
+    if not is_launched():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store, number, processes = next(dist.rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        # On one machine torchrun keeps its store when it starts the processes again, and in it the
+        # addresses of those that are gone. (On several, each start gets a store of its own.)
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"start-{start}", store)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=processes)
+    try:
+        yield
+    except Exception as error:
+        first = _fails_first(store, number)
+        if device.type == "cpu":  # NCCL would wait for the ranks that are missing
+            dist.destroy_process_group()
+        if not first:
+            raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+        if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+            raise RunFailed(f"process {number} lost another one of this run, which ended") from None
+        raise
+    dist.destroy_process_group()
+
+
+def _fails_first(store: dist.Store, number: int) -> bool:
+    """Whether no other rank has failed before; True also where nobody can tell any more."""
+    try:
+        return store.compare_set("failed", "", str(number)).decode() == str(number)
+    except RuntimeError:
+        return True
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """(R, ...) of this rank -> (ranks * R, ...): the rows of all ranks in their order; a constant.
+
+    All ranks have as many rows.
+    """
+    if world_size() == 1:
+        return rows.detach()
+    own = rows.detach().contiguous()
+    gathered = [torch.empty_like(own) for _ in range(world_size())]
+    dist.all_gather(gathered, own)
+    return torch.cat(gathered)
+
+
+def own_first(gathered: Tensor) -> Tensor:
+    """What ``gather_rows`` gave, turned round such that this rank's own rows come first."""
+    return gathered.roll(-rank() * (len(gathered) // world_size()), 0) if rank() else gathered
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, elementwise; a constant."""
+    total = values.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def from_first(action: Callable[[], T]) -> T:
+    """What rank 0 gets of an action that it alone takes; the others wait for it.
+
+    Raises:
+        InputError: what the action raised, on all ranks.
+    """
+    if world_size() == 1:
+        return action()
+    said: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            said[0] = action()
+        except InputError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0, device=CPU)
+    if said[1] is not None:
+        raise InputError(said[1])
+    return said[0]
+
+
+def first_then_others(action: Callable[[], T]) -> T:
+    """Every rank takes the action, rank 0 before the others: they find what it left mended.
+
+    Raises:
+        InputError: what rank 0 raised, on all ranks; or what this rank raised.
+    """
+    own: list[T] = []
+    from_first(lambda: own.append(action()))
+    return own[0] if own else action()
+
+
+def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:
+    """Which of some questions any rank says yes to; all ranks call it at the same moment.
+
+    Args:
+        asked: this rank's answers.
+        failure: what keeps this rank from going on.
+
+    Raises:
+        Exception: the failure of a rank that cannot go on, on all ranks.
+    """
+    if world_size() > 1:
+        flags = torch.tensor([rank() + 1 if failure else 0, *map(int, asked)])
+        dist.all_reduce(flags, dist.ReduceOp.MAX)
+        failed, *answers = flags.tolist()
+        asked = tuple(map(bool, answers))
+        if failed:
+            said = [failure]
+            dist.broadcast_object_list(said, src=failed - 1, device=CPU)
+            failure = said[0]
+    if failure is not None:
+        raise failure
+    return list(asked)
+
+
+def least_over_ranks(number: int) -> int:
+    """The smallest of the ranks' numbers."""
+    if world_size() == 1:
+        return number
+    least = torch.tensor(number)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return int(least)
+
+
+def mean_over_ranks(values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+    """The mean of the ranks' scalars, float64; numbers that are no tensors are the same on all."""
+    means = dict(values)
+    tensors = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
+    if world_size() > 1 and tensors:
+        stacked = sum_over_ranks(torch.stack(list(tensors.values()))) / world_size()
+        means |= zip(tensors, stacked, strict=True)
+    return means
+
+
+def local_gpu() -> torch.device:
+    """The GPU of this process; of those that ``torchrun`` started here, each has its own.
+
+    Raises:
+        InputError: there are more of them than GPUs.
+    """
+    number = int(os.environ.get("LOCAL_RANK", "0"))
+    if number >= torch.cuda.device_count():
+        raise InputError(
+            f"process {number} of this machine has no GPU of its own, torch sees "
+            f"{torch.cuda.device_count()}; start one process a GPU (--nproc-per-node)"
+        )
+    return torch.device("cuda", number) if is_launched() else torch.device("cuda")

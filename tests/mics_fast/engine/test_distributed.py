@@ -1,0 +1,286 @@
+"""What ranks share, and how they fail and stop: together, in one sentence, at one step."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing, nn
+
+from mics_fast.engine import distributed
+from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.engine.gradients import GradientAverager
+from mics_fast.engine.log import RunLog
+from mics_fast.engine.loop import Loop, Losses, Plan
+from mics_fast.errors import InputError, RunFailed
+
+CPU = torch.device("cpu")
+
+
+def outcome_of(action):
+    """What a call returned, or the kind and the sentence of what it raised."""
+    try:
+        return action()
+    except (InputError, RunFailed, SystemExit) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def share(rank, folder):
+    """Outcomes of the functions that all ranks call."""
+
+    def first_only(sentence=""):
+        (folder / "taken").open("a").write(str(rank))
+        if sentence:
+            raise InputError(sentence)
+        return {"rank": rank}
+
+    def in_turn():
+        other = folder / f"turn-{1 - rank}"
+        (folder / f"turn-{rank}").touch()
+        return other.exists()
+
+    failure = RunFailed("rank 1 is broken") if rank == 1 else None
+    return {
+        "gathered": distributed.gather_rows(torch.tensor([[rank, 1], [rank, 2]])).tolist(),
+        "own first": distributed.own_first(torch.arange(4)).tolist(),
+        "flags": distributed.gather_rows(torch.tensor([rank == 1])).tolist(),
+        "sum": distributed.sum_over_ranks(torch.tensor([1, rank])).tolist(),
+        "mean": float(distributed.mean_over_ranks({"x": torch.tensor(1.0 + rank), "y": 3.0})["x"]),
+        "least": distributed.least_over_ranks(5 - rank),
+        "agreed": distributed.agree(rank == 1, False, rank == 0),
+        "failed": outcome_of(lambda: distributed.agree(True, failure=failure)),
+        "from first": distributed.from_first(first_only),
+        "first fails": outcome_of(lambda: distributed.from_first(lambda: first_only("no disk"))),
+        "saw the other": distributed.first_then_others(in_turn),
+    }
+
+
+def average_gradients():
+    """Means of gradients of two backward passes; of a layer that only the second one uses."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 2, bias=False) for _ in range(3)]
+    averager = GradientAverager([layer.weight for layer in layers], bucket_bytes=1)
+    x = torch.ones(1, 2) * (1 + distributed.rank())
+    found = []
+    for used in (layers[:2], layers):
+        for layer in layers:
+            layer.weight.grad = None
+        for last in (False, True):  # accumulated, and averaged once
+            y = x
+            for layer in used:
+                y = layer(y)
+            if last:
+                with averager.averaging():
+                    y.sum().backward()
+            else:
+                y.sum().backward()
+        found.append([layer.weight.grad for layer in layers])
+    return found
+
+
+@dataclass
+class Batch:
+    label: Tensor
+    sample_id: Tensor
+
+
+class Stage(nn.Module):
+    """Its loss is the mean of the labels times a weight that learns nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def losses(self, batch, step):
+        yield Losses("model", {"label": (self.weight * batch[0].label).mean()})
+
+    def after_step(self):
+        pass
+
+    def warnings(self, record):
+        return []
+
+
+def run_loop(rank, folder, happens):
+    """Whether a loop of nine steps ran to its end and the step it came to, or what it raised.
+
+    Rank r has label r; ``happens(step)`` comes before a batch, and may give another label.
+    """
+    folder.mkdir(exist_ok=True)
+    stage = Stage()
+    plan = Plan(
+        name="stage",
+        steps=9,
+        steps_per_epoch=3,
+        optimisers={"model": torch.optim.SGD(stage.parameters(), lr=0.0)},
+        warmup=0,
+        final_lr={},
+        clip=0.0,
+        log_every=1,
+        checkpoint_every=4,
+    )
+
+    def batches(step):
+        while True:
+            label = happens(step)
+            label = float(rank) if label is None else label
+            yield (Batch(torch.tensor([label]), torch.tensor([10 * step + rank])),)
+            step += 1
+
+    loop = Loop(stage, plan, Checkpoints(folder / "checkpoints"), {}, RunLog(folder))
+    return outcome_of(lambda: [loop.run(batches), loop.step])
+
+
+def run_loops(rank, folder):
+    """Loops that end in different ways, always by what happens on rank 1 alone."""
+
+    def is_stopped(step):
+        if rank == 1 and step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def has_no_batch(step):
+        if rank == 1 and step == 5:
+            raise InputError("x.jpg cannot be decoded")
+
+    def breaks(step):
+        return float("nan") if rank == 1 and step == 5 else None
+
+    return {
+        happens.__name__: run_loop(rank, folder / happens.__name__, happens)
+        for happens in (is_stopped, has_no_batch, breaks)
+    }
+
+
+def fail_on_one(rank):
+    """How the ranks leave when one of them alone has something to say."""
+
+    def fail():
+        with distributed.joined(CPU):
+            if rank == 1:
+                raise RunFailed("rank 1 has no memory left")
+            distributed.sum_over_ranks(torch.ones(1))  # of a rank that will not come
+
+    return outcome_of(fail)
+
+
+def work(rank, folder, port):
+    """As ``torchrun`` starts it: twice, with a store that outlives the processes."""
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GROUP_WORLD_SIZE": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
+    with distributed.joined(CPU):
+        found = share(rank, folder)
+        found["gradients"] = average_gradients()
+        found |= run_loops(rank, folder)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    found["left"] = fail_on_one(rank)
+    torch.save(found, folder / f"found-{rank}")
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each of two ranks found, and the folder they share."""
+    folder = tmp_path_factory.mktemp("ranks")
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("failed", "0")  # which a start before these has left behind
+    multiprocessing.spawn(work, (folder, store.port), nprocs=2)
+    return [torch.load(folder / f"found-{rank}", weights_only=True) for rank in (0, 1)], folder
+
+
+def of_both(ranks, name):
+    return [found[name] for found in ranks[0]]
+
+
+def test_rows_of_all_ranks_are_gathered_in_the_order_of_ranks(ranks):
+    assert of_both(ranks, "gathered") == [[[0, 1], [0, 2], [1, 1], [1, 2]]] * 2
+    assert of_both(ranks, "flags") == [[False, True]] * 2
+    assert of_both(ranks, "own first") == [[0, 1, 2, 3], [2, 3, 0, 1]]
+
+
+def test_ranks_agree_on_numbers_and_answers(ranks):
+    assert of_both(ranks, "sum") == [[2, 1]] * 2
+    assert of_both(ranks, "mean") == [1.5] * 2
+    assert of_both(ranks, "least") == [4] * 2
+    assert of_both(ranks, "agreed") == [[True, False, True]] * 2
+
+
+def test_a_failure_on_one_rank_is_raised_on_all(ranks):
+    assert of_both(ranks, "failed") == ["RunFailed: rank 1 is broken"] * 2
+
+
+def test_what_the_first_rank_does_alone_is_done_once_and_known_to_all(ranks):
+    assert of_both(ranks, "from first") == [{"rank": 0}] * 2
+    assert of_both(ranks, "first fails") == ["InputError: no disk"] * 2
+    assert (ranks[1] / "taken").read_text() == "00"
+
+
+def test_the_others_act_after_the_first_rank(ranks):
+    assert of_both(ranks, "saw the other") == [False, True]
+
+
+def test_gradients_are_averaged_once_also_of_what_is_used_later(ranks):
+    first, second = zip(*of_both(ranks, "gradients"), strict=True)
+    for step in (first, second):
+        for one, other in zip(*step, strict=True):
+            assert (one is None and other is None) or torch.equal(one, other)
+    torch.manual_seed(0)
+    layers = [nn.Linear(2, 2, bias=False) for _ in range(3)]
+    for used, found in ((layers[:2], first[0]), (layers, second[0])):
+        y = torch.full((1, 2), 1.5)  # the mean of the ranks' inputs
+        for layer in used:
+            layer.weight.grad = None
+            y = layer(y)
+        (2 * y).sum().backward()  # two passes add up
+        for layer, gradient in zip(used, found, strict=False):
+            torch.testing.assert_close(gradient, layer.weight.grad)
+    assert first[0][2] is None
+
+
+def test_sigterm_on_one_rank_stops_all_at_one_step_with_one_checkpoint(ranks):
+    assert of_both(ranks, "is_stopped") == [[False, 3]] * 2
+    saved = list((ranks[1] / "is_stopped" / "checkpoints").glob("step-*"))
+    assert [path.name for path in saved] == ["step-00000003"]
+
+
+def test_a_rank_without_a_batch_ends_all_with_its_sentence(ranks):
+    assert of_both(ranks, "has_no_batch") == ["InputError: x.jpg cannot be decoded"] * 2
+    saved = list((ranks[1] / "has_no_batch" / "checkpoints").glob("step-*"))
+    assert [path.name for path in saved] == ["step-00000004"]
+
+
+def test_a_loss_that_breaks_on_one_rank_names_its_own_samples(ranks):
+    one, other = of_both(ranks, "breaks")
+    assert one == other
+    assert "stage step 6: loss_label is not finite, on the samples 51 (manifest rows)" in one
+    (file,) = (ranks[1] / "breaks" / "nonfinite").iterdir()
+    stored = torch.load(file, weights_only=True)
+    assert stored["batch"][0]["sample_id"].tolist() == [51] and str(file) in one
+
+
+def test_the_log_holds_the_mean_over_ranks(ranks):
+    lines = [json.loads(x) for x in (ranks[1] / "is_stopped" / "metrics.jsonl").open()]
+    assert [line["loss"] for line in lines] == [0.5] * 3
+    assert all(line["gradient_norm"] == 0.5 for line in lines)
+
+
+def test_the_rank_that_fails_tells_why_and_the_others_leave_in_silence(ranks):
+    assert of_both(ranks, "left") == ["SystemExit: 1", "RunFailed: rank 1 has no memory left"]
+
+
+def test_one_process_alone_needs_no_group():
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
+    with distributed.joined(CPU):
+        assert distributed.agree(True, False) == [True, False]
+    with pytest.raises(InputError, match="no batch"):
+        distributed.agree(failure=InputError("no batch"))

@@ -1,0 +1,117 @@
+"""``torchrun``: two processes make the run of one, and go on after one of them is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mics_fast import train
+from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.errors import InputError
+
+
+def torchrun(*options: str) -> list[str]:
+    """The command line of a training in two processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return [*launcher, *options, "-m", "mics_fast.train"]
+
+
+@pytest.fixture(scope="module")
+def arguments(few_steps, phantom_manifest):
+    return [*few_steps, "--checkpoint_every", "1", "--data.manifest", str(phantom_manifest)]
+
+
+@pytest.fixture(scope="module")
+def two(arguments, tmp_path_factory):
+    """A run of two processes."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    subprocess.run([*torchrun(), *arguments, "--out", str(run)], check=True)
+    return run
+
+
+def records(run: Path) -> dict[tuple[str, int], dict[str, float]]:
+    """The last record of each step."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {(line["stage"], line["step"]): line for line in lines}
+
+
+def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
+    path = Checkpoints(run / "checkpoints" / stage).latest()
+    return torch.load(path / "state.pt", weights_only=True)["stage"]
+
+
+def assert_same_run(run: Path, wanted: Path) -> None:
+    """Losses and weights agree to rounding; a run of three steps is off by 1e-7 to 1e-6."""
+    got = records(run)
+    for step, record in records(wanted).items():
+        for name in record:
+            if name.startswith(("loss", "gradient_norm", "val_")):
+                assert got[step][name] == pytest.approx(record[name], rel=1e-4, abs=1e-6), name
+    for stage in ("pretrain", "finetune"):
+        ours, theirs = weights(run, stage), weights(wanted, stage)
+        assert ours.keys() == theirs.keys()
+        # Over all weights: Adam makes steps of the rounding of gradients that should be 0.
+        flat = [torch.cat([w[name].double().flatten() for name in ours]) for w in (ours, theirs)]
+        assert (flat[0] - flat[1]).norm() < 1e-4 * flat[1].norm()
+
+
+def test_two_processes_make_the_run_of_one(two, trained_run):
+    assert_same_run(two, trained_run)
+
+
+def test_one_process_goes_on_with_the_checkpoint_of_two(two, trained_run, arguments, tmp_path):
+    run = shutil.copytree(two, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "finetune" / "step-00000003")
+    (run / "checkpoints" / "finetune" / "best.json").unlink()
+    train.main([*arguments, "--out", str(run), "--resume"])
+    assert_same_run(run, trained_run)
+
+
+def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, tmp_path):
+    run = tmp_path / "run"
+    command = [*torchrun("--max-restarts", "1"), *arguments, "--out", str(run), "--resume"]
+    with open(tmp_path / "stderr", "w") as stderr:
+        process = subprocess.Popen(command, stderr=stderr)
+        deadline = time.monotonic() + 120
+        while not list(run.glob("checkpoints/pretrain/step-*")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        assert process.wait() == 0
+    told = (tmp_path / "stderr").read_text()
+    assert "exitcode: -9" in told, "the run was over before one of its processes was killed"
+    assert "Traceback" not in told
+    for stage in ("pretrain", "finetune"):
+        whole, restarted = weights(two, stage), weights(run, stage)
+        assert whole.keys() == restarted.keys()
+        for name in whole:
+            assert torch.equal(whole[name], restarted[name]), name
+    assert records(run)["finetune", 3]["loss"] == records(two)["finetune", 3]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--pretrain.batch_size", "9"], "pretrain.batch_size is 9, wanted a multiple of 2, "),
+        (["--finetune.labelled_batch", "5"], "finetune.labelled_batch is 5, wanted a multiple of"),
+        (
+            ["--finetune.unlabelled_batch", "9", "--finetune.accumulate", "3"],
+            "finetune.unlabelled_batch is 9, wanted a multiple of 6, .* finetune.accumulate, 3",
+        ),
+    ],
+)
+def test_a_batch_that_processes_cannot_share_is_refused(
+    arguments, tmp_path, monkeypatch, options, sentence
+):
+    monkeypatch.setattr(train, "world_size", lambda: 2)
+    with pytest.raises(InputError, match=sentence):
+        train.main([*arguments, *options, "--out", str(tmp_path / "run")])
