@@ -140,8 +140,7 @@ def ladder(
         config: of the run; the length of the queue is set, nothing is clipped.
         modalities: names of two.
         amp: whether bfloat16 pays here.
-        compiles: whether to make the rung with torch.compile. As in the trainer, what comes after
-            it is compiled on a GPU alone.
+        compiles: whether to make the rung with torch.compile, and those after it compiled.
     """
     published = published_flops(config)
     for name, svd, like in (("a", True, None), ("b", False, "a")):
@@ -172,8 +171,7 @@ def ladder(
     if compiles:
         compiled = replace(way, compiled=True)
         yield rung("e", compiled, last, tolerance)
-        if config.device == "cuda":
-            way, last = compiled, "e"
+        way, last = compiled, "e"
     way = replace(way, fused=True)
     yield rung("f", way, last, tolerance)
     way = replace(way, cached=True)

@@ -16,10 +16,10 @@ they differ. What is timed includes the loader, DALI's for every rung (the publi
 with Pillow between the steps). Rungs take turns, round by round; a turn's first step is not timed.
 Times are medians; "CPU" is that of all threads, "x" how many times faster than rung a. "MB" is the
 most memory a step takes beside weights and optimisers. GFLOP are counted as the rung makes them,
-without the decomposition; MFU is their share of what a large float32 product reaches in the same
-run, on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the number of threads,
-the machine was busy with something else, and only the CPU times tell anything. On a CPU compiling
-takes longer than --quick has, and nothing after rung e is compiled, as in the trainer.
+without the decomposition; MFU is their share of what a large product reaches in the same run and
+the rung's precision, on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the
+number of threads, the machine was busy with something else, and only the CPU times tell anything.
+On a CPU compiling takes longer than --quick has, which leaves rung e out.
 
     python -m bench --full --only training [--manifest FILE]      (else 64 pairs of the phantom)
 """
@@ -67,6 +67,7 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, obj
     reached = f"float32 {peaks[torch.float32]:.3g}, bfloat16 {peaks[torch.bfloat16]:.3g}"
     print(f"products reach {reached} TFLOP/s; batch {config.pretrain.batch_size}, queue {QUEUE}")
     compiles = on_gpu or not options.quick
+    torch._dynamo.config.recompile_limit = 64  # the compiled rungs share the code of their blocks
     loaders = loaders_of(manifest, config, device)
     pretraining = ladder(config, manifest.modalities, amp=amp, compiles=compiles)
     classes = len(manifest.classes)
@@ -90,9 +91,11 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, obj
         }
     print(f"losses agree over {count} steps; timing {len(rungs)} rungs")
     times, cores, reached = take_turns(rungs, loaders, device, 15.0 if options.quick else 120.0)
-    best = GPU_PEAK if on_gpu else max(peaks[torch.float32], reached) * 1e12
-    print(f"cores {cores:.2f}; MFU is of {best / 1e12:.3g} TFLOP/s")
+    print(f"cores {cores:.2f}")
+    peaks[torch.float32] = max(peaks[torch.float32], reached)
     for name, rung in rungs.items():
+        best = peaks[torch.bfloat16 if rung.way.amp else torch.float32] * 1e12
+        best = GPU_PEAK if on_gpu else best
         rows[name] |= speeds(times[name], rung.flops, pairs_of(config, name), best)
         rows[name] |= {f"x_{n}": rows["a"][n] / rows[name][n] if rows[name][n] else None
                        for n in ("ms", "cpu_ms")}  # type: ignore[operator]  # fmt: skip
