@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mics_fast import train
+from mics_fast import experiment, train
 from mics_fast.config import TrainConfig
 from mics_fast.experiment import leave_out
 from mics_fast.run import parse_config
@@ -19,7 +19,11 @@ SUPERVISED = ["--config", str(CONFIGS / "supervised.yaml")]
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_configuration_is_understood(file):
-    parse_config(["--config", str(file)])
+    arguments = ["--config", str(file), "--data.manifest", "manifest.csv", "--out", "out"]
+    if "experiment:" in file.read_text():
+        experiment.parse(arguments)
+    else:
+        parse_config(arguments)
 
 
 def test_the_baseline_is_the_supervised_variant_of_an_experiment():
