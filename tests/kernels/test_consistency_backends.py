@@ -308,7 +308,7 @@ def test_a_double_backward_is_refused_in_words(backend: str) -> None:
         torch.autograd.grad(loss, query, create_graph=True)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not run inside a compiled graph")
+@pytest.mark.skipif(INTERPRETED, reason="compiled graph: needs a run without interpreter")
 def test_compiles_into_one_graph_forward_and_backward(backend: str) -> None:
     device = device_of(backend)
     problem = fixed_problem()
@@ -401,7 +401,7 @@ def test_a_replayed_cuda_graph_reads_temperature_alpha_and_length_anew(backend: 
     assert_same_bits(captured, step())
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the C++ backend")
+@pytest.mark.skipif(INTERPRETED, reason="C++ backend: needs a run without interpreter")
 class TestTheNativeModule:
     def test_every_instruction_set_agrees(self) -> None:
         native = importlib.import_module("mics_kernels._native")

@@ -291,7 +291,7 @@ def test_more_than_eight_views_are_left_to_the_reference(backend: str) -> None:
         fuse_evidence(evidence.to(device_of(backend)), backend=backend)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not run inside a compiled graph")
+@pytest.mark.skipif(INTERPRETED, reason="compiled graph: needs a run without interpreter")
 def test_compiles_into_one_graph_forward_and_backward(backend: str) -> None:
     device = device_of(backend)
     problem = fixed_problem(reduction="mean")
@@ -367,7 +367,7 @@ def test_a_replayed_cuda_graph_gives_the_same_bits(backend: str) -> None:
         assert torch.equal(ours, wanted)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the C++ backend")
+@pytest.mark.skipif(INTERPRETED, reason="C++ backend: needs a run without interpreter")
 class TestTheNativeModule:
     @pytest.mark.parametrize("classes", [8, 200])
     def test_every_instruction_set_agrees(self, classes: int) -> None:

@@ -134,7 +134,7 @@ def test_the_stream_is_bit_for_bit_that_of_the_reference(
         assert torch.equal(triton_words(key, counters, tile).T, wanted)
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="about the Triton backend (C++: CTest)")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton on a GPU or interpreted")
 def test_a_known_answer_of_random123() -> None:
     counter = torch.tensor([[0x243F6A88], [0x85A308D3], [0x13198A2E], [0x03707344]])
     words = triton_words(0x299F31D0_A4093822, counter, tile=16)
@@ -581,7 +581,7 @@ def test_float64_is_left_to_the_reference(backend: str) -> None:
         class_moments(features, torch.tensor([0, 1]), 2, backend=backend)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter does not run inside a compiled graph")
+@pytest.mark.skipif(INTERPRETED, reason="compiled graph: needs a run without interpreter")
 @pytest.mark.parametrize("low_rank", [False, True])
 def test_compiles_into_one_graph_forward_and_backward(backend: str, low_rank: bool) -> None:
     device = device_of(backend)
@@ -670,7 +670,7 @@ def test_a_replayed_cuda_graph_draws_anew_where_the_offset_has_advanced() -> Non
         assert torch.equal(captured, step())
 
 
-@pytest.mark.skipif("triton" not in BACKENDS, reason="about the Triton backend")
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton on a GPU or interpreted")
 def test_the_tile_does_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Shift(torch.randn(9, 100), torch.arange(9) % 3, torch.rand(3, 100), 0.5, None, None)
     whole = solve_shift(problem, "triton")
@@ -680,7 +680,7 @@ def test_the_tile_does_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(solve_shift(problem, "triton"), whole)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="about the C++ backend")
+@pytest.mark.skipif(INTERPRETED, reason="C++ backend: needs a run without interpreter")
 class TestTheNativeModule:
     def test_every_instruction_set_draws_the_same_words_and_agrees(self) -> None:
         native = importlib.import_module("mics_kernels._native")
