@@ -66,6 +66,23 @@ def check_number(
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value}")
 
 
+def check_scalar(
+    name: str, value: object, low: float, high: float, device: torch.device
+) -> None:
+    """Check a Python number in [low, high], or a 0-d tensor of one that asks for no gradient.
+
+    Raises:
+        TypeError: neither of them, or another dtype.
+        ValueError: outside the range, another device, or a gradient is asked for.
+    """
+    if not isinstance(value, Tensor):
+        check_number(name, value, low, high)
+        return
+    check_tensor(name, value, (), FLOATS, device)
+    check_constant(name, value)
+    check_values(name, value, low, high)
+
+
 def check_whole(name: str, value: object, low: int, high: float = float("inf")) -> None:
     """Check a Python int in [low, high].
 

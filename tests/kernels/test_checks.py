@@ -81,6 +81,12 @@ REFUSED = [
     (loss, {"kl_weight": -0.1}, ValueError, "kl_weight must be >= 0, got -0.1"),
     (loss, {"kl_weight": float("nan")}, ValueError, "kl_weight must be >= 0, got nan"),
     (loss, {"kl_weight": "1"}, TypeError, "kl_weight must be a number, got str"),
+    (loss, {"kl_weight": torch.tensor(-1.0)}, ValueError, "kl_weight must be >= 0, got -1.0"),
+    (loss, {"kl_weight": torch.ones(1)}, ValueError,
+     "kl_weight must have shape (), got (1,)"),
+    (loss, {"kl_weight": needs_gradient(torch.tensor(1.0))}, ValueError,
+     "kl_weight requires a gradient, but this operator gives none to it: "
+     "pass kl_weight.detach()"),
     (loss, {"weight": torch.ones(3)}, ValueError, "weight must have shape (4,), got (3,)"),
     (loss, {"weight": needs_gradient(torch.ones(4))}, ValueError,
      "weight requires a gradient, but this operator gives none to it: pass weight.detach()"),

@@ -257,6 +257,23 @@ def test_a_second_backward_repeats_the_gradient(backend: str) -> None:
         assert torch.equal(logits.grad, 2 * once)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_kl_weight_may_be_a_tensor(backend: str, dtype: torch.dtype) -> None:
+    device = device_of(backend)
+    problem = fixed_problem(reduction="mean")
+    results = []
+    for kl_weight in (0.3, torch.tensor(0.3, dtype=dtype, device=device)):
+        logits = problem.logits.to(device).clone().requires_grad_()
+        target = problem.target.to(device)
+        loss, _ = evidential_fusion_loss(logits, target, kl_weight=kl_weight, backend=backend)
+        evidence = logits.detach().exp()
+        single = evidential_loss(evidence, target, kl_weight=kl_weight, backend=backend)
+        loss.backward()
+        results.append((loss.detach(), logits.grad, single))
+    for with_float, with_tensor in zip(*results, strict=True):
+        assert torch.equal(with_float, with_tensor)
+
+
 def test_a_double_backward_is_refused_in_words(backend: str) -> None:
     device = device_of(backend)
     evidence = torch.rand(4, 3, device=device).requires_grad_()

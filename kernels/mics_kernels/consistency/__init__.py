@@ -262,10 +262,5 @@ def _check_scalars(
         checks.check_values("temperature", temperature, 0.0, above=True)
     else:
         checks.check_number("temperature", temperature, 0.0, above=True)
-    if isinstance(alpha, Tensor):
-        checks.check_tensor("alpha", alpha, (), checks.FLOATS, device)
-        checks.check_constant("alpha", alpha)
-        checks.check_values("alpha", alpha, 0.0, 1.0)
-    else:
-        checks.check_number("alpha", alpha, 0.0, 1.0)
+    checks.check_scalar("alpha", alpha, 0.0, 1.0, device)
     checks.check_choice("reduction", reduction, REDUCTIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
@@ -76,7 +77,7 @@ def evidential_loss(
     evidence: Tensor,
     target: Tensor,
     *,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     present: Tensor | None = None,
     weight: Tensor | None = None,
     ignore_index: int = -100,
@@ -93,7 +94,8 @@ def evidential_loss(
         evidence: (B, C) or (B, V, C), non-negative, float32 / bfloat16 / float16 (float64:
             reference only); C >= 2. Gets a gradient, in its own dtype.
         target: (B,) int64 class labels or ``ignore_index``, or (B, C) class probabilities y.
-        kl_weight: weight of the KL term, >= 0.
+        kl_weight: weight of the KL term, >= 0: a float, or a 0-d tensor on the same device, for a
+            weight that changes from step to step; no gradient.
         present: (B, V) bool, with (B, V, C) evidence; a view marked False has loss 0.
         weight: (B,) weight of each row; no gradient.
         ignore_index: label of rows that have loss 0, gradient 0, and do not count.
@@ -107,7 +109,7 @@ def evidential_loss(
     Raises:
         TypeError: wrong type or dtype.
         ValueError: wrong shape or device, negative evidence, a label or probability out of
-            range, kl_weight < 0, or a target or weight that asks for a gradient.
+            range, kl_weight < 0, or a target, weight or kl_weight that asks for a gradient.
 
     Source: Sensoy et al., Evidential Deep Learning, NeurIPS 2018, section 3; Han et al., Trusted
     Multi-View Classification, ICLR 2021, section 3.
@@ -135,7 +137,7 @@ def evidential_fusion_loss(
     logits: Tensor,
     target: Tensor,
     *,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     activation: str = "softplus",
     present: Tensor | None = None,
     weight: Tensor | None = None,
@@ -152,7 +154,8 @@ def evidential_fusion_loss(
         logits: (B, V, C), float32 / bfloat16 / float16 (float64: reference only); V >= 1,
             C >= 2. Gets a gradient, in its own dtype.
         target: (B,) int64 class labels or ``ignore_index``, or (B, C) class probabilities.
-        kl_weight: weight of the KL term, >= 0.
+        kl_weight: weight of the KL term, >= 0: a float, or a 0-d tensor on the same device, for a
+            weight that changes from step to step; no gradient.
         activation: "softplus"; "exp" of logits clamped to [-10, 10] (no gradient outside), since
             fused evidence is a product over views; or "relu" (no gradient below 0).
         present: (B, V) bool; a view marked False is never read; a row without any has loss 0,
@@ -170,7 +173,7 @@ def evidential_fusion_loss(
     Raises:
         TypeError: wrong type or dtype.
         ValueError: wrong shape or device, a label or probability out of range, kl_weight < 0, an
-            unknown activation, or a target or weight that asks for a gradient.
+            unknown activation, or a target, weight or kl_weight that asks for a gradient.
 
     Source: Han et al., Trusted Multi-View Classification, ICLR 2021, section 3.
     """
@@ -272,14 +275,14 @@ def _check_evidence(evidence: Tensor, present: Tensor | None) -> None:
 def _check_loss(
     values: Tensor,
     target: Tensor,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     weight: Tensor | None,
     ignore_index: int,
     reduction: str,
 ) -> None:
     rows, classes, device = values.shape[0], values.shape[-1], values.device
     checks.check_target("target", target, rows, classes, device, ignore_index)
-    checks.check_number("kl_weight", kl_weight, 0.0)
+    checks.check_scalar("kl_weight", kl_weight, 0.0, math.inf, device)
     if weight is not None:
         checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
         checks.check_constant("weight", weight)

@@ -20,7 +20,7 @@ from mics_kernels.registration import differentiable_once, library, register
 def reduced_loss(
     values: Tensor,
     target: Tensor,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     activation: str | None,
     present: Tensor | None,
     weight: Tensor | None,
@@ -37,15 +37,16 @@ def reduced_loss(
     """
     wanted = values.requires_grad and torch.is_grad_enabled()
     run: Any = _Loss.apply if wanted else _loss
-    kl: float | Tensor = kl_weight
     if torch.compiler.is_compiling():
         run = torch.ops.mics_kernels.evidential_loss
         # As a tensor: a float of a registered operator is a constant, and one that changes every
         # step, as an annealed weight does, would be compiled anew every step.
-        kl = torch.ones((), device=values.device) * kl_weight  # torch.full would be a constant too
-    loss, fused, _ = run(
-        values, target, kl, activation, present, weight, ignore_index, reduction, backend, wanted
-    )
+        one = torch.ones((), device=values.device)  # torch.full would be a constant too
+        kl_weight = one * kl_weight
+    if isinstance(kl_weight, Tensor):
+        kl_weight = kl_weight.to(torch.float32)
+    arguments = (target, kl_weight, activation, present, weight, ignore_index, reduction, backend)
+    loss, fused, _ = run(values, *arguments, wanted)
     return loss, fused
 
 

@@ -28,7 +28,7 @@ def fuse_evidence(evidence: Tensor, present: Tensor | None) -> Tensor:
 def evidential_loss(
     evidence: Tensor,
     target: Tensor,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     present: Tensor | None,
     weight: Tensor | None,
     ignore_index: int,
@@ -52,7 +52,7 @@ def evidential_loss(
 def evidential_fusion_loss(
     logits: Tensor,
     target: Tensor,
-    kl_weight: float,
+    kl_weight: float | Tensor,
     activation: str,
     present: Tensor | None,
     weight: Tensor | None,
@@ -93,7 +93,7 @@ def counted_rows(target: Tensor, ignore_index: int) -> Tensor:
     return target != ignore_index
 
 
-def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float) -> Tensor:
+def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float | Tensor) -> Tensor:
     """Expected cross-entropy plus ``kl_weight`` times KL, in float64.
 
     A and KL are small differences of large digammas and log-gammas, and torch's float32 versions
