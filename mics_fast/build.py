@@ -103,14 +103,13 @@ def build_finetuning(
         seed=config.seed,
         autocast=precision.autocast,
     ).to(device)
-    groups = []
-    for fresh, lr in ((False, options.lr), (True, options.lr * options.head_lr_factor)):
-        named = [
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if name.startswith("encoders.") != fresh
-        ]
-        groups += decay_groups(named, lr=lr, weight_decay=options.weight_decay)
+    named = list(model.named_parameters())
+    encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
+    heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
+    groups = decay_groups(encoders, lr=options.lr, weight_decay=options.weight_decay)
+    head_lr = options.lr * options.head_lr_factor
+    for group in decay_groups(heads, lr=head_lr, weight_decay=options.weight_decay):
+        groups.append({**group, "name": "heads"})  # in the log: lr_heads
     optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
     plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
     plan.final_lr = {"model": FINAL_FINETUNE_LR}

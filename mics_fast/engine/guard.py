@@ -19,13 +19,13 @@ class Guard:
     def __init__(self) -> None:
         self._first: dict[tuple[str, ...], Tensor] = {}
 
-    def watch(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Look at the scalars of a step; nothing is read back."""
+    def watch(self, step: Tensor, values: Mapping[str, Tensor]) -> None:
+        """Look at the scalars of a step, 0-d int64; nothing is read back."""
         names = tuple(values)
         finite = torch.stack([value.detach().double() for value in values.values()]).isfinite()
         found = torch.where(finite, NEVER, step)
-        before = self._first.get(names)
-        self._first[names] = found if before is None else torch.minimum(before, found)
+        first = self._first.setdefault(names, found)
+        torch.minimum(first, found, out=first)
 
     def first_steps(self) -> dict[str, Tensor]:
         """name -> 0-d int64: the first step that was not finite, else ``NEVER``."""

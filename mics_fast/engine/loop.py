@@ -75,7 +75,7 @@ class Loop:
             optimiser.load_state_dict(state["optimisers"][name])
         if self.plan.scaler is not None and state.get("scaler"):
             self.plan.scaler.load_state_dict(state["scaler"])
-        self.update.skipped = state.get("skipped_steps", 0.0)
+        self.update.skipped.fill_(state.get("skipped_steps", 0.0))
         torch.set_rng_state(state["rng"])
         self.meter = self._meter(state["seconds"])
 

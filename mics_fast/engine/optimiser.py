@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -28,18 +29,38 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
-def cosine_with_warmup(step: int, steps: int, warmup: int, final: float) -> float:
+def cosine_with_warmup(step: Tensor, steps: int, warmup: int, final: float) -> Tensor:
     """Learning-rate factor of a step: linear up to 1 over ``warmup`` steps, cosine to ``final``.
 
     Continuous: there is no jump where the warm-up ends.
+
+    Args:
+        step: 0-d int64.
+        steps: of the schedule.
+        warmup: of these, before the cosine.
+        final: the factor at the end.
+
+    Returns:
+        0-d float64.
     """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, steps - warmup)
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    at = step.double()
+    progress = ((at - warmup) / max(1, steps - warmup)).clamp(max=1.0)
+    cosine = final + (1 - final) * 0.5 * (1 + torch.cos(math.pi * progress))
+    return torch.where(step < warmup, (at + 1) / (warmup + 1), cosine)
 
 
-def set_learning_rate(optimiser: Optimizer, factor: float) -> None:
-    """Scale every group's own peak rate; the peak is remembered in the group (and its state)."""
+def set_learning_rate(optimiser: Optimizer, factor: Tensor) -> None:
+    """Scale every group's own peak rate; the peak is remembered in the group (and its state).
+
+    The rate is a tensor that stays where it is, so that a recorded step reads the one of its step.
+
+    Args:
+        optimiser: a fused one, of parameters on the device of ``factor``.
+        factor: 0-d.
+    """
     for group in optimiser.param_groups:
-        group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
+        rate = group["lr"]
+        group.setdefault("peak_lr", rate)
+        if not isinstance(rate, Tensor) or rate.device != factor.device:  # new, or loaded
+            group["lr"] = rate = torch.empty((), device=factor.device)  # float32: what fused reads
+        rate.copy_(factor * group["peak_lr"])

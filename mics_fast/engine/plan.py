@@ -19,14 +19,14 @@ class Losses:
     Args:
         optimiser: its name.
         terms: name -> unweighted scalar loss.
-        weights: name -> weight; a term that is not named weighs 1.
+        weights: name -> weight, a number or 0-d; a term that is not named weighs 1.
         metrics: name -> scalar that is only logged.
     """
 
     optimiser: str
     terms: dict[str, Tensor]
-    weights: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, Tensor | float] = field(default_factory=dict)
+    weights: Mapping[str, Tensor | float] = field(default_factory=dict)
+    metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
 
     def total(self) -> Tensor:
         """The weighted sum of the terms."""
@@ -38,10 +38,14 @@ class Losses:
 class Stage(Protocol):
     """One stage of the method: models and losses. Its ``state_dict`` is all it remembers."""
 
-    def losses(self, batch: Any, step: int) -> Iterator[Losses]:
+    def losses(self, batch: Any, step: Tensor) -> Iterator[Losses]:
         """The losses of a step, or of one part of its batch, in the order in which they are
         minimised; in the last part, the loop has stepped the optimiser of one before it asks for
-        the next."""
+        the next.
+
+        ``step`` is 0-d int64 on the device. What changes from step to step is computed from it
+        there, and what lasts is changed in place: a step may be recorded once and then replayed.
+        """
 
     def after_step(self) -> None:
         """Called once when every optimiser has stepped: averages, queues, statistics advance, by

@@ -39,10 +39,16 @@ class Update:
             for name, optimiser in plan.optimisers.items()
         }
         self.guard = Guard()
-        self.skipped: Tensor | float = 0.0
+        self.at = torch.zeros((), dtype=torch.int64, device=plan.device)
+        self.skipped = torch.zeros((), dtype=torch.float64, device=plan.device)
 
     def __call__(self, batch: Any, step: int) -> Values:
         """Train on a batch; what to log, still on the device: means over its parts."""
+        self.at.fill_(step)
+        return self.compute(batch)
+
+    def compute(self, batch: Any) -> Values:
+        """The step number ``at``: all that it keeps changes in place."""
         parts = self.plan.accumulate
         if parts == 1:
             micro_batches = [batch]
@@ -50,7 +56,7 @@ class Update:
             micro_batches = list(zip(*(own.split(parts) for own in batch), strict=True))
         sums: Values = {}
         for number, micro in enumerate(micro_batches):
-            values = self._part(micro, step, first=number == 0, last=number == parts - 1)
+            values = self._part(micro, first=number == 0, last=number == parts - 1)
             for name, value in values.items():
                 if isinstance(value, Tensor) and name in sums:
                     value = sums[name] + value
@@ -59,12 +65,12 @@ class Update:
             sums = {n: v / parts if isinstance(v, Tensor) else v for n, v in sums.items()}
         with phase("after_step"):
             self.stage.after_step()
-        return sums | self._step_values(step, sums)
+        return sums | self._step_values(sums)
 
-    def _part(self, batch: Any, step: int, *, first: bool, last: bool) -> Values:
+    def _part(self, batch: Any, *, first: bool, last: bool) -> Values:
         """Backward passes over one part of a batch; after the last part, the optimisers step."""
         plan, values = self.plan, Values()
-        remaining = iter(self.stage.losses(batch, step))
+        remaining = iter(self.stage.losses(batch, self.at))
         while True:
             with phase("forward"):
                 losses = next(remaining, None)
@@ -78,7 +84,7 @@ class Update:
                 self._backward(name, total, last)
             if last:
                 with phase("optimiser"):
-                    self._step(name, step)
+                    self._step(name)
             if name == plan.main:
                 values["loss"] = total.detach()
             values |= {f"loss_{term}": loss.detach() for term, loss in losses.terms.items()}
@@ -93,13 +99,13 @@ class Update:
         with self.averagers[name].averaging() if last else nullcontext():
             total.backward()
 
-    def _step(self, name: str, step: int) -> None:
+    def _step(self, name: str) -> None:
         """Clip the main optimiser's gradients, and step."""
         plan = self.plan
         optimiser = plan.optimisers[name]
         final = plan.final_lr.get(name)
         if final is not None:
-            factor = cosine_with_warmup(step, plan.steps, plan.warmup, final)
+            factor = cosine_with_warmup(self.at, plan.steps, plan.warmup, final)
             set_learning_rate(optimiser, factor)
         if name != plan.main:
             optimiser.step()
@@ -114,20 +120,21 @@ class Update:
             plan.scaler.step(optimiser)
             plan.scaler.update()
 
-    def _step_values(self, step: int, losses: Values) -> Values:
+    def _step_values(self, losses: Values) -> Values:
         """Gradient norm, rates and the scaler's state; the guard looks at what must be finite."""
         norm = self._norm
         watched = {n: v for n, v in losses.items() if n.startswith("loss_")}
         watched |= {"loss": losses["loss"], "gradient_norm": norm}
         values: Values = {"gradient_norm": norm}
         for name, optimiser in self.plan.optimisers.items():
-            key = "lr" if name == self.plan.main else f"lr_{name}"
-            values[key] = optimiser.param_groups[0]["lr"]
+            for group in optimiser.param_groups:
+                of = group.get("name", "" if name == self.plan.main else name)
+                values[f"lr_{of}" if of else "lr"] = group["lr"]
         if self.plan.scaler is not None:
             watched["gradient_norm"] = torch.where(self._scale > 1, 0.0, norm)
-            self.skipped = self.skipped + (~norm.isfinite()).double()
+            self.skipped += ~norm.isfinite()
             values |= {"gradient_scale": self._scale, "skipped_steps": self.skipped}
-        self.guard.watch(step + 1, {n: v for n, v in watched.items() if isinstance(v, Tensor)})
+        self.guard.watch(self.at + 1, {n: v for n, v in watched.items() if isinstance(v, Tensor)})
         return values
 
 

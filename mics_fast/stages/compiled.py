@@ -20,7 +20,7 @@ def compile_parts(stage: nn.Module, scope: CompileScope, methods: Iterable[str])
         scope: "blocks": each transformer block, one graph for all of a kind and shape; "step": the
             methods, one graph each.
         methods: of the stage, without a side effect; what changes from step to step they must take
-            as arguments: tensors, or floats.
+            as arguments: tensors, as a number would be compiled in.
     """
     # What other stages of this process have compiled counts towards the variants that torch keeps
     # of one function, eight: beyond them it gives up.

@@ -23,6 +23,7 @@ from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings
 from mics_fast.stages.means import masked_mean
+from mics_fast.stages.ramp import ramp
 from mics_kernels import (
     ClassStatistics,
     evidential_fusion_loss,
@@ -65,7 +66,7 @@ class Rows:
 
 @dataclass
 class Scalars:
-    """What changes from step to step; tensors are 0-d.
+    """What changes from step to step: 0-d, float64 but for the step.
 
     Args:
         step: int64.
@@ -75,7 +76,7 @@ class Scalars:
     """
 
     step: Tensor
-    kl_weight: float
+    kl_weight: Tensor
     pseudo_weight: Tensor
     shift_strength: Tensor
 
@@ -115,33 +116,25 @@ class FinetuneStage(nn.Module):
         )
         self._seen: list[Seen] = []
 
-    def losses(self, batch: tuple[PairBatch, ...], step: int) -> Iterator[Losses]:
+    def losses(self, batch: tuple[PairBatch, ...], step: Tensor) -> Iterator[Losses]:
         """One forward of the average over weak unlabelled views, then one of the student.
 
         ``batch`` is the labelled rows and, where a term reads them, the unlabelled ones. May be
         called for several parts of a batch before ``after_step``.
         """
-        config = self.config
-        kl_weight = config.kl_weight * ramp(step / self.steps_per_epoch, config.kl_anneal_epochs)
-        pseudo_weight = config.unlabelled_weight * ramp(step / self.steps, config.unlabelled_ramp)
-        scalars = Scalars(
-            self._scalar(step),
-            kl_weight,
-            self._scalar(pseudo_weight),
-            self._scalar(config.shift_strength * step / self.steps),
-        )
+        config, scalars = self.config, self._scalars(step)
         terms, metrics, seen = self._compute(batch, scalars)
         if seen is not None:
             sizes = [len(part.label) for part in batch]
             feature, label, weight = (gather_parts(values, sizes) for values in seen)
             self._seen.append((feature, label, weight))
-        weights = {
-            "pseudo": pseudo_weight,
+        weights: dict[str, Tensor | float] = {
+            "pseudo": scalars.pseudo_weight,
             "modality_consistency": config.modality_consistency_weight,
             "shift": config.shift_weight,
         }
         weights = {name: weight for name, weight in weights.items() if name in terms}
-        yield Losses("model", terms, weights, {**metrics, "kl_weight": kl_weight})
+        yield Losses("model", terms, weights, metrics | {"kl_weight": scalars.kl_weight})
 
     def compile_parts(self, scope: CompileScope) -> None:
         """Compile each block, or the computation of the losses as one graph."""
@@ -151,11 +144,15 @@ class FinetuneStage(nn.Module):
         """What looks wrong in a log record."""
         return finetune_warnings(self.config, record)
 
-    def _scalar(self, value: float) -> Tensor:
-        """0-d, on the device without waiting for it: a number would be compiled in."""
-        dtype = torch.int64 if isinstance(value, int) else torch.float64
-        device = self.statistics.count.device
-        return torch.full((), value, dtype=dtype, device=device)
+    def _scalars(self, step: Tensor) -> Scalars:
+        config = self.config
+        annealed = ramp(step, config.kl_anneal_epochs * self.steps_per_epoch)
+        return Scalars(
+            step,
+            config.kl_weight * annealed,
+            config.unlabelled_weight * ramp(step, config.unlabelled_ramp * self.steps),
+            config.shift_strength * ramp(step, self.steps),
+        )
 
     def _compute(
         self, batch: tuple[PairBatch, ...], scalars: Scalars
@@ -327,8 +324,3 @@ def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Te
 def wants_unlabelled(config: FinetuneConfig) -> bool:
     """Whether any term of the stage reads unlabelled rows."""
     return config.unlabelled_weight > 0 or config.modality_consistency_weight > 0
-
-
-def ramp(progress: float, end: float) -> float:
-    """Grows from 0 to 1 while ``progress`` goes from 0 to ``end``; 1 at once for ``end`` = 0."""
-    return min(1.0, progress / end) if end > 0 else 1.0

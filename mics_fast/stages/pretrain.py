@@ -25,6 +25,7 @@ from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judg
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.health import pretrain_warnings
 from mics_fast.stages.means import masked_mean, part_of_mean
+from mics_fast.stages.ramp import ramp
 from mics_kernels import FeatureQueue, multimodal_consistency_loss
 
 TURBO_SHARE = 0.25  # of the patches, that the discriminator judges in the turbo preset
@@ -93,14 +94,14 @@ class PretrainStage(nn.Module):
         self.queues = nn.ModuleList(FeatureQueue(queue_size, projection) for _ in self.modalities)
         self._keys: list[Keys] = []
 
-    def losses(self, batch: tuple[PairBatch], step: int) -> Iterator[Losses]:
+    def losses(self, batch: tuple[PairBatch], step: Tensor) -> Iterator[Losses]:
         """The discriminator's loss, then the model's: one forward of the model for both.
 
         May be called for several parts of a batch before ``after_step``.
         """
         (pairs,) = batch
         config = self.config
-        output, sequences = self._forward(pairs, self._scalar(step))
+        output, sequences = self._forward(pairs, step)
         keys = self._gather(output, pairs)
         self._keys.append(keys)
         terms: dict[str, Tensor] = {}
@@ -109,7 +110,7 @@ class PretrainStage(nn.Module):
         if sequences is not None:
             terms["adversarial"] = yield from self._align(sequences, metrics)
             weights["adversarial"] = config.adversarial_weight
-        alpha = self._scalar(config.alpha * min(1.0, step / self.steps_per_epoch))
+        alpha = config.alpha * ramp(step, self.steps_per_epoch)
         rest, more = self._model_losses(output, pairs.present, keys, alpha)
         terms |= rest
         weights |= {name: getattr(config, f"{name}_weight") for name in rest}
@@ -156,11 +157,6 @@ class PretrainStage(nn.Module):
             sequences, leaf.grad / factor.grad, logits
         )
         return fooled
-
-    def _scalar(self, value: float) -> Tensor:
-        """0-d, on the device without waiting for it: a number would be compiled in."""
-        dtype = torch.int64 if isinstance(value, int) else torch.float64
-        return torch.full((), value, dtype=dtype, device=self.model.theta.device)
 
     def _forward(self, pairs: PairBatch, step: Tensor) -> tuple[PretrainOutput, Sequences | None]:
         """The model on a batch, and what the discriminator is to judge of it."""

@@ -59,7 +59,7 @@ def make_pretrain_stage(options, size):
 
 
 def step(stage, batch):
-    for losses in stage.losses(batch, 1):
+    for losses in stage.losses(batch, torch.tensor(1)):
         losses.total().backward()
 
 

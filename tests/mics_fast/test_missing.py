@@ -66,7 +66,7 @@ def test_a_row_of_one_modality_pretrains_the_encoder(tiny, make_batch):
     )  # fmt: skip
     batch = make_batch(4)
     batch.present[:, 1] = False
-    for losses in stage.losses((batch,), 0):
+    for losses in stage.losses((batch,), torch.tensor(0)):
         stage.zero_grad()
         losses.total().backward()
         if losses.optimiser == "discriminator":
@@ -88,7 +88,7 @@ def test_a_row_of_one_modality_fine_tunes_its_own_encoder(tiny, make_batch, colu
     labelled, unlabelled = make_batch(4), make_batch(4, strong=True)
     for batch in (labelled, unlabelled):
         batch.present[:, 1 - column] = False
-    (losses,) = stage.losses((labelled, unlabelled), 1)
+    (losses,) = stage.losses((labelled, unlabelled), torch.tensor(1))
     losses.total().backward()
     own, other = (model.encoders[name].patch_embed.proj.weight.grad
                   for name in (names[column], names[1 - column]))  # fmt: skip

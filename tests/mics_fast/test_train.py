@@ -75,6 +75,13 @@ def test_every_loss_in_the_log_is_the_weighted_sum_of_its_terms(finished):
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
+def test_fresh_heads_learn_faster_and_the_log_says_how_fast(manifest, tmp_path):
+    options = ["--stage", "finetune", "--finetune.head_lr_factor", "4"]
+    train.main([*SHORT, *options, "--data.manifest", manifest, "--out", str(tmp_path / "run")])
+    for record in records(tmp_path / "run"):
+        assert record["lr_heads"] == pytest.approx(4 * record["lr"])
+
+
 def test_fine_tuning_starts_from_the_run_s_own_pre_training(finished, manifest, tmp_path, capsys):
     train.main(
         [*SHORT, "--stage", "finetune", "--finetune.lr", "1e-30", "--data.manifest", manifest,

@@ -186,7 +186,9 @@ def test_the_batch_of_a_loss_that_broke_can_be_replayed(tmp_path):
     assert stored["stage"] == "pretrain" and stored["step"] == 5
     (part,) = stored["batch"]
     assert part["sample_id"].tolist() == list(range(32, 40))
-    (losses,) = [x for x in Stage().losses((Batch(**part),), 4) if x.optimiser == "model"]
+    (losses,) = [
+        x for x in Stage().losses((Batch(**part),), torch.tensor(4)) if x.optimiser == "model"
+    ]
     assert losses.terms["fit"].isnan()
 
 

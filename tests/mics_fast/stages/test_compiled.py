@@ -38,7 +38,7 @@ def train(stage, batch_of):
     }
     for step in range(STEPS):
         totals = []
-        for losses in stage.losses(batch_of(step), step):
+        for losses in stage.losses(batch_of(step), torch.tensor(step)):
             total = losses.total()
             optimisers[losses.optimiser].zero_grad()
             total.backward()
@@ -89,14 +89,11 @@ def test_finetuning_is_compiled_once_into_a_whole_graph(make_finetuning, finetun
     options = {"max_uncertainty": 1.0, "min_probability": 0.0, "kl_anneal_epochs": 0.4}
     eager, compiled = (make_finetuning(**options) for _ in range(2))
     compiled.compile_parts("step")
-    counts = []
     for ours, theirs in zip(
         train(compiled, finetune_batch), train(eager, finetune_batch), strict=True
     ):
         torch.testing.assert_close(ours, theirs)
-        counts.append(graphs())
-    # The first time the KL weight changes it becomes an argument: the first step is to warm up.
-    assert counts[1:] == [counts[1]] * (STEPS - 1) and counts[1] <= 2
+        assert graphs() == 1, "weights that change from step to step are arguments"
 
 
 def test_blocks_compiled_for_this_machine_leave_the_losses_as_they_are(

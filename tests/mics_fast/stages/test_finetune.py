@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from mics_fast.config import FinetuneConfig
-from mics_fast.stages.finetune import NO_LABEL, Scalars, ramp, wants_unlabelled
+from mics_fast.stages.finetune import NO_LABEL, Scalars, wants_unlabelled
+from mics_fast.stages.ramp import ramp
 
 
 @pytest.fixture
@@ -18,7 +19,7 @@ ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
 
 
 def run_step(stage, batch, step=50, lr=0.0):
-    (losses,) = stage.losses(batch, step)
+    (losses,) = stage.losses(batch, torch.tensor(step))
     stage.zero_grad()
     losses.total().backward()
     torch.optim.SGD(stage.model.parameters(), lr=lr).step()
@@ -82,7 +83,7 @@ def test_labels_alone_need_no_unlabelled_rows(make_stage, make_batch):
 def test_every_term_reaches_the_encoders(make_stage, make_batch):
     for kept in ("modality_consistency", "shift", "pseudo"):
         stage = make_stage(**ACCEPT_ALL)
-        (losses,) = stage.losses((make_batch(4), make_batch(8, strong=True)), 50)
+        (losses,) = stage.losses((make_batch(4), make_batch(8, strong=True)), torch.tensor(50))
         losses.terms[kept].backward()
         gradient = stage.model.encoders["wli"].blocks[0].attn.qkv.weight.grad
         assert gradient is not None and gradient.abs().max() > 0, kept
@@ -104,7 +105,7 @@ def test_the_average_and_the_statistics_advance_once_after_the_step(make_stage, 
     stage = make_stage(ema_momentum=0.9)
     before = {name: p.clone() for name, p in stage.average.named_parameters()}
     batch = (make_batch(4), make_batch(8, strong=True))
-    (losses,) = stage.losses(batch, 50)
+    (losses,) = stage.losses(batch, torch.tensor(50))
     losses.total().backward()
     torch.optim.SGD(stage.model.parameters(), lr=0.1).step()
     assert all(torch.equal(before[n], p) for n, p in stage.average.named_parameters())
@@ -123,7 +124,9 @@ def test_the_statistics_take_in_all_parts_of_a_batch_at_once(make_stage, make_ba
     for name, value in whole.statistics.state_dict().items():
         assert torch.equal(value, parts.statistics.state_dict()[name])
     for first in (0, 4):
-        for _ in parts.losses((make_batch(4, first_id=first), make_batch(8, strong=True)), 50):
+        for _ in parts.losses(
+            (make_batch(4, first_id=first), make_batch(8, strong=True)), torch.tensor(50)
+        ):
             pass
     assert len(parts._seen) == 2
 
@@ -147,7 +150,7 @@ def test_the_student_alone_does_without_modalities(make_stage, make_batch, monke
         return original(model, views, present)
 
     monkeypatch.setattr(stage, "_forward", spy)
-    list(stage.losses(batch, 50))
+    list(stage.losses(batch, torch.tensor(50)))
     assert given["average"].all()
     assert given["student"].any(1).all() and not given["student"].all()
     assert batch[0].present.all() and batch[1].present.all()
@@ -226,7 +229,7 @@ def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make
     stage = make_stage(**options, modality_dropout=0.0, shift=form)
     batch = make_batch(4)
     batch.present[1, 0] = False
-    (losses,) = stage.losses((batch,), 50)
+    (losses,) = stage.losses((batch,), torch.tensor(50))
     assert torch.isfinite(losses.total())
     ((feature, label, _),) = stage._seen
     assert label.tolist() == [0, NO_LABEL, 2, 0]
@@ -240,9 +243,10 @@ def test_the_kl_weight_is_annealed(make_stage, make_batch):
     assert weights == [0.0, 0.5, 1.0, 1.0]
 
 
-def test_ramp():
-    assert [ramp(x, 0.2) for x in (0.0, 0.1, 0.2, 1.0)] == [0.0, 0.5, 1.0, 1.0]
-    assert ramp(0.0, 0.0) == 1.0
+def test_a_ramp_grows_to_1_and_stays_there():
+    steps = torch.tensor([0, 1, 4, 100])
+    assert ramp(steps, 4).tolist() == [0.0, 0.25, 1.0, 1.0]
+    assert ramp(steps, 0).tolist() == [1.0, 1.0, 1.0, 1.0]
 
 
 def test_the_state_holds_everything_a_step_needs(make_stage, make_batch):

@@ -35,7 +35,7 @@ def run(stage, batch_of):
     history = []
     for step in range(STEPS):
         terms = {}
-        for losses in stage.losses(batch_of(step), step):
+        for losses in stage.losses(batch_of(step), torch.tensor(step)):
             optimisers[losses.optimiser].zero_grad()
             losses.total().backward()
             optimisers[losses.optimiser].step()

@@ -103,7 +103,7 @@ def test_the_queue_s_age_is_in_steps(make_pretraining, make_batch):
 
 def _losses(stage, batch):
     seen = []
-    for losses in stage.losses((batch,), 0):
+    for losses in stage.losses((batch,), torch.tensor(0)):
         losses.total().backward()
         seen.append(losses)
     return seen

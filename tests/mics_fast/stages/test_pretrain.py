@@ -24,7 +24,7 @@ def run_step(stage, batch, step=0, lr=0.0):
         "discriminator": torch.optim.SGD(stage.discriminator.parameters(), lr=lr),
     }
     seen = {}
-    for losses in stage.losses((batch,), step):
+    for losses in stage.losses((batch,), torch.tensor(step)):
         optimisers[losses.optimiser].zero_grad()
         losses.total().backward()
         optimisers[losses.optimiser].step()
@@ -44,7 +44,7 @@ def test_the_adversarial_loss_alone_trains_the_encoder(make_stage, make_batch):
 def test_the_model_s_step_leaves_no_gradient_on_the_discriminator(make_stage, make_batch):
     for form in ("simultaneous", "alternating"):
         stage = make_stage(adversarial=form)
-        losses = stage.losses((make_batch(4),), 0)
+        losses = stage.losses((make_batch(4),), torch.tensor(0))
         next(losses).total().backward()
         stage.discriminator.zero_grad()
         next(losses).total().backward()
@@ -54,7 +54,7 @@ def test_the_model_s_step_leaves_no_gradient_on_the_discriminator(make_stage, ma
 
 def test_the_discriminator_s_step_leaves_no_gradient_on_the_model(make_stage, make_batch):
     stage = make_stage()
-    next(stage.losses((make_batch(4),), 0)).total().backward()
+    next(stage.losses((make_batch(4),), torch.tensor(0))).total().backward()
     assert all(p.grad is None for p in stage.model.parameters())
     assert all(p.grad is not None for p in stage.discriminator.parameters())
 
@@ -91,7 +91,7 @@ def test_the_teacher_moves_once_a_step_and_by_its_momentum(make_stage, make_batc
 
 def test_a_batch_enters_the_queue_once_and_after_its_own_loss(make_stage, make_batch):
     stage = make_stage()
-    losses = stage.losses((make_batch(4),), 0)
+    losses = stage.losses((make_batch(4),), torch.tensor(0))
     for each in losses:
         each.total().backward()
     assert all(queue.length == 0 for queue in stage.queues)
@@ -107,7 +107,7 @@ def test_parts_of_a_batch_advance_everything_once_and_enter_the_queue_in_order(
     stage = make_stage(teacher_momentum=0.9)
     before = copy.deepcopy(stage.state_dict())
     for first in (0, 4):
-        for losses in stage.losses((make_batch(4, first_id=first),), 0):
+        for losses in stage.losses((make_batch(4, first_id=first),), torch.tensor(0)):
             losses.total().backward()
     with torch.no_grad():
         for parameter in stage.discriminator.parameters():

@@ -96,7 +96,7 @@ def train(
     averagers = {name: GradientAverager(p, bucket_bytes=10_000) for name, p in trained.items()}
     optimisers = {name: torch.optim.SGD(p, lr=0.05) for name, p in trained.items()}
     for step, batch in enumerate(batches):
-        for losses in stage.losses(batch, step + 4):
+        for losses in stage.losses(batch, torch.tensor(step + 4)):
             optimiser = optimisers[losses.optimiser]
             optimiser.zero_grad()
             with averagers[losses.optimiser].averaging():

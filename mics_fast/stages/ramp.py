@@ -1,0 +1,20 @@
+"""Weights that grow over training, worked out from the step where the step is: on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ramp(step: Tensor, end: float) -> Tensor:
+    """Grows from 0 to 1 while ``step`` goes from 0 to ``end``; 1 at once for ``end`` = 0.
+
+    Args:
+        step: 0-d int64.
+        end: in steps, at least 0.
+
+    Returns:
+        0-d float64.
+    """
+    progress = step.double() / end if end > 0 else torch.ones_like(step, dtype=torch.float64)
+    return progress.clamp(max=1.0)
