@@ -142,4 +142,5 @@ def make_plan(
         scaler=precision.scaler(device),
         peak_tflops=config.peak_tflops or peak_tflops(device),
         profile=config.profile,
+        cuda_graph=config.cuda_graph,
     )

@@ -271,6 +271,8 @@ class TrainConfig:
         compile: torch.compile; "auto": on a GPU.
         compile_scope: what is compiled: "blocks", each transformer block; "step", the forward pass
             and the losses of each optimiser as a whole, which takes longer to compile.
+        cuda_graph: replays each step as one CUDA graph, which spares a small network the launches
+            of its kernels; on one GPU.
         threads: CPU threads that torch, the operators and the image pipeline share; default: all
             cores that the process may use (the rule: ``mics_fast/threads.py``).
         log_every: steps between log lines.
@@ -289,6 +291,7 @@ class TrainConfig:
     precision: PrecisionName = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     compile_scope: CompileScope = "blocks"
+    cuda_graph: bool = False
     threads: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200

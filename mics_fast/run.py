@@ -22,8 +22,8 @@ from mics_fast.errors import InputError
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
-    "peak_tflops", "profile", "model.activation_checkpointing", "threads", "data.threads",
-    "data.prefetch", "data.on_bad_file",
+    "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
+    "data.threads", "data.prefetch", "data.on_bad_file",
 }  # fmt: skip
 
 

@@ -107,6 +107,7 @@ class Trainer:
                 )
         check_shares(config)
         self.device = pick_device(config.device)
+        check_cuda_graph(config, self.device)
         self.size = SIZES[config.model.size]
         self.precision = pick_precision(config.precision, self.device)
         if config.data.dtype == "bf16" and self.precision.autocast is not torch.bfloat16:
@@ -326,6 +327,17 @@ def check_shares(config: TrainConfig) -> None:
                 f"option {name} is {rows}, wanted a multiple of {parts * world_size()}, the number "
                 f"of processes that share it{times}"
             )
+
+
+def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
+    """Refuse to record a step where that is not possible.
+
+    Raises:
+        InputError: names the option.
+    """
+    if config.cuda_graph and (device.type != "cuda" or world_size() > 1):
+        where = f"{world_size()} processes" if world_size() > 1 else f"a {device.type.upper()}"
+        raise InputError(f"option cuda_graph is true, wanted false on {where}: it takes one GPU")
 
 
 def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:

@@ -66,9 +66,7 @@ def check_number(
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value}")
 
 
-def check_scalar(
-    name: str, value: object, low: float, high: float, device: torch.device
-) -> None:
+def check_scalar(name: str, value: object, low: float, high: float, device: torch.device) -> None:
     """Check a Python number in [low, high], or a 0-d tensor of one that asks for no gradient.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mics_fast.engine.background import CheckpointWriter
+from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.distributed import (
     agree,
@@ -65,6 +66,7 @@ class Loop:
         self.meta, self.log, self.validate = dict(meta), log, validate
         self.step = 0
         self.update = Update(stage, plan)
+        self.train_on = CapturedUpdate(self.update) if plan.cuda_graph else self.update
         self.meter = self._meter(0.0)
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -110,7 +112,7 @@ class Loop:
                 batch, failure = self._take(stream)
                 save_asked = first and due.at(self.step + 1)
                 stopping, save = agree(stop.asked, save_asked, failure=failure)
-                values = self.update(batch, self.step)
+                values = self.train_on(batch, self.step)
                 self.step += 1
                 profiled_step()
                 last = self.step == plan.steps or stopping

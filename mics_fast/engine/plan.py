@@ -82,6 +82,7 @@ class Plan:
         flops: loss term -> floating-point operations of a step; empty: not known.
         peak_tflops: of the device, in TFLOP/s; None: not known.
         profile: steps to profile.
+        cuda_graph: whether the step is recorded and replayed.
         choose_best: whether the first score names the best checkpoint; else the latest counts.
     """
 
@@ -100,6 +101,7 @@ class Plan:
     flops: dict[str, float] = field(default_factory=dict)
     peak_tflops: float | None = None
     profile: int = 0
+    cuda_graph: bool = False
     choose_best: bool = True
 
     @property

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mics_fast.config import CompileScope, PretrainConfig
-from mics_fast.data.pipeline import PairBatch
+from mics_fast.data.batch import PairBatch
 from mics_fast.engine.distributed import gather_rows, own_first
-from mics_fast.engine.loop import Losses
+from mics_fast.engine.plan import Losses
 from mics_fast.models.discriminator import Discriminator
 from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mics_fast import prepare, train
-from mics_fast.data.pipeline import PairBatch
+from mics_fast.data.batch import PairBatch
 from mics_fast.models.sizes import Size
 
 TINY = Size(
@@ -62,6 +61,8 @@ def few_steps():
 @pytest.fixture(scope="session")
 def phantom_manifest(tmp_path_factory):
     """48 phantom pairs: 24 train (half of them labelled), 12 val, 12 test."""
+    from mics_fast import prepare  # here: tests of the step run without what commands need
+
     folder = tmp_path_factory.mktemp("shared-phantom")
     split = ["--split", "0.5", "0.25", "0.25", "--label-fraction", "0.5"]
     prepare.main(["phantom", "--out", str(folder), "--pairs", "48", *split])
@@ -71,6 +72,8 @@ def phantom_manifest(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained_run(phantom_manifest, tmp_path_factory):
     """A run folder with both stages, three steps each; tests only read it."""
+    from mics_fast import train
+
     run = tmp_path_factory.mktemp("shared-run") / "run"
     train.main([*FEW_STEPS, "--data.manifest", str(phantom_manifest), "--out", str(run)])
     return run
@@ -79,6 +82,7 @@ def trained_run(phantom_manifest, tmp_path_factory):
 @pytest.fixture
 def train_few_steps():
     """train_few_steps(manifest, run, *options): both stages of the demo network, a few steps."""
+    from mics_fast import train
 
     def command(manifest, run, *options):
         train.main(

@@ -11,48 +11,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mics_fast.config import FinetuneConfig, PretrainConfig
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.log import RunLog
-from mics_fast.engine.loop import Loop, Plan
+from mics_fast.engine.loop import Loop
 from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.update import Update
-from mics_fast.models.classifier import Classifier
-from mics_fast.stages.finetune import FinetuneStage
-from mics_fast.stages.pretrain import PretrainStage
 from mics_kernels import checks
-
-ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
-
-
-def pretraining(size, autocast=None, **options):
-    torch.manual_seed(0)
-    stage = PretrainStage(
-        PretrainConfig(**options), size, ("wli", "nbi"), pool="mean", projection=8, queue_size=32,
-        steps_per_epoch=4, seed=0, autocast=autocast,
-    )  # fmt: skip
-    trained = [p for p in stage.model.parameters() if p.requires_grad]
-    optimisers = {"model": torch.optim.AdamW(trained, lr=1e-3, fused=True)}
-    if stage.config.adversarial_weight:
-        judge = stage.discriminator.parameters()
-        optimisers["discriminator"] = torch.optim.Adam(judge, lr=1e-3, fused=True)
-    return stage, optimisers
-
-
-def finetuning(size, autocast=None, **options):
-    torch.manual_seed(0)
-    model = Classifier(size, ("wli", "nbi"), 3, pool="mean", fusion_depth=1)
-    stage = FinetuneStage(
-        FinetuneConfig(**options), model, num_classes=3, width=size.width, steps=100,
-        steps_per_epoch=10, seed=0, autocast=autocast,
-    )  # fmt: skip
-    return stage, {"model": torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)}
-
-
-def plan_of(optimisers, **options):
-    defaults = {"name": "stage", "steps": 100, "steps_per_epoch": 4, "warmup": 0, "final_lr": {},
-                "clip": 1.0, "log_every": 4, "checkpoint_every": 0}  # fmt: skip
-    return Plan(optimisers=optimisers, **{**defaults, **options})
+from tests.mics_fast.engine.steps import (
+    ACCEPT_ALL,
+    batches_of,
+    finetuning,
+    overflowing,
+    plan_of,
+    pretraining,
+    tensors,
+)
+from tests.mics_fast.engine.tape import name_of, waits_for_the_device
 
 
 @pytest.fixture
@@ -142,13 +116,6 @@ def test_a_step_in_float16_trains_as_one_in_float32(tiny, make_batch, make):
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-def overflowing(stage, factor=50.0):
-    """Gradients of the model that leave float16's range under the first loss scales."""
-    for parameter in stage.model.parameters():
-        if parameter.requires_grad:
-            parameter.register_hook(lambda gradient: (gradient * factor).half().float())
-
-
 def test_a_step_that_overflows_under_the_scaler_is_skipped_and_counted(tiny, make_batch):
     stage, optimisers = pretraining(tiny)
     overflowing(stage)
@@ -188,29 +155,6 @@ def test_the_scaler_leaves_the_discriminator_alone(tiny, make_batch):
         assert torch.equal(plain, scaled)
 
 
-def batches_of(make, make_batch):
-    """The batches of a stage from a step on, a function of the step."""
-
-    def batches(step):
-        while True:
-            parts = [make_batch(8, first_id=8 * step, seed=step)]
-            if make is finetuning:
-                parts.append(make_batch(8, first_id=8 * step, strong=True, seed=step))
-            yield tuple(parts)
-            step += 1
-
-    return batches
-
-
-def tensors(value, name=""):
-    """All tensors of a nested state, by path."""
-    if isinstance(value, Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    nested = [(key, own) for key, own in items if isinstance(own, dict | list | tuple | Tensor)]
-    return {path: t for key, own in nested for path, t in tensors(own, f"{name}/{key}").items()}
-
-
 @pytest.mark.parametrize("make", [pretraining, finetuning])
 def test_a_stage_in_float16_and_in_parts_resumes_exactly(tiny, make_batch, make, tmp_path):
     batches, states = batches_of(make, make_batch), {}
@@ -239,8 +183,6 @@ def test_a_stage_in_float16_and_in_parts_resumes_exactly(tiny, make_batch, make,
 class HostReads(TorchDispatchMode):
     """Counts, by step, the operators for which the host would wait for a device."""
 
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
-
     def __init__(self):
         super().__init__()
         self.step, self.found = 0, {}
@@ -249,12 +191,8 @@ class HostReads(TorchDispatchMode):
         self.found.setdefault(self.step, []).append(name)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        by_mask = name in ("index", "index_put_") and any(
-            isinstance(at, Tensor) and at.dtype == torch.bool for at in args[1]
-        )
-        if by_mask or any(name.lstrip("_").startswith(w.lstrip("_")) for w in self.WAITING):
-            self.count(name)
+        if waits_for_the_device(function, args):
+            self.count(name_of(function))
         return function(*args, **(kwargs or {}))
 
 
