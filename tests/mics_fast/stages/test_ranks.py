@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ CASES: dict[str, dict[str, Any]] = {
     "diagonal": {**ACCEPT_MANY, "modality_dropout": 0.3},
     "low-rank": {**ACCEPT_MANY, "shift": "low-rank", "shift_rank": 9},
     "closed-form": {**ACCEPT_MANY, "shift": "closed-form"},
+    "pretrain: a compiled step": {},
+    "a compiled step": {**ACCEPT_MANY, "modality_dropout": 0.3},
     "labels alone": {"unlabelled_weight": 0.0, "modality_consistency_weight": 0.0},
 }
 
@@ -123,7 +127,11 @@ def train_on_a_rank(
     )
     for case in CASES:
         own = [tuple(of_rank(part, rank, ranks) for part in batch) for batch in batches[case]]
-        torch.save(train(make_stage(case, size), own), folder / f"{case}-{rank}")
+        stage = make_stage(case, size)
+        if "compiled" in case and ranks == 2:  # it takes its time; into what, is of no interest
+            with mock.patch("torch.compile", partial(torch.compile, backend="aot_eager")):
+                stage.compile_parts("step")
+        torch.save(train(stage, own), folder / f"{case}-{rank}")
     torch.distributed.destroy_process_group()
 
 
