@@ -10,6 +10,12 @@ import torch
 from torch import Tensor
 
 NEVER = 2**62
+_NO_MEMORY = (
+    "can't allocate memory",  # torch on a CPU
+    "CUDA allocation failed",  # DALI
+    "CUDA error: out of memory",  # of the driver, outside torch's own allocator
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 _SHOWN = 8  # sample ids in a sentence; the file has them all
 
 
@@ -75,4 +81,4 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether a device or the machine had no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

@@ -50,6 +50,8 @@ def test_many_samples_are_counted(make_batch):
         (torch.OutOfMemoryError("CUDA out of memory."), True),
         (MemoryError(), True),
         (RuntimeError("shape mismatch"), False),
+        (RuntimeError("CUDA allocation failed"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
     ],
 )
 def test_out_of_memory_is_told_from_other_errors(error, is_memory):
