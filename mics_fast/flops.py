@@ -6,17 +6,19 @@ statistics of classes. A backward pass costs what its products cost: twice the f
 whose input wants a gradient, once for one whose input does not (patch embeddings) or whose weights
 stand still; four products for the two of attention. That is how ``torch.utils.flop_counter``
 counts attention written out; of fused kernels, which form the scores again, it counts five.
-Nothing that is computed again is counted again, so a share of the hardware's peak means the same
-whichever kernels run (model FLOPs: Chowdhery et al., PaLM, appendix B). Every pair counts as
-complete, every queue as full.
+What becomes of tokens that nobody reads in a last block costs nothing, and nothing that is computed
+again is counted again, so a share of the hardware's peak means the same whichever kernels run
+(model FLOPs: Chowdhery et al., PaLM, appendix B). Every pair counts as complete, every queue as
+full.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mics_fast.config import TrainConfig
+from mics_fast.config import ModelConfig, TrainConfig
 from mics_fast.models.sizes import Size
+from mics_fast.models.vit import tokens_read
 from mics_fast.stages.pretrain import TURBO_SHARE
 
 LONGEST_QUEUE = 65536
@@ -80,7 +82,9 @@ def pretrain_flops(
     masked = options.reconstruction_weight > 0 or options.adversarial_weight > 0
     flops: dict[str, float] = {}
     if options.consistency_weight and modalities > 1:
-        seen = encoder(size, visible if turbo else size.num_patches)
+        read = tokens_read(config.model.pool)
+        patches = visible if turbo else size.num_patches
+        seen = encoder(size, patches, read)
         head = dense(1, size.width, config.model.projection)
         student = head if turbo and masked else seen + head
         keys = (queue or options.queue_size or LONGEST_QUEUE) + options.batch_size
@@ -118,7 +122,7 @@ def finetune_flops(
         averaged weights' pseudo-labels) and "shift" (the fusion head on moved features).
     """
     options = config.finetune
-    model = classifier(size, modalities, classes, config.model.fusion_depth)
+    model = classifier(size, modalities, classes, config.model)
     flops = {"supervised": (model * options.labelled_batch).trained()}
     rows = options.labelled_batch
     if options.unlabelled_weight or options.modality_consistency_weight:
@@ -141,15 +145,23 @@ def embedding(tokens: int, inputs: int, outputs: int) -> Work:
     return Work(first=2.0 * tokens * inputs * outputs)
 
 
-def block(tokens: int, width: int) -> Work:
-    """A transformer block: four width x width matrices, the MLP's eight, attention's products."""
-    return Work(inner=24.0 * tokens * width**2, attention=4.0 * tokens**2 * width)
+def block(tokens: int, width: int, read: int | None = None) -> Work:
+    """A transformer block: three width x width matrices on all tokens; of those that are read, by
+    default all, one more, the MLP's eight, and attention's products."""
+    read = tokens if read is None else read
+    inner = 2.0 * (3 * tokens + 9 * read) * width**2
+    return Work(inner=inner, attention=4.0 * tokens * read * width)
 
 
-def encoder(size: Size, patches: int) -> Work:
+def blocks(depth: int, tokens: int, width: int, read: int | None = None) -> Work:
+    """Blocks in a row; only of the last one some tokens may be all that is read."""
+    return block(tokens, width) * (depth - 1) + block(tokens, width, read)
+
+
+def encoder(size: Size, patches: int, read: int | None = None) -> Work:
     """The vision transformer on some patches of one image."""
-    blocks = block(1 + patches, size.width) * size.depth
-    return embedding(patches, size.patch_dim, size.width) + blocks
+    stack = blocks(size.depth, 1 + patches, size.width, read)
+    return embedding(patches, size.patch_dim, size.width) + stack
 
 
 def decoder(size: Size, visible: int) -> Work:
@@ -165,15 +177,15 @@ def discriminator(size: Size, patches: int) -> Work:
     """The discriminator on some patches of one image; the last block's class token is all that is
     read. L2 attention counts as dot products of its width, its queries and keys as tied."""
     tokens, width = 1 + patches, size.discriminator_width
-    blocks = distance_block(tokens, tokens, width) * (size.discriminator_depth - 1)
+    stack = distance_block(tokens, tokens, width) * (size.discriminator_depth - 1)
     last = distance_block(tokens, 1, width)
-    return embedding(patches, size.patch_dim, width) + blocks + last + dense(1, width, 1)
+    return embedding(patches, size.patch_dim, width) + stack + last + dense(1, width, 1)
 
 
-def distance_block(tokens: int, wanted: int, width: int) -> Work:
-    """A block with L2 attention: two matrices on all tokens, nine on those that are wanted."""
-    inner = 2.0 * (2 * tokens + 9 * wanted) * width**2
-    return Work(inner=inner, attention=4.0 * tokens * wanted * width)
+def distance_block(tokens: int, read: int, width: int) -> Work:
+    """A block with L2 attention: two matrices on all tokens, nine on those that are read."""
+    inner = 2.0 * (2 * tokens + 9 * read) * width**2
+    return Work(inner=inner, attention=4.0 * tokens * read * width)
 
 
 def contrastive(queries: int, keys: int, width: int) -> float:
@@ -182,10 +194,12 @@ def contrastive(queries: int, keys: int, width: int) -> float:
     return 3 * 2.0 * queries * keys * width
 
 
-def classifier(size: Size, modalities: int, classes: int, fusion_depth: int) -> Work:
+def classifier(size: Size, modalities: int, classes: int, model: ModelConfig) -> Work:
     """An encoder for each modality, their fusion, and a head for each view, on one pair."""
-    views = modalities + (modalities > 1)
-    work = encoder(size, size.num_patches) * modalities + dense(1, size.width, classes) * views
-    if modalities > 1:
-        work += block(1 + modalities * size.num_patches, size.width) * fusion_depth
-    return work
+    views, read = modalities + (modalities > 1), tokens_read(model.pool)
+    heads = dense(1, size.width, classes) * views
+    if modalities == 1:
+        return encoder(size, size.num_patches, read) + heads
+    tokens = 1 + modalities * size.num_patches
+    fusion = blocks(model.fusion_depth, tokens, size.width, read)
+    return encoder(size, size.num_patches) * modalities + fusion + heads

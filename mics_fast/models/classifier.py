@@ -18,6 +18,7 @@ from mics_fast.models.vit import (
     at_least_float32,
     initialise,
     pool_tokens,
+    tokens_read,
 )
 
 FUSION = "fusion"
@@ -80,7 +81,7 @@ class FusionEncoder(nn.Module):
         readable = present.repeat_interleave(count, dim=1)
         # The class token can always be read: the softmax of a row without modalities has a key.
         mask = torch.cat([readable.new_ones(batch, 1), readable], dim=1)[:, None, None]
-        tokens = self.norm(self.blocks(tokens, mask))
+        tokens = self.norm(self.blocks(tokens, mask, wanted=tokens_read(self.pool)))
         if self.pool == "cls":
             return tokens[:, 0]
         total = tokens[:, 1:].masked_fill(~readable.unsqueeze(-1), 0.0).sum(dim=1)
@@ -140,9 +141,11 @@ class Classifier(nn.Module):
         return self.speak(self.encode(views, present), present)
 
     def encode(self, views: dict[str, Tensor], present: Tensor) -> list[Tensor]:
-        """Each modality's tokens (B, 1 + N, width); arguments as ``forward``."""
+        """Each modality's tokens (B, 1 + N, width), of one alone those that its head reads;
+        arguments as ``forward``."""
+        wanted = None if self.fusion else tokens_read(self.pool)
         return [
-            self.encoders[name](_without_absent(views[name], present[:, index]))
+            self.encoders[name](_without_absent(views[name], present[:, index]), wanted=wanted)
             for index, name in enumerate(self.modalities)
         ]
 

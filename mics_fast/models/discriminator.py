@@ -96,12 +96,11 @@ class L2Block(nn.Module):
     Args:
         width: channels of a token; a multiple of ``heads``.
         heads: attention heads.
-        wanted: gives only what becomes of the first so many tokens; default of all.
     """
 
-    def __init__(self, width: int, heads: int, wanted: int | None = None) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.wanted = heads, wanted
+        self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         # Two normalised tokens are 2 d apart in squared distance; with this gain their logit is -2
         # whatever d. At gain 1 it is -2 sqrt(d), each token reads itself alone, and hardly any
@@ -113,13 +112,13 @@ class L2Block(nn.Module):
         self.fc1 = SpectralLinear(width, 4 * width)
         self.fc2 = SpectralLinear(4 * width, width)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, width) -> (B, wanted, width)."""
+    def forward(self, tokens: Tensor, *, wanted: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, wanted, width), by default of all N."""
         features = self.norm1(tokens)
         points = self.points(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         values = self.values(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        mixed = l2_attention(points, values, self.wanted).transpose(1, 2).flatten(2)
-        tokens = tokens[:, : self.wanted] + self.proj(mixed)
+        mixed = l2_attention(points, values, wanted).transpose(1, 2).flatten(2)
+        tokens = tokens[:, :wanted] + self.proj(mixed)
         return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
 
 
@@ -141,9 +140,7 @@ class Discriminator(nn.Module):
         self.embed = SpectralLinear(patch_dim, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + num_patches, width))
-        # Of the last block only the class token is read.
-        wanted = [None] * (depth - 1) + [1]
-        self.blocks = Blocks(L2Block(width, heads, count) for count in wanted)
+        self.blocks = Blocks(L2Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = SpectralLinear(width, 1)
         nn.init.normal_(self.cls_token, std=0.02)
@@ -172,5 +169,5 @@ class Discriminator(nn.Module):
             if places is not None:
                 positions = take_rows(positions.expand(len(tokens), -1, -1), places)
             tokens = torch.cat([cls_token, tokens + positions], dim=1)
-            tokens = self.blocks(tokens)
+            tokens = self.blocks(tokens, wanted=1)
             return self.head(self.norm(tokens[:, 0])).squeeze(-1)

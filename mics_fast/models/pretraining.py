@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from mics_fast.errors import InputError
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets
 from mics_fast.models.sizes import Size
-from mics_fast.models.vit import Pool, VisionTransformer, at_least_float32, pool_tokens
+from mics_fast.models.vit import (
+    Pool,
+    VisionTransformer,
+    at_least_float32,
+    pool_tokens,
+    tokens_read,
+)
 
 LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 
@@ -123,10 +129,12 @@ class PretrainModel(nn.Module):
         hidden = torch.cat([masks[name][1] for name in self.modalities])
         tokens = self.encoder(images, visible)
         seen = visible if self.visible_only else None
-        whole = tokens if self.visible_only else self.encoder(images)
+        wanted = tokens_read(self.pool)
+        whole = tokens if self.visible_only else self.encoder(images, wanted=wanted)
         features = self._features(whole, self.projection_head)
         with torch.no_grad():
-            teachers = self._features(self.teacher_encoder(images, seen), self.teacher_projection)
+            taught = self.teacher_encoder(images, seen, wanted=wanted)
+            teachers = self._features(taught, self.teacher_projection)
         predictions = at_least_float32(self.decoder(tokens, visible, hidden))
         return PretrainOutput(
             features=self._by_modality(features),

@@ -84,6 +84,11 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
+def tokens_read(pool: Pool) -> int | None:
+    """How many of the first tokens ``pool_tokens`` reads; None: all."""
+    return 1 if pool == "cls" else None
+
+
 def pool_tokens(tokens: Tensor, pool: Pool) -> Tensor:
     """Reduce (B, 1 + N, width) to (B, width): the class token, or the mean of the patch tokens."""
     return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
@@ -111,10 +116,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend; ``mask`` is bool, broadcastable to (B, heads, N, N), True = may be read."""
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, wanted: int | None = None
+    ) -> Tensor:
+        """Attend; ``mask`` is bool, broadcastable to (B, heads, N, N), True = may be read.
+
+        Only the first ``wanted`` tokens ask; default all N.
+        """
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        query = query[:, :, :wanted]
         if query.device.type == "cpu" and query.dtype == torch.bfloat16:
             mixed = attend_written_out(query, key, value, mask)
         else:
@@ -144,9 +155,12 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width)
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, width) -> (B, N, width); ``mask`` as in ``Attention``."""
-        tokens = tokens + self.attn(self.norm1(tokens), mask)
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, *, wanted: int | None = None
+    ) -> Tensor:
+        """(B, N, width) -> (B, wanted, width), by default of all N; arguments as ``Attention``."""
+        mixed = self.attn(self.norm1(tokens), mask, wanted)
+        tokens = tokens[:, :wanted] + mixed
         return tokens + self.mlp(self.norm2(tokens))
 
 
@@ -160,16 +174,20 @@ class Blocks(nn.ModuleList):
 
     checkpointing = False
 
-    def forward(self, tokens: Tensor, *mask: Tensor | None) -> Tensor:
-        """(B, N, width) -> (B, N, width); what follows the tokens goes to every block."""
-        for block in self:
+    def forward(self, tokens: Tensor, *mask: Tensor | None, wanted: int | None = None) -> Tensor:
+        """(B, N, width) -> (B, wanted, width), by default of all N; a mask goes to every block.
+
+        What becomes of the other tokens in the last block nobody reads: it is left out.
+        """
+        for number, block in enumerate(self, 1):
+            cut = wanted if number == len(self) else None
             if self.checkpointing and torch.is_grad_enabled():
                 # No block draws random numbers, so there is no generator to put back.
                 tokens = checkpoint(
-                    block, tokens, *mask, use_reentrant=False, preserve_rng_state=False
+                    block, tokens, *mask, wanted=cut, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                tokens = block(tokens, *mask)
+                tokens = block(tokens, *mask, wanted=cut)
         return tokens
 
 
@@ -220,16 +238,20 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         initialise(self)
 
-    def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
+    def forward(
+        self, images: Tensor, visible: Tensor | None = None, *, wanted: int | None = None
+    ) -> Tensor:
         """Encode all patches, or only those that are visible.
 
         Args:
             images: (B, 3, image_size, image_size), normalised.
             visible: (B, n) int64, indices of the patches to encode, each at most once; default
                 all N of them.
+            wanted: only the first so many tokens are asked for; 1 is the class token alone.
 
         Returns:
-            (B, 1 + n, width): the class token, then the patches in the order of ``visible``.
+            (B, 1 + n, width): the class token, then the patches in the order of ``visible``; or
+            the first ``wanted`` of these.
 
         Raises:
             InputError: the images have another size.
@@ -247,4 +269,4 @@ class VisionTransformer(nn.Module):
         cls_token = self.cls_token + self.pos_embed[:, :1]
         tokens = self.patch_embed(patches) + positions
         tokens = torch.cat([cls_token.expand(images.shape[0], -1, -1), tokens], dim=1)
-        return self.norm(self.blocks(tokens))
+        return self.norm(self.blocks(tokens, wanted=wanted))

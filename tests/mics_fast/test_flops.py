@@ -17,7 +17,7 @@ from mics_fast.models.vit import VisionTransformer
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 
-MODEL = ModelConfig(pool="mean", projection=8, fusion_depth=1)
+MODELS = [ModelConfig(pool=pool, projection=8, fusion_depth=2) for pool in ("mean", "cls")]
 
 
 def counted(run):
@@ -51,9 +51,14 @@ def make_discriminator(size):
     )
 
 
-def make_pretrain_stage(options, size):
+@pytest.fixture(params=MODELS, ids=lambda model: model.pool)
+def model(request):
+    return request.param
+
+
+def make_pretrain_stage(options, size, model):
     return PretrainStage(
-        options, size, ("wli", "nbi"), pool="mean", projection=MODEL.projection,
+        options, size, ("wli", "nbi"), pool=model.pool, projection=model.projection,
         queue_size=options.queue_size, steps_per_epoch=4, seed=0,
     )  # fmt: skip
 
@@ -105,16 +110,16 @@ def test_the_discriminator_costs_what_it_runs(name, monkeypatch):
     [{}, {"adversarial": "alternating"}, {"preset": "turbo"}, {"adversarial_weight": 0.0},
      {"reconstruction_weight": 0.0}],
 )  # fmt: skip
-def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, options):
+def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, model, options):
     config = PretrainConfig(batch_size=4, queue_size=32, **options)
-    stage = make_pretrain_stage(config, tiny)
+    stage = make_pretrain_stage(config, tiny, model)
     patches = tiny.num_patches // 4 if config.preset == "turbo" else tiny.num_patches
-    extra = 2 * 2 * 4 * 4 * MODEL.projection  # how alike teachers' features are, for the log
+    extra = 2 * 2 * 4 * 4 * model.projection  # how alike teachers' features are, for the log
     if config.adversarial == "alternating":
         extra += (3 * 2 + 3) * padding(tiny, 8, patches)
     elif config.adversarial_weight:  # real patches share the pass that gives fakes a gradient
         extra += 3 * 2 * padding(tiny, 8, patches) + discriminator(tiny, patches).first * 8
-    flops = pretrain_flops(TrainConfig(model=MODEL, pretrain=config), tiny, 2)
+    flops = pretrain_flops(TrainConfig(model=model, pretrain=config), tiny, 2)
     assert counted(lambda: step(stage, (make_batch(4),))) == sum(flops.values()) + extra
 
 
@@ -136,12 +141,12 @@ def test_a_term_that_is_off_costs_nothing(tiny):
     [{}, {"unlabelled_weight": 0.0}, {"shift": "none"}, {"shift_weight": 0.0},
      {"unlabelled_weight": 0.0, "modality_consistency_weight": 0.0}],
 )  # fmt: skip
-def test_a_fine_tuning_step_costs_what_it_runs(tiny, make_batch, options):
+def test_a_fine_tuning_step_costs_what_it_runs(tiny, make_batch, model, options):
     config = FinetuneConfig(labelled_batch=3, unlabelled_batch=5, **options)
     stage = FinetuneStage(
-        config, Classifier(tiny, ("wli", "nbi"), 3, pool="mean", fusion_depth=1), num_classes=3,
+        config, Classifier(tiny, ("wli", "nbi"), 3, pool=model.pool, fusion_depth=2), num_classes=3,
         width=tiny.width, steps=100, steps_per_epoch=10, seed=0,
     )  # fmt: skip
-    flops = finetune_flops(TrainConfig(model=MODEL, finetune=config), tiny, 2, 3)
+    flops = finetune_flops(TrainConfig(model=model, finetune=config), tiny, 2, 3)
     batch = (make_batch(3), make_batch(5, strong=True))[: 2 if "unlabelled" in flops else 1]
     assert counted(lambda: step(stage, batch)) == sum(flops.values())

@@ -24,6 +24,22 @@ def tiny_encoder() -> VisionTransformer:
     return VisionTransformer(image_size=16, patch_size=4, width=16, depth=2, heads=2)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_tokens_that_nobody_reads_are_left_out_of_the_last_block(checkpointing):
+    """In float64: those that are read, and the gradients, as if the others had been there."""
+    results = []
+    for wanted in (None, 1):
+        encoder = tiny_encoder().double()
+        encoder.blocks.checkpointing = checkpointing
+        images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+        tokens = encoder(images, wanted=wanted)
+        assert tokens.shape[1] == (wanted or 17)
+        tokens[:, 0].square().sum().backward()
+        results.append([tokens[:, 0], *(p.grad for p in encoder.parameters())])
+    for whole, cut in zip(*results, strict=True):
+        torch.testing.assert_close(cut, whole, rtol=1e-12, atol=1e-12)
+
+
 def encoder_of(name: str) -> VisionTransformer:
     size = SIZES[name]
     with torch.device("meta"):
