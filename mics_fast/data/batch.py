@@ -125,7 +125,8 @@ def batch_of(
     if graph.resizes:
         squares = [_to_torch(output, graph.device) for output in outputs]
         if len(kept) < len(samples):
-            squares = [of[kept] for of in squares]
+            there = _on_device(torch.tensor(kept, dtype=torch.int64), graph.device)
+            squares = [of.index_select(0, there) for of in squares]
         views = _of_squares(graph, those, squares, dtype)
     else:
         frames = [[of[k] for k in kept] for of in outputs]
@@ -210,10 +211,12 @@ def _colours(graph: PairGraph, samples: Sequence[Sample], view: int, column: int
     if graph.augment is None or not samples:
         return None
     numbers = np.array([sample.colours[view][column] for sample in samples])
-    return colours_of(numbers, graph.device)
+    matrix, offset = colours_of(numbers)
+    return _on_device(matrix, graph.device), _on_device(offset, graph.device)
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for a GPU, which would first finish the steps that it was given."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values
