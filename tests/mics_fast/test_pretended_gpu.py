@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nvidia import dali
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -29,6 +30,7 @@ from triton.runtime.jit import JITFunction
 from mics_fast.build import build_classifier, build_finetuning, build_pretraining
 from mics_fast.config import (
     AugmentConfig,
+    CacheConfig,
     ColourConfig,
     DataConfig,
     FinetuneConfig,
@@ -37,9 +39,13 @@ from mics_fast.config import (
     TrainConfig,
 )
 from mics_fast.data import batch as batches
-from mics_fast.data import views
+from mics_fast.data import cache, views
 from mics_fast.data.augment import draw_augmentation
+from mics_fast.data.batch import Sample
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.files import ImageFiles
 from mics_fast.data.graph import PairGraph
+from mics_fast.data.stream import Prepared, Stream
 from mics_fast.engine.loop import Loop
 from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.update import Update
@@ -50,6 +56,7 @@ from mics_fast.neighbours import extract_features
 from mics_fast.opinions import state_opinions
 
 GPU = torch.device("cuda", 0)
+STREAM = object()
 PRETENCE = FakeTensorMode(allow_non_fake_inputs=True)
 COPIES = ("_to_copy", "copy_")
 
@@ -177,6 +184,10 @@ def gpu(tmp_path_factory):
     patch.setattr(JITFunction, "run", launch)
     patch.setattr(Tensor, "pin_memory", pin)
     patch.setattr(torch.nn.Module, "to", move)
+    patch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
+    patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    for module in (batches, cache):
+        patch.setattr(module, "to_torch", lambda output, device: output.to_torch(device))
     with torch.autograd.set_multithreading_enabled(False), PRETENCE:
         yield GPU
     views._levels.cache_clear()
@@ -227,32 +238,54 @@ def build(gpu, tiny, monkeypatch):
     return make
 
 
-def batch_of(rows, *, modalities=("wli", "nbi"), strong=False, missing=False):
-    """Rows as the loader makes them on a GPU, of squares that DALI would have made."""
-    data, augment = DataConfig(), AugmentConfig(weak=ColourConfig(blur=1.0))
+class Pipeline:
+    """In the place of DALI's: outputs of squares, and the streams that they were made for."""
+
+    def __init__(self, outputs, rows, side):
+        self.shape, self.outputs, self.streams = (rows, side, side, 3), outputs, []
+
+    def run(self, stream=None, **inputs):
+        self.streams.append(stream)
+        return [self] * self.outputs
+
+    def to_torch(self, device):
+        """As ``graph.to_torch`` copies an output."""
+        return torch.empty(self.shape, dtype=torch.uint8, device=device)
+
+
+def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, missing=False):
+    """The loader's stream of so many samples on a GPU, and what stands there for DALI."""
+    augment = AugmentConfig(weak=ColourConfig(blur=1.0))
     side = SIZES["vit_micro"].image
-    graph = PairGraph(modalities, data, side, GPU, augment, strong)
+    graph = PairGraph(modalities, DataConfig(), side, GPU, augment, strong)
     samples = []
     for number in range(rows):
         drawn = draw_augmentation(
             augment, seed=0, epoch=0, sample_id=number, modalities=len(modalities)
         )
         present = np.ones(len(modalities), bool)
-        if missing:
+        if missing:  # an image of the second row, and all of the first, which is left out
             present[number % len(modalities)] = number > 1
-            present &= number > 0  # the first row has nothing at all, and is left out
+            present &= number > 0
         row = SimpleNamespace(label=number % 3, labelled=True, index=number, group=number)
         numbers, colours = graph.numbers(drawn), (drawn.weak, drawn.strong)
-        sample = batches.Sample(
-            row, present, [], numbers, drawn.crop(), graph.region(drawn), colours, []
-        )
+        sample = Sample(row, present, [], numbers, drawn.crop(), graph.region(drawn), colours, [])
         samples.append(sample)
-    shape = (rows, side, side, 3)
-    count = len(modalities) * max(1, len(graph.blurred))
-    outputs = [torch.empty(shape, dtype=torch.uint8, device=GPU) for _ in range(count)]
+    pipeline = Pipeline(len(modalities) * len(graph.blurred), rows, side)
+
+    def build(self, images, numbers, batch_size):
+        images(0)
+        return pipeline
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batches, "_to_torch", lambda output, device: output)
-        return batches.batch_of(graph, samples, outputs, torch.float32, None)
+        patch.setattr(PairGraph, "build", build)
+        made = Stream(graph, ImageFiles("error", GPU), lambda _: Prepared(samples), rows, 0)
+        made._build()
+    return made, pipeline
+
+
+def batch_of(rows, **options):
+    return next(stream_of(rows, **options)[0])
 
 
 def parts_of(stage, **options):
@@ -299,10 +332,38 @@ SHIFTS = {
 def test_a_batch_is_handed_over_without_a_wait(gpu, tiny, monkeypatch, missing):
     monkeypatch.setitem(SIZES, "vit_micro", tiny)
     batch_of(4)  # mean and standard deviation get there once
+    stream, pipeline = stream_of(4, strong=True, missing=missing)
     with Watch():
-        batch = batch_of(4, strong=True, missing=missing)
+        batch = next(stream)
+    assert pipeline.streams == [STREAM]  # else the host would wait for DALI's work
     assert on_gpu(vars(batch)) and len(batch.label) == 4 - missing
     assert {x.dtype for x in (*batch.views.values(), *batch.strong.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize(("mode", "device"), [("device", "cuda"), ("host", "cpu")])
+def test_frames_are_kept_where_they_were_asked_to_be(gpu, monkeypatch, mode, device):
+    data = DataConfig(cache=CacheConfig(mode, side=8))
+    rows = [SimpleNamespace(index=k, files={"wli": "a", "nbi": None}) for k in range(3)]
+    frames = FrameCache(rows, ("wli", "nbi"), data=data, image_size=8, device=GPU)
+    pipeline = Pipeline(1, len(rows), frames.side)
+    monkeypatch.setattr(frames, "_build", lambda: pipeline)
+    monkeypatch.setattr(cache.ImageFiles, "read", lambda self, row, name: (row.files[name], ""))
+    with Watch(reads=mode == "host"):
+        frames.fill(rows)
+    assert pipeline.streams == [STREAM] and frames._frames.device.type == device
+    assert frames.frame(rows[0], "nbi") == (None, "")
+    if mode == "device":
+        assert frames.frame(rows[0], "wli")[0].device.type == frames.blank().device.type == device
+
+
+@pytest.mark.parametrize("kept", [None, torch.device("cpu"), GPU], ids=str)
+def test_dali_takes_the_graph_of_a_gpu(gpu, monkeypatch, kept):
+    outputs = []
+    monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda self, *nodes: outputs.extend(nodes))
+    monkeypatch.setattr(dali.Pipeline, "build", lambda self: None)  # which needs a driver
+    graph = PairGraph(("wli", "nbi"), DataConfig(threads=1), 8, GPU, AugmentConfig(), True, kept)
+    graph.build(lambda batch: [], lambda batch: [], 4)
+    assert [node.device for node in outputs] == ["gpu"] * 4  # two modalities, plain and blurred
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
