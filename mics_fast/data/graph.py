@@ -238,6 +238,7 @@ def decoded(encoded: Any, device: torch.device, crop: Any = None) -> Any:
     options: dict[str, Any] = {
         "device": "mixed" if device.type == "cuda" else "cpu",
         "output_type": types.DALIImageType.RGB,
+        "jpeg_fancy_upsampling": True,  # of chroma, as on a CPU
     }
     if crop is None:
         return fn.decoders.image(encoded, **options)

@@ -44,7 +44,7 @@ from mics_fast.data.augment import draw_augmentation
 from mics_fast.data.batch import Sample
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.files import ImageFiles
-from mics_fast.data.graph import PairGraph
+from mics_fast.data.graph import PairGraph, decoded
 from mics_fast.data.stream import Prepared, Stream
 from mics_fast.engine.loop import Loop
 from mics_fast.engine.precision import pick_precision
@@ -364,6 +364,13 @@ def test_dali_takes_the_graph_of_a_gpu(gpu, monkeypatch, kept):
     graph = PairGraph(("wli", "nbi"), DataConfig(threads=1), 8, GPU, AugmentConfig(), True, kept)
     graph.build(lambda batch: [], lambda batch: [], 4)
     assert [node.device for node in outputs] == ["gpu"] * 4  # two modalities, plain and blurred
+
+
+def test_a_gpu_makes_the_pixels_of_a_jpeg_that_a_cpu_makes(gpu):
+    with dali.Pipeline(batch_size=1, num_threads=1, device_id=0):
+        decoder = decoded(dali.fn.external_source(name="encoded"), GPU).source
+    assert "device: mixed" in str(decoder.spec)
+    assert "jpeg_fancy_upsampling: True" in str(decoder.spec)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
