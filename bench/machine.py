@@ -19,10 +19,10 @@ from bench.roofline import Peaks
 
 ROOT = Path(__file__).resolve().parents[1]
 # bytes/s, and FLOP/s of dense bfloat16 products and of float32 outside tensor cores, by name of the
-# GPU; as their data sheets give them.
+# GPU, all of it: a PCIe or NVL board or a slice (MIG) does less; as their data sheets give them.
 DATA_SHEETS = {
-    "H100": Peaks(3.35e12, 989e12, 67e12, "data sheet of the H100 SXM"),
-    "H200": Peaks(4.8e12, 989e12, 67e12, "data sheet of the H200"),
+    "NVIDIA H100 80GB HBM3": Peaks(3.35e12, 989e12, 67e12, "data sheet of the H100 SXM"),
+    "NVIDIA H200": Peaks(4.8e12, 989e12, 67e12, "data sheet of the H200"),
 }
 
 
@@ -103,10 +103,9 @@ def peaks_of(device: torch.device) -> Peaks:
     measured here: the best of a second of copies, and of matrix products (of float32 on a CPU,
     where they are the peak of every other multiply-add, too)."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        known = [peaks for key, peaks in DATA_SHEETS.items() if key in name]
-        if known:
-            return known[0]
+        known = DATA_SHEETS.get(torch.cuda.get_device_name(device))
+        if known is not None:
+            return known
     bandwidth = measured_bandwidth(device)
     single = measured_product(device, torch.float32)
     matrix = single if device.type == "cpu" else measured_product(device, torch.bfloat16)

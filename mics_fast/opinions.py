@@ -190,7 +190,9 @@ def collect_opinions(
     """All batches, at least one, through the model in evaluation mode; ``hide`` as above."""
     was_training = model.training
     model.eval()
-    opinions = gather([state_opinions(model, batch, hide=hide) for batch in batches])
+    # Blocks compiled for training would be compiled again for the size of the last batch.
+    with torch.compiler.set_stance("force_eager"):
+        opinions = gather([state_opinions(model, batch, hide=hide) for batch in batches])
     model.train(was_training)
     return opinions
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mics_fast.data.augment import BLUR
-from mics_fast.data.graph import PairGraph
+from mics_fast.data.graph import PairGraph, to_torch
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import blurred, resized_square
 from mics_fast.data.shards import Member
@@ -123,9 +123,10 @@ def batch_of(
     those = [samples[k] for k in kept]
     present = np.array([s.present for s in those], bool).reshape(len(kept), len(graph.modalities))
     if graph.resizes:
-        squares = [_to_torch(output, graph.device) for output in outputs]
+        squares = [to_torch(output, graph.device) for output in outputs]
         if len(kept) < len(samples):
-            squares = [of[kept] for of in squares]
+            there = _on_device(torch.tensor(kept, dtype=torch.int64), graph.device)
+            squares = [of.index_select(0, there) for of in squares]
         views = _of_squares(graph, those, squares, dtype)
     else:
         frames = [[of[k] for k in kept] for of in outputs]
@@ -210,23 +211,12 @@ def _colours(graph: PairGraph, samples: Sequence[Sample], view: int, column: int
     if graph.augment is None or not samples:
         return None
     numbers = np.array([sample.colours[view][column] for sample in samples])
-    return colours_of(numbers, graph.device)
+    matrix, offset = colours_of(numbers)
+    return _on_device(matrix, graph.device), _on_device(offset, graph.device)
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """Without waiting for a GPU, which would first finish the steps that it was given."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values
-
-
-def _to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy that owns its memory; DALI reuses its own at the next run."""
-    from nvidia.dali.plugin.pytorch import feed_ndarray
-
-    dense = output.as_tensor()
-    squares = torch.empty(dense.shape(), dtype=torch.uint8, device=device)
-    # On the current stream, where the copy is ordered before both whatever reads the squares and
-    # DALI's reuse of its buffer.
-    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    feed_ndarray(dense, squares, cuda_stream=stream)
-    return squares

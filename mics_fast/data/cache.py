@@ -17,7 +17,14 @@ from torch import Tensor
 
 from mics_fast.config import DataConfig
 from mics_fast.data.files import WHOLE, ImageFiles
-from mics_fast.data.graph import check_dali, decoded, new_pipeline, resized
+from mics_fast.data.graph import (
+    check_dali,
+    consumer,
+    decoded,
+    new_pipeline,
+    resized,
+    to_torch,
+)
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import resized_square
 from mics_fast.data.workers import image_workers
@@ -114,16 +121,19 @@ class FrameCache:
         try:
             if self._pipeline is None:
                 self._pipeline = self._build()
-            (frames,) = self._pipeline.run(encoded=[encoded for _, _, encoded in readable])
+            images = [encoded for _, _, encoded in readable]
+            (frames,) = self._pipeline.run(consumer(self._device), encoded=images)
         except RuntimeError:
             self._pipeline = None  # DALI cannot go on after an error
-            images = [(row, self.modalities[column], WHOLE) for row, column, _ in readable]
-            if not self.files.suspect(images):
+            suspects = [(row, self.modalities[column], WHOLE) for row, column, _ in readable]
+            if not self.files.suspect(suspects):
                 raise
             return self._decode([(row, column) for row, column, _ in readable])
         places = [(self._place[row.index], column) for row, column, _ in readable]
-        squares: Iterable[Tensor] = map(torch.from_dlpack, frames)
-        if not self._on_gpu:
+        squares: Iterable[Tensor]
+        if self._on_gpu:
+            squares = to_torch(frames, self._device).to(self.device)
+        else:
             squares = self._workers.map(self._square, frames)
         for where, square in zip(places, squares, strict=True):
             self._frames[where].copy_(square)

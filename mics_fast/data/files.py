@@ -134,13 +134,19 @@ class DecodeCheck:
         self._pipeline: Any = None
 
     def __call__(self, encoded: np.ndarray, crop: np.ndarray) -> bool:
-        """Whether the decoder takes the crop of an image."""
+        """Whether the decoder takes the crop of an image.
+
+        Raises:
+            RuntimeError: the GPU has no memory left for it, which says nothing of the image.
+        """
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
             self._pipeline.run(encoded=[encoded], crop=[crop])
-        except RuntimeError:
+        except RuntimeError as error:
             self._pipeline = None  # DALI cannot go on after an error
+            if "CUDA allocation failed" in str(error):
+                raise
             return False
         return True
 

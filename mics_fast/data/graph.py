@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mics_fast.config import AugmentConfig, DataConfig
 from mics_fast.data.augment import BLUR, Augmentation
@@ -210,6 +211,26 @@ def new_pipeline(device: torch.device, threads: int | None, batch_size: int, pre
     )
 
 
+def consumer(device: torch.device) -> torch.cuda.Stream | None:
+    """What ``Pipeline.run`` gives its outputs to: torch's stream, which then waits for them in the
+    place of the host; None on a CPU."""
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def to_torch(output: Any, device: torch.device) -> Tensor:
+    """A copy of an output of equal (H, W, 3) uint8 images, (B, H, W, 3), that owns its memory.
+
+    DALI gives its own to another batch while torch may still have to read it: its streams wait for
+    this copy, but not for the readers of what DLPack would share.
+    """
+    from nvidia.dali.plugin.pytorch import feed_ndarray
+
+    dense = output.as_tensor()
+    images = torch.empty(dense.shape(), dtype=torch.uint8, device=device)
+    feed_ndarray(dense, images, cuda_stream=consumer(device))
+    return images
+
+
 def decoded(encoded: Any, device: torch.device, crop: Any = None) -> Any:
     """Node of the decoded (H, W, 3) uint8 image, upright; of the crop alone where one is given."""
     from nvidia.dali import fn, math, types
@@ -217,6 +238,7 @@ def decoded(encoded: Any, device: torch.device, crop: Any = None) -> Any:
     options: dict[str, Any] = {
         "device": "mixed" if device.type == "cuda" else "cpu",
         "output_type": types.DALIImageType.RGB,
+        "jpeg_fancy_upsampling": True,  # of chroma, as on a CPU
     }
     if crop is None:
         return fn.decoders.image(encoded, **options)

@@ -18,7 +18,7 @@ import torch
 
 from mics_fast.data.batch import Image, PairBatch, Sample, batch_of
 from mics_fast.data.files import WHOLE, ImageFiles
-from mics_fast.data.graph import PairGraph, ShardIndices
+from mics_fast.data.graph import PairGraph, ShardIndices, consumer
 from mics_fast.data.manifest import Row
 from mics_fast.data.shards import Member, write_indices
 from mics_fast.data.workers import image_workers
@@ -146,7 +146,7 @@ class Stream:
             if self._pipeline is None or (self._sharded and self._step == self._end):
                 self._build()
             try:
-                outputs = self._pipeline.run()
+                outputs = self._pipeline.run(consumer(self._graph.device))
             except RuntimeError:
                 # DALI cannot go on after an error.
                 self._pipeline = None

@@ -71,13 +71,10 @@ def coloured(planes: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     return changed.clamp_(0, 255)
 
 
-def colours_of(numbers: np.ndarray, device: torch.device) -> Colours:
-    """The colours of (B, 5) colour numbers as in ``Augmentation``."""
-    matrix, offset = (
-        torch.from_numpy(values.astype(np.float32)).to(device)
-        for values in colour_matrices(numbers.astype(np.float64))
-    )
-    return matrix, offset
+def colours_of(numbers: np.ndarray) -> Colours:
+    """The colours of (B, 5) colour numbers as in ``Augmentation``, on the CPU."""
+    matrix, offset = colour_matrices(numbers.astype(np.float64))
+    return torch.from_numpy(matrix.astype(np.float32)), torch.from_numpy(offset.astype(np.float32))
 
 
 def colour_matrices(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -11,8 +11,9 @@ import torch
 
 from mics_fast.engine.distributed import world_size
 
-# Dense bf16 of the SXM boards, TFLOP/s (NVIDIA's data sheets).
-PEAK_TFLOPS = {"H100 80GB HBM3": 989.0, "H200": 989.0}
+# Dense bf16 of the SXM boards, TFLOP/s (NVIDIA's data sheets). Whole names: those of the PCIe and
+# NVL boards and of a GPU's slices (MIG) begin alike, and their peaks are lower.
+PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 
 
 class Meter:
@@ -87,5 +88,4 @@ def peak_tflops(device: torch.device) -> float | None:
     """What a device that is known can do, in TFLOP/s; None: it is not."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return PEAK_TFLOPS.get(torch.cuda.get_device_name(device))

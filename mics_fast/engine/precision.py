@@ -30,16 +30,15 @@ class Precision:
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Set how float32 products are taken, and put back what was."""
-        matmul = torch.get_float32_matmul_precision()
-        convolution = torch.backends.cudnn.allow_tf32
+        """Set how float32 products are taken, and put back what was; nothing here convolves."""
+        # Not by the newer torch.backends.cuda.matmul.fp32_precision: torch.compile reads this one,
+        # which is an error after the other.
+        before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-            torch.backends.cudnn.allow_tf32 = self.tf32
             yield
         finally:
-            torch.set_float32_matmul_precision(matmul)
-            torch.backends.cudnn.allow_tf32 = convolution
+            torch.set_float32_matmul_precision(before)
 
 
 def pick_precision(name: PrecisionName, device: torch.device) -> Precision:

@@ -461,3 +461,18 @@ def test_a_replayed_cuda_graph_follows_the_queue_and_the_temperature() -> None:
     torch.cuda.synchronize()
     for ours, wanted in zip(captured, step(), strict=True):
         assert torch.equal(ours, wanted)
+
+
+def test_tensorfloat_is_used_where_torch_is_told_so_in_either_way():
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for older, precision in (("highest", "ieee"), ("high", "tf32")):
+            torch.set_float32_matmul_precision(older)
+            assert triton_kernels._precision() == precision
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"
+        assert triton_kernels._precision() == "tf32"
+    finally:
+        matmul.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")

@@ -491,7 +491,8 @@ def _lengths(
 def _precision() -> str:
     """float32 products: exact, or with TensorFloat-32 where torch is told so. Of no effect on
     half precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    # What every way to say so sets; to read one of the older ways is an error after the newer one.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _chip(device: torch.device) -> tuple[int, int]:

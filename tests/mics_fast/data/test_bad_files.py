@@ -218,6 +218,18 @@ def test_an_error_that_is_no_file_s_fault_is_not_hidden(rows, monkeypatch):
         take(train(rows), 3)
 
 
+def test_a_gpu_without_memory_is_no_file_s_fault(rows, monkeypatch):
+    def run(*_, **__):
+        raise RuntimeError("Error in MIXED operator `nvidia.dali.fn.decoders.image_slice`: " + told)
+
+    monkeypatch.setattr("nvidia.dali.Pipeline.run", run)
+    files, told = ImageFiles("skip", CPU), "CUDA allocation failed"
+    with pytest.raises(RuntimeError, match="allocation"):
+        files.suspect([(rows[0], "wli", WHOLE)])
+    told = "Failed to decode sample"
+    assert files.suspect([(rows[0], "wli", WHOLE)])
+
+
 # Read correctly
 
 

@@ -58,7 +58,7 @@ def test_no_share_of_a_peak_that_is_not_known(clock):
 @pytest.mark.parametrize(
     ("name", "peak"),
     [("NVIDIA H200", 989.0), ("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", None),
-     ("Tesla T4", None)],
+     ("NVIDIA H200 NVL", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("Tesla T4", None)],
 )  # fmt: skip
 def test_the_peak_of_a_gpu_that_is_known(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from mics_fast.opinions import collect_opinions
 from mics_fast.stages.compiled import compile_parts
 
 STEPS = 6
@@ -94,6 +95,15 @@ def test_finetuning_is_compiled_once_into_a_whole_graph(make_finetuning, finetun
     ):
         torch.testing.assert_close(ours, theirs)
         assert graphs() == 1, "weights that change from step to step are arguments"
+
+
+def test_validation_compiles_nothing(make_finetuning, finetune_batch, make_batch, graphs):
+    stage = make_finetuning()
+    stage.compile_parts("blocks")
+    list(train(stage, finetune_batch))
+    before = graphs()
+    collect_opinions(stage.average, [make_batch(6), make_batch(5)])
+    assert graphs() == before > 0
 
 
 def test_blocks_compiled_for_this_machine_leave_the_losses_as_they_are(

@@ -1,0 +1,488 @@
+"""What a GPU would be asked to do, without one: tensors that say "cuda" and hold nothing.
+
+Operators work out shapes, dtypes and devices alone (``FakeTensorMode``), Triton's kernels are asked
+for but not launched, and ``Watch`` refuses what would make the host wait for the GPU or leave a
+tensor on the wrong one of the two. Nothing is said of values, nor of what DALI does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from nvidia import dali
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from triton.runtime.jit import JITFunction
+
+from mics_fast.build import build_classifier, build_finetuning, build_pretraining
+from mics_fast.config import (
+    AugmentConfig,
+    CacheConfig,
+    ColourConfig,
+    DataConfig,
+    FinetuneConfig,
+    ModelConfig,
+    PretrainConfig,
+    TrainConfig,
+)
+from mics_fast.data import batch as batches
+from mics_fast.data import cache, views
+from mics_fast.data.augment import draw_augmentation
+from mics_fast.data.batch import Sample
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.files import ImageFiles
+from mics_fast.data.graph import PairGraph, decoded
+from mics_fast.data.stream import Prepared, Stream
+from mics_fast.engine.loop import Loop
+from mics_fast.engine.precision import pick_precision
+from mics_fast.engine.update import Update
+from mics_fast.models.discriminator import SpectralLinear
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import Attention, checkpoint_activations
+from mics_fast.neighbours import extract_features
+from mics_fast.opinions import state_opinions
+from mics_fast.stages import finetune
+
+GPU = torch.device("cuda", 0)
+STREAM = object()
+PRETENCE = FakeTensorMode(allow_non_fake_inputs=True)
+COPIES = ("_to_copy", "copy_")
+FUSED = (torch.ops.aten._fused_adamw_.tensor_lr, torch.ops.aten._fused_adam_.tensor_lr)
+
+# Autograd asks each device for its streams, which torch has none of where there is no GPU.
+STREAMS = r"""
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <cstring>
+#include <new>
+using namespace c10;
+static const Device gpu(DeviceType::CUDA, 0);
+struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
+  Device exchangeDevice(Device) const override { return gpu; }
+  Device getDevice() const override { return gpu; }
+  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, gpu); }
+  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, gpu); }
+  void record(void **, const Stream &, DeviceIndex, EventFlag) const override {}
+  void block(void *, const Stream &) const override {}
+};
+struct Hooks : at::CUDAHooksInterface {
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+};
+extern "C" void pretend(bool on) {
+  static const Guard guard;
+  static const impl::DeviceGuardImplInterface *guard_before = nullptr;
+  static void *hooks_before = nullptr;
+  auto &slot = impl::device_guard_impl_registry[static_cast<int>(DeviceType::CUDA)];
+  void *hooks = const_cast<at::CUDAHooksInterface *>(&at::detail::getCUDAHooks());
+  if (on) {
+    guard_before = slot.exchange(&guard);
+    std::memcpy(&hooks_before, hooks, sizeof hooks_before);
+    new (hooks) Hooks;  // no hooks have state, only a table of functions
+  } else {
+    slot.store(guard_before);
+    std::memcpy(hooks, &hooks_before, sizeof hooks_before);
+  }
+}
+"""
+
+
+class Stray(AssertionError):
+    """A tensor on the wrong device, or one that the host would wait for."""
+
+
+class Watch(TorchDispatchMode):
+    """Lets through only what the host can ask for without waiting for the GPU.
+
+    Args:
+        reads: results may be read back.
+    """
+
+    def __init__(self, *, reads: bool = False) -> None:
+        super().__init__()
+        self.reads = reads
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in FUSED:  # in place, and without a pretended form
+            assert kwargs["lr"].dtype == torch.float32, "what the kernel reads"
+            result = None
+        else:
+            result = func(*args, **kwargs)
+        tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+        if len({x.device.type for x in tensors}) > 1:
+            self.check(func, args, kwargs, result)
+        return result
+
+    def check(self, func, args, kwargs, result):
+        name = func.overloadpacket.__name__
+        if name == "fill_" and not args[1].dim():
+            return  # of one number, as in x[0] = 1: it goes with the launch
+        if name not in COPIES:
+            raise Stray(f"{func} has tensors on the host and on the GPU")
+        source = args[1] if name == "copy_" else args[0]
+        if source.device.type == "cuda":
+            if not self.reads:
+                raise Stray(f"{func} reads the GPU")
+            return
+        blocking = not kwargs.get("non_blocking", len(args) > 2 and args[2])
+        if blocking or not getattr(source, "pinned", False):
+            raise Stray(f"{func} of a host tensor {tuple(source.shape)} waits for the GPU")
+
+
+launched: set[str] = set()
+
+
+def launch(kernel, *args, grid, warmup, **options):
+    """In the place of a launch: a kernel takes tensors of the GPU, without gaps."""
+    for tensor in tree_leaves((args, options)):
+        if isinstance(tensor, Tensor):
+            assert tensor.device.type == "cuda" and tensor.is_contiguous(), kernel.__name__
+    launched.add(kernel.__name__)
+
+
+def pin(tensor):
+    tensor.pinned = True
+    return tensor
+
+
+def move(module, device):
+    """``Module.to`` from a CPU to a pretended GPU."""
+    with PRETENCE:
+        for own in module.modules():
+            for name, value in own._parameters.items():
+                moved = torch.nn.Parameter(value.detach().to(device), value.requires_grad)
+                own._parameters[name] = moved
+            for name, value in own._buffers.items():
+                own._buffers[name] = value.to(device)
+    return module
+
+
+@pytest.fixture(scope="module")
+def gpu(tmp_path_factory):
+    """The pretence; it ends with this file."""
+    patch = pytest.MonkeyPatch()
+    streams = None
+    if not torch.cuda.is_available():
+        streams = load_streams(tmp_path_factory.mktemp("streams"))
+        streams.pretend(True)
+        patch.setattr(torch.cuda, "_exchange_device", lambda index: index)
+        patch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: index)
+    chip = SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    patch.setattr(torch.cuda, "get_device_name", lambda device: "pretended")
+    patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
+    patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
+    patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    patch.setattr(JITFunction, "run", launch)
+    patch.setattr(Tensor, "pin_memory", pin)
+    patch.setattr(torch.nn.Module, "to", move)
+    patch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
+    patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    for module in (batches, cache):
+        patch.setattr(module, "to_torch", lambda output, device: output.to_torch(device))
+    with torch.autograd.set_multithreading_enabled(False), PRETENCE:
+        yield GPU
+    views._levels.cache_clear()
+    patch.undo()
+    if streams is not None:
+        streams.pretend(False)
+
+
+def load_streams(folder):
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++, which builds what torch asks of a GPU's streams")
+    torch_folder = torch.__path__[0]
+    source, library = folder / "streams.cpp", folder / "streams.so"
+    source.write_text(STREAMS)
+    command = [
+        "g++", "-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", str(source),
+        f"-L{torch_folder}/lib", "-lc10", "-ltorch_cpu", "-o", str(library),
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
+
+
+MANIFEST = SimpleNamespace(modalities=("wli", "nbi"), classes=("a", "b", "c"))
+ALONE = SimpleNamespace(modalities=("wli",), classes=("a", "b", "c"))
+
+
+@pytest.fixture
+def build(gpu, tiny, monkeypatch):
+    """build(stage, ...) -> the stage and its plan, as ``train`` builds them for a GPU."""
+    monkeypatch.setitem(SIZES, "vit_micro", tiny)
+
+    def make(stage, *, precision="bf16", manifest=MANIFEST, **options):
+        config = TrainConfig(
+            precision=precision,
+            model=ModelConfig(size="vit_micro", projection=8, fusion_depth=1),
+            pretrain=PretrainConfig(batch_size=4),
+            finetune=FinetuneConfig(labelled_batch=2, unlabelled_batch=4, shift_rank=2),
+        )
+        for name, value in options.items():
+            setattr(getattr(config, stage), name, value)
+        chosen = pick_precision(precision, gpu)
+        with unset_fake_temporarily():  # weights are drawn on a CPU
+            if stage == "pretrain":
+                return build_pretraining(config, manifest, 64, chosen, gpu)
+            model = build_classifier(config, manifest)
+            return build_finetuning(config, manifest, model, 64, chosen, gpu)
+
+    return make
+
+
+class Pipeline:
+    """In the place of DALI's: outputs of squares, and the streams that they were made for."""
+
+    def __init__(self, outputs, rows, side):
+        self.shape, self.outputs, self.streams = (rows, side, side, 3), outputs, []
+
+    def run(self, stream=None, **inputs):
+        self.streams.append(stream)
+        return [self] * self.outputs
+
+    def to_torch(self, device):
+        """As ``graph.to_torch`` copies an output."""
+        return torch.empty(self.shape, dtype=torch.uint8, device=device)
+
+
+def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, missing=False):
+    """The loader's stream of so many samples on a GPU, and what stands there for DALI."""
+    augment = AugmentConfig(weak=ColourConfig(blur=1.0))
+    side = SIZES["vit_micro"].image
+    graph = PairGraph(modalities, DataConfig(), side, GPU, augment, strong)
+    samples = []
+    for number in range(rows):
+        drawn = draw_augmentation(
+            augment, seed=0, epoch=0, sample_id=number, modalities=len(modalities)
+        )
+        present = np.ones(len(modalities), bool)
+        if missing:  # an image of the second row, and all of the first, which is left out
+            present[number % len(modalities)] = number > 1
+            present &= number > 0
+        row = SimpleNamespace(label=number % 3, labelled=True, index=number, group=number)
+        numbers, colours = graph.numbers(drawn), (drawn.weak, drawn.strong)
+        sample = Sample(row, present, [], numbers, drawn.crop(), graph.region(drawn), colours, [])
+        samples.append(sample)
+    pipeline = Pipeline(len(modalities) * len(graph.blurred), rows, side)
+
+    def build(self, images, numbers, batch_size):
+        images(0)
+        return pipeline
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PairGraph, "build", build)
+        made = Stream(graph, ImageFiles("error", GPU), lambda _: Prepared(samples), rows, 0)
+        made._build()
+    return made, pipeline
+
+
+def batch_of(rows, **options):
+    return next(stream_of(rows, **options)[0])
+
+
+def parts_of(stage, **options):
+    """What the loop hands to a step."""
+    if stage == "pretrain":
+        return (batch_of(4, **options),)
+    return batch_of(2, **options), batch_of(4, strong=True, **options)
+
+
+def on_gpu(values):
+    return {x.device.type for x in tree_leaves(values) if isinstance(x, Tensor)} == {"cuda"}
+
+
+def step(stage, plan, batch, steps=2):
+    """Steps of the real update, and what they say."""
+    launched.clear()
+    update = Update(stage, plan)
+    with Watch():
+        for number in range(steps):
+            values = update(batch, number)
+    assert on_gpu(update.guard.first_steps())
+    tensors = [v for v in values.values() if isinstance(v, Tensor)]
+    assert on_gpu(tensors) and all(v.dim() == 0 for v in tensors)
+    return values
+
+
+PRETRAIN = [
+    {"preset": preset, "adversarial": how}
+    for preset in ("paper", "turbo")
+    for how in ("simultaneous", "alternating")
+] + [{"accumulate": 2}]
+FINETUNE = [
+    {"shift": "none"}, {"shift": "diagonal"}, {"shift": "low-rank"}, {"shift": "closed-form"},
+    {"modality_dropout": 0.5, "accumulate": 2}, {"unlabelled_weight": 0.0},
+]  # fmt: skip
+STAGES = [("pretrain", o) for o in PRETRAIN] + [("finetune", o) for o in FINETUNE]
+SHIFTS = {
+    "diagonal": {"shift_kernel", "moments_kernel"}, "low-rank": {"combine_kernel"},
+    "closed-form": {"losses_kernel"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_batch_is_handed_over_without_a_wait(gpu, tiny, monkeypatch, missing):
+    monkeypatch.setitem(SIZES, "vit_micro", tiny)
+    batch_of(4)  # mean and standard deviation get there once
+    stream, pipeline = stream_of(4, strong=True, missing=missing)
+    with Watch():
+        batch = next(stream)
+    assert pipeline.streams == [STREAM]  # else the host would wait for DALI's work
+    assert on_gpu(vars(batch)) and len(batch.label) == 4 - missing
+    assert {x.dtype for x in (*batch.views.values(), *batch.strong.values())} == {torch.float32}
+
+
+@pytest.mark.parametrize(("mode", "device"), [("device", "cuda"), ("host", "cpu")])
+def test_frames_are_kept_where_they_were_asked_to_be(gpu, monkeypatch, mode, device):
+    data = DataConfig(cache=CacheConfig(mode, side=8))
+    rows = [SimpleNamespace(index=k, files={"wli": "a", "nbi": None}) for k in range(3)]
+    frames = FrameCache(rows, ("wli", "nbi"), data=data, image_size=8, device=GPU)
+    pipeline = Pipeline(1, len(rows), frames.side)
+    monkeypatch.setattr(frames, "_build", lambda: pipeline)
+    monkeypatch.setattr(cache.ImageFiles, "read", lambda self, row, name: (row.files[name], ""))
+    with Watch(reads=mode == "host"):
+        frames.fill(rows)
+    assert pipeline.streams == [STREAM] and frames._frames.device.type == device
+    assert frames.frame(rows[0], "nbi") == (None, "")
+    if mode == "device":
+        assert frames.frame(rows[0], "wli")[0].device.type == frames.blank().device.type == device
+
+
+@pytest.mark.parametrize("kept", [None, torch.device("cpu"), GPU], ids=str)
+def test_dali_takes_the_graph_of_a_gpu(gpu, monkeypatch, kept):
+    outputs = []
+    monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda self, *nodes: outputs.extend(nodes))
+    monkeypatch.setattr(dali.Pipeline, "build", lambda self: None)  # which needs a driver
+    graph = PairGraph(("wli", "nbi"), DataConfig(threads=1), 8, GPU, AugmentConfig(), True, kept)
+    graph.build(lambda batch: [], lambda batch: [], 4)
+    assert [node.device for node in outputs] == ["gpu"] * 4  # two modalities, plain and blurred
+
+
+def test_a_gpu_makes_the_pixels_of_a_jpeg_that_a_cpu_makes(gpu):
+    with dali.Pipeline(batch_size=1, num_threads=1, device_id=0):
+        decoder = decoded(dali.fn.external_source(name="encoded"), GPU).source
+    assert "device: mixed" in str(decoder.spec)
+    assert "jpeg_fancy_upsampling: True" in str(decoder.spec)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_step_of_any_precision_waits_for_nothing(build, stage, precision):
+    made, plan = build(stage, precision=precision)
+    seen = {Attention: set(), SpectralLinear: set()}
+    for module in made.modules():
+        for kind, dtypes in seen.items():
+            if isinstance(module, kind):
+                module.register_forward_hook(lambda _, x, y, d=dtypes: d.add(y.dtype))
+    step(made, plan, parts_of(stage))
+    half = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    assert seen[Attention] == {half}
+    assert seen[SpectralLinear] == ({torch.float32} if stage == "pretrain" else set())
+    assert {p.grad.dtype for p in made.parameters() if p.grad is not None} == {torch.float32}
+
+
+@pytest.mark.parametrize(("stage", "options"), STAGES, ids=str)
+def test_a_step_of_any_kind_waits_for_nothing(build, stage, options):
+    made, plan = build(stage, **options)
+    step(made, plan, parts_of(stage))
+    assert on_gpu(made.state_dict())
+    own = {"sweep_kernel"} if stage == "pretrain" else {"evidential_rows_kernel"}
+    assert own | SHIFTS.get(options.get("shift"), set()) <= launched
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_one_modality_alone_waits_for_nothing(build, stage):
+    made, plan = build(stage, manifest=ALONE)
+    step(made, plan, parts_of(stage, modalities=("wli",)))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_activations_computed_once_more_wait_for_nothing(build, stage):
+    made, plan = build(stage)
+    checkpoint_activations(made)
+    step(made, plan, parts_of(stage))
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_what_a_checkpoint_holds_goes_back_to_where_it_was(build, stage, monkeypatch):
+    """As ``Loop`` saves and loads it, by way of main memory."""
+    made, plan = build(stage, precision="fp16")
+    step(made, plan, parts_of(stage))
+    optimisers = {name: own.state_dict() for name, own in plan.optimisers.items()}
+    scaler = {"scale": 8.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
+              "_growth_tracker": 3}  # fmt: skip
+    state = {"step": 2, "stage": made.state_dict(), "optimisers": optimisers, "scaler": scaler,
+             "rng": None, "seconds": 1.0, "skipped_steps": 0.0}  # fmt: skip
+    saved = tree_map_only(Tensor, lambda x: x.cpu(), state)
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+
+    again, planned = build(stage, precision="fp16")
+    Loop(again, planned, None, {}, None).load(saved)
+    step(again, planned, parts_of(stage))
+    assert on_gpu(again.state_dict())
+    for name, own in planned.optimisers.items():
+        there = own.state_dict()  # its groups, too, where a rate is a tensor
+        assert on_gpu(there) and there["state"].keys() == optimisers[name]["state"].keys()
+
+
+@pytest.mark.parametrize("hide", [False, True])
+def test_opinions_end_in_main_memory(build, hide):
+    made, _ = build("finetune")
+    with Watch(reads=True):
+        opinions = state_opinions(made.average.eval(), batch_of(4), hide=hide)
+    tensors = [x for x in tree_leaves(vars(opinions)) if isinstance(x, Tensor)]
+    assert {x.device.type for x in tensors} == {"cpu"}
+
+
+def test_features_of_neighbours_stay_on_the_gpu(build):
+    made, _ = build("pretrain")
+    with Watch():
+        features = extract_features(made.model, [batch_of(4), batch_of(3)], torch.bfloat16)
+        assert on_gpu(vars(features)) and features.values.dtype == torch.float32
+        assert on_gpu(features.mean())
+
+
+@pytest.mark.parametrize(
+    ("planted", "error"),
+    [
+        (lambda x: x + torch.ones(4), Exception),
+        (lambda x: x * torch.tensor(2.0), Stray),
+        (lambda x: x + torch.tensor(2.0, device=GPU), Stray),
+        (lambda x: x + torch.ones(4).to(GPU), Stray),
+        (lambda x: x + torch.ones(4).to(GPU, non_blocking=True), Stray),
+        (lambda x: x + torch.ones(4).pin_memory().to(GPU), Stray),
+        (lambda x: x[[0, 1]], Stray),
+        (lambda x: x.cpu(), Stray),
+        (lambda x: x.sum().item(), DataDependentOutputException),
+        (lambda x: bool(x.sum() > 0), DataDependentOutputException),
+        (lambda x: x[x > 0], DynamicOutputShapeException),
+    ],
+)
+def test_the_watch_sees_what_it_is_there_for(gpu, planted, error):
+    values = torch.ones(4, device=GPU)
+    with Watch():
+        values + torch.ones(4).pin_memory().to(GPU, non_blocking=True)
+        with pytest.raises(error):
+            planted(values)
+
+
+def test_a_bug_in_the_step_is_seen_there(build, monkeypatch):
+    made, plan = build("finetune")
+    batch = parts_of("finetune")
+    monkeypatch.setattr(finetune, "ramp", lambda step, end: torch.tensor(1.0, device=GPU))
+    with pytest.raises(Stray, match="waits for the GPU"):
+        step(made, plan, batch)
