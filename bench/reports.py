@@ -84,7 +84,8 @@ def measured(rows: list[Row]) -> list[Row]:
 
 
 def work(results: list[Result]) -> str | None:
-    """Bytes, FLOPs and floor of every case, and what the machines do at most."""
+    """Bytes, FLOPs and floor of every case, at the bandwidth of as many bytes, and what the
+    machines do at most."""
     parts = []
     for kind in ("cpu", "cuda"):
         for subject in ("evidential", "consistency", "shift"):
@@ -95,7 +96,7 @@ def work(results: list[Result]) -> str | None:
     lines, machines = [], []
     for result, rows in parts:
         machines += [
-            f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s, "
+            f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s from memory, "
             f"{peaks['matrix_flops'] / 1e9:.0f} GFLOP/s of products, "
             f"{peaks['vector_flops'] / 1e9:.0f} of others ({peaks['source']})"
             for peaks in result.peaks.values()
@@ -104,10 +105,20 @@ def work(results: list[Result]) -> str | None:
         seen = keys_of(rows, "operator", "shape", "threads", "bytes", "flops")
         for operator, shape, threads, moved, flops in seen:
             own = named(rows, operator=operator, shape=shape, threads=threads)
-            floor = next(iter(own.values()))["floor_ms"]
-            bound = [f"{moved / 1e6:.2f}", f"{flops / 1e9:.3g}", digits(floor)]
-            lines.append([f"`{operator}`", str(shape), str(threads), *bound])
-    head = ["operator", "size", "threads", "MB", "GFLOP", "floor ms"]
+            first = next(iter(own.values()))
+            rate = first.get("bandwidth")
+            lines.append(
+                [
+                    f"`{operator}`",
+                    str(shape),
+                    str(threads),
+                    f"{moved / 1e6:.2f}",
+                    digits(rate / 1e9) if rate else "not measured",
+                    f"{flops / 1e9:.3g}",
+                    digits(first["floor_ms"]),
+                ]
+            )
+    head = ["operator", "size", "threads", "MB", "GB/s", "GFLOP", "floor ms"]
     return "\n".join(dict.fromkeys(machines)) + "\n\n" + table(head, lines)
 
 
