@@ -167,7 +167,7 @@ def absent(label: Row, reason: str, *, failed: bool) -> Row:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Of operators: medians, percentiles, ratios, shares of the floor, and memory."""
+    """Medians and percentiles (of a call, step or pair), ratios, shares of the floor, memory."""
     timed = [row for row in rows if "median_ms" in row]
     if timed:
         head = f"{'median':>9} {'p20':>9} {'p80':>9}  {'times':>6} {'floor':>6} {'memory':>8}"
@@ -175,10 +175,11 @@ def print_table(rows: list[Row]) -> None:
     for row in timed:
         name = f"{row['operator']}, {row['shape']}, {row['implementation']}"
         name += ", 1 thread" if row["threads"] == 1 else ""
-        extra = row.get("extra_mb")
+        ratio, share, extra = (row.get(key) for key in ("ratio", "share_of_floor", "extra_mb"))
         print(
             f"{name:66} {row['median_ms']:9.4f} {row['p20_ms']:9.4f} {row['p80_ms']:9.4f}  "
-            f"{row['ratio']:5.1f}x {100 * row['share_of_floor']:4.0f} % "
+            f"{'-' if ratio is None else f'{ratio:.1f}x':>6} "
+            f"{'-' if share is None else f'{100 * share:.0f} %':>6} "
             f"{'-' if extra is None else f'{extra:.1f} MB':>8}"
         )
 

@@ -95,7 +95,7 @@ def checked(case: Case, device: torch.device) -> Rivals:
     return replace(rivals, steps=right, failed=failed)
 
 
-def in_a_line(error: Exception) -> str:
+def in_a_line(error: BaseException) -> str:
     """Kind and first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 

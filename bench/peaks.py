@@ -148,7 +148,8 @@ def probe() -> ctypes.CDLL | None:
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "probe.so"
         for compiler in filter(shutil.which, (os.environ.get("CC", ""), "cc", "gcc", "clang")):
-            command = [compiler, "-O3", "-march=native", "-shared", "-fPIC", source, "-o", built]
+            options = ["-O3", "-march=native", "-shared", "-fPIC"]
+            command = [compiler, *options, str(source), "-o", str(built)]
             if subprocess.run(command, capture_output=True).returncode == 0:
                 return declared(ctypes.CDLL(str(built)))
     return None

@@ -191,8 +191,8 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
 
 def ladder(axes: Axes, result: Result) -> None:
     """Pairs a second of each rung, for each model."""
-    rows = [row for row in result.of("training") if row.get("implementation", "z")[0] in "abcdefg"]
-    rows = [row for row in rows if not row["implementation"].startswith("fine")]
+    rows = [row for row in result.of("training") if "pairs_per_second" in row]
+    rows = [row for row in rows if not row["implementation"].startswith(("fine", "turbo"))]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):
         own = [row for row in rows if row["shape"] == shape]
