@@ -4,9 +4,9 @@
 
 measures. One module a subject says what is compared on which inputs: ``evidential``,
 ``consistency``, ``shift`` (cases, case.py), ``pipeline`` and ``training`` (rows of their own).
-timing.py takes the times, memory.py the peaks of memory, machine.py says what it ran on and what
-that machine can do at most, roofline.py what a case cannot do without. A result is compared with
-the others' before it is timed; a wrong one stops the run.
+timing.py takes the times, memory.py the peaks of memory; machine.py says what it ran on, peaks.py
+(with probe.c) what that machine can do at most, roofline.py what a case cannot do without. A result
+is compared with the others' before it is timed; a wrong one is not.
 
     python -m bench.tables [--check]        writes every table and plot of the documents
     python -m bench.gpu                     builds, tests and measures on an NVIDIA GPU (make gpu)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ class Rivals:
         steps: one call of each implementation, by name; "compiled" in a name: of torch.compile.
         check: takes a name and what its step returned; AssertionError where that is wrong.
         absent: name -> why that implementation cannot run here.
+        failed: name -> what was wrong with its result, or how it ended.
         synchronises: names whose calls wait for the GPU, so that no CUDA graph captures them.
     """
 
     steps: dict[str, Step]
     check: Callable[[str, Any], None]
     absent: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     synchronises: frozenset[str] = frozenset()
 
     def captured(self, name: str) -> bool:
@@ -78,20 +80,24 @@ def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[s
 
 
 def checked(case: Case, device: torch.device) -> Rivals:
-    """The case's rivals, after each has shown that its result is right.
-
-    Raises:
-        AssertionError: one is wrong; the message names case and implementation.
-    """
+    """The case's rivals that have shown that their result is right; ``failed`` names the others."""
     rivals = case.make(device, False)
+    right: dict[str, Step] = {}
+    failed = {}
     for name, step in rivals.steps.items():
         try:
             rivals.check(name, step())
+            right[name] = step
         except AssertionError as error:
-            raise AssertionError(
-                f"{case.operator}, {case.shape}: {name} is wrong: {error}"
-            ) from None
-    return rivals
+            failed[name] = f"is wrong: {error}"
+        except Exception as error:  # one that ends like this must not take the others with it
+            failed[name] = in_a_line(error)
+    return replace(rivals, steps=right, failed=failed)
+
+
+def in_a_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def close(got: Any, true: Any, tolerance: float) -> None:

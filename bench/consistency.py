@@ -6,8 +6,17 @@ keys that are computed again in the backward pass, and the same loss written ove
 scaled_dot_product_attention (V = K).
 
 With hard targets (alpha = 0) and one direction the loss is a cross-entropy over keys, and public
-kernels compute it: Liger-Kernel's and cut-cross-entropy's fused linear cross-entropy, with the keys
-as classifier, and Inf-CL. They need a GPU, and are timed where they are installed.
+kernels compute it, from queries divided by the temperature in bfloat16 (ours divides the scores, in
+float32). They need a GPU, and are timed where they are installed:
+
+- Liger-Kernel (as of 0.8.2), fused linear cross-entropy with the keys as classifier, whose
+  gradient is not computed, as nobody asks for it. Scores are rounded to bfloat16. It works on as
+  many rows at a time as keep a block of scores the size of the queries: a few, for so many keys.
+- cut-cross-entropy (25.1.1 to 25.6.4), the same without a block of scores, as "cce_exact": by
+  default the backward pass leaves out blocks of scores whose probabilities are all below 2^-12,
+  and the gradient is another one.
+- Inf-CL (1.2), a contrastive loss a row, averaged here. It converts queries and keys to float32,
+  multiplies in TF32, and always computes the gradient of the keys, too: two products of its five.
 """
 
 from __future__ import annotations
@@ -23,11 +32,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench import roofline
-from bench.case import Case, Rivals, Step, close, own_backends
+from bench.case import Case, Rivals, Step, close, in_a_line, own_backends
 from mics_kernels import consistency_loss, multimodal_consistency_loss
 
 DIM, QUEUE, TEMPERATURE, ALPHA, CHUNK = 256, 65536, 0.07, 0.4, 8192
 BATCHES = (8, 64, 256)
+WAITING = frozenset({"Liger-Kernel", "cut-cross-entropy"})
+"""Which count targets, or list them, on the host: no CUDA graph captures them."""
 Loss = Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor]
 
 
@@ -193,20 +204,20 @@ def hard_rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
     losses |= {"cross_entropy eager": eager, "cross_entropy compiled": torch.compile(eager)}
     exact = query.detach().float().requires_grad_()
     true = step_of(lambda: F.cross_entropy(exact @ pool.float().T / TEMPERATURE, target), [exact])()
-    public, missing = public_kernels(query, pool, target, true)
+    public, missing = public_kernels(device, query, pool, target, true)
     steps = {name: step_of(loss, [query]) for name, loss in (losses | public).items()}
 
     def check(name: str, result: Any) -> None:
         close(result, true, tolerance_on(device))
 
-    return Rivals(steps, check, absent | missing, frozenset(public))
+    return Rivals(steps, check, absent | missing, synchronises=WAITING)
 
 
 def public_kernels(
-    query: Tensor, pool: Tensor, target: Tensor, true: tuple[Tensor, ...]
+    device: torch.device, query: Tensor, pool: Tensor, target: Tensor, true: tuple[Tensor, ...]
 ) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
     """Kernels of others for the cross-entropy of query . pool / T, and why some are not here: those
-    whose loss and gradient are not the ``true`` ones, too, rather than to stop the run."""
+    whose loss and gradient are not the ``true`` ones, too, because their fault is not ours."""
 
     def liger() -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
@@ -216,12 +227,13 @@ def public_kernels(
     def cut() -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
-        return linear_cross_entropy(query / TEMPERATURE, pool, target)
+        return linear_cross_entropy(query / TEMPERATURE, pool, target, impl="cce_exact")
 
     def inf_cl() -> Tensor:
         from inf_cl import cal_flash_loss
 
-        return cal_flash_loss(query, pool, scale=1 / TEMPERATURE)
+        # Without labels key i is the positive of query i; head_dim divides the width.
+        return cal_flash_loss(query, pool, scale=1 / TEMPERATURE, head_dim=DIM).mean()
 
     found: dict[str, Callable[[], Tensor]] = {}
     absent = {}
@@ -230,14 +242,14 @@ def public_kernels(
         ("cut-cross-entropy", "cut_cross_entropy", cut),
         ("Inf-CL", "inf_cl", inf_cl),
     ):
-        if query.device.type != "cuda":
+        if device.type != "cuda":
             absent[name] = "needs a GPU"
         elif importlib.util.find_spec(package) is None:
             absent[name] = f"{package} is not installed"
         else:
             try:
-                close(step_of(call, [query])(), true, tolerance_on(query.device))
+                close(step_of(call, [query])(), true, tolerance_on(device))
                 found[name] = call
             except Exception as error:  # of others' code, of whatever kind
-                absent[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+                absent[name] = in_a_line(error)
     return found, absent

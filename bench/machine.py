@@ -1,4 +1,4 @@
-"""What a benchmark ran on, and what that machine does at most."""
+"""What a benchmark ran on."""
 
 from __future__ import annotations
 
@@ -10,20 +10,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench.roofline import Peaks
-
 ROOT = Path(__file__).resolve().parents[1]
-# bytes/s, and FLOP/s of dense bfloat16 products and of float32 outside tensor cores, by name of the
-# GPU, all of it: a PCIe or NVL board or a slice (MIG) does less; as their data sheets give them.
-DATA_SHEETS = {
-    "NVIDIA H100 80GB HBM3": Peaks(3.35e12, 989e12, 67e12, "data sheet of the H100 SXM"),
-    "NVIDIA H200": Peaks(4.8e12, 989e12, 67e12, "data sheet of the H200"),
-}
 
 
 def machine(device: torch.device) -> dict[str, object]:
@@ -96,47 +87,3 @@ def commit() -> str:
 def slug(name: str) -> str:
     """A name as part of a path."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def peaks_of(device: torch.device) -> Peaks:
-    """Bandwidth and FLOP/s with the threads that are set: of known GPUs from the data sheet, else
-    measured here: the best of a second of copies, and of matrix products (of float32 on a CPU,
-    where they are the peak of every other multiply-add, too)."""
-    if device.type == "cuda":
-        known = DATA_SHEETS.get(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known
-    bandwidth = measured_bandwidth(device)
-    single = measured_product(device, torch.float32)
-    matrix = single if device.type == "cpu" else measured_product(device, torch.bfloat16)
-    threads = torch.get_num_threads()
-    how = f"measured, {threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else "measured"
-    return Peaks(bandwidth, matrix, single, how)
-
-
-def measured_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a copy of 256 MB, read and written."""
-    source = torch.ones(2**26, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / best_of(lambda: target.copy_(source), device)
-
-
-def measured_product(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a square matrix product."""
-    side = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(side, side, device=device).to(dtype)
-    out = torch.empty_like(a)
-    return 2 * side**3 / best_of(lambda: torch.mm(a, a, out=out), device)
-
-
-def best_of(step: Callable[[], object], device: torch.device, budget: float = 1.0) -> float:
-    """Least seconds of the calls that a second has room for, but for the first one."""
-    step()
-    times: list[float] = []
-    while sum(times) < budget:
-        start = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)

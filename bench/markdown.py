@@ -28,6 +28,18 @@ def times(row: Row | None) -> str:
     return f"{row['ratio']:.{0 if row['ratio'] >= 100 else 1}f}x" if row else "-"
 
 
+def share(row: Row) -> str:
+    """How much of the floor a row reaches; results of old had none of everything."""
+    value = row.get("share_of_floor")
+    return "not measured" if value is None else f"{100 * value:.0f} %"
+
+
+def megabytes(row: Row) -> str:
+    """Its memory; results of old had none of everything."""
+    value = row.get("extra_mb")
+    return "not measured" if value is None else f"{value:.0f}"
+
+
 def how(result: Result, subject: str) -> str:
     """Command, machine and versions of a result."""
     machine = result.machine

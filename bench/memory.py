@@ -17,6 +17,7 @@ import torch
 
 from bench.case import Case, Step
 
+CPU = torch.device("cpu")
 STATUS = Path("/proc/self/status")
 
 
@@ -25,11 +26,9 @@ def extra_megabytes(
 ) -> float | None:
     """Of implementation ``name`` of a subject's case; None where nothing tells it."""
     if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        begin = start_peak(device)
         step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return None if begin is None else end_peak(device) - begin
     if not STATUS.exists():
         return None
     command = [sys.executable, "-m", "bench.memory", subject, case.operator, case.shape, name]
@@ -42,16 +41,41 @@ def extra_megabytes(
 
 def weigh(case: Case, name: str) -> float:
     """On a CPU, in this process. Before comes a call on tiny inputs, for what stays of a first
-    call; of torch.compile one of full size, which compiles, and whose memory is given back."""
-    device = torch.device("cpu")
-    step = case.make(device, False).steps[name]
-    (step if "compiled" in name else case.make(device, True).steps[name])()
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    before = resident_megabytes("VmRSS")
+    call; of torch.compile one of full size, which compiles, and whose memory is given back.
+
+    Raises:
+        SystemExit: the system does not tell.
+    """
+    step = case.make(CPU, False).steps[name]
+    (step if "compiled" in name else case.make(CPU, True).steps[name])()
+    begin = start_peak(CPU)
+    if begin is None:
+        raise SystemExit("peaks of the resident size need Linux with the GNU C library")
     step()
-    return resident_megabytes("VmHWM") - before
+    return end_peak(CPU) - begin
+
+
+def start_peak(device: torch.device) -> float | None:
+    """MB in use; the peak starts anew from here. On a CPU: resident, after the allocator has given
+    back what it does not use; None where that cannot be told."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device) / 2**20
+    library = ctypes.CDLL(None)
+    if not STATUS.exists() or not hasattr(library, "malloc_trim"):
+        return None
+    library.malloc_trim(0)
+    STATUS.with_name("clear_refs").write_text("5")
+    return resident_megabytes("VmRSS")
+
+
+def end_peak(device: torch.device) -> float:
+    """The most MB in use since ``start_peak``."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resident_megabytes("VmHWM")
 
 
 def resident_megabytes(entry: str) -> float:
@@ -60,9 +84,15 @@ def resident_megabytes(entry: str) -> float:
     return next(float(line.split()[1]) / 2**10 for line in lines if line.startswith(entry))
 
 
+def private_megabytes(process: int) -> float:
+    """What a process shares with no other one, as Linux counts it."""
+    lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith("Private_")) / 2**10
+
+
 if __name__ == "__main__":
     subject, operator, shape, name, threads = sys.argv[1:]
     torch.set_num_threads(int(threads))
-    cases = importlib.import_module(f"bench.{subject}").cases(torch.device("cpu"))
+    cases = importlib.import_module(f"bench.{subject}").cases(CPU)
     wanted = next(case for case in cases if (case.operator, case.shape) == (operator, shape))
     print(weigh(wanted, name))

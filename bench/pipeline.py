@@ -1,12 +1,19 @@
 """The image pipeline: pairs a second of training views, each way to make them in one run.
 
 The DALI pipeline, uncached and from frames kept in memory, stands beside what many would write: a
-PyTorch DataLoader whose workers use Pillow, without and with JPEG draft mode (which decodes at a
-half or a quarter of the size where that is enough, and so changes the image a little). All crop,
-flip, resize, colour and normalise by the same numbers; how far their views are from those of DALI
-is checked first. Rounds alternate; each is a process of its own and warms up before its clock runs.
-"cores" is CPU time over wall time of a round with its start: well below the number of cores, the
-machine was busy with something else. "CPU ms" is that CPU time for each pair, which suffers less.
+PyTorch DataLoader whose workers, one a core, use Pillow, without and with JPEG draft mode (which
+decodes at a half or a quarter of the size where that is enough, and so changes the image a little).
+All crop, flip, resize, colour and normalise by the same numbers; how far their views are from those
+of DALI is checked first. Rounds alternate; each is a process of its own and warms up before its
+clock runs. "cores" is CPU time over wall time of a round with its start: well below the number of
+cores, the machine was busy with something else. "CPU ms" is that CPU time for each pair, which
+suffers less.
+
+The floor of what decodes is decoding alone: the same crops of the same files on the same cores, by
+DALI or by Pillow, whichever is faster, and nothing else; of draft mode, whose work is less, that of
+draft mode alone. They take turns with the others. The floor of kept frames is the bytes of the
+crops and of the views over the bandwidth. FLOPs are not counted: decoding has no use for them.
+"MB" is what the process grew by at its peak, with what its workers share with nobody; of the host.
 
     python -m bench --full --only pipeline --manifest FILE      (of python -m mics_fast.prepare)
 """
@@ -23,6 +30,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -30,63 +39,116 @@ import torch
 from PIL import Image, features
 from torch import Tensor
 
+from bench.memory import CPU, end_peak, private_megabytes, start_peak
+from bench.peaks import peaks_of
+from bench.timing import row_of
 from mics_fast.config import AugmentConfig, CacheConfig, DataConfig
 from mics_fast.data.augment import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
     SATURATION,
+    Augmentation,
     draw_augmentation,
     epoch_order,
 )
 from mics_fast.data.cache import FrameCache
+from mics_fast.data.graph import check_dali, decoded, new_pipeline
 from mics_fast.data.manifest import Row, read_manifest
 from mics_fast.data.pipeline import TrainLoader
+from mics_fast.data.shards import read_image
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from mics_fast.errors import InputError
 
-SIDE, BATCH, SEED, WORKERS = 224, 32, 0, 2
-BATCHES = 16  # on the clock
-WARM_UP = 6  # batches before it, and after it: more than any of the loaders makes ahead
+BATCH, SEED = 32, 0
+CORES = len(os.sched_getaffinity(0))
+BATCHES = 12  # on the clock
+WARM_UP = 5  # batches before it, and after it: more than any of the loaders makes ahead
 MOST_APART = 2.0  # grey levels on average, by which other decoders and resizes may differ
 AUGMENT = AugmentConfig()
+ALONE = {
+    "DALI": ("decoding alone, DALI", "decoding alone, Pillow"),
+    "Pillow": ("decoding alone, DALI", "decoding alone, Pillow"),
+    "Pillow, draft mode": ("decoding alone, draft mode",),
+}
+"""Whose time, the shorter one, is the floor of what decodes."""
+Start = Callable[[], Iterable[Any]]
+"""Starts a loader; batch after batch."""
+Mode = Literal["none", "host", "device"]
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 Views = tuple[Tensor, ...]
-"""The normalised views of each modality, (B, 3, SIDE, SIDE)."""
+"""The normalised views of each modality, (B, 3, side, side)."""
 
 
-class PillowPairs(torch.utils.data.Dataset):
-    """Samples of the training stream by Pillow: (M, SIDE, SIDE, 3) uint8, in the stream's order.
+class Round(NamedTuple):
+    """Seconds and CPU seconds of a pair, cores used, and MB at the peak, None where untold."""
+
+    seconds: float
+    cpu: float
+    cores: float
+    megabytes: float | None
+
+
+def side_of(device: torch.device) -> int:
+    """Pixels of a view: those of vit_tiny, or on a GPU of the paper's vit_base."""
+    return 384 if device.type == "cuda" else 224
+
+
+def sample_of(rows: Sequence[Row], names: Sequence[str], number: int) -> tuple[Row, Augmentation]:
+    """A row of the training stream, and how it is changed."""
+    epoch, place = divmod(number, len(rows))
+    row = rows[epoch_order(SEED, epoch, len(rows))[place]]
+    return row, draw_augmentation(
+        AUGMENT, seed=SEED, epoch=epoch, sample_id=row.index, modalities=len(names)
+    )
+
+
+class PillowPairs(torch.utils.data.Dataset[np.ndarray]):
+    """Samples of the training stream by Pillow: (M, side, side, 3) uint8, in the stream's order.
 
     Args:
         rows: what to train on.
         names: modalities.
+        side: of the views.
         draft: use JPEG draft mode.
+        alone: decode and do no more; a sample is its number.
     """
 
-    def __init__(self, rows: Sequence[Row], names: Sequence[str], draft: bool) -> None:
-        self.rows, self.names, self.draft = rows, names, draft
+    def __init__(
+        self, rows: Sequence[Row], names: Sequence[str], side: int, *, draft: bool, alone: bool
+    ) -> None:
+        self.rows, self.names, self.side = rows, names, side
+        self.draft, self.alone = draft, alone
 
     def __len__(self) -> int:
         return BATCH * (1 + WARM_UP + BATCHES + WARM_UP)
 
     def __getitem__(self, number: int) -> np.ndarray:
-        epoch, place = divmod(number, len(self.rows))
-        row = self.rows[epoch_order(SEED, epoch, len(self.rows))[place]]
-        drawn = draw_augmentation(
-            AUGMENT, seed=SEED, epoch=epoch, sample_id=row.index, modalities=len(self.names)
-        )
+        row, drawn = sample_of(self.rows, self.names, number)
+        images = [self._opened(row, name, drawn) for name in self.names]
+        if self.alone:
+            for image in images:
+                image.load()
+            return np.array(number)
         views = []
-        for name, colour in zip(self.names, drawn.weak, strict=True):
-            image = Image.open(row.files[name])
-            if self.draft:
-                image.draft("RGB", tuple(math.ceil(SIDE / share) for share in drawn.shape))
+        for image, colour in zip(images, drawn.weak, strict=True):
             left, top, width, height = drawn.crop() * np.tile(image.size, 2)
             box = (left, top, left + width, top + height)
-            image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, box)
+            image = image.resize((self.side, self.side), Image.Resampling.BILINEAR, box)
             for flipped, way in zip(drawn.flip, (0, 1), strict=True):
                 image = image.transpose(Image.Transpose(way)) if flipped else image
             views.append(np.asarray(image.convert("RGB", colour_matrix(colour))))
         return np.stack(views)
+
+    def _opened(self, row: Row, name: str, drawn: Augmentation) -> Image.Image:
+        """The image, which is decoded when it is first used."""
+        file = row.files[name]
+        assert file is not None
+        image = Image.open(file)
+        if self.draft:
+            width, height = (math.ceil(self.side / share) for share in drawn.shape)
+            image.draft("RGB", (width, height))
+        return image
 
 
 def colour_matrix(numbers: np.ndarray) -> tuple[float, ...]:
@@ -99,63 +161,88 @@ def colour_matrix(numbers: np.ndarray) -> tuple[float, ...]:
     return tuple((numbers[BRIGHTNESS] * np.hstack([matrix, offset])).ravel())
 
 
-def pillow_loader(rows: Sequence[Row], names: Sequence[str], draft: bool) -> Iterable[Views]:
-    """Batches of uint8 from two workers, normalised here, as timm does."""
+def pillow_loader(pairs: PillowPairs) -> Iterable[Views]:
+    """Batches of uint8 from the workers, normalised here, as timm does."""
     mean, std = (255 * torch.tensor(x).reshape(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
-    loader = torch.utils.data.DataLoader(
-        PillowPairs(rows, names, draft),
-        batch_size=BATCH,
-        num_workers=WORKERS,
-    )
-    for batch in loader:
+    for batch in torch.utils.data.DataLoader(pairs, batch_size=BATCH, num_workers=CORES):
+        if pairs.alone:
+            yield ()
+            continue
         yield tuple((view.permute(0, 3, 1, 2) - mean) / std for view in batch.unbind(1))
 
 
 def dali_loader(
-    rows: Sequence[Row], names: Sequence[str], device: torch.device, mode: str
+    rows: Sequence[Row], names: Sequence[str], device: torch.device, mode: Mode
 ) -> Iterable[Views]:
     """The project's own; with a cache that holds every frame before the clock runs."""
-    data = DataConfig(threads=os.cpu_count() or 1, cache=CacheConfig(mode))
+    data, side = DataConfig(threads=CORES, cache=CacheConfig(mode)), side_of(device)
     cache = None
     if mode != "none":
-        cache = FrameCache(rows, names, data=data, image_size=SIDE, device=device)
+        cache = FrameCache(rows, names, data=data, image_size=side, device=device)
         cache.fill(rows)
     loader = TrainLoader(
-        rows, names, data=data, augment=AUGMENT, image_size=SIDE, batch_size=BATCH, seed=SEED,
+        rows, names, data=data, augment=AUGMENT, image_size=side, batch_size=BATCH, seed=SEED,
         device=device, cache=cache,
     )  # fmt: skip
     for batch in loader:
         yield tuple(batch.views.values())
 
 
+def dali_decoding(
+    rows: Sequence[Row], names: Sequence[str], device: torch.device
+) -> Iterable[Views]:
+    """DALI's decoder on the same crops, and nothing after it."""
+    from nvidia.dali import fn
+
+    def samples(batch: int) -> list[tuple[Row, Augmentation]]:
+        return [sample_of(rows, names, batch * BATCH + place) for place in range(BATCH)]
+
+    def images(batch: int) -> list[list[np.ndarray]]:
+        found = [row for row, _ in samples(batch)]
+        return [[read_image(row.files[name]) for row in found] for name in names]  # type: ignore[arg-type]
+
+    pipeline = new_pipeline(device, CORES, BATCH, DataConfig().prefetch)
+    with pipeline:
+        encoded = fn.external_source(source=images, num_outputs=len(names))
+        crop = fn.external_source(source=lambda batch: [d.crop() for _, d in samples(batch)])
+        pipeline.set_outputs(*(decoded(image, device, crop) for image in encoded))
+    pipeline.build()
+    while True:
+        pipeline.run()
+        yield ()
+
+
 def loaders_of(
     rows: Sequence[Row], names: Sequence[str], device: torch.device
-) -> dict[str, tuple[Callable[[], Iterable[Views]], str]]:
-    """Implementation -> a function that starts it, and its decoder."""
+) -> dict[str, tuple[Start, str]]:
+    """Implementation -> what starts it, and its decoder."""
     ours = "nvJPEG, mixed" if device.type == "cuda" else "libjpeg-turbo in DALI"
     jpeg = features.version("libjpeg_turbo")
     pillow = f"libjpeg-turbo {jpeg} in Pillow" if jpeg else "libjpeg in Pillow"
-    modes = ("none", "host", "device") if device.type == "cuda" else ("none", "host")
-    found: dict[str, tuple[Callable[[], Iterable[Views]], str]] = {}
-    for mode in modes:
-        name = "DALI" if mode == "none" else f"DALI, {mode} cache"
-        decoder = ours if mode == "none" else "none after the first epoch"
-        found[name] = (lambda mode=mode: dali_loader(rows, names, device, mode), decoder)
-    for draft in (False, True):
-        name = f"Pillow, {WORKERS} workers{', draft mode' if draft else ''}"
-        found[name] = (lambda draft=draft: pillow_loader(rows, names, draft), pillow)
+    kept: tuple[Mode, ...] = ("host", "device") if device.type == "cuda" else ("host",)
+    found: dict[str, tuple[Start, str]] = {
+        "DALI": (partial(dali_loader, rows, names, device, "none"), ours)
+    }
+    for mode in kept:
+        start = partial(dali_loader, rows, names, device, mode)
+        found[f"DALI, {mode} cache"] = (start, "none after the first epoch")
+    for draft, alone in itertools.product((False, True), repeat=2):
+        pairs = PillowPairs(rows, names, side_of(device), draft=draft, alone=alone)
+        name = "draft mode" if alone and draft else "Pillow, draft mode" if draft else "Pillow"
+        name = f"decoding alone, {name}" if alone else name
+        found[name] = (partial(pillow_loader, pairs), pillow)
+    found["decoding alone, DALI"] = (partial(dali_decoding, rows, names, device), ours)
     return found
 
 
-def one_round(
-    rows: Sequence[Row], names: Sequence[str], device: str, name: str
-) -> tuple[float, float, float]:
-    """Pairs a second, cores used, and CPU milliseconds a pair; in a new process, where no thread
-    of another implementation runs."""
-    torch.set_num_threads(1)  # the loaders have two threads or workers of their own
+def one_round(rows: Sequence[Row], names: Sequence[str], device: str, name: str) -> Round:
+    """In a new process, where no thread of another implementation runs."""
+    torch.set_num_threads(1)  # the loaders have threads or workers of their own
+    check_dali()  # whose libraries are nobody's memory
     start = loaders_of(rows, names, torch.device(device))[name][0]
+    memory = start_peak(CPU)
     loader = iter(start())
-    next(loader)  # imports, builds, fills the cache
+    next(loader)  # builds, fills the cache
     used, begun = cpu_seconds(), time.perf_counter()
     for _ in range(WARM_UP):
         next(loader)
@@ -163,11 +250,15 @@ def one_round(
     for _ in range(BATCHES):
         next(loader)
     synchronise()
-    rate = BATCHES * BATCH / (time.perf_counter() - clock)
-    for _ in itertools.islice(loader, WARM_UP + 1):  # to the end, where workers are waited for
+    seconds = (time.perf_counter() - clock) / (BATCHES * BATCH)
+    if memory is not None:
+        workers = [child.pid for child in multiprocessing.active_children()]
+        shared = sum(private_megabytes(worker) for worker in workers if worker is not None)
+        memory = end_peak(CPU) - memory + shared
+    for _ in itertools.islice(loader, WARM_UP):  # to the end, where workers are waited for
         pass
     spent, wall = cpu_seconds() - used, time.perf_counter() - begun
-    return rate, spent / wall, 1e3 * spent / (BATCH * (BATCHES + 2 * WARM_UP))
+    return Round(seconds, spent / (BATCH * (BATCHES + 2 * WARM_UP)), spent / wall, memory)
 
 
 def synchronise() -> None:
@@ -192,7 +283,7 @@ def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.d
     views = next(iter(dali_loader(rows, names, device, "none")))
     ours = torch.stack([view.cpu() * scale + mean for view in views], 1)
     for name, draft in (("Pillow", False), ("Pillow, draft mode", True)):
-        pairs = PillowPairs(rows, names, draft)
+        pairs = PillowPairs(rows, names, side_of(device), draft=draft, alone=False)
         theirs = torch.from_numpy(np.stack([pairs[k] for k in range(BATCH)])).permute(0, 1, 4, 2, 3)
         apart = (ours - theirs).abs().mean().item()
         print(f"{name} differs from DALI by {apart:.2f} grey levels on average")
@@ -206,7 +297,14 @@ def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str
         yield {"absent": "no --manifest was given"}
         return
     manifest = read_manifest(options.manifest)
-    images = [replace(row, index=k) for k, row in enumerate(manifest.rows)]
+    try:
+        check_dali()
+    except InputError as error:
+        print(f"pipeline: not measured ({error})")
+        yield {"absent": str(error)}
+        return
+    complete = [row for row in manifest.rows if all(row.files.values())]
+    images = [replace(row, index=k) for k, row in enumerate(complete)]
     check_differences(images, manifest.modalities, device)
     yield from table(images, manifest.modalities, device, 5 if options.full else 2)
 
@@ -216,34 +314,57 @@ def table(
 ) -> Iterator[dict[str, object]]:
     """One row for each implementation; ``ratio``: how many times as long as DALI it takes."""
     decoders = {name: decoder for name, (_, decoder) in loaders_of(images, names, device).items()}
-    measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in decoders}
+    measured: dict[str, list[Round]] = {name: [] for name in decoders}
     for _, name in itertools.product(range(rounds), decoders):
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, context) as pool:
             future = pool.submit(one_round, images, names, str(device), name)
             measured[name].append(future.result())
-    base = statistics.median(rate for rate, _, _ in measured["DALI"])
-    for name, decoder in decoders.items():
-        own, cores, milliseconds = (list(column) for column in zip(*measured[name], strict=True))
-        rate = statistics.median(own)
-        print(
-            f"{name:30} {rate:7.1f} pairs/s ({min(own):.1f} to {max(own):.1f})  "
-            f"{rate / base:5.2f}x  cores {statistics.median(cores):.2f}  "
-            f"CPU ms {statistics.median(milliseconds):.1f}  decoder: {decoder}"
-        )
+    medians = {
+        name: statistics.median(one.seconds for one in own) for name, own in measured.items()
+    }
+    torch.set_num_threads(CORES)
+    for name, own in measured.items():
+        moved, footprint = bytes_of(images, names, device, kept="cache" in name)
+        floor = None if name.startswith("decoding") else moved / peaks_of(device, footprint).bytes
+        if name in ALONE:
+            floor = min(medians[alone] for alone in ALONE[name])
+        memory = [one.megabytes for one in own if one.megabytes is not None]
+        row = row_of([(one.seconds, one.cpu) for one in own])
         yield {
             "operator": "training views",
-            "shape": f"{len(images)} pairs to {SIDE} px",
-            "threads": os.cpu_count(),
+            "shape": f"{len(images)} pairs to {side_of(device)} px",
+            "threads": CORES,
             "implementation": name,
             "ours": name.startswith("DALI"),
-            "decoder": decoder,
-            "pairs_per_second": rate,
-            "slowest": min(own),
-            "fastest": max(own),
-            "ratio": base / rate,
-            "cores": statistics.median(cores),
-            "cpu_ms": statistics.median(milliseconds),
+            "decoder": decoders[name],
+            **row,
+            "pairs_per_second": 1e3 / row["median_ms"],
+            "slowest": 1 / max(one.seconds for one in own),
+            "fastest": 1 / min(one.seconds for one in own),
+            "ratio": medians[name] / medians["DALI"],
+            "cores": statistics.median(one.cores for one in own),
+            "bytes": moved,
+            "flops": None,
+            "floor_ms": None if floor is None else 1e3 * floor,
+            "share_of_floor": None if floor is None else floor / medians[name],
+            "extra_mb": max(memory, default=None),
             "pillow": PIL.__version__,
             "rounds": rounds,
         }
+
+
+def bytes_of(
+    images: Sequence[Row], names: Sequence[str], device: torch.device, *, kept: bool
+) -> tuple[int, int]:
+    """What a pair has to move: its files, or the crops of its kept frames, to its views in float32;
+    and what all kept frames and a batch of views take."""
+    side = side_of(device)
+    views = 4 * len(names) * 3 * side**2
+    frame = len(names) * 3 * round(side * 256 / 224) ** 2
+    samples = [sample_of(images, names, number) for number in range(len(images))]
+    if kept:
+        share = statistics.mean(float(drawn.shape.prod()) for _, drawn in samples)
+        return round(share * frame) + views, len(images) * frame + BATCH * views
+    files = [file.stat().st_size for row, _ in samples for file in row.files.values() if file]
+    return round(sum(files) / len(images)) + views, sum(files) + BATCH * views

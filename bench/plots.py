@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 FOLDER = ROOT / "docs" / "plots"
 OPERATORS = ("evidential", "consistency", "shift")
-# What the floor is of: on a CPU not what it could do at most, which is not known.
-REACHED = {"cpu": "torch's best copy or product", "cuda": "bandwidth or FLOP/s in full"}
 # colour, marker, dashes
 STYLES = (
     ("#0072B2", "o", "-"),
@@ -120,6 +118,12 @@ def where(result: Result) -> str:
     return f"{machine['device']}{threads}, torch {machine['torch']}"
 
 
+def floor_of(result: Result) -> str:
+    """What the floor is of, in words; results of old do not say ``reached``, and were so."""
+    reached = any(peaks.get("reached", True) for peaks in result.peaks.values())
+    return "torch's best copy or product" if reached else "bandwidth or FLOP/s in full"
+
+
 def soft_rows(result: Result) -> list[Row]:
     """Measured rows of the loss of two modalities."""
     rows = result.of("consistency", "multimodal_consistency_loss")
@@ -149,9 +153,9 @@ def time_over_batch(axes: Axes, result: Result) -> None:
     """Medians, with the floor below."""
     curves(axes, result, "median_ms")
     floor = sorted({(row["batch"], row["floor_ms"]) for row in soft_rows(result)})
-    label = f"floor: {REACHED[str(result.machine['kind'])]}"
-    axes.plot(*zip(*floor, strict=True), color="black", linewidth=1, label=label)
-    axes.fill_between(*zip(*floor, strict=True), axes.get_ylim()[0], color="black", alpha=0.08)
+    batches, least = zip(*floor, strict=True)
+    axes.plot(batches, least, color="black", linewidth=1, label=f"floor: {floor_of(result)}")
+    axes.fill_between(batches, least, axes.get_ylim()[0], color="black", alpha=0.08)
     axes.set_ylabel("forward + gradient, median (ms)")
     axes.set_title(f"Consistency loss, queue of 65,536 x 256\n{where(result)}", fontsize=10)
     axes.legend(fontsize=8)
@@ -181,14 +185,14 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
     axes.set_xlim(0, max(110, 1.1 * max(shares)))
     axes.invert_yaxis()
     axes.tick_params(axis="y", labelsize=7)
-    axes.set_xlabel(f"share of the floor (%); 100 = {REACHED[str(result.machine['kind'])]}")
+    axes.set_xlabel(f"share of the floor (%); 100 = {floor_of(result)}")
     axes.set_title(where(result), fontsize=10, loc="right")
 
 
 def ladder(axes: Axes, result: Result) -> None:
     """Pairs a second of each rung, for each model."""
-    rows = [row for row in result.of("training") if row.get("implementation", "z")[0] in "abcdefg"]
-    rows = [row for row in rows if not row["implementation"].startswith("fine")]
+    rows = [row for row in result.of("training") if "pairs_per_second" in row]
+    rows = [row for row in rows if not row["implementation"].startswith(("fine", "turbo"))]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):
         own = [row for row in rows if row["shape"] == shape]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from bench.machine import ROOT
-from bench.markdown import digits, how, keys_of, milliseconds, named, table, times
+from bench.markdown import digits, how, keys_of, milliseconds, named, share, table, times
 from bench.plots import plots
 from bench.results import FOLDER, Result, Row, latest
 from bench.targets import TARGETS, Target, holds, row_for
@@ -37,11 +37,11 @@ def full_table(rows: list[Row]) -> str:
             [
                 *name,
                 digits(row["median_ms"]),
-                f"{digits(row['p20_ms'])} to {digits(row['p80_ms'])}",
+                spread(row),
                 digits(row["min_ms"]),
                 digits(row["cpu_ms"]) if row["cpu_ms"] else "-",
                 times(row),
-                f"{100 * row['share_of_floor']:.0f} %",
+                share(row),
                 "not measured" if extra is None else f"{extra:.1f}",
             ]
         )
@@ -60,16 +60,21 @@ def training(results: list[Result]) -> str | None:
                     f"{row['implementation']}, {row['precision']}",
                     digits(row["pairs_per_second"]),
                     f"{digits(row['ms'])} ({digits(row['cpu_ms'])})",
-                    f"{row['x_ms']:.2f}x",
+                    spread(row),
+                    times_a(row),
                     digits(row["gflop_per_pair"]),
-                    f"{100 * row['mfu']:.0f} %",
+                    digits(row["floor_ms"]) if "floor_ms" in row else "not measured",
+                    share(row),
                     "not measured" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}",
-                    f"{100 * row['data_wait']:.0f} %",
+                    "not measured"
+                    if row["data_wait"] is None
+                    else f"{100 * row['data_wait']:.0f} %",
                 ]
                 for row in measured(result.of("training"))
             ]
-            head = ["model", "rung", "pairs/s", "ms (CPU ms)", "faster than a", "GFLOP/pair", "MFU"]
-            cells = table([*head, "MB", "wait for data"], lines)
+            head = ["model", "rung", "pairs/s", "ms (CPU ms)", "20 to 80 %", "faster than a"]
+            head += ["GFLOP/pair", "floor ms", "of the floor", "MB", "wait for data"]
+            cells = table(head, lines)
             parts.append(f"{how(result, 'training')}:\n\n{cells}")
     if not parts:
         return None
@@ -78,13 +83,24 @@ def training(results: list[Result]) -> str | None:
     return "\n".join(parts)
 
 
+def spread(row: Row) -> str:
+    """The 20th and 80th percentile; results of old had none of everything."""
+    return f"{digits(row['p20_ms'])} to {digits(row['p80_ms'])}" if "p20_ms" in row else "-"
+
+
+def times_a(row: Row) -> str:
+    """How many times faster than the first rung."""
+    return "-" if row["x_ms"] is None else f"{row['x_ms']:.2f}x"
+
+
 def measured(rows: list[Row]) -> list[Row]:
     """Those that hold figures."""
     return [row for row in rows if "absent" not in row]
 
 
 def work(results: list[Result]) -> str | None:
-    """Bytes, FLOPs and floor of every case, and what the machines do at most."""
+    """Bytes, FLOPs and floor of every case, at the bandwidth of as many bytes, and what the
+    machines do at most."""
     parts = []
     for kind in ("cpu", "cuda"):
         for subject in ("evidential", "consistency", "shift"):
@@ -95,7 +111,7 @@ def work(results: list[Result]) -> str | None:
     lines, machines = [], []
     for result, rows in parts:
         machines += [
-            f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s, "
+            f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s from memory, "
             f"{peaks['matrix_flops'] / 1e9:.0f} GFLOP/s of products, "
             f"{peaks['vector_flops'] / 1e9:.0f} of others ({peaks['source']})"
             for peaks in result.peaks.values()
@@ -104,10 +120,20 @@ def work(results: list[Result]) -> str | None:
         seen = keys_of(rows, "operator", "shape", "threads", "bytes", "flops")
         for operator, shape, threads, moved, flops in seen:
             own = named(rows, operator=operator, shape=shape, threads=threads)
-            floor = next(iter(own.values()))["floor_ms"]
-            bound = [f"{moved / 1e6:.2f}", f"{flops / 1e9:.3g}", digits(floor)]
-            lines.append([f"`{operator}`", str(shape), str(threads), *bound])
-    head = ["operator", "size", "threads", "MB", "GFLOP", "floor ms"]
+            first = next(iter(own.values()))
+            rate = first.get("bandwidth")
+            lines.append(
+                [
+                    f"`{operator}`",
+                    str(shape),
+                    str(threads),
+                    f"{moved / 1e6:.2f}",
+                    digits(rate / 1e9) if rate else "not measured",
+                    f"{flops / 1e9:.3g}",
+                    digits(first["floor_ms"]),
+                ]
+            )
+    head = ["operator", "size", "threads", "MB", "GB/s", "GFLOP", "floor ms"]
     return "\n".join(dict.fromkeys(machines)) + "\n\n" + table(head, lines)
 
 
@@ -172,4 +198,5 @@ def in_words(target: Target, value: float) -> str:
         "times_b": f"{digits(value)}x faster than b",
         "pairs_per_second": f"{digits(value)} pairs/s",
         "mfu": f"MFU {100 * value:.0f} %",
+        "data_wait": f"{100 * value:.0f} % of the time waiting for data",
     }[target.column]

@@ -22,12 +22,14 @@ class Work(NamedTuple):
 
 
 class Peaks(NamedTuple):
-    """What a machine does in a second at most, and how that is known."""
+    """What a machine does in a second at most, and how that is known; ``reached``: only what torch
+    reaches there, which other code may exceed."""
 
     bytes: float
     matrix_flops: float
     vector_flops: float
     source: str
+    reached: bool = False
 
 
 def floor_seconds(work: Work, peaks: Peaks) -> float:

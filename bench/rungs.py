@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +50,8 @@ class Way:
         cached: frames from memory, else decoded for every step.
     """
 
-    adversarial: str = "alternating"
-    preset: str = "paper"
+    adversarial: Literal["simultaneous", "alternating"] = "alternating"
+    preset: Literal["paper", "turbo"] = "paper"
     written_out: bool = True
     amp: bool = False
     compiled: bool = False
@@ -119,7 +120,7 @@ class EngineStep:
                     checkpoint_every=0)  # fmt: skip
         self.update = Update(stage, plan)
 
-    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Train on a batch; the losses by name."""
         with sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext():
             values = self.update(batch, step)
@@ -260,7 +261,7 @@ def disagreement(rung: Rung, losses: Mapping[str, Losses]) -> float:
         SystemExit: too far, or a loss is missing; the sentence says which, and where.
     """
     worst = 0.0
-    if rung.like is None:
+    if rung.like is None or not losses.get(rung.like):  # which failed itself
         return worst
     both = list(zip(losses[rung.name], losses[rung.like], strict=True))
     for number, (own, other) in enumerate(both[:1] if rung.but else both):

@@ -6,10 +6,12 @@ from bench.markdown import (
     digits,
     how,
     keys_of,
+    megabytes,
     milliseconds,
     named,
     newest_cpu,
     on_gpu,
+    share,
     table,
     times,
 )
@@ -62,7 +64,7 @@ def consistency(results: list[Result]) -> str | None:
         first = [
             str(batch),
             milliseconds(ours["median_ms"]),
-            f"{100 * ours['share_of_floor']:.0f} %",
+            share(ours),
         ]
         lines.append(first + [times(own.get(rival)) for rival in rivals])
         memory = [own[name]["extra_mb"] if name in own else None for name in ("cpu", *rivals)]
@@ -106,11 +108,19 @@ def pipeline(results: list[Result]) -> str | None:
                 row["implementation"],
                 f"{row['pairs_per_second']:.0f} ({span})",
                 digits(1 / row["ratio"]),
+                "-" if is_floor(row) else share(row),
                 f"{row['cpu_ms']:.1f} ms",
+                megabytes(row),
                 row["decoder"],
             ]
         )
     if not latest(results, "pipeline", "cuda"):
-        lines.append(["any, on a GPU", "not measured", "", "", "nvJPEG"])
-    head = ["", "pairs/s (lowest to highest)", "ratio", "CPU time a pair", "decoder"]
+        lines.append(["any, on a GPU", "not measured", "", "", "", "", "nvJPEG"])
+    head = ["", "pairs/s (lowest to highest)", "ratio", "of the floor", "CPU time a pair", "MB"]
+    head.append("decoder")
     return f"{how(result, 'pipeline')}:\n\n{table(head, lines)}"
+
+
+def is_floor(row: Row) -> bool:
+    """Whether a row of the pipeline is what others are held against."""
+    return str(row["implementation"]).startswith("decoding alone")

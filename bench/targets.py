@@ -27,6 +27,7 @@ class Target(NamedTuple):
 FUSION, BOTH = "evidential_fusion_loss", "multimodal_consistency_loss"
 SMALL, LARGE = "8192 x 3 x 8", "2048 x 3 x 1000"
 HALF, STEP = "65536 x 768 bfloat16", "training step"
+VIEWS, RATE = "training views", "pairs_per_second"
 TARGETS = (
     Target("cpu", "evidential", FUSION, SMALL, "reference", "ratio", 50),
     Target("cpu", "evidential", FUSION, SMALL, "reference, compiled", "ratio", 50),
@@ -42,8 +43,8 @@ TARGETS = (
     Target("cpu", "shift", "shift_features", "8192 x 768 float32", "eager", "ratio", 6),
     Target("cpu", "shift", "shift_features", "8192 x 768 float32", "eager, compiled", "ratio", 3),
     Target("cpu", "shift", "class_moments", "8192 x 768 float32", "one-hot", "ratio", 3),
-    Target("cpu", "pipeline", "training views", "", "Pillow, 2 workers", "ratio", 1),
-    Target("cpu", "pipeline", "training views", "", "DALI, host cache", "ratio", most=1 / 3),
+    Target("cpu", "pipeline", VIEWS, "", "Pillow", "ratio", 1),
+    Target("cpu", "pipeline", VIEWS, "", "DALI, host cache", "ratio", most=1 / 3),
     Target("cpu", "training", STEP, "vit_micro", "a", "ratio", 3),
     Target("cpu", "training", STEP, "vit_micro", "c", "times_b", 1.25),
     Target("cpu", "training", STEP, "vit_tiny", "a", "ratio", 3),
@@ -61,10 +62,13 @@ TARGETS = (
     Target("cuda", "shift", "shift_features", HALF, "triton", "share_of_floor", 0.65),
     Target("cuda", "shift", "shift_features", HALF, "eager", "ratio", 4),
     Target("cuda", "shift", "class_moments", HALF, "triton", "share_of_floor", 0.50),
-    Target("cuda", "training", STEP, "vit_base", "g", "pairs_per_second", 207),
+    Target("cuda", "pipeline", VIEWS, "", "DALI", RATE, 2000),
+    Target("cuda", "pipeline", VIEWS, "", "DALI, device cache", RATE, 10_000),
+    Target("cuda", "training", STEP, "vit_base", "g", "data_wait", most=0.03),
+    Target("cuda", "training", STEP, "vit_base", "g", RATE, 207),
     Target("cuda", "training", STEP, "vit_base", "g", "mfu", 0.40),
     Target("cuda", "training", STEP, "vit_base", "g", "times_b", 8),
-    Target("cuda", "training", STEP, "vit_base", "turbo", "pairs_per_second", 500),
+    Target("cuda", "training", STEP, "vit_base", "turbo", RATE, 500),
 )
 
 

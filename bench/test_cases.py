@@ -60,6 +60,8 @@ def test_time(label: str, name: str, benchmark: Any) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(CASES[label].threads or threads)
     benchmark.group = label
-    step = waiting(rivals_of(label).steps[name])
+    rivals = rivals_of(label)
+    assert not rivals.failed.get(name), rivals.failed[name]
+    step = waiting(rivals.steps[name])
     benchmark.pedantic(step, warmup_rounds=2, rounds=10)
     torch.set_num_threads(threads)

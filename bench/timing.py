@@ -2,9 +2,10 @@
 
 "cores" is CPU time over wall time of the whole case: well below the number of threads, the machine
 was busy with something else, and wall times prove nothing. Then measure again, or, with one
-thread, read the CPU times. On a GPU a call is a replayed CUDA graph, or an ordinary
-call where none can be captured; replayed calls below 100 us go round copies of the inputs that
-together exceed the L2 cache, inside one graph, so that each finds its inputs in memory.
+thread, read the CPU times. On a GPU a call is a replayed CUDA graph, or an ordinary call where none
+can be captured; short replayed calls go round copies of the inputs, and of the results, that
+together exceed the L2 cache several times, inside one graph, so that each finds its inputs in
+memory and writes its results there.
 """
 
 from __future__ import annotations
@@ -17,17 +18,29 @@ from typing import NamedTuple
 
 import torch
 
-from bench.case import OURS, Case, Rivals, Step
+from bench.case import OURS, Case, Rivals, Step, in_a_line
 
-SHORT = 100e-6  # seconds below which what lies in the L2 cache decides
-MOST_COPIES = 64
+SHORT = 300e-6  # seconds below which what lies in the L2 cache may decide
+CACHES = 3  # so many times the L2 cache: inputs are at least two fifths of what a case moves
+MOST_COPIES = 256
 
 
 class Timed(NamedTuple):
-    """A function to time, and how many calls of the implementation it makes."""
+    """A function to time, how many calls of the implementation it makes, and whether it replays
+    them as a CUDA graph."""
 
     run: Step
     calls: int = 1
+    replayed: bool = False
+
+
+class Turns(NamedTuple):
+    """Wall and CPU seconds a call of each implementation, round by round; CPU time over wall time
+    of it all; which were replayed as CUDA graphs."""
+
+    times: dict[str, list[tuple[float, float]]]
+    cores: float
+    replayed: set[str]
 
 
 def captured(steps: list[Step]) -> Step:
@@ -40,29 +53,47 @@ def captured(steps: list[Step]) -> Step:
                 step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
+    results = []  # kept to the end, so that no two calls write to the same memory
     with torch.cuda.graph(graph):
         for step in steps:
-            step()
+            results.append(step())
     return graph.replay
 
 
 def on_gpu(case: Case, rivals: Rivals, device: torch.device) -> dict[str, Timed]:
-    """Each implementation as a graph; the short ones over copies of the inputs."""
+    """Each implementation as a graph, the short ones over copies of the inputs; as ordinary calls
+    where it cannot be captured."""
     timed = {}
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    copies = min(MOST_COPIES, 1 + math.ceil(2 * cache / case.work.bytes))
     others: list[Rivals] = []
     for name, step in rivals.steps.items():
+        timed[name] = Timed(step)
         if not rivals.captured(name):
-            timed[name] = Timed(step)
             continue
-        timed[name] = Timed(captured([step]))
-        if seconds(timed[name], device, 10)[0] < SHORT and copies > 1:
-            while len(others) < copies - 1:
-                others.append(case.make(device, False))
-            steps = [step, *(other.steps[name] for other in others)]
-            timed[name] = Timed(captured(steps), copies)
+        try:
+            timed[name] = graph = Timed(captured([step]), replayed=True)
+            copies = copies_for(case, device) if seconds(graph, device, 10)[0] < SHORT else 1
+            others += [case.make(device, False) for _ in range(len(others), copies - 1)]
+            if copies > 1:
+                steps = [step, *(other.steps[name] for other in others)]
+                timed[name] = Timed(captured(steps), copies, replayed=True)
+        except RuntimeError as error:
+            print(f"{name}: not captured as a CUDA graph ({in_a_line(error)})")
     return timed
+
+
+def copies_for(case: Case, device: torch.device) -> int:
+    """Of the inputs, so that none of what a call reads is in the L2 cache any more."""
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(MOST_COPIES, 1 + math.ceil(CACHES * cache / case.work.bytes))
+
+
+def wake(device: torch.device) -> None:
+    """Half a second of products, after which the clocks of an idle GPU are up."""
+    a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
+    end = time.perf_counter() + 0.5
+    while time.perf_counter() < end:
+        torch.mm(a, a)
+        torch.cuda.synchronize(device)
 
 
 def seconds(timed: Timed, device: torch.device, repeats: int) -> tuple[float, float]:
@@ -85,16 +116,14 @@ def seconds(timed: Timed, device: torch.device, repeats: int) -> tuple[float, fl
     return begin.elapsed_time(end) * 1e-3 / calls, 0.0
 
 
-def take_turns(
-    case: Case, rivals: Rivals, device: torch.device, budget: float
-) -> tuple[dict[str, list[tuple[float, float]]], float]:
-    """Wall and CPU seconds a call of each implementation, round by round, and CPU time over wall
-    time of it all. Every step has been called before, and so is compiled.
+def take_turns(case: Case, rivals: Rivals, device: torch.device, budget: float) -> Turns:
+    """Time every implementation. Each has been called before, and so is compiled.
 
     Args:
         budget: seconds for all of them; five rounds at least.
     """
     if device.type == "cuda":
+        wake(device)
         timed = on_gpu(case, rivals, device)
     else:
         timed = {name: Timed(step) for name, step in rivals.steps.items()}
@@ -109,23 +138,19 @@ def take_turns(
         rounds += 1
         for name, one in timed.items():
             times[name].append(seconds(one, device, repeats[name]))
-    return times, (time.process_time() - used) / (time.perf_counter() - start)
+    cores = (time.process_time() - used) / (time.perf_counter() - start)
+    return Turns(times, cores, {name for name, one in timed.items() if one.replayed})
 
 
-def rows_of(
-    label: dict[str, object],
-    times: dict[str, list[tuple[float, float]]],
-    cores: float,
-    floor_ms: float,
-) -> Iterator[dict[str, object]]:
+def rows_of(label: dict[str, object], turns: Turns, floor_ms: float) -> Iterator[dict[str, object]]:
     """A row for each implementation, compared with the best of ours; printed as it comes.
 
     Columns: median, least, 20th and 80th percentile of wall time and median of CPU time (of all
     threads) in ms; ``ratio``, ``ratio_of_min`` and ``ratio_of_cpu``: how many times as long as
-    ours; ``share_of_floor``: the floor over the median, in [0, 1] (above where a cache helps).
+    ours; ``share_of_floor``: the floor over the median, above 1 by noise alone.
     """
-    found = {name: row_of(values) for name, values in times.items()}
-    ours = [name for name in OURS if name in times] or ["reference"]
+    found = {name: row_of(values) for name, values in turns.times.items()}
+    ours = [name for name in OURS if name in found] or list(found)
     best = min((found[name] for name in ours), key=lambda row: row["median_ms"])
     for name, row in found.items():
         ratio, minima, cpu = (
@@ -135,14 +160,15 @@ def rows_of(
         print(
             f"{label['operator']:26} {label['shape']:18} {name:20} {row['median_ms']:10.4f} ms "
             f"{ratio:6.1f}x (minima {minima:.1f}x, CPU {f'{cpu:.1f}x' if cpu else '-'}) "
-            f"{100 * share:4.0f} % of the floor  cores {cores:.2f}",
+            f"{100 * share:4.0f} % of the floor  cores {turns.cores:.2f}",
             flush=True,
         )
         yield {
             **label, "implementation": name, "ours": name in OURS, **row,
             "ratio": ratio, "ratio_of_min": minima, "ratio_of_cpu": cpu,
             "floor_ms": floor_ms, "share_of_floor": share,
-            "rounds": len(times[name]), "cores": cores,
+            "rounds": len(turns.times[name]), "cores": turns.cores,
+            "replayed": name in turns.replayed,
         }  # fmt: skip
 
 

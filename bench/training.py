@@ -16,10 +16,13 @@ they differ. What is timed includes the loader, DALI's for every rung (the publi
 with Pillow between the steps). Rungs take turns, round by round; a turn's first step is not timed.
 Times are medians; "CPU" is that of all threads, "x" how many times faster than rung a. "MB" is the
 most memory a step takes beside weights and optimisers. GFLOP are counted as the rung makes them,
-without the decomposition; MFU is their share of what a large product reaches in the same run and
-the rung's precision, on a GPU of 989 TFLOP/s. "cores" is CPU time over wall time: well below the
-number of threads, the machine was busy with something else, and only the CPU times tell anything.
-On a CPU compiling takes longer than --quick has, which leaves rung e out.
+without the decomposition. MFU is their share of the peak of the rung's precision (peaks.py; of an
+H100 and H200 989 TFLOP/s in bfloat16, 67 in float32). The floor is their time at that peak, or, if
+that is longer, of reading and writing trained weights and both moments. "cores" is CPU time over
+wall time: well below the number of threads, the machine was busy with something else, and only the
+CPU times tell anything. On a CPU compiling takes longer than --quick has, which leaves rung e out.
+A rung that disagrees or fails is left out and told; the others go on. Without DALI all rungs have
+random frames that lie on the device, and nothing is said of waiting for data.
 
     python -m bench --full --only training [--manifest FILE]      (else 64 pairs of the phantom)
 """
@@ -27,28 +30,32 @@ On a CPU compiling takes longer than --quick has, which leaves rung e out.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import itertools
 import statistics
-import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench.case import in_a_line
+from bench.memory import end_peak, start_peak
+from bench.peaks import LARGEST, bandwidth_of, flops_of, product
 from bench.rungs import Batch, Losses, Rung, disagreement, fine_tuning, ladder, losses_of
+from bench.timing import row_of
 from mics_fast import prepare
 from mics_fast.config import CacheConfig, DataConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
+from mics_fast.data.graph import check_dali
 from mics_fast.data.manifest import Manifest, read_manifest
-from mics_fast.data.pipeline import TrainLoader
+from mics_fast.data.pipeline import PairBatch, TrainLoader
+from mics_fast.errors import InputError
 from mics_fast.models.sizes import SIZES
 
-GPU_PEAK = 989e12  # H100 and H200, dense bfloat16
 BATCHES = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
 QUICK_BATCHES = {"vit_micro": 32, "vit_tiny": 4, "vit_small": 2, "vit_base": 16}
 QUEUE = 4096
@@ -57,16 +64,15 @@ Turn = list[tuple[float, float, float]]
 """Wall, CPU and data-wait seconds of each step."""
 
 
-def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, object]]:
+def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Check and measure everything; one row for each rung."""
     config = config_of(options)
     device = torch.device(options.device)
-    peaks = {dtype: peak(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    amp = peaks[torch.bfloat16] > PAYS * peaks[torch.float32]
-    on_gpu = device.type == "cuda"
-    reached = f"float32 {peaks[torch.float32]:.3g}, bfloat16 {peaks[torch.bfloat16]:.3g}"
+    single, half = (product(device, dtype) for dtype in (torch.float32, torch.bfloat16))
+    amp = half > PAYS * single
+    reached = f"float32 {single / 1e12:.3g}, bfloat16 {half / 1e12:.3g}"
     print(f"products reach {reached} TFLOP/s; batch {config.pretrain.batch_size}, queue {QUEUE}")
-    compiles = on_gpu or not options.quick
+    compiles = device.type == "cuda" or not options.quick
     torch._dynamo.config.recompile_limit = 64  # the compiled rungs share the code of their blocks
     loaders = loaders_of(manifest, config, device)
     pretraining = ladder(config, manifest.modalities, amp=amp, compiles=compiles)
@@ -76,32 +82,60 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, obj
     kept = {name: list(itertools.islice(loader, count)) for name, loader in loaders.items()}
     rungs: dict[str, Rung] = {}
     losses: dict[str, Losses] = {}
-    rows: dict[str, dict[str, object]] = {}
-    for rung in itertools.chain(pretraining, tuning):
+    rows: dict[str, dict[str, Any]] = {}
+    for rung in as_far_as_it_goes(itertools.chain(pretraining, tuning)):
+        precision = "bf16" if rung.way.amp else "fp32"
+        row: dict[str, Any] = {"rung": rung.name, "precision": precision}
+        rows[rung.name] = row
+        if time.monotonic() > options.end:
+            row["absent"] = "no time was left"
+            continue
         batches = unrepeated(kept["tuning" if rung.name.startswith("fine") else "decoded"])
-        losses[rung.name], memory = losses_and_memory(rung, batches, device)
-        rungs[rung.name] = rung
-        rows[rung.name] = {
-            "rung": rung.name,
-            "precision": "bf16" if rung.way.amp else "fp32",
-            "apart": disagreement(rung, losses),
-            "memory_mb": memory,
-            "loss_first": losses[rung.name][0],
-            "loss_last": losses[rung.name][-1],
-        }
+        try:
+            found, row["memory_mb"] = losses_and_memory(rung, batches, device)
+            row["apart"] = disagreement(rung, losses | {rung.name: found})
+        except (Exception, SystemExit) as error:  # the other rungs go on
+            traceback.print_exc()
+            row |= {"absent": in_a_line(error), "failed": True}
+            # Those that were to be held against it are held against the one before it.
+            losses[rung.name] = losses.get(rung.like or "", [])
+            continue
+        losses[rung.name], rungs[rung.name] = found, rung
+        row |= {"loss_first": found[0], "loss_last": found[-1]}
     print(f"losses agree over {count} steps; timing {len(rungs)} rungs")
-    times, cores, reached = take_turns(rungs, loaders, device, 15.0 if options.quick else 120.0)
+    left = options.end - time.monotonic()
+    times, cores = take_turns(rungs, loaders, device, min(15.0 if options.quick else 120.0, left))
     print(f"cores {cores:.2f}")
-    peaks[torch.float32] = max(peaks[torch.float32], reached)
+    threads = torch.get_num_threads()
+    bandwidth = bandwidth_of(device, LARGEST, threads)
     for name, rung in rungs.items():
-        best = peaks[torch.bfloat16 if rung.way.amp else torch.float32] * 1e12
-        best = GPU_PEAK if on_gpu else best
-        rows[name] |= speeds(times[name], rung.flops, pairs_of(config, name), best)
-        rows[name] |= {f"x_{n}": rows["a"][n] / rows[name][n] if rows[name][n] else None
-                       for n in ("ms", "cpu_ms")}  # type: ignore[operator]  # fmt: skip
-        rows[name] |= {"rounds": len(times[name]), "cores": cores}
-        print(line(rows[name]), flush=True)
+        row = rows[name]
+        best = flops_of(device, torch.bfloat16 if rung.way.amp else torch.float32, threads)
+        row |= speeds(times[name], rung.flops, pairs_of(config, name), best)
+        row |= {"bytes": bytes_of(rung), "flops": rung.flops}
+        row["floor_ms"] = 1e3 * max(rung.flops / best, row["bytes"] / bandwidth)
+        row["share_of_floor"] = row["floor_ms"] / row["ms"]
+        for key in ("ms", "cpu_ms"):
+            first = rows["a"].get(key)
+            row[f"x_{key}"] = first / row[key] if first and row[key] else None
+        row |= {"rounds": len(times[name]), "cores": cores}
+        row |= {} if has_dali() else {"data_wait": None, "frames": "random"}
+        print(line(row), flush=True)
     return list(rows.values())
+
+
+def as_far_as_it_goes(rungs: Iterator[Rung]) -> Iterator[Rung]:
+    """The rungs up to one that cannot even be built, for want of memory, say."""
+    try:
+        yield from rungs
+    except Exception:
+        traceback.print_exc()
+
+
+def bytes_of(rung: Rung) -> int:
+    """What a step cannot but move: every trained weight and its two moments, read and written."""
+    groups = [group for own in rung.step.optimisers.values() for group in own.param_groups]
+    return sum(6 * weight.nbytes for group in groups for weight in group["params"])
 
 
 def config_of(options: argparse.Namespace) -> TrainConfig:
@@ -120,7 +154,10 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
 def loaders_of(
     manifest: Manifest, config: TrainConfig, device: torch.device
 ) -> dict[str, Iterator[Batch]]:
-    """Batches of pre-training, "decoded" or "cached", and of fine-tuning, from all rows."""
+    """Batches of pre-training, "decoded" or "cached", and of fine-tuning, from all rows; without
+    DALI random ones."""
+    if not has_dali():
+        return random_loaders(manifest, config, device)
     rows, size = list(manifest.rows), SIZES[config.model.size]
     data = DataConfig(cache=CacheConfig("host"))
     cache = FrameCache(rows, manifest.modalities, data=data, image_size=size.image, device=device)
@@ -145,6 +182,45 @@ def loaders_of(
     }
 
 
+def has_dali() -> bool:
+    """Whether frames can be read."""
+    try:
+        check_dali()
+    except InputError:
+        return False
+    return True
+
+
+def random_loaders(
+    manifest: Manifest, config: TrainConfig, device: torch.device
+) -> dict[str, Iterator[Batch]]:
+    """The same batches of random frames over and over, each four of them, on the device."""
+    generator = torch.Generator(device).manual_seed(config.seed)
+    side, names = SIZES[config.model.size].image, manifest.modalities
+
+    def views(rows: int) -> dict[str, torch.Tensor]:
+        shape = (rows, 3, side, side)
+        return {name: torch.randn(shape, generator=generator, device=device) for name in names}
+
+    def batch(rows: int, number: int, strong: bool = False) -> PairBatch:
+        ids = torch.arange(rows, device=device) + rows * number
+        present = torch.ones(rows, len(names), dtype=torch.bool, device=device)
+        return PairBatch(views(rows), views(rows) if strong else None, present,
+                         ids % len(manifest.classes), present[:, 0], ids, ids)  # fmt: skip
+
+    tuning = config.finetune
+    pairs = [(batch(config.pretrain.batch_size, number),) for number in range(4)]
+    both = [
+        (batch(tuning.labelled_batch, number), batch(tuning.unlabelled_batch, number, strong=True))
+        for number in range(4)
+    ]
+    return {
+        "decoded": itertools.cycle(pairs),
+        "cached": itertools.cycle(pairs),
+        "tuning": itertools.cycle(both),
+    }
+
+
 def unrepeated(batches: Sequence[Batch]) -> list[Batch]:
     """The same frames as rows that are all different: the published loss masks no repeats."""
     found, first = [], 0
@@ -165,52 +241,24 @@ def losses_and_memory(
     first take beside what it keeps; None where that cannot be told."""
     losses = losses_of(rung, batches[:1])
     rung.step.release()
-    gc.collect()
     begin = start_peak(device)
     for number, batch in enumerate(batches[1:], 1):
         values = rung.step(batch, number)
         losses.append({name: float(value) for name, value in values.items()})
-    memory = None if begin is None else (end_peak(device) - begin) / 2**20
+    memory = None if begin is None else end_peak(device) - begin
     rung.step.release()
     return losses, memory
 
 
-def start_peak(device: torch.device) -> float | None:
-    """Bytes in use; the peak starts anew from here. On Linux's CPU: resident, after the allocator
-    has given back what it does not use, else None."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.memory_allocated())
-    if not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    return resident("VmRSS")
-
-
-def end_peak(device: torch.device) -> float:
-    """The most bytes in use since ``start_peak``."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    return resident("VmHWM")
-
-
-def resident(entry: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in bytes, as Linux counts it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(entry))
-
-
 def take_turns(
     rungs: dict[str, Rung], loaders: dict[str, Iterator[Batch]], device: torch.device, budget: float
-) -> tuple[dict[str, Turn], float, float]:
-    """The steps of each rung, CPU time over wall time of it all, and the most TFLOP/s of a float32
-    product, measured once a round; three rounds at least, and ``budget`` seconds."""
+) -> tuple[dict[str, Turn], float]:
+    """The steps of each rung, and CPU time over wall time of it all; ``budget`` seconds, and three
+    rounds at least, or two where the time was over before it began."""
     times: dict[str, Turn] = {name: [] for name in rungs}
-    start, used, rounds, best = time.perf_counter(), time.process_time(), 0, 0.0
-    while rounds < 3 or time.perf_counter() - start < budget:
+    start, used, rounds = time.perf_counter(), time.process_time(), 0
+    while rounds < (3 if budget > 0 else 2) or time.perf_counter() - start < budget:
         rounds += 1
-        best = max(best, peak(device, torch.float32))
         for name, rung in rungs.items():
             way = "cached" if rung.way.cached else "decoded"
             loader = loaders["tuning" if name.startswith("fine") else way]
@@ -218,7 +266,7 @@ def take_turns(
             for _ in range(max(1, int(0.3 / first))):
                 times[name].append(timed_step(rung, loader, device, rounds))
             rung.step.release()
-    return times, (time.process_time() - used) / (time.perf_counter() - start), best
+    return times, (time.process_time() - used) / (time.perf_counter() - start)
 
 
 def timed_step(
@@ -236,10 +284,11 @@ def timed_step(
 
 def speeds(times: Turn, flops: float, pairs: int, best: float) -> dict[str, float]:
     """What a row says of its steps; ``best`` in FLOP/s."""
-    wall, cpu, waited = (statistics.median(column) for column in zip(*times, strict=True))
+    wall, _, waited = (statistics.median(column) for column in zip(*times, strict=True))
+    row = row_of([(one, cpu) for one, cpu, _ in times])
     return {
-        "ms": wall * 1e3,
-        "cpu_ms": cpu * 1e3,
+        "ms": row.pop("median_ms"),
+        **row,
         "pairs_per_second": pairs / wall,
         "gflop_per_pair": flops / pairs / 1e9,
         "tflops": flops / wall / 1e12,
@@ -255,27 +304,15 @@ def pairs_of(config: TrainConfig, name: str) -> int:
     return tuning.labelled_batch + tuning.unlabelled_batch if fine else config.pretrain.batch_size
 
 
-def peak(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of a large matrix product."""
-    side = 8192 if device.type == "cuda" else 2048
-    left, right = torch.randn(2, side, side, device=device, dtype=dtype)
-    shortest = float("inf")
-    for _ in range(6):
-        begin = time.perf_counter()
-        (left @ right)[0, 0].item()
-        shortest = min(shortest, time.perf_counter() - begin)
-    return 2 * side**3 / shortest / 1e12
-
-
-def line(row: dict[str, object]) -> str:
+def line(row: dict[str, Any]) -> str:
     """A row as it is printed."""
     memory = row["memory_mb"]
     return (
         f"{row['rung']:15} {row['precision']}  {row['pairs_per_second']:8.2f} pairs/s "
-        f"{row['ms']:9.1f} ms (CPU {row['cpu_ms']:9.1f})  {row['x_ms']:5.2f}x "
+        f"{row['ms']:9.1f} ms (CPU {row['cpu_ms']:9.1f})  {row['x_ms'] or 0:5.2f}x "
         f"(CPU {row['x_cpu_ms'] or 0:5.2f}x)  {row['gflop_per_pair']:8.2f} GFLOP/pair "
         f"{row['tflops']:7.3f} TFLOP/s  MFU {row['mfu']:6.1%}  "
-        f"{'-' if memory is None else f'{memory:.0f}':>6} MB  wait {row['data_wait']:4.0%}  "
+        f"{'-' if memory is None else f'{memory:.0f}':>6} MB  wait {row['data_wait'] or 0:4.0%}  "
         f"loss apart {row['apart']:.0e}"
     )
 
@@ -294,11 +331,10 @@ def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str
         manifest = read_manifest(options.manifest or Path(folder) / "manifest.csv")
         for size in ("vit_base",) if device.type == "cuda" else sizes:
             given = argparse.Namespace(
-                device=device.type, size=size, batch=None, quick=not options.full
+                device=device.type, size=size, batch=None, quick=not options.full, end=options.end
             )
-            found = {str(row["rung"]): row for row in table(manifest, given)}
+            found = {row["rung"]: row for row in table(manifest, given)}
             for name, row in found.items():
-                milliseconds = float(str(row["ms"]))
                 trains_likewise = not name.startswith("fine")
                 label = {
                     "operator": "training step",
@@ -306,7 +342,12 @@ def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str
                     "threads": options.threads,
                     "implementation": name,
                     "ours": name in ("g", "turbo") or not trains_likewise,
-                    "ratio": milliseconds / float(str(found["g"]["ms"])),
-                    "times_b": float(str(found["b"]["ms"])) / milliseconds,
+                    "ratio": over(row, found["g"]),
+                    "times_b": over(found["b"], row),
                 }
                 yield label | row if trains_likewise else label | row | {"ratio": None}
+
+
+def over(one: dict[str, Any], other: dict[str, Any]) -> float | None:
+    """How many times as long as another a rung takes, where both were measured."""
+    return one["ms"] / other["ms"] if "ms" in one and "ms" in other else None

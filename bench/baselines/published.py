@@ -21,7 +21,9 @@ matrices' norms come from power iteration (published: none). Both passes draw on
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +56,7 @@ class PublishedStep:
         self.stage, self.optimisers, self.svd = stage, optimisers, svd
         self.kept: Tensor | None = None
 
-    def __call__(self, batch: tuple[PairBatch], step: int) -> dict[str, float]:
+    def __call__(self, batch: tuple[PairBatch, ...], step: int) -> dict[str, float]:
         """Train on a batch of complete pairs; the losses by name."""
         (pairs,) = batch
         masks = self._masks(pairs, step)
@@ -120,7 +122,7 @@ class PublishedStep:
         ):
             for new, old in zip(student.parameters(), teacher.parameters(), strict=True):
                 old.data = old.data * momentum + new.data * (1.0 - momentum)
-        for queue, keys in zip(self.stage.queues, teachers, strict=True):
+        for queue, keys in zip(self.stage._queues(), teachers, strict=True):
             queue.enqueue(keys, pairs.group_id)
 
 
@@ -160,7 +162,7 @@ def forward(
                 features[one],
                 teachers[one],
                 teachers[other],
-                stage.queues[other].features,
+                stage._queues()[other].features,
                 model.temperature(),
                 stage.config.alpha * min(1.0, step / stage.steps_per_epoch),
             )
@@ -171,7 +173,12 @@ def forward(
 
 
 def albef(
-    query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor, temperature: Tensor, alpha: float
+    query: Tensor,
+    teacher: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    temperature: Tensor,
+    alpha: Tensor | float,
 ) -> Tensor:
     """Soft-target contrastive loss, its scores written out; the queue is full."""
     pool = torch.cat([keys, queue.clone()])
@@ -192,7 +199,7 @@ def encode(vit: VisionTransformer, images: Tensor, visible: Tensor | None = None
         tokens = take_rows(tokens, visible)
     cls_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(images), -1, -1)
     tokens = torch.cat([cls_token, tokens], dim=1)
-    for layer in vit.blocks:
+    for layer in cast(Iterable[Block], vit.blocks):
         tokens = transformer_block(layer, tokens)
     return vit.norm(tokens)
 
@@ -204,7 +211,7 @@ def decode(decoder: MaskedDecoder, tokens: Tensor, visible: Tensor, hidden: Tens
     patches = torch.cat([embedded[:, 1:], guesses], dim=1)
     restore = torch.cat([visible, hidden], dim=1).argsort(dim=1)
     sequence = torch.cat([embedded[:, :1], take_rows(patches, restore) + decoder.positions], dim=1)
-    for layer in decoder.blocks:
+    for layer in cast(Iterable[Block], decoder.blocks):
         sequence = transformer_block(layer, sequence)
     return decoder.head(decoder.norm(sequence))[:, 1:]
 
@@ -228,7 +235,7 @@ def judge(discriminator: Discriminator, patches: Tensor) -> Tensor:
     tokens = discriminator.embed(patches)
     cls_token = discriminator.cls_token.expand(len(tokens), -1, -1)
     tokens = torch.cat([cls_token, tokens], dim=1) + discriminator.pos_embed
-    for layer in discriminator.blocks:
+    for layer in cast(Iterable[L2Block], discriminator.blocks):
         tokens = judging_block(layer, tokens)
     return discriminator.head(discriminator.norm(tokens[:, 0])).squeeze(-1)
 
@@ -248,7 +255,7 @@ def judging_block(layer: L2Block, tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def decompose(discriminator: Discriminator) -> None:
     """Set the singular vectors of every block's queries by a full decomposition."""
-    for layer in discriminator.blocks:
+    for layer in cast(Iterable[L2Block], discriminator.blocks):
         left, _, right = torch.linalg.svd(layer.points.weight, full_matrices=False)
         layer.points.u, layer.points.v = left[:, 0], right[0]  # the old ones' graphs need them
 

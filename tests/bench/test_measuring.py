@@ -45,7 +45,8 @@ def with_step(case: Case, name: str, wrong: Any) -> Case:
     ids=lambda value: value if isinstance(value, str) else value.operator,
 )
 def test_a_result_that_is_wrong_by_five_percent_is_never_timed(case: Case, name: str) -> None:
-    checked(with_step(case, name, lambda step: step), CPU)
+    right = checked(with_step(case, name, lambda step: step), CPU)
+    assert list(right.steps) == [name] and right.failed == {}
 
     def wrong(step: Any) -> Any:
         def call() -> Any:
@@ -56,8 +57,17 @@ def test_a_result_that_is_wrong_by_five_percent_is_never_timed(case: Case, name:
 
         return call
 
-    with pytest.raises(AssertionError, match=f"{name[:8]}.* is wrong"):
-        checked(with_step(case, name, wrong), CPU)
+    left = checked(with_step(case, name, wrong), CPU)
+    assert left.steps == {} and "is wrong" in left.failed[name]
+
+
+def test_one_that_ends_with_an_error_leaves_the_others() -> None:
+    def make(device: torch.device, tiny: bool) -> Rivals:
+        return Rivals({"cpu": lambda: 1, "eager": lambda: 1 // 0}, lambda name, result: None)
+
+    left = checked(Case("shift_features", "", Work(1, 1), make, batch=1), CPU)
+    assert list(left.steps) == ["cpu"]
+    assert left.failed == {"eager": "ZeroDivisionError: integer division or modulo by zero"}
 
 
 def row(ratio: float | None, implementation: str = "eager", **others: Any) -> dict[str, Any]:
@@ -114,13 +124,67 @@ def test_one_command_measures_a_subject_stores_it_and_compares(
     assert known <= set(stored["machine"])
     own = next(row for row in stored["rows"] if row["ours"])
     assert own["min_ms"] <= own["p20_ms"] <= own["median_ms"] <= own["p80_ms"]
-    assert own["bytes"] > 0 and own["share_of_floor"] > 0
+    assert own["bytes"] > 0 and own["share_of_floor"] > 0 and own["bandwidth"] > 0
+    assert stored["peaks"]["1"]["matrix_flops"] > 0
     assert "shift_features" in capsys.readouterr().out
     for base in stored["rows"]:
         base["ratio"] *= 1000
     first.write_text(json.dumps(stored))
     assert bench("--json", second, "--compare", first) == 1
     assert "times as long as ours, and took" in capsys.readouterr().out
+
+
+def test_a_run_that_is_stopped_leaves_what_it_has_measured(
+    tmp_path: Path, tiny_shift: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    cases = shift.cases(CPU)
+
+    def stop(device: torch.device, tiny: bool) -> Any:
+        raise KeyboardInterrupt
+
+    second = dataclasses.replace(cases[1], make=stop)
+    monkeypatch.setattr(shift, "cases", lambda device: [cases[0], second])
+    arguments = ["--quick", "--only", "shift", "--budget", "0", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--json", str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        command.main()
+    measured = {row["implementation"] for row in json.loads(path.read_text())["rows"]}
+    assert {"cpu", "eager", "copy"} <= measured
+
+
+def test_a_case_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path,
+    tiny_shift: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "result.json"
+    cases = shift.cases(CPU)
+
+    def fail(device: torch.device, tiny: bool) -> Any:
+        raise RuntimeError("out of memory")
+
+    first = dataclasses.replace(cases[0], make=fail)
+    monkeypatch.setattr(shift, "cases", lambda device: [first, cases[-1]])
+    arguments = ["--quick", "--only", "shift", "--budget", "0", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--json", str(path)])
+    assert command.main() == 1
+    failed, *others = json.loads(path.read_text())["rows"]
+    assert failed["failed"] and failed["absent"] == "RuntimeError: out of memory"
+    assert any(row["ours"] for row in others)
+    assert "FAILED (RuntimeError: out of memory)" in capsys.readouterr().out
+
+
+def test_what_no_time_is_left_for_is_not_begun(
+    tmp_path: Path, tiny_shift: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--quick", "--only", "shift", "--limit", "0", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--json", str(path)])
+    assert command.main() == 0
+    reasons = {row["absent"] for row in json.loads(path.read_text())["rows"]}
+    assert reasons == {"no time was left"}
 
 
 def test_work_is_counted_for_every_case() -> None:
@@ -138,9 +202,21 @@ def test_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
     assert 0.9 * squares < measured < 1.3 * squares
 
 
-@pytest.mark.parametrize(("took", "copies"), [(50e-6, 5), (200e-6, 1)])
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pretended one, with the L2 cache of an H100; what it captures it calls."""
+
+    def captured(steps: list[Any]) -> Any:
+        return lambda: [step() for step in steps]
+
+    monkeypatch.setattr(timing, "captured", captured)
+    cache = SimpleNamespace(L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
+
+
+@pytest.mark.parametrize(("took", "copies"), [(50e-6, 7), (400e-6, 1)])
 def test_short_calls_on_a_gpu_go_round_inputs_larger_than_its_cache(
-    took: float, copies: int, monkeypatch: pytest.MonkeyPatch
+    took: float, copies: int, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[int] = []
 
@@ -150,14 +226,30 @@ def test_short_calls_on_a_gpu_go_round_inputs_larger_than_its_cache(
         steps = {"triton": lambda: number, "eager, compiled": lambda: number}
         return Rivals(steps, lambda name, result: None)
 
-    def captured(steps: list[Any]) -> Any:
-        return lambda: [step() for step in steps]
-
-    monkeypatch.setattr(timing, "captured", captured)
     monkeypatch.setattr(timing, "seconds", lambda *arguments: (took, 0.0))
-    cache = SimpleNamespace(L2_cache_size=50 * 2**20)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cache)
     case = Case("shift_features", "", Work(25 * 2**20, 1), make, batch=1)
     timed = timing.on_gpu(case, make(CPU, False), CPU)
     assert timed["triton"].run() == list(range(copies)) and timed["triton"].calls == copies
     assert timed["eager, compiled"].run() == 0 and timed["eager, compiled"].calls == 1
+
+
+@pytest.mark.parametrize("module", [evidential, consistency, shift])
+def test_the_inputs_of_every_short_case_alone_exceed_the_cache(module: Any, gpu: None) -> None:
+    """At least two fifths of what a case moves are inputs, which is all that must be read anew."""
+    for case in module.cases(torch.device("cuda")):
+        assert timing.copies_for(case, CPU) < timing.MOST_COPIES
+        assert 0.4 * case.work.bytes * timing.copies_for(case, CPU) > 50 * 2**20
+
+
+def test_what_no_graph_captures_is_called(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(steps: list[Any]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "captured", refuse)
+    rivals = Rivals({"triton": lambda: 7}, lambda name, result: None)
+    case = Case("shift_features", "", Work(1, 1), lambda device, tiny: rivals, batch=1)
+    timed = timing.on_gpu(case, rivals, CPU)["triton"]
+    assert (timed.run(), timed.calls, timed.replayed) == (7, 1, False)
+    assert "triton: not captured as a CUDA graph" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import consistency, evidential, machine, roofline, shift
+from bench import consistency, evidential, roofline, shift
 from bench.roofline import Peaks, Work, floor_seconds
 from mics_kernels import class_moments
 
@@ -81,17 +81,3 @@ def test_the_floor_is_the_longer_of_moving_and_computing() -> None:
     assert floor_seconds(Work(200, 1000, matrix=True), peaks) == 2.0
     assert floor_seconds(Work(200, 3000, matrix=True), peaks) == 3.0
     assert floor_seconds(Work(200, 1000), peaks) == 100.0
-
-
-@pytest.mark.parametrize(
-    ("name", "bandwidth"),
-    [("NVIDIA H200", 4.8e12), ("NVIDIA H100 80GB HBM3", 3.35e12), ("NVIDIA H100 PCIe", 1e12),
-     ("NVIDIA H200 NVL", 1e12)],
-)  # fmt: skip
-def test_a_data_sheet_is_that_of_one_board(
-    monkeypatch: pytest.MonkeyPatch, name: str, bandwidth: float
-) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    monkeypatch.setattr(machine, "measured_bandwidth", lambda device: 1e12)
-    monkeypatch.setattr(machine, "measured_product", lambda device, dtype: 1e12)
-    assert machine.peaks_of(torch.device("cuda")).bytes == bandwidth

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import math
+from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import rungs
+from bench import rungs, training
 from mics_fast.config import ModelConfig, PretrainConfig, TrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.models.sizes import SIZES, Size
@@ -120,3 +125,69 @@ def test_fine_tuning_costs_and_trains(config, batches):
     unlabelled = replace(unlabelled, strong=unlabelled.views)
     (losses,) = rungs.losses_of(rung, [(*batches[0], unlabelled)])
     assert losses["supervised"] > 0 and rung.flops > 0
+
+
+class Step:
+    """A step of nothing, with this loss; None: one that ends with an error."""
+
+    def __init__(self, loss: float | None) -> None:
+        weight = torch.zeros(10, requires_grad=True)
+        self.loss, self.optimisers = loss, {"model": torch.optim.AdamW([weight])}
+
+    def __call__(self, batch: Any, step: int) -> dict[str, float]:
+        if self.loss is None:
+            raise RuntimeError("out of memory")
+        return {"consistency": self.loss}
+
+    def release(self) -> None:
+        pass
+
+
+@pytest.fixture
+def ladder_of(monkeypatch, batches):
+    """Rows of a ladder of such steps, given their losses: each is held against the one before."""
+
+    def rows(end: float = math.inf, **losses: float | None) -> dict[str, dict[str, Any]]:
+        names = list(losses)
+
+        def made(*arguments: object, **options: object) -> Iterator[rungs.Rung]:
+            for name, before in zip(names, [None, *names], strict=False):
+                yield rungs.Rung(name, Step(losses[name]), 1e6, like=before)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(training, "ladder", made)
+        monkeypatch.setattr(training, "fine_tuning", lambda *arguments, **options: iter(()))
+        monkeypatch.setattr(training, "product", lambda device, dtype: 1e12)
+        monkeypatch.setattr(training, "flops_of", lambda device, dtype, threads: 1e9)
+        monkeypatch.setattr(training, "bandwidth_of", lambda device, size, threads: 1e6)
+        streams = {name: cycle(batches) for name in ("decoded", "cached", "tuning")}
+        monkeypatch.setattr(training, "loaders_of", lambda *arguments: streams)
+        given = argparse.Namespace(device="cpu", size="vit_micro", batch=4, quick=True, end=end)
+        manifest = SimpleNamespace(modalities=MODALITIES, classes=("x", "y"))
+        monkeypatch.setattr(training, "take_turns", lambda rungs, *arguments: (
+            {name: [(0.002, 0.001, 0.0), (0.004, 0.001, 0.0)] for name in rungs}, 1.0))  # fmt: skip
+        return {row["rung"]: row for row in training.table(manifest, given)}  # type: ignore[arg-type]
+
+    return rows
+
+
+def test_the_floor_of_a_step_is_its_flops_over_the_peak_or_its_weights_over_the_bandwidth(
+    ladder_of,
+):
+    row = ladder_of(a=1.0)["a"]
+    assert row["bytes"] == 6 * 40 and row["flops"] == 1e6
+    assert row["floor_ms"] == pytest.approx(1.0)  # 1e6 / 1e9 s; the weights take 0.24 ms
+    assert row["ms"] == pytest.approx(3.0) and row["share_of_floor"] == pytest.approx(1 / 3)
+    assert row["p20_ms"] < row["ms"] < row["p80_ms"]
+
+
+def test_a_rung_that_fails_or_disagrees_is_left_out_and_those_after_it_are_still_held(ladder_of):
+    found = ladder_of(a=1.0, b=None, c=1.0, d=1.5, e=1.0, f=1.6)
+    assert found["b"]["absent"] == "RuntimeError: out of memory"
+    assert "rung d disagrees with c" in found["d"]["absent"]
+    assert "rung f disagrees with e" in found["f"]["absent"]
+    assert [name for name, row in found.items() if "ms" in row] == ["a", "c", "e"]
+    assert all(found[name]["failed"] for name in "bdf")
+
+
+def test_a_rung_that_no_time_is_left_for_says_so(ladder_of):
+    assert ladder_of(end=0.0, a=1.0)["a"]["absent"] == "no time was left"
