@@ -211,6 +211,9 @@ def evidential_rows_kernel(
     fused_misleading = tl.zeros((R,), tl.float32)
     fused_h = tl.zeros((R,), tl.float32)
     fused_expected = tl.zeros((R,), tl.float32)
+    # Summed up after the loop: Triton 3.6 cannot compile a sum of loaded values in it that is used
+    # more than once behind it (assertion loopResult.hasOneUse()).
+    shares = tl.zeros((R, K), tl.float32)
     for start in range(0, C, K):
         k = start + tl.arange(0, K)
         e, _ = _evidence(values, row, view, k, there, V, C, ACT)
@@ -221,7 +224,7 @@ def evidential_rows_kernel(
         h += tl.sum(h_part, 2)
         expected += tl.sum(right_part, 2)
         if SOFT:
-            mass += tl.sum(y, 1)
+            shares += y
         if FUSE:
             f = C * tl.reduce(e * (1.0 / C), 1, _both)
             wrong, h_part, right_part = _class_terms(f, y, SOFT)
@@ -231,6 +234,8 @@ def evidential_rows_kernel(
             fused_expected += tl.sum(right_part, 1)
             mask = inside[:, None] & (k < C)[None, :]
             tl.store(fused + row[:, None] * C + k[None, :], f, mask=mask)
+    if SOFT:
+        mass = tl.sum(shares, 1)
 
     loss, strength, right, common = _judge(
         evidence, misleading, h, expected, mass[:, None], kl_weight, C, SOFT
