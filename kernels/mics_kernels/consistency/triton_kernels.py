@@ -491,9 +491,10 @@ def _lengths(
 
 
 def _precision() -> str:
-    """float32 products: exact, or with TensorFloat-32 where torch is told so. Of no effect on
+    """float32 products: exact, or with TensorFloat-32 where torch is told so, by whichever of its
+    settings (get_float32_matmul_precision raises where the newer ones were used). Of no effect on
     half precision."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _chip(device: torch.device) -> tuple[int, int]:
