@@ -176,7 +176,7 @@ def assert_as_good_as_eager(problem: Problem, backend: str) -> None:
 
 
 @settings(
-    max_examples=25 if INTERPRETED else 150,
+    max_examples=25 if INTERPRETED else 15 if GPU else 150,  # a GPU compiles for each: seconds
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -21,7 +21,7 @@ from mics_kernels.backends import explain
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] * (GPU or INTERPRETED) + ["cuda"] * GPU + ["cpu"] * (not INTERPRETED)
-EXAMPLES = 15 if INTERPRETED else 60
+EXAMPLES = 15 if INTERPRETED or GPU else 60  # a GPU compiles kernels for each: seconds
 ROWS = 9 if INTERPRETED else 37
 
 # Measured on each backend against float64: loss 6e-7 of its size, fused 5e-7, gradient 2e-6 of

@@ -48,7 +48,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
 GPU = torch.cuda.is_available()
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] * (GPU or INTERPRETED) + ["cpu"] * (not INTERPRETED)
-EXAMPLES = 15 if INTERPRETED else 60
+EXAMPLES = 15 if INTERPRETED or GPU else 60  # a GPU compiles kernels for each: seconds
 PROPERTY = settings(
     max_examples=EXAMPLES,
     deadline=None,

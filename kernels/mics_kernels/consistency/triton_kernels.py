@@ -134,9 +134,11 @@ def _sweep(
         # Scaled in float32 after the product, and above the mask: -inf * scale is -inf.
         masked = tl.where(allowed, products, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(masked, 1))
-        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak * scale)
-        p = tl.exp2(masked * scale - shift[:, None])
-        fade = tl.exp2(peak * scale - shift)
+        # Scaled after the difference: of scale s - scale peak a GPU rounds one product and not the
+        # other, so an old sum would fade, or grow, with every tile that brings no new peak.
+        top = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        p = tl.exp2((masked - top[:, None]) * scale)
+        fade = tl.exp2((peak - top) * scale)
         total = total * fade + tl.sum(p, 1)
         mixed = mixed * fade + _under_student(p, products, M, N)
         if GRADIENT:
@@ -489,9 +491,9 @@ def _lengths(
 
 
 def _precision() -> str:
-    """float32 products: exact, or with TensorFloat-32 where torch is told so. Of no effect on
+    """float32 products: exact, or with TensorFloat-32 where torch is told so, by whichever of its
+    settings (get_float32_matmul_precision raises where the newer ones were used). Of no effect on
     half precision."""
-    # What every way to say so sets; to read one of the older ways is an error after the newer one.
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

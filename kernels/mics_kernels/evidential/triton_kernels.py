@@ -48,6 +48,15 @@ def _log(x):
 
 
 @triton.jit
+def _exp(x):
+    """exp(x); below -87 it stays at exp(-87). tl.exp rounds x log2(e): off by up to |x| 6e-8."""
+    x = tl.where(x < -87.0, -87.0, x)  # instead of a maximum: NaN stays NaN
+    n = tl.floor(x * 1.44269504 + 0.5)
+    rest = (x - n * 0.693359375) + n * 2.12194440e-4  # ln(2) in two parts
+    return tl.exp2(n) * tl.exp(rest)
+
+
+@triton.jit
 def _rounded_off(e, t):
     """What ln(1 + e) loses when 1 + e is rounded."""
     return tl.where(e < 1.0, (e - ((1.0 + e) - 1.0)) * t, 0.0)
@@ -79,14 +88,14 @@ def _trigamma(a):
 def _activate(z, ACTIVATION: tl.constexpr):
     """Evidence, and its derivative."""
     if ACTIVATION == 1:
-        q = tl.exp(-tl.abs(z))
+        q = _exp(-tl.abs(z))
         positive = 1.0 / (1.0 + q)
         # z + |z| instead of a maximum: NaN stays NaN
         e = 0.5 * (z + tl.abs(z)) + q * polynomial(q, _LOG1P)
         slope = tl.where(z < 0.0, q * positive, positive)
     elif ACTIVATION == 2:
         inside = tl.where(z < -10.0, -10.0, tl.where(z > 10.0, 10.0, z))
-        e = tl.exp(inside)
+        e = _exp(inside)
         slope = tl.where(inside == z, e, 0.0)
     elif ACTIVATION == 3:
         e = tl.where(z < 0.0, 0.0, z)
@@ -201,7 +210,7 @@ def evidential_rows_kernel(
     if HAS_COUNT:
         scale = scale / tl.load(count)
     if KL_IN_MEMORY:
-        kl_weight = tl.load(kl_weight)
+        kl_weight = tl.load(kl_weight).to(tl.float32)
 
     evidence = tl.zeros((R, VP), tl.float32)
     misleading = tl.zeros((R, VP), tl.float32)
@@ -211,6 +220,9 @@ def evidential_rows_kernel(
     fused_misleading = tl.zeros((R,), tl.float32)
     fused_h = tl.zeros((R,), tl.float32)
     fused_expected = tl.zeros((R,), tl.float32)
+    # Summed up after the loop: Triton 3.6 cannot compile a sum of loaded values in it that is used
+    # more than once behind it (assertion loopResult.hasOneUse()).
+    shares = tl.zeros((R, K), tl.float32)
     for start in range(0, C, K):
         k = start + tl.arange(0, K)
         e, _ = _evidence(values, row, view, k, there, V, C, ACT)
@@ -221,7 +233,7 @@ def evidential_rows_kernel(
         h += tl.sum(h_part, 2)
         expected += tl.sum(right_part, 2)
         if SOFT:
-            mass += tl.sum(y, 1)
+            shares += y
         if FUSE:
             f = C * tl.reduce(e * (1.0 / C), 1, _both)
             wrong, h_part, right_part = _class_terms(f, y, SOFT)
@@ -231,6 +243,8 @@ def evidential_rows_kernel(
             fused_expected += tl.sum(right_part, 1)
             mask = inside[:, None] & (k < C)[None, :]
             tl.store(fused + row[:, None] * C + k[None, :], f, mask=mask)
+    if SOFT:
+        mass = tl.sum(shares, 1)
 
     loss, strength, right, common = _judge(
         evidence, misleading, h, expected, mass[:, None], kl_weight, C, SOFT
