@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -47,11 +47,3 @@ def instruction_sets() -> Iterator[Iterator[str]]:
     assert there
     yield filter(native.use_instruction_set, there)
     native.use_instruction_set(best)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[Callable[[int], None]]:
-    """``torch.set_num_threads``, undone after the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
