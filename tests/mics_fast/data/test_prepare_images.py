@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mics_fast import prepare
-from mics_fast.data import phantom
+from mics_fast.data import inspection, phantom
+from mics_fast.data.images import decode
 from mics_fast.data.manifest import read_manifest
 from mics_fast.errors import InputError
 from tests.mics_fast.data.preparing import damaged, paint, rejected, run, scenery
@@ -67,20 +67,20 @@ def test_an_image_of_a_kind_that_training_cannot_decode_is_rejected(kvasir, tmp_
 def test_16_bits_are_scaled_not_clipped(tmp_path):
     ramp = np.linspace(0, 65535, 192).reshape(12, 16).astype(np.uint16)
     Image.fromarray(ramp).save(tmp_path / "x.png")
-    assert (prepare.decode(tmp_path / "x.png")[..., 0] == ramp >> 8).all()
+    assert (decode(tmp_path / "x.png")[..., 0] == ramp >> 8).all()
 
 
 def test_checking_keeps_no_decoded_image(kvasir, tmp_path, monkeypatch):
     decoded, alive = [], []
 
-    def decode(path, whole=prepare.decode):
-        image = whole(path).copy()
+    def watched(path):
+        image = decode(path).copy()
         decoded.append(weakref.ref(image))
         alive.append(sum(reference() is not None for reference in decoded))
         return image
 
-    monkeypatch.setattr(prepare, "decode", decode)
-    monkeypatch.setattr(prepare.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(inspection, "decode", watched)
+    monkeypatch.setattr(inspection.os, "cpu_count", lambda: 2)
     run(kvasir, "--out", tmp_path / "out")
     assert len(alive) == 17 and max(alive) <= 3
 
