@@ -22,7 +22,7 @@ from torch.nn.functional import softplus
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
 from mics_fast.errors import SentenceParser, run_command
 from mics_fast.exported import CARD, ONNX, OUTPUTS, PROGRAM, SIDECAR, open_session
-from mics_fast.files import make_folder, write_json, write_text
+from mics_fast.files import make_folder, renamed, write_json, write_text
 from mics_fast.intervals import RESAMPLES
 from mics_fast.model_card import model_card
 from mics_fast.models.classifier import Classifier
@@ -102,9 +102,8 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
         inputs,
         dynamic_shapes={"present": {0: batch}, "images": ({0: batch},) * (len(inputs) - 1)},
     )
-    partial = out / f".partial-{PROGRAM}"
-    torch.export.save(program, partial)
-    partial.replace(out / PROGRAM)
+    with renamed(out / PROGRAM) as partial:
+        torch.export.save(program, partial)
     agreement = {PROGRAM: largest_difference(module, program.module(), trained.modalities, size)}
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         write_onnx(program, trained.modalities, out / ONNX)
@@ -140,9 +139,8 @@ def write_onnx(
             verbose=False,
         )
     assert translated is not None
-    partial = file.with_name(f".partial-{file.name}")
-    translated.save(partial, external_data=False)
-    partial.replace(file)
+    with renamed(file) as partial:
+        translated.save(partial, external_data=False)
 
 
 def random_inputs(

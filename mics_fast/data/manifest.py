@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mics_fast.data.shards import image_exists
 from mics_fast.errors import InputError
+from mics_fast.files import whole_file
 
 RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
 SPLITS = ("train", "val", "test")
@@ -138,19 +139,20 @@ def read_manifest(
 def write_manifest(
     path: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
 ) -> None:
-    """Write a manifest under a temporary name, then rename it.
+    """Write a manifest, or nothing at all.
 
     Args:
         path: of the CSV file.
         records: for each row the reserved columns and one path a modality, "" where missing.
         modalities: names of the further columns.
+
+    Raises:
+        InputError: the file cannot be written.
     """
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as file:
         writer = csv.DictWriter(file, [*RESERVED, *modalities])
         writer.writeheader()
         writer.writerows(records)
-    partial.replace(path)
 
 
 def _check(record: Mapping[str, str | None], where: str, seen: set[str]) -> None:
