@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
-from mics_fast.errors import SentenceParser, run_command
+from mics_fast.errors import RunFailed, SentenceParser, run_command
 from mics_fast.exported import CARD, ONNX, OUTPUTS, PROGRAM, SIDECAR, open_session
 from mics_fast.files import make_folder, renamed, write_json, write_text
 from mics_fast.intervals import RESAMPLES
@@ -91,7 +91,7 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
         File name -> largest difference from the original on random inputs.
 
     Raises:
-        RuntimeError: a difference is above the tolerance.
+        RunFailed: a difference is above the tolerance.
     """
     module = Answering(trained.model.cpu()).eval()
     size = SIZES[trained.run.config.model.size].image
@@ -119,7 +119,10 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
         print("no ONNX model: onnx is not installed, wanted: pip install 'mics-fast[export]'")
     for name, largest in agreement.items():
         if not largest <= TOLERANCE:
-            raise RuntimeError(f"{out / name} differs from the original by {largest:.1e}")
+            raise RunFailed(
+                f"{out / name} differs from the original by {largest:.1e}, wanted at most "
+                f"{TOLERANCE:.0e}"
+            )
     return agreement
 
 

@@ -103,8 +103,9 @@ def check_numbers(options: argparse.Namespace) -> None:
         )
     if options.store_side is not None and options.store_side < 32:
         raise InputError(f"--store-side is {options.store_side}, wanted at least 32 pixels")
-    if options.seed < 0 or options.pairs < 1:
-        raise InputError("--seed must be at least 0 and --pairs at least 1")
+    for name, least in (("seed", 0), ("pairs", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name} is {getattr(options, name)}, wanted at least {least}")
 
 
 def check_source(options: argparse.Namespace) -> None:
