@@ -419,6 +419,7 @@ def _check_augment(option: str, augment: AugmentConfig) -> None:
         raise InputError(f"option {option}.crop_ratio is {low, high}, wanted 0 < low <= high")
     for view in ("weak", "strong"):
         for name, value in asdict(getattr(augment, view)).items():
-            largest = 1 if name in ("brightness", "contrast", "saturation") else math.inf
-            if not 0 <= value <= largest:
-                raise InputError(f"option {option}.{view}.{name} is {value}, out of its range")
+            factor = name in ("brightness", "contrast", "saturation")
+            if not 0 <= value <= (1 if factor else math.inf):
+                wanted = "a number from 0 to 1" if factor else "a number of at least 0"
+                raise InputError(f"option {option}.{view}.{name} is {value}, wanted {wanted}")

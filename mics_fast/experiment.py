@@ -48,7 +48,7 @@ from mics_fast.summary import COVERAGES, markdown, tabulate
 from mics_fast.train import Trainer
 from mics_fast.workers import Task, run_tasks
 
-# The first variant with each part; those after it keep it.
+# Each variant adds a part, and keeps those of the variants before it.
 LADDER = get_args(Variant)
 
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
-from mics_fast.errors import SentenceParser, run_command
+from mics_fast.errors import RunFailed, SentenceParser, run_command
 from mics_fast.exported import CARD, ONNX, OUTPUTS, PROGRAM, SIDECAR, open_session
-from mics_fast.files import make_folder, write_json, write_text
+from mics_fast.files import make_folder, renamed, write_json, write_text
 from mics_fast.intervals import RESAMPLES
 from mics_fast.model_card import model_card
 from mics_fast.models.classifier import Classifier
@@ -91,7 +91,7 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
         File name -> largest difference from the original on random inputs.
 
     Raises:
-        RuntimeError: a difference is above the tolerance.
+        RunFailed: a difference is above the tolerance.
     """
     module = Answering(trained.model.cpu()).eval()
     size = SIZES[trained.run.config.model.size].image
@@ -102,9 +102,8 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
         inputs,
         dynamic_shapes={"present": {0: batch}, "images": ({0: batch},) * (len(inputs) - 1)},
     )
-    partial = out / f".partial-{PROGRAM}"
-    torch.export.save(program, partial)
-    partial.replace(out / PROGRAM)
+    with renamed(out / PROGRAM) as partial:
+        torch.export.save(program, partial)
     agreement = {PROGRAM: largest_difference(module, program.module(), trained.modalities, size)}
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         write_onnx(program, trained.modalities, out / ONNX)
@@ -120,7 +119,10 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
         print("no ONNX model: onnx is not installed, wanted: pip install 'mics-fast[export]'")
     for name, largest in agreement.items():
         if not largest <= TOLERANCE:
-            raise RuntimeError(f"{out / name} differs from the original by {largest:.1e}")
+            raise RunFailed(
+                f"{out / name} differs from the original by {largest:.1e}, wanted at most "
+                f"{TOLERANCE:.0e}"
+            )
     return agreement
 
 
@@ -140,9 +142,8 @@ def write_onnx(
             verbose=False,
         )
     assert translated is not None
-    partial = file.with_name(f".partial-{file.name}")
-    translated.save(partial, external_data=False)
-    partial.replace(file)
+    with renamed(file) as partial:
+        translated.save(partial, external_data=False)
 
 
 def random_inputs(

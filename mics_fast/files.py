@@ -26,21 +26,29 @@ def make_folder(folder: Path) -> None:
 
 
 @contextmanager
+def renamed(file: Path) -> Iterator[Path]:
+    """A temporary name, with the file's suffix; what is written under it gets the file's name when
+    all is written and is removed otherwise."""
+    partial = file.with_name(f".partial-{file.name}")
+    try:
+        yield partial
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
 def whole_file(file: Path) -> Iterator[TextIO]:
     """A text file to write to, which gets its name when all is written and none otherwise.
 
     Raises:
         InputError: the file cannot be written.
     """
-    partial = file.with_name(f".partial-{file.name}")
     try:
-        with open(partial, "w", newline="", encoding="utf-8") as handle:
+        with renamed(file) as partial, open(partial, "w", newline="", encoding="utf-8") as handle:
             yield handle
-        partial.replace(file)
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.errors import InputError
 from mics_fast.evaluate import evaluate, summarise
-from mics_fast.tables import SHOWN, interval, number
+from mics_fast.tables import CLASS_COLUMNS, class_rows, markdown_table, metric_rows
 from mics_fast.trained import Trained, run_manifest
 
 NOT_A_DEVICE = (
@@ -81,21 +81,6 @@ def metrics_section(result: dict[str, Any]) -> str:
     views = result["views"]
     others = [name for name in views if name != "fused"]
     virtual = [f"virtual {name}" if name in result["virtual"] else name for name in others]
-    metrics = [
-        [title, number(views["fused"][name]), interval(views["fused"]["intervals"].get(name))]
-        + [number(views[other][name]) for other in others]
-        for name, title in SHOWN.items()
-        if name in views["fused"]
-    ]
-    classes = [
-        [label, str(own["n"])]
-        + [
-            cell
-            for name in ("sensitivity", "specificity")
-            for cell in (number(own[name]), interval(own["intervals"][name]))
-        ]
-        for label, own in views["fused"]["per_class"].items()
-    ]
     return "\n\n".join(
         [
             "## Metrics",
@@ -103,10 +88,8 @@ def metrics_section(result: dict[str, Any]) -> str:
             f"bootstrap over groups, {result['intervals']['resamples']} resamples; they say how "
             "other samples of the same source would vary the figure, not other hospitals, cameras "
             "or training runs.",
-            markdown_table(["metric", "fused", "95 %", *virtual], metrics),
-            markdown_table(
-                ["class (fused)", "n", "sensitivity", "95 %", "specificity", "95 %"], classes
-            ),
+            markdown_table(["metric", "fused", "95 %", *virtual], metric_rows(views)),
+            markdown_table(["class (fused)", *CLASS_COLUMNS[1:]], class_rows(views["fused"])),
         ]
     )
 
@@ -151,12 +134,4 @@ def files_section(agreement: dict[str, float]) -> str:
             markdown_table(["file", "largest difference from the trained model"], rows),
             "Inputs, outputs and preprocessing are described in `model.json`.",
         ]
-    )
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the cells are plain text."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
     )

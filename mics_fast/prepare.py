@@ -7,49 +7,14 @@ and rendered as virtual NBI where that is asked for, and hashed for the check of
 from __future__ import annotations
 
 import argparse
-import os
 import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-import numpy as np
-from rich.console import Console
-from rich.progress import track
-
-from mics_fast.data import phantom
-from mics_fast.data.contact_sheet import write_contact_sheet
-from mics_fast.data.images import around, content_box, cut, decode, save, shrink
-from mics_fast.data.leaks import group_together, near_duplicates, perceptual_hash
-from mics_fast.data.manifest import write_manifest
-from mics_fast.data.reports import print_summary, report_leaks, report_rejected
-from mics_fast.data.shards import write_shards
-from mics_fast.data.sources import CONTACT_SHEET, Sample, read_columns, read_folders, read_table
-from mics_fast.data.splits import fold_rows, label_rows, split_fold, split_rows
-from mics_fast.data.virtual_nbi import virtual_nbi
+from mics_fast.data.inspection import hold_out, in_threads, inspect, keep_complete, make_phantom
+from mics_fast.data.rows import write_held_out, write_rows
+from mics_fast.data.sources import Sample, read_columns, read_folders, read_table
 from mics_fast.errors import InputError, SentenceParser, run_command
-
-HELD_OUT = "held-out.csv"
-
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Inspected:
-    """A sample after its images have been decoded.
-
-    Args:
-        sample: with the files that training is to read; broken ones are gone.
-        hashes: modality -> perceptual hash; none of a modality that is derived.
-        rejected: broken file and what is wrong with it.
-    """
-
-    sample: Sample
-    hashes: dict[str, np.ndarray]
-    rejected: list[tuple[Path, str]]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             samples, modalities = find_samples(options)
             found = in_threads(lambda sample: inspect(sample, options), samples, "checking")
         kept = keep_complete(found, modalities, options)
-        kept, apart = hold_out(kept, options)
+        kept, apart = hold_out(kept, options.hold_out)
         for path in write_rows(kept, modalities, options):
             print(f"wrote {path}")
         if apart:
@@ -138,8 +103,9 @@ def check_numbers(options: argparse.Namespace) -> None:
         )
     if options.store_side is not None and options.store_side < 32:
         raise InputError(f"--store-side is {options.store_side}, wanted at least 32 pixels")
-    if options.seed < 0 or options.pairs < 1:
-        raise InputError("--seed must be at least 0 and --pairs at least 1")
+    for name, least in (("seed", 0), ("pairs", 1)):
+        if getattr(options, name) < least:
+            raise InputError(f"--{name} is {getattr(options, name)}, wanted at least {least}")
 
 
 def check_source(options: argparse.Namespace) -> None:
@@ -195,215 +161,6 @@ def find_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
             )
         modalities.append("nbi")
     return samples, modalities
-
-
-def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
-    """Render the phantom's pairs below ``out/wli`` and ``out/nbi``."""
-
-    def render(index: int) -> Inspected:
-        label, wli, nbi = phantom.render_pair(seed, index)
-        name = f"{index:06d}"
-        files = {"wli": out / "wli" / f"{name}.png", "nbi": out / "nbi" / f"{name}.png"}
-        save(wli, files["wli"])
-        save(nbi, files["nbi"])
-        return Inspected(Sample(name, label, files), {}, [])
-
-    return in_threads(render, range(pairs), "phantom")
-
-
-def inspect(sample: Sample, options: argparse.Namespace) -> Inspected:
-    """Decode every image of a sample once, and make of it whatever the options ask for."""
-    frames, rejected = {}, []
-    for name, path in sample.files.items():
-        try:
-            frames[name] = decode(path)
-        except InputError as error:
-            rejected.append((path, str(error)))
-    files = {name: sample.files[name] for name in frames}
-    checked = Sample(sample.id, sample.label, files, sample.group)
-    if options.crop_borders and frames:
-        # One box for all modalities, in fractions of the frame: a pair stays registered.
-        box = around(content_box(frame) for frame in frames.values())
-        frames = {name: cut(frame, box) for name, frame in frames.items()}
-    if options.store_side:
-        frames = {name: shrink(frame, options.store_side) for name, frame in frames.items()}
-    hashes = {name: perceptual_hash(frame) for name, frame in frames.items()}
-    if options.crop_borders or options.store_side:
-        for name, frame in frames.items():
-            store(frame, name, checked, options.out)
-    if options.virtual_nbi and "wli" in frames:
-        store(virtual_nbi(frames["wli"]), "nbi", checked, options.out)
-        checked.virtual.append("nbi")
-    return Inspected(checked, hashes, rejected)
-
-
-def store(frame: np.ndarray, modality: str, sample: Sample, out: Path) -> None:
-    """Write a frame below ``out/<modality>`` and let the sample refer to it."""
-    target = out / modality / f"{sample.id}.jpg"
-    save(frame, target)
-    sample.files[modality] = target
-
-
-def keep_complete(
-    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
-) -> list[Inspected]:
-    """The samples that become rows; what does not is listed in ``rejected.csv`` with its reason.
-
-    Raises:
-        InputError: nothing is left.
-    """
-    enough = 1 if options.keep_orphans else len(modalities)
-    kept, broken, orphans = [], [], []
-    for one in found:
-        broken += [(one.sample.id, path, reason) for path, reason in one.rejected]
-        if len(one.sample.files) >= enough:
-            kept.append(one)
-        else:
-            missing = ", ".join(name for name in modalities if name not in one.sample.files).upper()
-            reason = f"without a partner: no {missing} image that can be used"
-            orphans += [(one.sample.id, path, reason) for path in one.sample.files.values()]
-    report_rejected(broken, orphans, options.out / "rejected.csv")
-    if not kept:
-        raise InputError(
-            f"source {options.source} has no sample left, wanted one with all of its images; "
-            f"{options.out / 'rejected.csv'} says what is wrong"
-        )
-    return kept
-
-
-def hold_out(
-    found: Sequence[Inspected], options: argparse.Namespace
-) -> tuple[list[Inspected], list[Inspected]]:
-    """The samples of all classes but the one that is to be held out, and those of that one.
-
-    Raises:
-        InputError: no sample is of that class, or all are.
-    """
-    name = options.hold_out
-    if name is None:
-        return list(found), []
-    kept = [one for one in found if one.sample.label != name]
-    apart = [one for one in found if one.sample.label == name]
-    if not kept or not apart:
-        classes = ", ".join(sorted({one.sample.label for one in found} - {""}))
-        raise InputError(f"--hold-out is {name}, wanted one of several classes, there: {classes}")
-    return kept, apart
-
-
-def in_threads(work: Callable[[T], R], items: Iterable[T], title: str) -> list[R]:
-    """Apply ``work`` to all items, in order, with a progress bar on a terminal."""
-    items = list(items)
-    console = Console(stderr=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(work, items)
-        return list(
-            track(results, title, len(items), console=console, disable=not console.is_terminal)
-        )
-
-
-def write_rows(
-    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
-) -> list[Path]:
-    """Split the samples, check for leaks, write manifests and contact sheet, print a summary.
-
-    Returns:
-        The files written.
-    """
-    samples = [one.sample for one in found]
-    labels = [sample.label for sample in samples]
-    groups = [sample.group for sample in samples]
-    alike = near_duplicates([one.hashes for one in found])
-    if options.group_near_duplicates:
-        groups = group_together(groups, [sample.id for sample in samples], alike)
-    written: list[Path] = []
-    for name, splits in draw_splits(labels, groups, options).items():
-        labelled = draw_labelled(labels, groups, splits, options)
-        records = records_of(samples, groups, splits, labelled, modalities, options.out)
-        if not written:
-            print_summary(records, modalities)
-            report_leaks(alike, records, options.out / "near_duplicates.csv")
-            write_contact_sheet(options.out / CONTACT_SHEET, records, modalities)
-        if options.to_shards:
-            records = write_shards(
-                records, modalities, options.out, options.to_shards, options.seed
-            )
-        write_manifest(options.out / name, records, modalities)
-        written.append(options.out / name)
-    return [*written, options.out / CONTACT_SHEET]
-
-
-def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: Path) -> Path:
-    """The manifest of the class that is held out: every row is for testing."""
-    samples = [one.sample for one in found]
-    groups = [sample.group for sample in samples]
-    splits = ["test"] * len(samples)
-    records = records_of(samples, groups, splits, set(), modalities, out)
-    write_manifest(out / HELD_OUT, records, modalities)
-    return out / HELD_OUT
-
-
-def draw_splits(
-    labels: Sequence[str], groups: Sequence[str], options: argparse.Namespace
-) -> dict[str, list[str]]:
-    """File name of each manifest -> the split of each row."""
-    if options.folds is None:
-        return {"manifest.csv": split_rows(labels, groups, options.split, options.seed)}
-    fold = fold_rows(labels, groups, options.folds, options.seed)
-    val_share = options.split[1] / (options.split[0] + options.split[1])
-    return {
-        f"fold-{k + 1}.csv": split_fold(labels, groups, fold, k, val_share, options.seed)
-        for k in range(options.folds)
-    }
-
-
-def draw_labelled(
-    labels: Sequence[str],
-    groups: Sequence[str],
-    splits: Sequence[str],
-    options: argparse.Namespace,
-) -> set[int]:
-    """The train rows that keep their label."""
-    train = [row for row, split in enumerate(splits) if split == "train"]
-    chosen = label_rows(
-        [labels[row] for row in train],
-        [groups[row] for row in train],
-        options.label_fraction,
-        options.seed,
-    )
-    return {row for row, keeps in zip(train, chosen, strict=True) if keeps}
-
-
-def records_of(
-    samples: Sequence[Sample],
-    groups: Sequence[str],
-    splits: Sequence[str],
-    labelled: set[int],
-    modalities: Sequence[str],
-    out: Path,
-) -> list[dict[str, str]]:
-    """The rows of a manifest in ``out``."""
-    # Resolved: "out/.." is not the parent of a folder that is reached through a link.
-    folder = out.resolve()
-    return [
-        {
-            "id": sample.id,
-            "label": sample.label,
-            "labelled": str(int(row in labelled)),
-            "group": groups[row],
-            "split": splits[row],
-            "virtual": " ".join(sample.virtual),
-            **{
-                name: relative(sample.files[name], folder) if name in sample.files else ""
-                for name in modalities
-            },
-        }
-        for row, sample in enumerate(samples)
-    ]
-
-
-def relative(file: Path, folder: Path) -> str:
-    """The way from a resolved folder to a file, whose own name may be a link."""
-    return os.path.relpath(file.parent.resolve() / file.name, folder)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from mics_fast.data.manifest import Manifest
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.log import read_log
 from mics_fast.errors import InputError
+from mics_fast.files import make_folder, write_text
 
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
@@ -52,13 +53,8 @@ class Run:
             raise InputError(f"{folder} holds a run; add --resume to go on, or name another --out")
         if file.exists():
             refuse_changes(read_config(file), config, folder)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder / ".partial-config.yaml"
-            partial.write_text(yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
-            partial.replace(file)
-        except OSError as error:
-            raise InputError(f"--out {folder} cannot be written: {error.strerror}") from None
+        make_folder(folder)
+        write_text(file, yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
         return Run(folder, config)
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import t as student
 
 from mics_fast.intervals import LEVEL
-from mics_fast.model_card import markdown_table
+from mics_fast.tables import markdown_table
 
 # The risk-coverage table, in % of the samples.
 COVERAGES = (50, 60, 70, 80, 90, 100)

@@ -1,9 +1,9 @@
-"""The metrics of a run as tables for the terminal; their names and number formats everywhere."""
+"""The metrics of a run as tables: for the terminal, and as rows of text for every other page."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -29,6 +29,8 @@ SHOWN = {
     "uncertainty": "uncertainty",
     "out_of_distribution_auroc": "OOD AUROC",
 }
+CLASS_COLUMNS = ("class", "n", "sensitivity", "95 %", "specificity", "95 %")
+DIFFERENCE_COLUMNS = ("metric", "difference", "95 %")
 
 
 def print_tables(result: dict[str, Any]) -> None:
@@ -53,13 +55,11 @@ def metrics_table(result: dict[str, Any]) -> Table:
         if name == "fused":
             table.add_column("95 %", justify="right")
 
-    def add(title: str, values: Sequence[str], bounds: Sequence[float] | None = None) -> None:
-        table.add_row(title, values[0], interval(bounds), *values[1:])
+    def add(title: str, values: Sequence[str]) -> None:
+        table.add_row(title, values[0], "", *values[1:])
 
-    for name, shown in SHOWN.items():
-        if name in views["fused"]:
-            values = [number(metrics.get(name)) for metrics in views.values()]
-            add(shown, values, views["fused"]["intervals"].get(name))
+    for row in metric_rows(views):
+        table.add_row(*row)
     for name in ("coverage", "precision"):
         if "pseudo_labels" in views["fused"]:
             judged = (metrics.get("pseudo_labels", {}) for metrics in views.values())
@@ -72,24 +72,64 @@ def metrics_table(result: dict[str, Any]) -> Table:
 def class_table(result: dict[str, Any]) -> Table:
     """Sensitivity and specificity of the fused opinion, a row for each class."""
     table = Table(title="fused, each class against the rest", box=box.SIMPLE_HEAD)
-    for name in ("class", "n", "sensitivity", "95 %", "specificity", "95 %"):
+    for name in CLASS_COLUMNS:
         table.add_column(name, justify="left" if name == "class" else "right")
-    for label, metrics in result["views"]["fused"]["per_class"].items():
-        cells = []
-        for name in ("sensitivity", "specificity"):
-            cells += [number(metrics[name]), interval(metrics["intervals"][name])]
-        table.add_row(label, str(metrics["n"]), *cells)
+    for row in class_rows(result["views"]["fused"]):
+        table.add_row(*row)
     return table
 
 
 def difference_table(against: dict[str, Any]) -> Table:
     """Fused metrics of this run minus those of the other."""
     table = Table(title=f"fused: this run - {against['run']}", box=box.SIMPLE_HEAD)
-    for name in ("metric", "difference", "95 %"):
+    for name in DIFFERENCE_COLUMNS:
         table.add_column(name, justify="left" if name == "metric" else "right")
-    for name, value in against["views"]["fused"].items():
-        table.add_row(SHOWN[name], f"{value['difference']:+.3f}", interval(value["interval"]))
+    for row in difference_rows(against):
+        table.add_row(*row)
     return table
+
+
+def metric_rows(views: Mapping[str, dict[str, Any]]) -> list[list[str]]:
+    """For each metric its title, the fused value and its interval, the values of other views."""
+    fused = views["fused"]
+    others = [metrics for name, metrics in views.items() if name != "fused"]
+    return [
+        [title, number(fused[name]), interval(fused["intervals"].get(name))]
+        + [number(metrics.get(name)) for metrics in others]
+        for name, title in SHOWN.items()
+        if name in fused
+    ]
+
+
+def class_rows(metrics: dict[str, Any]) -> list[list[str]]:
+    """For each class of a view the cells of ``CLASS_COLUMNS``."""
+    return [
+        [
+            label,
+            str(own["n"]),
+            number(own["sensitivity"]),
+            interval(own["intervals"]["sensitivity"]),
+            number(own["specificity"]),
+            interval(own["intervals"]["specificity"]),
+        ]
+        for label, own in metrics["per_class"].items()
+    ]
+
+
+def difference_rows(against: dict[str, Any]) -> list[list[str]]:
+    """For each metric of the fused opinion the cells of ``DIFFERENCE_COLUMNS``."""
+    return [
+        [SHOWN[name], f"{value['difference']:+.3f}", interval(value["interval"])]
+        for name, value in against["views"]["fused"].items()
+    ]
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table; the cells are plain text."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
 def number(value: float | None) -> str:

@@ -9,12 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mics_fast.build import (
-    build_classifier,
-    build_finetuning,
-    build_pretraining,
-    pick_device,
-)
+from mics_fast.build import build_classifier, build_finetuning, build_pretraining, pick_device
 from mics_fast.config import FinetuneConfig, PretrainConfig, TrainConfig
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.graph import check_dali
@@ -103,7 +98,8 @@ class Trainer:
         for name in (*config.data.mean, *config.data.std):
             if name not in manifest.modalities:
                 raise InputError(
-                    f"option data.mean or data.std names {name}, no modality of the run"
+                    f"option data.mean or data.std names {name}, wanted modalities of the run: "
+                    f"{', '.join(manifest.modalities)}"
                 )
         check_shares(config)
         self.device = pick_device(config.device)

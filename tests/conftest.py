@@ -3,5 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by commands under test
+
+
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """``torch.set_num_threads``, undone after the test."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -9,6 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from mics_fast.data.images import decode
+from mics_fast.files import renamed
 
 _SAMPLES, _COLUMNS = 24, 3
 _CELL, _CAPTION, _MARGIN = 176, 34, 12  # pixels
@@ -37,9 +38,8 @@ def write_contact_sheet(
         line, column = divmod(number, _COLUMNS)
         corner = (_MARGIN + column * block_width, _MARGIN + line * block_height)
         draw_sample(sheet, draw, corner, record, modalities, path.parent)
-    partial = path.with_name(f".partial-{path.name}")
-    sheet.save(partial, "PNG")
-    partial.replace(path)
+    with renamed(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def choose(records: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:

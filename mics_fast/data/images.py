@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mics_fast.errors import InputError
+from mics_fast.files import renamed
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; what training decodes
@@ -44,9 +45,8 @@ def decode(path: Path) -> np.ndarray:
 def save(image: np.ndarray, target: Path) -> None:
     """Write an image under a temporary name, then rename it; JPEG in full chroma, for vessels."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{target.name}")
-    Image.fromarray(image).save(partial, quality=95, subsampling=0)
-    partial.replace(target)
+    with renamed(target) as partial:
+        Image.fromarray(image).save(partial, quality=95, subsampling=0)
 
 
 def content_box(image: np.ndarray) -> Box:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mics_fast.data.shards import image_exists
 from mics_fast.errors import InputError
+from mics_fast.files import whole_file
 
 RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
 SPLITS = ("train", "val", "test")
@@ -95,14 +96,17 @@ def read_manifest(
             raise InputError(f"manifest {path} has a column {problem}, wanted each name once")
     for column in RESERVED:
         if column not in columns:
-            raise InputError(f"manifest {path} has no column {column}")
+            raise InputError(
+                f"manifest {path} has no column {column}, wanted {', '.join(RESERVED)} and one for "
+                "each modality"
+            )
     available = tuple(name for name in columns if name not in RESERVED)
     chosen = available if modalities is None else tuple(modalities)
     for name in chosen:
         if name not in available:
-            raise InputError(f"manifest {path} has no modality {name}, only {available}")
+            raise InputError(f"manifest {path} has no modality {name}, only {', '.join(available)}")
     if not chosen:
-        raise InputError(f"manifest {path} has no modality: no column beside {RESERVED}")
+        raise InputError(f"manifest {path} has no modality: no column beside {', '.join(RESERVED)}")
     if not records:
         raise InputError(f"manifest {path} has no row")
     classes = tuple(sorted({record["label"] for record in records if record["label"]}))
@@ -138,19 +142,20 @@ def read_manifest(
 def write_manifest(
     path: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
 ) -> None:
-    """Write a manifest under a temporary name, then rename it.
+    """Write a manifest, or nothing at all.
 
     Args:
         path: of the CSV file.
         records: for each row the reserved columns and one path a modality, "" where missing.
         modalities: names of the further columns.
+
+    Raises:
+        InputError: the file cannot be written.
     """
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as file:
         writer = csv.DictWriter(file, [*RESERVED, *modalities])
         writer.writeheader()
         writer.writerows(records)
-    partial.replace(path)
 
 
 def _check(record: Mapping[str, str | None], where: str, seen: set[str]) -> None:
@@ -162,7 +167,8 @@ def _check(record: Mapping[str, str | None], where: str, seen: set[str]) -> None
         raise InputError(f"{where}: id {name!r} is {'used twice' if name else 'empty'}")
     seen.add(name)
     if record["split"] not in SPLITS:
-        raise InputError(f"{where}: split is {record['split']!r}, wanted one of {SPLITS}")
+        wanted = f"wanted one of {', '.join(SPLITS)}"
+        raise InputError(f"{where}: split is {record['split']!r}, {wanted}")
     if record["labelled"] not in ("0", "1"):
         raise InputError(f"{where}: labelled is {record['labelled']!r}, wanted 0 or 1")
     if record["labelled"] == "1" and not record["label"]:

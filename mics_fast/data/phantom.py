@@ -27,9 +27,9 @@ CLASSES = (
     "plaque-yellow", "plaque-green", "flat-mesh", "flat-tortuous", "bump-diffuse", "bump-rim",
 )  # fmt: skip
 
-# Wavelengths in nm; absorption of haemoglobin relative to that at 540 nm (after the tabulated
-# oxyhaemoglobin spectrum), and how far light reaches: its path in the superficial and deep layer.
-_WAVELENGTH = np.array([415, 450, 480, 510, 540, 560, 580, 610, 640])
+# Columns: 415, 450, 480, 510, 540, 560, 580, 610 and 640 nm. Absorption of haemoglobin relative to
+# that at 540 nm (after the tabulated oxyhaemoglobin spectrum), and how far light reaches: its path
+# in the superficial and deep layer.
 _BLOOD = np.array([9.0, 1.2, 0.5, 0.4, 1.0, 0.65, 0.95, 0.06, 0.02])
 _SUPERFICIAL = np.array([1.0, 0.75, 0.65, 0.6, 0.55, 0.5, 0.5, 0.45, 0.4])
 _DEEP = np.array([0.02, 0.25, 0.4, 0.45, 0.5, 0.6, 0.7, 1.0, 1.2])

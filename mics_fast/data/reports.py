@@ -11,6 +11,7 @@ from rich.table import Table
 
 from mics_fast.data.leaks import NearDuplicate
 from mics_fast.data.manifest import SPLITS
+from mics_fast.files import whole_file
 
 _SHOWN = 10  # lines of a list on the screen; its file holds all of them
 
@@ -77,12 +78,13 @@ def report_leaks(
 
 
 def write_list(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
-    """Write a CSV file under a temporary name, then rename it; no lines leave no file, not even
-    that of an earlier run."""
+    """Write a CSV file; no lines leave no file, not even that of an earlier run.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
     if not lines:
         path.unlink(missing_ok=True)
         return
-    partial = path.with_name(f".partial-{path.name}")
-    with open(partial, "w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as file:
         csv.writer(file).writerows([header, *lines])
-    partial.replace(path)

@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from mics_fast.data.augment import epoch_order
+from mics_fast.files import renamed
 
 
 @dataclass(frozen=True)
@@ -98,26 +99,23 @@ def members_of(
 
 
 def write_shard(path: Path, members: Sequence[tuple[str, Path | bytes]]) -> None:
-    """Write a tar file and its index, each under a temporary name first; the index comes first,
-    so that a shard with its name has one."""
-    partial = path.with_name(f".partial-{path.name}")
-    with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, content in members:
-            encoded = content.read_bytes() if isinstance(content, Path) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(encoded)
-            tar.addfile(info, io.BytesIO(encoded))
-    with tarfile.open(partial) as tar:
-        placed = [(info.name, info.offset_data, info.size) for info in tar]
-    lines = [
-        " ".join(f"{name.split('.', 1)[1]} {offset} {size} {name}" for name, offset, size in own)
-        for _, own in groupby(placed, key=lambda member: member[0].split(".", 1)[0])
-    ]
-    index = path.with_suffix(".idx")
-    partial_index = path.with_name(f".partial-{index.name}")
-    partial_index.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
-    partial_index.replace(index)
-    partial.replace(path)
+    """Write a tar file and its index, each under a temporary name first; the index gets its name
+    first, so that a shard with its name has one."""
+    with renamed(path) as partial:
+        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for name, content in members:
+                encoded = content.read_bytes() if isinstance(content, Path) else content
+                info = tarfile.TarInfo(name)
+                info.size = len(encoded)
+                tar.addfile(info, io.BytesIO(encoded))
+        with tarfile.open(partial) as tar:
+            placed = [(info.name, info.offset_data, info.size) for info in tar]
+        lines = [
+            " ".join(f"{name.split('.', 1)[1]} {place} {size} {name}" for name, place, size in own)
+            for _, own in groupby(placed, key=lambda member: member[0].split(".", 1)[0])
+        ]
+        with renamed(path.with_suffix(".idx")) as index:
+            index.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
     read_index.cache_clear()  # of a shard that had this name before
 
 

@@ -185,8 +185,8 @@ class Classifier(nn.Module):
             given = tuple(state[name].shape) if name in state else "absent"
             if given != wanted:
                 raise InputError(
-                    f"The pre-trained encoder does not fit the model: {name} is {given}, "
-                    f"but the model wants {wanted}; is model.size the same?"
+                    f"the pre-trained encoder does not fit the model: {name} is {given}, wanted "
+                    f"{wanted}; is model.size the same?"
                 )
         for encoder in self.encoders.values():
             encoder.load_state_dict(state)
@@ -212,7 +212,7 @@ def check_modality_names(modalities: Sequence[str]) -> None:
     """
     for name in modalities:
         if name in (FUSION, "fused") or "." in name or hasattr(nn.ModuleDict, name):
-            raise InputError(f'"{name}" cannot be the name of a modality; rename its column.')
+            raise InputError(f'"{name}" cannot be the name of a modality; rename its column')
 
 
 def _without_absent(images: Tensor, present: Tensor) -> Tensor:

@@ -85,8 +85,8 @@ def random_mask(
     """
     if not 0 <= mask_ratio < 1 or round(num_patches * mask_ratio) == num_patches:
         raise InputError(
-            f"mask_ratio is {mask_ratio:g} for {num_patches} patches; it must be at least 0 and "
-            "leave one patch visible."
+            f"mask_ratio is {mask_ratio:g}, wanted a number of at least 0 that leaves one of "
+            f"{num_patches} patches visible"
         )
     count = num_patches - round(num_patches * mask_ratio)
     draw = torch.arange((num_patches + 3) // 4, device=sample_id.device)

@@ -90,8 +90,8 @@ class PretrainModel(nn.Module):
         share = (temperature - LOWEST_TEMPERATURE) / TEMPERATURE_RANGE
         if not 0 < share < 1:
             raise InputError(
-                f"The temperature is {temperature:g}; it must lie between {LOWEST_TEMPERATURE:g} "
-                f"and {LOWEST_TEMPERATURE + TEMPERATURE_RANGE:g}, exclusive."
+                f"temperature is {temperature:g}, wanted a number between "
+                f"{LOWEST_TEMPERATURE:g} and {LOWEST_TEMPERATURE + TEMPERATURE_RANGE:g}"
             )
         self.modalities = tuple(modalities)
         self.pool, self.visible_only = pool, visible_only

@@ -258,8 +258,8 @@ class VisionTransformer(nn.Module):
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise InputError(
-                f"images are {tuple(images.shape[1:])}, but this encoder takes "
-                f"(3, {self.image_size}, {self.image_size})."
+                f"images are {tuple(images.shape[1:])}, wanted "
+                f"(3, {self.image_size}, {self.image_size})"
             )
         patches = patchify(images, self.patch_size)
         positions = self.pos_embed[:, 1:]

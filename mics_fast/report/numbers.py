@@ -8,14 +8,23 @@ from html import escape
 
 import torch
 
-from mics_fast.data.manifest import Manifest
+from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.engine.log import read_log
 from mics_fast.metrics import BINS, risk_coverage
 from mics_fast.model_card import NOT_A_DEVICE
 from mics_fast.report import figures
 from mics_fast.report.figures import Axis, Series
 from mics_fast.report.parts import Subject, grid, section, text
-from mics_fast.tables import SHOWN, interval, number
+from mics_fast.tables import (
+    CLASS_COLUMNS,
+    DIFFERENCE_COLUMNS,
+    SHOWN,
+    class_rows,
+    difference_rows,
+    interval,
+    metric_rows,
+    number,
+)
 from mics_fast.trained import best_checkpoint
 
 SCORES = {
@@ -57,35 +66,20 @@ def metrics(subject: Subject) -> str:
     """Every view's metrics, every class's, and the differences to the other run."""
     result = subject.result
     views = result["views"] | {f"no {name}": x for name, x in result["missing"].items()}
-    rows = [
-        [title, number(views["fused"][name]), interval(views["fused"]["intervals"].get(name))]
-        + [number(own[name]) for view, own in views.items() if view != "fused"]
-        for name, title in SHOWN.items()
-        if name in views["fused"]
-    ]
+    rows = metric_rows(views)
     counts = [str(own["n"]) for own in views.values()]
     rows.append(["n (samples)", counts[0], "", *counts[1:]])
     head = ["metric", "fused", "95 %", *(view for view in views if view != "fused")]
-    classes = [
-        [label, str(own["n"]), number(own["sensitivity"]),
-         interval(own["intervals"]["sensitivity"]), number(own["specificity"]),
-         interval(own["intervals"]["specificity"])]
-        for label, own in views["fused"]["per_class"].items()
-    ]  # fmt: skip
     parts = [
         figures.table(head, rows, "Each view on the samples it sees; "
                       f"intervals: bootstrap, {result['intervals']['resamples']} resamples"),
         figures.table(
-            ["class", "n", "sensitivity", "95 %", "specificity", "95 %"], classes,
+            CLASS_COLUMNS, class_rows(views["fused"]),
             "Fused opinion, each class against the rest"),
     ]  # fmt: skip
     if "against" in result:
-        differences = [
-            [SHOWN[name], f"{x['difference']:+.3f}", interval(x["interval"])]
-            for name, x in result["against"]["views"]["fused"].items()
-        ]
         parts.append(
-            figures.table(["metric", "difference", "95 %"], differences,
+            figures.table(DIFFERENCE_COLUMNS, difference_rows(result["against"]),
                           f"This run minus {result['against']['run']}, same samples (fused)")
         )  # fmt: skip
     return section("Metrics", *parts)
@@ -205,7 +199,7 @@ def settings(subject: Subject) -> str:
     splits = [row.split for row in manifest.rows]
     environment = [
         ["rows of the manifest", str(len(manifest.rows))],
-        *([f"{name} rows", str(splits.count(name))] for name in ("train", "val", "test")),
+        *([f"{name} rows", str(splits.count(name))] for name in SPLITS),
         ["labelled train rows", str(len(manifest.select("train", labelled=True)))],
         ["python", platform.python_version()],
         ["torch", torch.__version__],

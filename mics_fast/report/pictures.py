@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate, softplus
 
+from mics_fast.data.images import decode
 from mics_fast.data.manifest import Manifest
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.checkpoint import load_checkpoint, weights_of
@@ -23,7 +24,6 @@ from mics_fast.models.pretraining import PretrainModel, paste_patches
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import patchify
 from mics_fast.opinions import Opinions, collect_opinions
-from mics_fast.prepare import decode
 from mics_fast.run import Run, identity, pretraining_of
 from mics_kernels import fuse_evidence, opinion
 

@@ -5,48 +5,26 @@ Without a GPU this runs the C++ one; ``TRITON_INTERPRET=1 pytest <this file>`` t
 
 from __future__ import annotations
 
-import importlib
-import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mics_kernels import consistency_loss, multimodal_consistency_loss
+from tests.kernels.implementations import GPU, INTERPRETED, captured, device_of
+from tests.kernels.properties import examples
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] * (GPU or INTERPRETED) + ["cpu"] * (not INTERPRETED)
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 NAN = float("nan")
 
 # On tensor cores the probabilities are rounded to the dtype of the keys before the second product;
 # measured: 9e-4 / T and 1.2e-4 / T in a gradient.
 ROUNDED_PROBABILITY = {torch.float32: 0.0, torch.bfloat16: 1e-3, torch.float16: 1.3e-4}
-
-
-def device_of(backend: str) -> str:
-    return "cuda" if GPU and backend == "triton" else "cpu"
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh tensors hold NaN: what a kernel forgets to write shows."""
-    fresh = Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: object, **options: object) -> Tensor:
-        made = fresh(self, *size, **options)
-        return made.fill_(NAN) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
 @dataclass
@@ -175,12 +153,7 @@ def assert_as_good_as_eager(problem: Problem, backend: str) -> None:
             assert error <= allowed, f"off by {error}, allowed {allowed}"
 
 
-@settings(
-    max_examples=25 if INTERPRETED else 15 if GPU else 150,  # a GPU compiles for each: seconds
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(150, interpreted=25)
 @given(problem=problems())
 def test_agrees_with_the_float64_reference(backend: str, problem: Problem) -> None:
     assert_as_good_as_eager(problem, backend)
@@ -387,46 +360,28 @@ def test_a_replayed_cuda_graph_reads_temperature_alpha_and_length_anew(backend: 
         )  # fmt: skip
         return [loss.detach(), *torch.autograd.grad(loss, features)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     temperature.fill_(0.2), alpha.fill_(0.1), length.fill_(17)
     graph.replay()
     torch.cuda.synchronize()
-    assert_same_bits(captured, step())
+    assert_same_bits(replayed, step())
 
 
 @pytest.mark.skipif(INTERPRETED, reason="C++ backend: needs a run without interpreter")
 class TestTheNativeModule:
-    def test_every_instruction_set_agrees(self) -> None:
-        native = importlib.import_module("mics_kernels._native")
-        best = native.build_info()["instruction set"]
-        tried = 0
-        try:
-            for name in ("avx512", "avx2", "sse2", "neon", "generic"):
-                if native.use_instruction_set(name):
-                    tried += 1
-                    for rows, dim in ((1, 32), (9, 104), (33, 64)):
-                        assert_as_good_as_eager(fixed_problem(rows, dim), "cpu")
-        finally:
-            native.use_instruction_set(best)
-        assert tried >= 1
+    def test_every_instruction_set_agrees(self, instruction_sets: Iterator[str]) -> None:
+        for _ in instruction_sets:
+            for rows, dim in ((1, 32), (9, 104), (33, 64)):
+                assert_as_good_as_eager(fixed_problem(rows, dim), "cpu")
 
-    def test_the_number_of_threads_does_not_change_a_bit(self) -> None:
+    def test_the_number_of_threads_does_not_change_a_bit(
+        self, set_threads: Callable[[int], None]
+    ) -> None:
         problem = replace(fixed_problem(600, queue=20000), reduction="none")
-        threads = torch.get_num_threads()
         results = []
-        try:
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                results.append(solve(problem, "cpu")[:2])
-        finally:
-            torch.set_num_threads(threads)
+        for count in (1, 3):
+            set_threads(count)
+            results.append(solve(problem, "cpu")[:2])
         assert_same_bits(*results)
 
     def test_parts_of_the_keys_are_combined_without_a_trace(self) -> None:

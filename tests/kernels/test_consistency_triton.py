@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -15,15 +14,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mics_kernels.consistency import reference, triton_kernels
 from mics_kernels.consistency.triton_kernels import Tile, losses_and_gradients
+from tests.kernels.implementations import GPU, INTERPRETED, captured
+from tests.kernels.properties import examples
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(
     not (GPU or INTERPRETED), reason="needs an NVIDIA GPU or TRITON_INTERPRET=1"
 )
@@ -229,12 +228,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
-@settings(
-    max_examples=20 if INTERPRETED else 12,  # a GPU compiles four kernels for each: seconds
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(100, interpreted=20)
 @given(problem=problems())
 def test_agrees_with_the_float64_reference(problem: Problem) -> None:
     results = solve(problem)
@@ -464,32 +458,10 @@ def test_a_replayed_cuda_graph_follows_the_queue_and_the_temperature() -> None:
             problem.alpha, problem.queue_lengths, None, (), None, problem.pairs, True,
         )  # fmt: skip
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     length.fill_(333)
     problem.temperature.fill_(0.1)
     graph.replay()
     torch.cuda.synchronize()
-    for ours, wanted in zip(captured, step(), strict=True):
+    for ours, wanted in zip(replayed, step(), strict=True):
         assert torch.equal(ours, wanted)
-
-
-def test_tensorfloat_is_used_where_torch_is_told_so_in_either_way():
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    try:
-        for older, precision in (("highest", "ieee"), ("high", "tf32")):
-            torch.set_float32_matmul_precision(older)
-            assert triton_kernels._precision() == precision
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = "tf32"
-        assert triton_kernels._precision() == "tf32"
-    finally:
-        matmul.fp32_precision = before
-        torch.set_float32_matmul_precision("highest")

@@ -5,23 +5,21 @@ Without a GPU this runs the C++ one; ``TRITON_INTERPRET=1 pytest <this file>`` t
 
 from __future__ import annotations
 
-import importlib
-import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from mics_kernels import evidential_fusion_loss, evidential_loss, fuse_evidence
 from mics_kernels.backends import explain
+from tests.kernels.implementations import BACKENDS, GPU, INTERPRETED, captured, device_of
+from tests.kernels.properties import examples
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BACKENDS = ["triton"] * (GPU or INTERPRETED) + ["cuda"] * GPU + ["cpu"] * (not INTERPRETED)
-EXAMPLES = 15 if INTERPRETED or GPU else 60  # a GPU compiles kernels for each: seconds
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 ROWS = 9 if INTERPRETED else 37
 
 # Measured on each backend against float64: loss 6e-7 of its size, fused 5e-7, gradient 2e-6 of
@@ -29,25 +27,9 @@ ROWS = 9 if INTERPRETED else 37
 GRADIENT_TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 
 
-def device_of(backend: str) -> str:
-    return "cuda" if GPU and backend != "cpu" else "cpu"
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[*BACKENDS, *["cuda"] * GPU])
 def backend(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fresh tensors hold NaN: what a kernel forgets to write shows."""
-    fresh = Tensor.new_empty
-
-    def poisoned(self: Tensor, *size: object, **options: object) -> Tensor:
-        made = fresh(self, *size, **options)
-        return made.fill_(float("nan")) if made.is_floating_point() else made
-
-    monkeypatch.setattr(Tensor, "new_empty", poisoned)
 
 
 @dataclass
@@ -93,7 +75,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 def solve(problem: Problem, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Loss, fused evidence and the gradient that arrives for a grad_out that is not 1."""
-    device = device_of(backend) if backend != "reference" else "cpu"
+    device = device_of(backend)
     logits = problem.logits.to(device=device, dtype=dtype).detach().requires_grad_()
     loss, fused = evidential_fusion_loss(
         logits,
@@ -119,12 +101,7 @@ def assert_close(ours: Tensor, exact: Tensor, relative: float, of_largest: float
     assert bool((error <= allowed).all()), f"off by {error.max()}, largest {exact.abs().max()}"
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(60, interpreted=15)
 @given(problem=problems())
 def test_agrees_with_the_float64_reference(backend: str, problem: Problem) -> None:
     loss, fused, gradient = solve(problem, backend)
@@ -137,17 +114,12 @@ def test_agrees_with_the_float64_reference(backend: str, problem: Problem) -> No
     assert_close(gradient, exact_gradient, tolerance, tolerance)
 
 
-@settings(
-    max_examples=EXAMPLES,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@examples(60, interpreted=15)
 @given(problem=problems())
 def test_opinions_and_fusion_alone_agree_too(backend: str, problem: Problem) -> None:
     results = []
     for name, dtype in ((backend, None), ("reference", torch.float64)):
-        device = device_of(backend) if name == backend else "cpu"
+        device = device_of(name)
         evidence = problem.logits.to(dtype=dtype).abs().to(device).detach().requires_grad_()
         present = None if problem.present is None else problem.present.to(device)
         loss = evidential_loss(
@@ -370,50 +342,32 @@ def test_a_replayed_cuda_graph_gives_the_same_bits(backend: str) -> None:
         loss = evidential_fusion_loss(logits, target, kl_weight=0.5, backend=backend).loss
         return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        expected = [x.clone() for x in step()]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, replayed = captured(step)
     graph.replay()
     torch.cuda.synchronize()
-    for ours, wanted in zip(captured, expected, strict=True):
+    for ours, wanted in zip(replayed, step(), strict=True):
         assert torch.equal(ours, wanted)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="C++ backend: needs a run without interpreter")
 class TestTheNativeModule:
     @pytest.mark.parametrize("classes", [8, 200])
-    def test_every_instruction_set_agrees(self, classes: int) -> None:
-        native = importlib.import_module("mics_kernels._native")
-        best = native.build_info()["instruction set"]
+    def test_every_instruction_set_agrees(
+        self, classes: int, instruction_sets: Iterator[str]
+    ) -> None:
         exact = solve(fixed_problem(classes), "reference", torch.float64)
-        tried = 0
-        try:
-            for name in ("avx512", "avx2", "sse2", "neon", "generic"):
-                if native.use_instruction_set(name):
-                    tried += 1
-                    for ours, wanted in zip(
-                        solve(fixed_problem(classes), "cpu"), exact, strict=True
-                    ):
-                        assert_close(ours, wanted, 2e-6, 2e-6)
-        finally:
-            native.use_instruction_set(best)
-        assert tried >= 1
+        for _ in instruction_sets:
+            for ours, wanted in zip(solve(fixed_problem(classes), "cpu"), exact, strict=True):
+                assert_close(ours, wanted, 2e-6, 2e-6)
 
-    def test_the_number_of_threads_does_not_change_a_bit(self) -> None:
+    def test_the_number_of_threads_does_not_change_a_bit(
+        self, set_threads: Callable[[int], None]
+    ) -> None:
         problem = fixed_problem(classes=8, rows=45001, reduction="mean")  # enough for threads
-        threads = torch.get_num_threads()
-        try:
-            torch.set_num_threads(1)
-            alone = solve(problem, "cpu")
-            torch.set_num_threads(3)
-            together = solve(problem, "cpu")
-        finally:
-            torch.set_num_threads(threads)
+        set_threads(1)
+        alone = solve(problem, "cpu")
+        set_threads(3)
+        together = solve(problem, "cpu")
         # The sum over rows is torch's own, and may depend on its threads.
         assert_close(together[0], alone[0], 1e-6)
         assert torch.equal(together[1], alone[1])

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-GPU = torch.cuda.is_available()
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+from tests.kernels.implementations import GPU, INTERPRETED
+
 pytestmark = pytest.mark.skipif(
     not (GPU or INTERPRETED), reason="needs an NVIDIA GPU or TRITON_INTERPRET=1"
 )

@@ -108,7 +108,7 @@ def test_a_manifest_without_one_of_the_modalities_is_refused(trained_run, phanto
     lines = [line.rsplit(",", 1)[0] for line in phantom_manifest.read_text().splitlines()]
     single = phantom_manifest.with_name("single.csv")
     single.write_text("\n".join(lines) + "\n")
-    with pytest.raises(InputError, match=r"single\.csv has no modality nbi, only \('wli',\)"):
+    with pytest.raises(InputError, match=r"single\.csv has no modality nbi, only wli"):
         evaluate.main([str(trained_run), "--manifest", str(single)])
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mics_fast import export, predict
 from mics_fast.data.manifest import read_manifest
-from mics_fast.errors import InputError
+from mics_fast.errors import InputError, RunFailed
 from mics_fast.exported import OUTPUTS
 from mics_fast.models.classifier import Classifier
 from mics_fast.run import Run
@@ -75,7 +75,7 @@ def test_what_is_exported_is_the_fused_opinion(tiny):
 def test_an_exported_model_that_answers_otherwise_is_an_error(trained_run, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "largest_difference", lambda *_: 0.5)
     monkeypatch.setattr(export, "find_spec", lambda _: None)
-    with pytest.raises(RuntimeError, match="differs from the original by 5"):
+    with pytest.raises(RunFailed, match="differs from the original by 5"):
         export.export_model(load_trained(Run.open(trained_run)), tmp_path)
 
 

@@ -14,14 +14,7 @@ from mics_fast.errors import InputError
 from mics_fast.threads import available_threads, share_threads, use_threads
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def torch_s_own_number():
-    """Tests beside this one keep the threads they had."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("set_threads")  # tests elsewhere keep the number they had
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Real frames, which lie beside the checkout and not in it."""
+"""Images to prepare and to load: made for a test, or real frames beside the checkout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+from tests.mics_fast.data.loading import noise, row, save
+from tests.mics_fast.data.preparing import paint
 
 FRAMES = Path(__file__).resolve().parents[3].parent / "shared" / "data"
 
@@ -55,3 +58,41 @@ def reference_resize():
         return np.einsum("yh,hwc,xw->yxc", rows, pixels, columns, optimize=True)
 
     return resize
+
+
+@pytest.fixture
+def kvasir(tmp_path):
+    """Kvasir's own layout: 10 frames of one class, 6 of another, 1 of a third."""
+    source = tmp_path / "kvasir"
+    for label, count in (("polyps", 10), ("esophagitis", 6), ("z, line", 1)):
+        for number in range(count):
+            paint(source / label / f"{label[0]}{number}.jpg", (150 + 5 * number, 100, 90))
+    return source
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """The published pair layout; names sort differently in the two folders."""
+    source = tmp_path / "pairs"
+    for number in range(5):
+        paint(source / "polyps_WLI" / f"{number}.png", (200, 10 * number, 0))
+        paint(source / "polyps_NBI" / f"{number}.png", (0, 10 * number, 200))
+    return source
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """Seven pairs of noise; manifest rows 100 to 106."""
+    return [
+        row(
+            100 + i,
+            save(noise(2 * i), folder / f"{i}-wli.png"),
+            save(noise(2 * i + 1), folder / f"{i}-nbi.png"),
+        )
+        for i in range(7)
+    ]

@@ -10,20 +10,15 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mics_fast.config import AugmentConfig, CacheConfig, ColourConfig, DataConfig
+from mics_fast.config import AugmentConfig, CacheConfig
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.files import WHOLE, ImageFiles
 from mics_fast.data.manifest import Row
 from mics_fast.data.pipeline import EvalLoader, TrainLoader
 from mics_fast.errors import InputError
+from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
-CPU = torch.device("cpu")
-NAMES = ("wli", "nbi")
-GREY_LEVELS = DataConfig(
-    mean=dict.fromkeys(NAMES, (0.0, 0.0, 0.0)), std=dict.fromkeys(NAMES, (1 / 255,) * 3), threads=2
-)
 SKIP = replace(GREY_LEVELS, on_bad_file="skip")
-NO_COLOUR = ColourConfig(0, 0, 0, 0, 0)
 WHOLE_FRAME = AugmentConfig((1.0, 1.0), (1.0, 1.0), 0.0, weak=NO_COLOUR)
 ROWS = 12
 
@@ -80,21 +75,6 @@ def spoil(path, how):
 
 
 BAD = ("missing", "folder", "text", "empty", "header alone", "cut in the scan", "PNG cut short")
-
-
-def take(loader, count):
-    return list(itertools.islice(loader, count))
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for x, y in (
-            *((a.views[name], b.views[name]) for name in NAMES),
-            (a.present, b.present),
-            (a.sample_id, b.sample_id),
-        )
-    )
 
 
 # Rejected, with one sentence

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -10,25 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from mics_fast.config import AugmentConfig, CacheConfig, ColourConfig, DataConfig
+from mics_fast.config import AugmentConfig, CacheConfig
 from mics_fast.data import cache as cache_module
 from mics_fast.data.augment import draw_augmentation
 from mics_fast.data.cache import FrameCache, check_memory, free_host_memory
 from mics_fast.data.manifest import Row
 from mics_fast.data.pipeline import TrainLoader
 from mics_fast.errors import InputError
-
-CPU = torch.device("cpu")
-NAMES = ("wli", "nbi")
-NO_COLOUR = ColourConfig(0, 0, 0, 0, 0)
+from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
 
-def data(mode, **changes):
-    grey = {
-        "mean": dict.fromkeys(NAMES, (0.0, 0.0, 0.0)),
-        "std": dict.fromkeys(NAMES, (1 / 255,) * 3),
-    }
-    return DataConfig(**grey, cache=CacheConfig(mode, changes.pop("side", None)), **changes)
+def data(mode, side=None):
+    return replace(GREY_LEVELS, cache=CacheConfig(mode, side))
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +41,8 @@ def rows(tmp_path_factory):
     return made
 
 
-def keep(rows, mode="host", **changes):
-    return FrameCache(rows, NAMES, data=data(mode, **changes), image_size=32, device=CPU)
+def keep(rows, mode="host", side=None):
+    return FrameCache(rows, NAMES, data=data(mode, side), image_size=32, device=CPU)
 
 
 def train(rows, mode="host", kept=None, **changes):
@@ -58,18 +50,6 @@ def train(rows, mode="host", kept=None, **changes):
     if mode != "none":
         options["cache"] = kept or keep(rows, mode)
     return TrainLoader(rows, NAMES, data=data(mode), strong=True, device=CPU, **(options | changes))
-
-
-def take(loader, count):
-    return list(itertools.islice(loader, count))
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for name in NAMES
-        for x, y in ((a.views[name], b.views[name]), (a.strong[name], b.strong[name]))
-    ) and torch.equal(a.sample_id, b.sample_id)
 
 
 @pytest.mark.parametrize("mode", ["none", "host", "device"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,16 +11,15 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from mics_fast.config import AugmentConfig, CacheConfig, ColourConfig, DataConfig
+from mics_fast.config import AugmentConfig, CacheConfig
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.graph import PairGraph, new_pipeline, resized
 from mics_fast.data.manifest import Row
 from mics_fast.data.pipeline import EvalLoader, TrainLoader
 from mics_fast.data.resize import blurred, resized_square
 from mics_fast.data.workers import image_workers
+from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR
 
-CPU = torch.device("cpu")
-NAMES = ("wli", "nbi")
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 PART = (0.13, 0.52, 0.71, 0.94)
 REGIONS = (WHOLE, (1.0, 0.0, 0.0, 1.0), PART, (0.71, 0.94, 0.13, 0.52))
@@ -101,15 +101,9 @@ def rows(tmp_path_factory):
     return made
 
 
-GREY_LEVELS = {
-    "mean": dict.fromkeys(NAMES, (0.0, 0.0, 0.0)),
-    "std": dict.fromkeys(NAMES, (1 / 255,) * 3),
-}
-
-
 def batches(rows, mode="none", augment=None, **changes):
     """Two batches of training, and those of evaluation; pixels in grey levels."""
-    data = DataConfig(**GREY_LEVELS, cache=CacheConfig(mode), **changes)
+    data = replace(GREY_LEVELS, cache=CacheConfig(mode), **changes)
     cache = None
     if mode != "none":
         cache = FrameCache(rows, NAMES, data=data, image_size=48, device=CPU)
@@ -128,8 +122,7 @@ def views(batch):
 @pytest.mark.parametrize("mode", ["none", "host"])
 def test_the_graph_that_resizes_on_a_gpu_gives_the_same_views(rows, mode, monkeypatch):
     """It runs on a CPU here, blur included; colours are off, which would multiply the rounding."""
-    still = ColourConfig(0, 0, 0, 0, 0)
-    augment = AugmentConfig(weak=still, strong=ColourConfig(0, 0, 0, 0, blur=1.5))
+    augment = AugmentConfig(weak=NO_COLOUR, strong=replace(NO_COLOUR, blur=1.5))
     ours = batches(rows, mode, augment)
     monkeypatch.setattr(PairGraph, "resizes", True)
     theirs = batches(rows, mode, augment)
@@ -141,27 +134,19 @@ def test_the_graph_that_resizes_on_a_gpu_gives_the_same_views(rows, mode, monkey
 
 
 @pytest.mark.parametrize("mode", ["none", "host"])
-def test_the_threads_of_torch_and_of_the_loader_change_nothing(rows, mode):
-    before = torch.get_num_threads()
+def test_the_threads_of_torch_and_of_the_loader_change_nothing(rows, mode, set_threads):
     made = []
-    try:
-        for of_torch, of_loader in ((1, 1), (2, 3)):
-            torch.set_num_threads(of_torch)
-            made.append(batches(rows, mode, threads=of_loader))
-    finally:
-        torch.set_num_threads(before)
+    for of_torch, of_loader in ((1, 1), (2, 3)):
+        set_threads(of_torch)
+        made.append(batches(rows, mode, threads=of_loader))
     for a, b in zip(*made, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(views(a), views(b), strict=True))
 
 
-def test_workers_use_one_thread_each_and_leave_the_others_their_number():
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        with image_workers(2) as workers:
-            assert list(workers.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
-        assert torch.get_num_threads() == 3
-        with ThreadPoolExecutor(1) as other:
-            assert other.submit(torch.get_num_threads).result() == 3
-    finally:
-        torch.set_num_threads(before)
+def test_workers_use_one_thread_each_and_leave_the_others_their_number(set_threads):
+    set_threads(3)
+    with image_workers(2) as workers:
+        assert list(workers.map(lambda _: torch.get_num_threads(), range(4))) == [1] * 4
+    assert torch.get_num_threads() == 3
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == 3

@@ -20,9 +20,7 @@ from mics_fast.data.manifest import read_manifest
 from mics_fast.data.pipeline import EvalLoader, TrainLoader
 from mics_fast.data.shards import read_image, read_index, shard_order
 from mics_fast.errors import InputError
-
-CPU = torch.device("cpu")
-NAMES = ("wli", "nbi")
+from tests.mics_fast.data.loading import CPU, NAMES, same, take
 
 
 @pytest.fixture
@@ -45,18 +43,6 @@ def train(rows, data=None, **changes):
     return TrainLoader(
         rows, NAMES, data=data or DataConfig(), device=CPU, strong=True, **(options | changes)
     )
-
-
-def take(loader, count):
-    return list(itertools.islice(loader, count))
-
-
-def same(a, b):
-    return all(
-        torch.equal(x, y)
-        for name in NAMES
-        for x, y in ((a.views[name], b.views[name]), (a.strong[name], b.strong[name]))
-    ) and (torch.equal(a.sample_id, b.sample_id) and torch.equal(a.present, b.present))
 
 
 def test_the_rows_are_the_same_and_so_are_the_bytes_of_their_images(manifests):

@@ -1,0 +1,46 @@
+"""What the tests of all fast implementations share: which of them run here, and where.
+
+Imports nothing but torch: on a machine without hypothesis the other tests still run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+GPU = torch.cuda.is_available()
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = ["triton"] * (GPU or INTERPRETED) + ["cpu"] * (not INTERPRETED)
+
+# A half-precision result is rounded once, to 8 or 11 bits; Triton's interpreter cuts bfloat16 off.
+BFLOAT16 = 2.0**-7 if INTERPRETED else 2.0**-8
+ROUNDING = {torch.float32: 4e-7, torch.bfloat16: BFLOAT16, torch.float16: 2.0**-11}
+
+
+def device_of(backend: str) -> str:
+    """Where the inputs of an implementation lie."""
+    return "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
+
+
+def moved_to(device: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The tensors among named values on a device, the others as they are."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+
+def captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of a step, and the tensors that every replay of it fills."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles, and takes what memory it keeps
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
