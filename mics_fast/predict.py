@@ -89,7 +89,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         prog="python -m mics_fast.predict",
         description=__doc__,
         epilog="One sample: an option for each modality there is, as in --wli a.png --nbi b.png.",
-        allow_abbrev=False,
     )
     parser.add_argument("model", type=Path, help="run folder, or folder of mics_fast.export")
     parser.add_argument("--manifest", type=Path, help="all rows of this manifest")

@@ -1,0 +1,58 @@
+"""What a command line that holds a mistake is told, before anything is computed."""
+
+from __future__ import annotations
+
+import pytest
+
+from mics_fast import evaluate, prepare, train
+from mics_fast.config import TrainConfig
+from mics_fast.errors import InputError
+from mics_fast.run import parse_config, refuse_changes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--pretrain.epochs", "three"], "option pretrain.epochs is three, wanted int"),
+        (["--device", "gpu"], "option device is gpu, wanted one of 'auto', 'cpu', 'cuda'"),
+        (
+            ["--data.modalities", "wli"],
+            "option data.modalities is wli, wanted a list such as [a, b] or null",
+        ),
+        (["--data.cache.side", "x"], "option data.cache.side is x, wanted int or null"),
+        (
+            ["--pretrain.augment.crop_scale", "3"],
+            "option pretrain.augment.crop_scale is 3, wanted a list such as [a, b]",
+        ),
+        (["--epochs", "3"], "unrecognized arguments: --epochs 3"),
+    ],
+)
+def test_an_option_that_does_not_fit_is_one_sentence(arguments, sentence):
+    with pytest.raises(InputError) as error:
+        parse_config(arguments)
+    assert str(error.value) == sentence
+
+
+def test_a_configuration_that_is_not_there_is_named():
+    with pytest.raises(InputError, match=r"option config: File does not exist: .*no\.yaml"):
+        parse_config(["--config", "no.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (prepare.main, ["phantom", "--out", "out", "--pair", "3"]),
+        (evaluate.main, ["run", "--js", "file"]),
+        (train.main, ["--pretrain.epoch", "3"]),
+    ],
+)
+def test_a_shortened_option_is_not_guessed(command, arguments):
+    with pytest.raises(InputError, match=f"unrecognized arguments: {arguments[-2]}"):
+        command(arguments)
+
+
+def test_a_run_under_several_other_options_names_the_first_and_counts_the_rest(tmp_path):
+    now = TrainConfig()
+    now.seed, now.model.size, now.finetune.lr = 1, "vit_micro", 0.5
+    with pytest.raises(InputError, match=r"option seed is 1, .* with 0 \(and 2 more differ\)"):
+        refuse_changes(TrainConfig(), now, tmp_path)
