@@ -106,6 +106,8 @@ class Trainer:
                     f"option data.mean or data.std names {name}, no modality of the run"
                 )
         check_shares(config)
+        if config.stage != "pretrain":
+            check_labels(manifest)
         self.device = pick_device(config.device)
         self.size = SIZES[config.model.size]
         self.precision = pick_precision(config.precision, self.device)
@@ -140,8 +142,6 @@ class Trainer:
         if len(self.manifest.modalities) == 1:
             say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
-        if not labelled:
-            raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
         model = build_classifier(self.config, self.manifest)
         self._load_encoder(model)
         stage, plan = build_finetuning(
@@ -326,6 +326,21 @@ def check_shares(config: TrainConfig) -> None:
                 f"option {name} is {rows}, wanted a multiple of {parts * world_size()}, the number "
                 f"of processes that share it{times}"
             )
+
+
+def check_labels(manifest: Manifest) -> None:
+    """Refuse, before hours of pre-training, what no classifier can be fine-tuned on.
+
+    Raises:
+        InputError: no labelled train row, or a single class.
+    """
+    if not any(row.labelled for row in manifest.select("train")):
+        raise InputError(f"{manifest.path} has no train row with labelled = 1")
+    if len(manifest.classes) < 2:
+        raise InputError(
+            f"{manifest.path} has one class, {manifest.classes[0]}, wanted at least two in the "
+            "column label"
+        )
 
 
 def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:

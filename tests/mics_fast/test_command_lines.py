@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 
 from mics_fast import evaluate, prepare, train
@@ -56,3 +58,28 @@ def test_a_run_under_several_other_options_names_the_first_and_counts_the_rest(t
     now.seed, now.model.size, now.finetune.lr = 1, "vit_micro", 0.5
     with pytest.raises(InputError, match=r"option seed is 1, .* with 0 \(and 2 more differ\)"):
         refuse_changes(TrainConfig(), now, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "sentence"),
+    [
+        ("labelled", "0", "has no train row with labelled = 1"),
+        ("label", "polyp", "has one class, polyp, wanted at least two"),
+    ],
+)
+def test_a_manifest_that_cannot_be_fine_tuned_on_is_refused_before_pre_training(
+    few_steps, phantom_manifest, tmp_path, column, value, sentence
+):
+    with open(phantom_manifest, newline="") as file:
+        rows = [{**row, column: value} for row in csv.DictReader(file)]
+    for row in rows:
+        row |= {name: str(phantom_manifest.parent / row[name]) for name in ("wli", "nbi")}
+    manifest = tmp_path / "manifest.csv"
+    with open(manifest, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=sentence):
+        train.main([*few_steps, "--data.manifest", str(manifest), "--out", str(run)])
+    assert not run.exists()
