@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+WIDE = 160  # characters of a line in a file or a pipe
 
 # What the table shows, in this order; the JSON holds more.
 SHOWN = {
@@ -33,11 +36,17 @@ SHOWN = {
 
 def print_tables(result: dict[str, Any]) -> None:
     """The metrics of every view, those of every class, and the comparison where there is one."""
-    console = Console()
+    console = wide_console()
     console.print(metrics_table(result))
     console.print(class_table(result))
     if "against" in result:
         console.print(difference_table(result["against"]))
+
+
+def wide_console() -> Console:
+    """Standard output; where that is no terminal, no column is squeezed into 80 characters."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
 
 
 def metrics_table(result: dict[str, Any]) -> Table:
@@ -72,8 +81,9 @@ def metrics_table(result: dict[str, Any]) -> Table:
 def class_table(result: dict[str, Any]) -> Table:
     """Sensitivity and specificity of the fused opinion, a row for each class."""
     table = Table(title="fused, each class against the rest", box=box.SIMPLE_HEAD)
-    for name in ("class", "n", "sensitivity", "95 %", "specificity", "95 %"):
-        table.add_column(name, justify="left" if name == "class" else "right")
+    table.add_column("class", overflow="fold")  # a class name is never cut short
+    for name in ("n", "sensitivity", "95 %", "specificity", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for label, metrics in result["views"]["fused"]["per_class"].items():
         cells = []
         for name in ("sensitivity", "specificity"):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 
 import pytest
+from rich.console import Console
 
-from mics_fast import evaluate, prepare, train
+from mics_fast import evaluate, prepare, tables, train
 from mics_fast.config import TrainConfig
 from mics_fast.errors import InputError
 from mics_fast.run import parse_config, refuse_changes
@@ -83,3 +85,14 @@ def test_a_manifest_that_cannot_be_fine_tuned_on_is_refused_before_pre_training(
     with pytest.raises(InputError, match=sentence):
         train.main([*few_steps, "--data.manifest", str(manifest), "--out", str(run)])
     assert not run.exists()
+
+
+def test_a_class_name_is_never_cut_short():
+    name = "dyed-resection-margins-after-treatment"
+    metrics = {"n": 1, "sensitivity": 1.0, "specificity": 0.5}
+    metrics["intervals"] = {"sensitivity": (0.0, 1.0), "specificity": (0.0, 1.0)}
+    result = {"views": {"fused": {"per_class": {name: metrics}}}}
+    console = Console(file=io.StringIO(), width=70)
+    console.print(tables.class_table(result))
+    shown = console.file.getvalue()
+    assert "…" not in shown and "sensitivity" in shown
