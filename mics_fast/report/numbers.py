@@ -65,7 +65,8 @@ def metrics(subject: Subject) -> str:
     ]
     counts = [str(own["n"]) for own in views.values()]
     rows.append(["n (samples)", counts[0], "", *counts[1:]])
-    head = ["metric", "fused", "95 %", *(view for view in views if view != "fused")]
+    shown = [f"virtual {view}" if view in result["virtual"] else view for view in views]
+    head = ["metric", "fused", "95 %", *(view for view in shown if view != "fused")]
     classes = [
         [label, str(own["n"]), number(own["sensitivity"]),
          interval(own["intervals"]["sensitivity"]), number(own["specificity"]),
