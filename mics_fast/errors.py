@@ -19,8 +19,15 @@ class RunFailed(Exception):
 class SentenceParser(argparse.ArgumentParser):
     """An argument parser whose errors are one sentence, and which guesses no shortened option."""
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+    def __init__(self, *, description: str | None, **settings: Any) -> None:
+        # Of a module's docstring: what follows the command's own name, with its lines.
+        text = (description or "").partition("``: ")[2].replace("``", "")
+        super().__init__(
+            description=text[:1].upper() + text[1:],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from mics_fast import evaluate, prepare, tables, train
+from mics_fast import evaluate, export, prepare, tables, train
+from mics_fast.__main__ import COMMANDS
 from mics_fast.config import TrainConfig
 from mics_fast.errors import InputError
 from mics_fast.run import parse_config, refuse_changes
@@ -96,3 +98,18 @@ def test_a_class_name_is_never_cut_short():
     console.print(tables.class_table(result))
     shown = console.file.getvalue()
     assert "…" not in shown and "sensitivity" in shown
+
+
+def test_the_package_names_every_command_that_can_be_run():
+    package = Path(train.__file__).parent
+    runnable = {
+        file.stem for file in package.glob("*.py") if "run_command(main)" in file.read_text()
+    }
+    assert runnable | {"report"} == set(COMMANDS)
+
+
+def test_help_is_plain_text_with_the_lines_it_was_written_in(capsys):
+    with pytest.raises(SystemExit):
+        export.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "\nmodel.onnx      the same for ONNX Runtime" in shown and "``" not in shown
