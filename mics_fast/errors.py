@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class InputError(Exception):
@@ -17,7 +17,17 @@ class RunFailed(Exception):
 
 
 class SentenceParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence."""
+    """An argument parser whose errors are one sentence, and which guesses no shortened option."""
+
+    def __init__(self, *, description: str | None, **settings: Any) -> None:
+        # Of a module's docstring: what follows the command's own name, with its lines.
+        text = (description or "").partition("``: ")[2].replace("``", "")
+        super().__init__(
+            description=text[:1].upper() + text[1:],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            **settings,
+        )
 
     def error(self, message: str) -> NoReturn:
         raise InputError(message)

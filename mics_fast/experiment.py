@@ -103,7 +103,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[TrainConfig, ExperimentConfi
     parser = ArgumentParser(
         prog="python -m mics_fast.experiment",
         description="Train variants of the method over seeds and label fractions; compare them.",
+        usage="%(prog)s --config FILE --data.manifest FILE --out DIR [--OPTION VALUE]...",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
     parser.add_class_arguments(TrainConfig, nested_key=None)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from mics_fast.data.images import SUFFIXES
@@ -28,6 +27,7 @@ from mics_fast.exported import SIDECAR, Exported
 from mics_fast.files import whole_file
 from mics_fast.opinions import Opinions, flat_record, records
 from mics_fast.run import Run
+from mics_fast.tables import wide_console
 from mics_fast.trained import load_trained, progress
 
 REFER = "refer to a person"
@@ -89,7 +89,6 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         prog="python -m mics_fast.predict",
         description=__doc__,
         epilog="One sample: an option for each modality there is, as in --wli a.png --nbi b.png.",
-        allow_abbrev=False,
     )
     parser.add_argument("model", type=Path, help="run folder, or folder of mics_fast.export")
     parser.add_argument("--manifest", type=Path, help="all rows of this manifest")
@@ -265,8 +264,10 @@ def print_answers(
     count = sum(answers.values())
     title = f"samples: {count}" if count <= len(shown) else f"the first {len(shown)} of {count}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in ("id", "class", "belief", "uncertainty", "conflict"):
-        table.add_column(name, justify="left" if name in ("id", "class") else "right")
+    table.add_column("id")
+    table.add_column("class")
+    for name in ("belief", "uncertainty", "conflict"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name in modalities:
         table.add_column(f"{name} alone")
     for column in table.columns:
@@ -280,7 +281,7 @@ def print_answers(
             *(f"{value:.2f}" for value in numbers),
             *(opinion["class"] if opinion else "missing" for opinion in alone),
         )
-    Console().print(table)
+    wide_console().print(table)
     print(", ".join(f"{name}: {number}" for name, number in answers.most_common()))
 
 

@@ -62,9 +62,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--crop-borders", action="store_true", help="store frames without their black borders")
     add("--store-side", type=int, metavar="PIXELS",
         help="store frames again, as JPEG with this shorter side, for fast reading")  # fmt: skip
-    add("--label-fraction", type=float, default=0.05, help="of the train rows")
+    add(
+        "--label-fraction",
+        type=float,
+        default=0.05,
+        help="train rows that keep their label (default: 0.05)",
+    )
     add("--split", type=float, nargs=3, default=(0.7, 0.1, 0.2), metavar="X",
-        help="fractions of train, val and test rows")  # fmt: skip
+        help="fractions of train, val and test rows (default: 0.7 0.1 0.2)")  # fmt: skip
     add("--folds", type=int, metavar="K",
         help="write fold-1.csv to fold-K.csv, each tests on another K-th of the rows")  # fmt: skip
     add("--to-shards", type=int, metavar="ROWS",
@@ -73,8 +78,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keep frames that look alike on one side of the split")  # fmt: skip
     add("--hold-out", metavar="CLASS",
         help="write this class to held-out.csv instead of the manifest")  # fmt: skip
-    add("--seed", type=int, default=0, help="of split, labels and phantom")
-    add("--pairs", type=int, default=600, help="of the phantom")
+    add("--seed", type=int, default=0, help="of split, labels and phantom (default: 0)")
+    add("--pairs", type=int, default=600, help="of the phantom (default: 600)")
     options = parser.parse_args(arguments)
     check_numbers(options)
     check_source(options)

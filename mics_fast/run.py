@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -146,7 +147,10 @@ def config_parser() -> ArgumentParser:
     parser = ArgumentParser(
         prog="python -m mics_fast.train",
         description="Train a classifier of paired images from few labels (MICS).",
+        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] "
+        "[--OPTION VALUE]...",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
@@ -176,9 +180,29 @@ def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None) -> di
     try:
         values = vars(parser.instantiate(parser.parse_args(arguments)))
     except argparse.ArgumentError as error:
-        raise InputError(" ".join(str(error).split())) from None
+        raise InputError(in_a_sentence(str(error))) from None
     values.pop("config", None)
     return values
+
+
+def in_a_sentence(message: str) -> str:
+    """What jsonargparse says of an option, without its class names; other messages on one line."""
+    text = " ".join(message.split())
+    said = re.fullmatch(r'Parser key "(.+?)":? (.+)', text)
+    if said is None:
+        return text
+    name, problem = said.groups()
+    types = re.search(r"Subtypes: \[(.+)\] Errors: ", problem) or re.search(
+        r"Expected a (.+)\. Got value: ", problem
+    )
+    value = re.search(r"(?:Got|Given) value: (.+)", problem)
+    if types is None or value is None:
+        return f"option {name}: {problem}"
+    wanted = re.sub(r"<class '(\w+)'>", r"\1", types[1])
+    wanted = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", wanted)
+    wanted = re.sub(r"\b(tuple|list)\b(\[.+?\])?", "a list such as [a, b]", wanted)
+    wanted = wanted.replace(", NoneType", " or null")
+    return f"option {name} is {value[1]}, wanted {wanted}"
 
 
 def read_config(file: Path) -> TrainConfig:
@@ -194,15 +218,18 @@ def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
     """Refuse to go on with a run under options that would change what it computes.
 
     Raises:
-        InputError: names the first such option and both its values.
+        InputError: names the first such option and both its values, and counts the others.
     """
     old, new = flatten(asdict(before)), flatten(asdict(now))
-    for name in new.keys() - FREE_ON_RESUME - {"out"}:
-        if old.get(name) != new[name]:
-            raise InputError(
-                f"option {name} is {new[name]!r}, but the run in {folder} was started with "
-                f"{old.get(name)!r}; go on with that, or name another --out"
-            )
+    free = FREE_ON_RESUME | {"out"}
+    changed = [name for name in new if name not in free and old.get(name) != new[name]]
+    if changed:
+        name = changed[0]
+        others = f" (and {len(changed) - 1} more differ)" if len(changed) > 1 else ""
+        raise InputError(
+            f"option {name} is {new[name]!r}, but the run in {folder} was started with "
+            f"{old.get(name)!r}{others}; go on with that, or name another --out"
+        )
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

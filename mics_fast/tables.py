@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+WIDE = 160  # characters of a line in a file or a pipe
 
 # What the table shows, in this order; the JSON holds more.
 SHOWN = {
@@ -35,11 +38,17 @@ DIFFERENCE_COLUMNS = ("metric", "difference", "95 %")
 
 def print_tables(result: dict[str, Any]) -> None:
     """The metrics of every view, those of every class, and the comparison where there is one."""
-    console = Console()
+    console = wide_console()
     console.print(metrics_table(result))
     console.print(class_table(result))
     if "against" in result:
         console.print(difference_table(result["against"]))
+
+
+def wide_console() -> Console:
+    """Standard output; where that is no terminal, no column is squeezed into 80 characters."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
 
 
 def metrics_table(result: dict[str, Any]) -> Table:
@@ -73,7 +82,10 @@ def class_table(result: dict[str, Any]) -> Table:
     """Sensitivity and specificity of the fused opinion, a row for each class."""
     table = Table(title="fused, each class against the rest", box=box.SIMPLE_HEAD)
     for name in CLASS_COLUMNS:
-        table.add_column(name, justify="left" if name == "class" else "right")
+        if name == "class":
+            table.add_column(name, overflow="fold")  # a class name is never cut short
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for row in class_rows(result["views"]["fused"]):
         table.add_row(*row)
     return table

@@ -102,6 +102,8 @@ class Trainer:
                     f"{', '.join(manifest.modalities)}"
                 )
         check_shares(config)
+        if config.stage != "pretrain":
+            check_labels(manifest)
         self.device = pick_device(config.device)
         check_cuda_graph(config, self.device)
         self.size = SIZES[config.model.size]
@@ -137,8 +139,6 @@ class Trainer:
         if len(self.manifest.modalities) == 1:
             say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
-        if not labelled:
-            raise InputError(f"{self.manifest.path} has no train row with labelled = 1")
         model = build_classifier(self.config, self.manifest)
         self._load_encoder(model)
         stage, plan = build_finetuning(
@@ -334,6 +334,21 @@ def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
     if config.cuda_graph and (device.type != "cuda" or world_size() > 1):
         where = f"{world_size()} processes" if world_size() > 1 else f"a {device.type.upper()}"
         raise InputError(f"option cuda_graph is true, wanted false on {where}: it takes one GPU")
+
+
+def check_labels(manifest: Manifest) -> None:
+    """Refuse, before hours of pre-training, what no classifier can be fine-tuned on.
+
+    Raises:
+        InputError: no labelled train row, or a single class.
+    """
+    if not any(row.labelled for row in manifest.select("train")):
+        raise InputError(f"{manifest.path} has no train row with labelled = 1")
+    if len(manifest.classes) < 2:
+        raise InputError(
+            f"{manifest.path} has one class, {manifest.classes[0]}, wanted at least two in the "
+            "column label"
+        )
 
 
 def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:

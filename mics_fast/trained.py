@@ -77,7 +77,9 @@ def best_checkpoint(run: Run) -> Path:
     """
     checkpoint = run.checkpoints("finetune").best()
     if checkpoint is None:
-        raise InputError(f"{run.folder} has no fine-tuning checkpoint to evaluate")
+        raise InputError(
+            f"{run.folder} has no fine-tuning checkpoint, wanted a run that has fine-tuned"
+        )
     return checkpoint
 
 

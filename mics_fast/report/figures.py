@@ -123,9 +123,10 @@ def line_chart(
     x = x or spanning(x_label, [value for line in series for value in line.x])
     y = y or spanning(y_label, [value for line in series for value in line.y], zero=True)
     marks = "".join(
-        f'<path class="line" stroke="{PALETTE[k % 8]}" stroke-dasharray="{DASHES[k % 8]}" d="M'
+        f'<path class="line{" dot" if len(line.x) == 1 else ""}" stroke="{PALETTE[k % 8]}" '
+        + f'stroke-dasharray="{DASHES[k % 8]}" d="M'
         + "L".join(f"{x.x(a)} {y.y(b)}" for a, b in zip(line.x, line.y, strict=True))
-        + ("h4" if len(line.x) == 1 else "")  # a mark: a path of one point is not drawn
+        + ("h0" if len(line.x) == 1 else "")  # with round ends a dot; alone it is not drawn
         + '"/>'
         for k, line in enumerate(series)
     )

@@ -69,7 +69,8 @@ def metrics(subject: Subject) -> str:
     rows = metric_rows(views)
     counts = [str(own["n"]) for own in views.values()]
     rows.append(["n (samples)", counts[0], "", *counts[1:]])
-    head = ["metric", "fused", "95 %", *(view for view in views if view != "fused")]
+    shown = [f"virtual {view}" if view in result["virtual"] else view for view in views]
+    head = ["metric", "fused", "95 %", *(view for view in shown if view != "fused")]
     parts = [
         figures.table(head, rows, "Each view on the samples it sees; "
                       f"intervals: bootstrap, {result['intervals']['resamples']} resamples"),

@@ -26,6 +26,7 @@ figcaption { color: #333; font-size: 0.92rem; padding: 0.3rem 0; }
 path.grid { stroke: #ddd; fill: none; }
 path.axis { stroke: #222; fill: none; }
 path.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+path.dot { stroke-width: 7; stroke-linecap: round; stroke-dasharray: none; }
 svg text { font: 12px system-ui, sans-serif; fill: #222; }
 svg text.label { font-size: 13px; }
 svg text.small { font-size: 10px; }

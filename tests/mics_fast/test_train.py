@@ -257,8 +257,8 @@ def test_an_unknown_option_is_named(manifest, tmp_path):
 @pytest.mark.parametrize(
     ("option", "value", "sentence"),
     [
-        ("pretrain.epochs", "x", "pretrain.epochs.*int.*x"),
-        ("model.size", "vit_huge", "model.size.*vit_micro.*vit_huge"),
+        ("pretrain.epochs", "x", "pretrain.epochs.*x.*int"),
+        ("model.size", "vit_huge", "model.size.*vit_huge.*vit_micro"),
         ("pretrain.epochs", "0", "option pretrain.epochs is 0, wanted a number above 0"),
         ("pretrain.accumulate", "3", "pretrain.accumulate is 3, wanted a divisor of .*size, 8"),
         ("finetune.accumulate", "4", "finetune.accumulate is 4, .* finetune.labelled_batch, 6"),

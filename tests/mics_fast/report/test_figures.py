@@ -49,8 +49,8 @@ def test_a_line_chart_labels_its_axes_and_tells_its_lines_apart():
 
 def test_a_line_of_one_value_can_be_seen():
     html = figures.line_chart("Score", "steps", "share", [Series("val", [3], [0.5])])
-    (path,) = re.findall(r'class="line"[^>]* d="([^"]*)"', html)
-    assert path.endswith("h4")
+    (path,) = re.findall(r'class="line dot"[^>]* d="([^"]*)"', html)
+    assert path.endswith("h0")
 
 
 def test_a_histogram_counts_each_group():
