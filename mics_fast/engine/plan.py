@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from mics_fast.engine.sharding import Shards
+
 
 @dataclass
 class Losses:
@@ -79,6 +81,7 @@ class Plan:
         peak_tflops: of the device, in TFLOP/s; None: not known.
         profile: steps to profile.
         choose_best: whether the first score names the best checkpoint; else the latest counts.
+        shards: what of the stage is dealt out over the ranks; None: nothing.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Plan:
     peak_tflops: float | None = None
     profile: int = 0
     choose_best: bool = True
+    shards: Shards | None = None
 
     @property
     def main(self) -> str:
