@@ -40,7 +40,8 @@ class Loop:
     """Runs one stage from wherever its last checkpoint left it.
 
     Between two records nothing is read back from the device. Of several ranks each works on its
-    part of every batch; the first one alone validates (unless networks are sharded), saves and logs.
+    part of every batch; the first one alone saves and logs, and validates, unless networks are
+    sharded.
 
     Args:
         stage: models and losses.

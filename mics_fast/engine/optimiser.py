@@ -43,3 +43,8 @@ def set_learning_rate(optimiser: Optimizer, factor: float) -> None:
     """Scale every group's own peak rate; the peak is remembered in the group (and its state)."""
     for group in optimiser.param_groups:
         group["lr"] = group.setdefault("peak_lr", group["lr"]) * factor
+
+
+def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
+    """All that an optimiser steps."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]

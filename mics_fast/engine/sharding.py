@@ -26,6 +26,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mics_fast.engine.distributed import rank, sum_over_ranks, world_size
+from mics_fast.engine.optimiser import parameters_of
 
 
 class Shards:
@@ -57,9 +58,7 @@ class Shards:
             for module in (*(block for blocks in lists for block in blocks), network):
                 # Not even the network's own parameters stay whole after its forward pass: what
                 # averages them and what saves them finds parts.
-                sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True)
-                # gloo takes a mean that it is asked for as a sum, in some versions of torch.
-                sharded.set_force_sum_reduction_for_comms(device.type == "cpu")
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for tensor in (*stage.parameters(), *stage.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(device)
@@ -79,22 +78,21 @@ class Shards:
         In every part of a batch that is worked on in parts the gradients are reduced, and added up
         in parts: to reduce them once, each rank would have to hold them whole.
         """
-        for part in self._parts_of(optimiser):
-            whole = self._whole[part]
-            part.grad = whole.grad.to_local() if isinstance(whole.grad, DTensor) else None
-            whole.grad = None
+        for part in parameters_of(optimiser):
+            whole = self._whole.get(part)
+            if whole is not None:
+                part.grad = whole.grad.to_local() if isinstance(whole.grad, DTensor) else None
+                whole.grad = None
 
     def gradient_norm(self, optimiser: Optimizer) -> Tensor:
         """Of all that the optimiser steps, 0-d, the same on all ranks."""
-        parts = set(self._parts_of(optimiser))
-        own, common = [], []
-        for group in optimiser.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    (own if parameter in parts else common).append(parameter.grad)
+        own: list[Tensor] = []
+        common: list[Tensor] = []
+        for parameter in parameters_of(optimiser):
+            if parameter.grad is not None:
+                (own if parameter in self._whole else common).append(parameter.grad)
         squares = [get_total_norm(each, foreach=True).double().square() for each in (own, common)]
-        total = sum_over_ranks(squares[0]) + squares[1]
-        return total.sqrt().to((own + common)[0].dtype)
+        return (sum_over_ranks(squares[0]) + squares[1]).sqrt().to(own[0].dtype)
 
     def gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """What a checkpoint holds, as one rank alone would have it; whole on rank 0, where it is in
@@ -135,19 +133,14 @@ class Shards:
         self._whole[part] = whole
         return part
 
-    def _parts_of(self, optimiser: Optimizer) -> list[nn.Parameter]:
-        stepped = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-        return [parameter for parameter in stepped if parameter in self._whole]
-
     def _each_moment(
         self, states: Mapping[str, Any], change: Callable[[Tensor, DTensor], Tensor]
     ) -> dict[str, Any]:
         """Optimisers' states in which whatever has the shape of a parameter is changed."""
         changed = {}
         for name, optimiser in self._optimisers.items():
-            stepped = [p for group in optimiser.param_groups for p in group["params"]]
             state = dict(states[name]["state"])
-            for number, parameter in enumerate(stepped):
+            for number, parameter in enumerate(parameters_of(optimiser)):
                 if parameter in self._whole and number in state:
                     whole = self._whole[parameter]
                     state[number] = {

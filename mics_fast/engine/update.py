@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.engine.guard import Guard
-from mics_fast.engine.optimiser import cosine_with_warmup, set_learning_rate
+from mics_fast.engine.optimiser import cosine_with_warmup, parameters_of, set_learning_rate
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.profile import phase
 from mics_fast.engine.sharding import Shards
@@ -142,11 +142,6 @@ def clip_gradients(optimiser: Optimizer, largest: float, shards: Shards | None =
     norm = shards.gradient_norm(optimiser)
     torch.nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm, foreach=True)
     return norm
-
-
-def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
-    """All that an optimiser steps."""
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
 
 
 def in_order(optimiser: Optimizer, stage: Stage) -> list[nn.Parameter]:

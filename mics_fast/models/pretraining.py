@@ -147,8 +147,9 @@ class PretrainModel(nn.Module):
             (self.teacher_encoder, self.encoder),
             (self.teacher_projection, self.projection_head),
         ):
-            own, theirs = list(teacher.parameters()), list(student.parameters())
-            torch._foreach_lerp_(own, theirs, 1 - momentum)
+            torch._foreach_lerp_(
+                list(teacher.parameters()), list(student.parameters()), 1 - momentum
+            )
 
     def _features(self, tokens: Tensor, projection: nn.Linear) -> Tensor:
         pooled = pool_tokens(tokens, self.pool)
