@@ -271,6 +271,11 @@ class TrainConfig:
         compile: torch.compile; "auto": on a GPU.
         compile_scope: what is compiled: "blocks", each transformer block; "step", the forward pass
             and the losses of each optimiser as a whole, which takes longer to compile.
+        shard_parameters: each of several processes keeps a part of the encoders, their averages,
+            gradients and optimiser state, for encoders that one device cannot hold (FSDP2): for
+            more communication, the same run. A block is whole only while it runs; in bf16 its
+            half-precision weights stay until the backward pass, but for
+            ``model.activation_checkpointing``.
         threads: CPU threads that torch, the operators and the image pipeline share; default: all
             cores that the process may use (the rule: ``mics_fast/threads.py``).
         log_every: steps between log lines.
@@ -289,6 +294,7 @@ class TrainConfig:
     precision: PrecisionName = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
     compile_scope: CompileScope = "blocks"
+    shard_parameters: bool = False
     threads: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200

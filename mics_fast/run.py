@@ -23,7 +23,7 @@ from mics_fast.errors import InputError
 FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "peak_tflops", "profile", "model.activation_checkpointing", "threads", "data.threads",
-    "data.prefetch", "data.on_bad_file",
+    "data.prefetch", "data.on_bad_file", "shard_parameters",
 }  # fmt: skip
 
 
