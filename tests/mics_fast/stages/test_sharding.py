@@ -28,7 +28,8 @@ ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
 ALONE = {"consistency_weight": 0.0, "adversarial_weight": 0.0}  # rows that know of no others
 CASES: dict[str, dict[str, Any]] = {
     "pretrain": {"teacher_momentum": 0.9},
-    "pretrain: compiled": {"preset": "turbo", "adversarial": "alternating"},
+    "pretrain: alternating": {"adversarial": "alternating"},
+    "pretrain: compiled": {"preset": "turbo"},
     "pretrain: consistency alone": {"adversarial_weight": 0.0, "reconstruction_weight": 0.0},
     "pretrain: in parts": ALONE,
     "finetune": {**ACCEPT_ALL, "ema_momentum": 0.9},
