@@ -34,6 +34,11 @@ def pick_device(name: str) -> torch.device:
     return local_gpu() if available and name != "cpu" else torch.device("cpu")
 
 
+def built_on(config: TrainConfig, device: torch.device) -> torch.device:
+    """Where a stage begins: the device, but for one that it may not fit on before it is sharded."""
+    return torch.device("cpu") if config.shard_parameters else device
+
+
 def build_pretraining(
     config: TrainConfig, manifest: Manifest, rows: int, precision: Precision, device: torch.device
 ) -> tuple[PretrainStage, Plan]:
@@ -52,7 +57,7 @@ def build_pretraining(
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
         autocast=precision.autocast,
-    ).to(device)
+    ).to(built_on(config, device))
     parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
     groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
     optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
@@ -102,7 +107,7 @@ def build_finetuning(
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
         autocast=precision.autocast,
-    ).to(device)
+    ).to(built_on(config, device))
     named = list(model.named_parameters())
     encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
     heads = [(name, own) for name, own in named if not name.startswith("encoders.")]

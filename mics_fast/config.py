@@ -273,6 +273,11 @@ class TrainConfig:
             and the losses of each optimiser as a whole, which takes longer to compile.
         cuda_graph: replays each step as one CUDA graph, which spares a small network the launches
             of its kernels; on one GPU.
+        shard_parameters: each of several processes keeps a part of the encoders, their averages,
+            gradients and optimiser state, for encoders that one device cannot hold (FSDP2): for
+            more communication, the same run. A block is whole only while it runs; in bf16 its
+            half-precision weights stay until the backward pass, but for
+            ``model.activation_checkpointing``.
         threads: CPU threads that torch, the operators and the image pipeline share; default: all
             cores that the process may use (the rule: ``mics_fast/threads.py``).
         log_every: steps between log lines.
@@ -292,6 +297,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     compile_scope: CompileScope = "blocks"
     cuda_graph: bool = False
+    shard_parameters: bool = False
     threads: int | None = None
     log_every: int = 10
     checkpoint_every: int = 200

@@ -25,7 +25,7 @@ from mics_fast.files import make_folder, write_text
 FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
-    "data.threads", "data.prefetch", "data.on_bad_file",
+    "data.threads", "data.prefetch", "data.on_bad_file", "shard_parameters",
 }  # fmt: skip
 
 

@@ -26,7 +26,8 @@ from mics_fast.engine.distributed import (
 from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Plan
-from mics_fast.engine.precision import pick_precision
+from mics_fast.engine.precision import Precision, pick_precision
+from mics_fast.engine.sharding import Shards
 from mics_fast.errors import InputError, RunFailed, run_command
 from mics_fast.metrics import view_metrics
 from mics_fast.models.classifier import Classifier, check_modality_names
@@ -112,6 +113,7 @@ class Trainer:
             raise InputError(
                 "option data.dtype is bf16, wanted fp32 as the encoders do not run in bf16"
             )
+        check_sharding(config, self.precision)
         self.data = use_threads(config, self.device)
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
@@ -167,6 +169,8 @@ class Trainer:
         """Go on from the stage's last checkpoint, or from its beginning."""
         if self.config.model.activation_checkpointing:
             checkpoint_activations(stage)
+        if self.config.shard_parameters:
+            plan.shards = Shards(stage, stage.networks(), plan.optimisers, self.device)
         if self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
@@ -273,7 +277,7 @@ class Trainer:
 
         def validate() -> dict[str, float]:
             scores = neighbour_accuracy(stage.model, keys, queries, self.precision.autocast)
-            print(f"pretrain  {in_words(scores)}", flush=True)
+            say(f"pretrain  {in_words(scores)}")
             return scores
 
         return validate
@@ -305,7 +309,7 @@ class Trainer:
 def say(sentence: str) -> None:
     """Print, once for all ranks."""
     if rank() == 0:
-        print(sentence)
+        print(sentence, flush=True)
 
 
 def check_shares(config: TrainConfig) -> None:
@@ -334,6 +338,23 @@ def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
     if config.cuda_graph and (device.type != "cuda" or world_size() > 1):
         where = f"{world_size()} processes" if world_size() > 1 else f"a {device.type.upper()}"
         raise InputError(f"option cuda_graph is true, wanted false on {where}: it takes one GPU")
+
+
+def check_sharding(config: TrainConfig, precision: Precision) -> None:
+    """Refuse what cannot be done in parts.
+
+    Raises:
+        InputError: names the option.
+    """
+    if not config.shard_parameters:
+        return
+    if world_size() == 1:
+        raise InputError("option shard_parameters is on, wanted several processes (torchrun)")
+    if config.compile != "off" and config.compile_scope == "step":
+        raise InputError("option compile_scope is step, wanted blocks with shard_parameters")
+    if precision.autocast is torch.float16:
+        # Each rank's loss scaler would look for overflows among its own gradients alone.
+        raise InputError("option precision is fp16, wanted another with shard_parameters")
 
 
 def check_labels(manifest: Manifest) -> None:

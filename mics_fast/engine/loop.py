@@ -41,7 +41,8 @@ class Loop:
     """Runs one stage from wherever its last checkpoint left it.
 
     Between two records nothing is read back from the device. Of several ranks each works on its
-    part of every batch; the first one alone validates, saves and logs.
+    part of every batch; the first one alone saves and logs, and validates, unless networks are
+    sharded.
 
     Args:
         stage: models and losses.
@@ -71,6 +72,8 @@ class Loop:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go back to what a checkpoint holds."""
+        if self.plan.shards is not None:
+            state = self.plan.shards.deal(state)
         self.step = state["step"]
         self.stage.load_state_dict(state["stage"])
         for name, optimiser in self.plan.optimisers.items():
@@ -186,7 +189,10 @@ class Loop:
         Raises:
             InputError: the last one cannot be written; without another, training goes on.
         """
-        scores = from_first(self.validate) if self.validate else {}
+        shards, scores = self.plan.shards, {}
+        if self.validate:
+            # A sharded network runs on all ranks or on none: each walks the same rows.
+            scores = from_first(self.validate) if shards is None else self.validate()
         scaler = self.plan.scaler
         state = {
             "step": self.step,
@@ -199,6 +205,8 @@ class Loop:
             "rng": torch.get_rng_state(),
             "seconds": self.meter.seconds(),
         }
+        if shards is not None:
+            state = shards.gather(state)
         if rank() == 0:
             score = next(iter(scores.values()), None) if self.plan.choose_best else None
             writer.save(self.step, state, score)

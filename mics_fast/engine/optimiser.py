@@ -64,3 +64,8 @@ def set_learning_rate(optimiser: Optimizer, factor: Tensor) -> None:
         if not isinstance(rate, Tensor) or rate.device != factor.device:  # new, or loaded
             group["lr"] = rate = torch.empty((), device=factor.device)  # float32: what fused reads
         rate.copy_(factor * group["peak_lr"])
+
+
+def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
+    """All that an optimiser steps."""
+    return [parameter for group in optimiser.param_groups for parameter in group["params"]]

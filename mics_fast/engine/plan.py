@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import Optimizer
 
+from mics_fast.engine.sharding import Shards
+
 
 @dataclass
 class Losses:
@@ -84,6 +86,7 @@ class Plan:
         profile: steps to profile.
         cuda_graph: whether the step is recorded and replayed.
         choose_best: whether the first score names the best checkpoint; else the latest counts.
+        shards: what of the stage is dealt out over the ranks; None: nothing.
     """
 
     name: str
@@ -103,6 +106,7 @@ class Plan:
     profile: int = 0
     cuda_graph: bool = False
     choose_best: bool = True
+    shards: Shards | None = None
 
     @property
     def main(self) -> str:

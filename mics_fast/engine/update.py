@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.engine.guard import Guard
-from mics_fast.engine.optimiser import cosine_with_warmup, set_learning_rate
+from mics_fast.engine.optimiser import cosine_with_warmup, parameters_of, set_learning_rate
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.profile import phase
+from mics_fast.engine.sharding import Shards
 
 Values = dict[str, Tensor | float]
 
@@ -98,6 +99,8 @@ class Update:
             total = self.plan.scaler.scale(total)
         with self.averagers[name].averaging() if last else nullcontext():
             total.backward()
+        if last and self.plan.shards is not None:
+            self.plan.shards.hand_over(self.plan.optimisers[name])
 
     def _step(self, name: str) -> None:
         """Clip the main optimiser's gradients, and step."""
@@ -112,7 +115,7 @@ class Update:
             return
         if plan.scaler is not None:
             plan.scaler.unscale_(optimiser)
-        self._norm = clip_gradients(optimiser, plan.clip)
+        self._norm = clip_gradients(optimiser, plan.clip, plan.shards)
         if plan.scaler is None:
             optimiser.step()
         else:
@@ -138,15 +141,14 @@ class Update:
         return values
 
 
-def clip_gradients(optimiser: Optimizer, largest: float) -> Tensor:
+def clip_gradients(optimiser: Optimizer, largest: float, shards: Shards | None = None) -> Tensor:
     """Scale the gradients down to a norm of ``largest`` (0: leave them); the norm before, 0-d."""
     parameters = parameters_of(optimiser)
-    return torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)
-
-
-def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
-    """All that an optimiser steps."""
-    return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+    if shards is None:
+        return torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)
+    norm = shards.gradient_norm(optimiser)
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm, foreach=True)
+    return norm
 
 
 def in_order(optimiser: Optimizer, stage: Stage) -> list[nn.Parameter]:

@@ -150,9 +150,14 @@ class PretrainModel(nn.Module):
 
         Source: He et al., Momentum Contrast, CVPR 2020, equation 2.
         """
-        teacher = (*self.teacher_encoder.parameters(), *self.teacher_projection.parameters())
-        student = (*self.encoder.parameters(), *self.projection_head.parameters())
-        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        # Part by part: each is sharded as a whole or not at all.
+        for teacher, student in (
+            (self.teacher_encoder, self.encoder),
+            (self.teacher_projection, self.projection_head),
+        ):
+            torch._foreach_lerp_(
+                list(teacher.parameters()), list(student.parameters()), 1 - momentum
+            )
 
     def _features(self, tokens: Tensor, projection: nn.Linear) -> Tensor:
         pooled = pool_tokens(tokens, self.pool)

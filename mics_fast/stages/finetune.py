@@ -140,6 +140,14 @@ class FinetuneStage(nn.Module):
         """Compile each block, or the computation of the losses as one graph."""
         compile_parts(self, scope, ("_compute",))
 
+    def networks(self) -> list[nn.Module]:
+        """What ``shard_parameters`` deals out: all but the heads."""
+        encoders = [
+            encoder for own in (self.model, self.average) for encoder in own.encoders.values()
+        ]
+        fusions = [own.fusion for own in (self.model, self.average) if own.fusion is not None]
+        return [*encoders, *fusions]
+
     def warnings(self, record: Mapping[str, float]) -> list[str]:
         """What looks wrong in a log record."""
         return finetune_warnings(self.config, record)
@@ -194,11 +202,11 @@ class FinetuneStage(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Advance the averaged weights and the class statistics by this step's batch, once."""
-        torch._foreach_lerp_(
-            list(self.average.parameters()),
-            list(self.model.parameters()),
-            1 - self.config.ema_momentum,
-        )
+        # Part by part: each is sharded as a whole or not at all.
+        for average, model in zip(self.average.children(), self.model.children(), strict=True):
+            torch._foreach_lerp_(
+                list(average.parameters()), list(model.parameters()), 1 - self.config.ema_momentum
+            )
         if self._seen:
             features, labels, weights = (
                 torch.cat(parts) for parts in zip(*self._seen, strict=True)

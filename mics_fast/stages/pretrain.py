@@ -132,6 +132,10 @@ class PretrainStage(nn.Module):
         methods = ("_forward", "_judge", "_fool", "_fool_by_gradient", "_model_losses")
         compile_parts(self, scope, methods)
 
+    def networks(self) -> list[nn.Module]:
+        """What ``shard_parameters`` deals out: all that is large but the discriminator."""
+        return [self.model.encoder, self.model.teacher_encoder, self.model.decoder]
+
     def warnings(self, record: Mapping[str, float]) -> list[str]:
         """What looks wrong in a log record."""
         return pretrain_warnings(self.config, record)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mics_fast import train
+from mics_fast import evaluate, train
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.errors import InputError
 
@@ -76,6 +76,26 @@ def test_one_process_goes_on_with_the_checkpoint_of_two(two, trained_run, argume
     assert_same_run(run, trained_run)
 
 
+def test_two_processes_with_a_part_each_make_the_run_of_one(
+    arguments, trained_run, tmp_path, phantom_manifest
+):
+    run = tmp_path / "run"
+    sharded = [*arguments, "--shard_parameters", "true", "--out", str(run)]
+    done = subprocess.run([*torchrun(), *sharded], check=True, stdout=subprocess.PIPE, text=True)
+    assert_same_run(run, trained_run)
+    (result,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert json.loads(result.removeprefix("RESULT "))["finished"]
+    # Each process walks the val rows, but one tells.
+    assert done.stdout.count("pretrain  knn accuracy") == 3
+    whole = weights(run, "finetune")
+    shutil.rmtree(run / "checkpoints" / "finetune" / "step-00000003")
+    (run / "checkpoints" / "finetune" / "best.json").unlink()
+    subprocess.run([*torchrun(), *sharded, "--resume"], check=True)
+    resumed = weights(run, "finetune")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    evaluate.main([str(run)])
+
+
 def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, tmp_path):
     run = tmp_path / "run"
     command = [*torchrun("--max-restarts", "1"), *arguments, "--out", str(run), "--resume"]
@@ -96,6 +116,23 @@ def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, t
         for name in whole:
             assert torch.equal(whole[name], restarted[name]), name
     assert records(run)["finetune", 3]["loss"] == records(two)["finetune", 3]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("processes", "options", "sentence"),
+    [
+        (1, [], "shard_parameters is on, wanted several processes"),
+        (2, ["--precision", "fp16"], "precision is fp16, wanted another with shard_parameters"),
+        (2, ["--compile", "on", "--compile_scope", "step"], "compile_scope is step, wanted blocks"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    arguments, tmp_path, monkeypatch, processes, options, sentence
+):
+    monkeypatch.setattr(train, "world_size", lambda: processes)
+    options = [*options, "--shard_parameters", "true", "--out", str(tmp_path / "run")]
+    with pytest.raises(InputError, match=sentence):
+        train.main([*arguments, *options])
 
 
 @pytest.mark.parametrize(

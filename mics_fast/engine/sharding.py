@@ -1,0 +1,176 @@
+"""Networks dealt out over the ranks (FSDP2), for encoders that do not fit on one device.
+
+Of every parameter of a sharded network, trained or averaged, a rank keeps its part: rows of the
+first dimension. A block is whole only while it runs, forward or backward, and the mean of its
+gradients over the ranks arrives in parts. Optimisers are given the parts as plain tensors that
+share the memory of torch's DTensors: their state is as small, and one fused step serves parts and
+whole parameters alike, in the groups and the order that a checkpoint knows.
+
+What a stage does not name stays whole on every rank, under ``GradientAverager``: what is used
+outside of a forward pass of its own (heads, projections, temperature, the discriminator, whose
+power iteration reads its weights) or is no parameter (queues, statistics).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
+from torch.optim import Optimizer
+
+from mics_fast.engine.distributed import rank, sum_over_ranks, world_size
+from mics_fast.engine.optimiser import parameters_of
+
+
+class Shards:
+    """This rank's part of the sharded networks of a stage.
+
+    Args:
+        stage: on the CPU, with the weights that training starts from, the same on all ranks; moves
+            to the device.
+        networks: modules of it that are used only by calling them; what they hold in lists (their
+            blocks) is gathered one by one, the rest of each together.
+        optimisers: of the stage, before their first step; they step the parts from now on.
+        device: of this rank.
+    """
+
+    def __init__(
+        self,
+        stage: nn.Module,
+        networks: Iterable[nn.Module],
+        optimisers: Mapping[str, Optimizer],
+        device: torch.device,
+    ) -> None:
+        self._stage = stage
+        self._optimisers = dict(optimisers)
+        self._whole: dict[nn.Parameter, DTensor] = {}  # of a part: what it is a part of
+        names = {parameter: name for name, parameter in stage.named_parameters()}
+        mesh = init_device_mesh(device.type, (world_size(),))
+        for network in networks:
+            lists = [each for each in network.modules() if isinstance(each, nn.ModuleList)]
+            for module in (*(block for blocks in lists for block in blocks), network):
+                # Not even the network's own parameters stay whole after its forward pass: what
+                # averages them and what saves them finds parts.
+                fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        for tensor in (*stage.parameters(), *stage.buffers()):
+            if not isinstance(tensor, DTensor):
+                tensor.data = tensor.data.to(device)
+        now = dict(stage.named_parameters())
+        for optimiser in self._optimisers.values():
+            for group in optimiser.param_groups:
+                group["params"] = [self._part(now[names[whole]]) for whole in group["params"]]
+        # Autocast would keep a half-precision copy of each block until the last one has run.
+        torch.set_autocast_cache_enabled(False)
+        # It matters to whom changes an output in place, which nobody does.
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+
+    @torch.no_grad()
+    def hand_over(self, optimiser: Optimizer) -> None:
+        """After the last backward pass before a step: the gradients of the parts, to be stepped.
+
+        In every part of a batch that is worked on in parts the gradients are reduced, and added up
+        in parts: to reduce them once, each rank would have to hold them whole.
+        """
+        for part in parameters_of(optimiser):
+            whole = self._whole.get(part)
+            if whole is not None:
+                part.grad = whole.grad.to_local() if isinstance(whole.grad, DTensor) else None
+                whole.grad = None
+
+    def gradient_norm(self, optimiser: Optimizer) -> Tensor:
+        """Of all that the optimiser steps, 0-d, the same on all ranks."""
+        own: list[Tensor] = []
+        common: list[Tensor] = []
+        for parameter in parameters_of(optimiser):
+            if parameter.grad is not None:
+                (own if parameter in self._whole else common).append(parameter.grad)
+        squares = [get_total_norm(each, foreach=True).double().square() for each in (own, common)]
+        return (sum_over_ranks(squares[0]) + squares[1]).sqrt().to(own[0].dtype)
+
+    def gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """What a checkpoint holds, as one rank alone would have it; whole on rank 0, where it is in
+        main memory; all ranks call it.
+
+        Args:
+            state: with the ``stage`` and its ``optimisers`` as their ``state_dict`` gave them.
+        """
+        stage = {
+            name: whole_of(value) if isinstance(value, DTensor) else value
+            for name, value in state["stage"].items()
+        }
+
+        def gathered(moment: Tensor, whole: DTensor) -> Tensor:
+            return whole_of(as_part(moment, whole))
+
+        optimisers = self._each_moment(state["optimisers"], gathered)
+        return {**state, "stage": stage, "optimisers": optimisers}
+
+    def deal(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of ``gather``, of a state that every rank has."""
+        own = dict(self._stage.named_parameters())
+        stage = {}
+        for name, value in state["stage"].items():
+            whole = own.get(name)
+            if isinstance(whole, DTensor):
+                value = as_part(part_of(value, whole), whole)
+            stage[name] = value
+        optimisers = self._each_moment(state["optimisers"], part_of)
+        return {**state, "stage": stage, "optimisers": optimisers}
+
+    def _part(self, whole: nn.Parameter) -> nn.Parameter:
+        """What an optimiser steps of a parameter: the part that is here, or all of it."""
+        if not isinstance(whole, DTensor):
+            return whole
+        with torch.no_grad():
+            part = nn.Parameter(whole.to_local())
+        self._whole[part] = whole
+        return part
+
+    def _each_moment(
+        self, states: Mapping[str, Any], change: Callable[[Tensor, DTensor], Tensor]
+    ) -> dict[str, Any]:
+        """Optimisers' states in which whatever has the shape of a parameter is changed."""
+        changed = {}
+        for name, optimiser in self._optimisers.items():
+            state = dict(states[name]["state"])
+            for number, parameter in enumerate(parameters_of(optimiser)):
+                if parameter in self._whole and number in state:
+                    whole = self._whole[parameter]
+                    state[number] = {
+                        kind: change(value, whole) if value.ndim else value  # 0-d: the step
+                        for kind, value in state[number].items()
+                    }
+            changed[name] = {**states[name], "state": state}
+        return changed
+
+
+def as_part(part: Tensor, whole: DTensor) -> DTensor:
+    """A rank's part of something that is shaped and dealt out as ``whole``."""
+    return DTensor.from_local(
+        part,
+        whole.device_mesh,
+        whole.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+
+
+def part_of(value: Tensor, whole: DTensor) -> Tensor:
+    """This rank's part of a value that is dealt out as ``whole``, on its device."""
+    chunks = value.chunk(world_size())  # fewer than ranks where there are fewer rows
+    part = chunks[rank()] if rank() < len(chunks) else value[:0]
+    return part.to(whole.device, copy=True)
+
+
+def whole_of(parts: DTensor) -> Tensor:
+    """All parts together on rank 0, in main memory; elsewhere nothing. All ranks call it."""
+    whole = parts.full_tensor()
+    return whole.cpu() if rank() == 0 else whole.new_empty(0)
