@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.functional import softplus
 
 from mics_fast.models.discriminator import Discriminator
@@ -62,8 +63,11 @@ def judge(
 
 
 def fool(discriminator: Discriminator, sequences: Sequences) -> Tensor:
-    """The model's loss, 0-d, by a forward of its own; freeze the discriminator around it."""
-    logits = discriminator(sequences.fake, sequences.places)
+    """The model's loss, 0-d, by a forward of its own; the discriminator gets no gradient."""
+    # Not by ``requires_grad_(False)`` for the time being: torch 2.10 would take blocks that it has
+    # compiled for frozen weights for those of the discriminator's own step.
+    frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+    logits = functional_call(discriminator, frozen, (sequences.fake, sequences.places))
     return masked_mean(softplus(-logits), sequences.present)
 
 

@@ -149,10 +149,7 @@ class PretrainStage(nn.Module):
         loss, logits = self._judge(sequences, leaf)
         if not simultaneous:
             yield Losses("discriminator", {"discriminator": loss})
-            self.discriminator.requires_grad_(False)
-            fooled = self._fool(sequences)
-            self.discriminator.requires_grad_(True)
-            return fooled
+            return self._fool(sequences)
         # The loop may divide a loss by the parts of its batch: this shows by what.
         factor = torch.ones_like(loss).requires_grad_()
         yield Losses("discriminator", {"discriminator": loss + (factor - 1)})
