@@ -112,12 +112,14 @@ def steps(scratch: Path, out: Path) -> Iterator[tuple[str, str]]:
 
 
 def tests(run: Callable[[list[str], int], str]) -> Iterator[tuple[str, str]]:
-    """The operators' tests; files that import a package which is not here are left out."""
+    """The operators' tests, and those of a captured step; files that import a package which is not
+    here are left out."""
     if not installed("pytest"):
         yield "tests", "left out: no pytest"
         return
     missing = [name for name in ("hypothesis", "mpmath") if not installed(name)]
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
+    files.append(ROOT / "tests" / "mics_fast" / "engine" / "test_capture.py")
     chosen = [str(file) for file in files if not needs(file, missing)]
     command = [sys.executable, "-m", "pytest", "-q", "--maxfail", "20", *chosen]
     command += ["-n", "8"] if installed("xdist") else []  # most of the time is compilation

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from bench.baselines.published import PublishedStep, albef, published_flops
 from mics_fast.config import PretrainConfig, TrainConfig
 from mics_fast.data.pipeline import PairBatch
+from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.optimiser import decay_groups
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.update import Update
@@ -48,6 +49,7 @@ class Way:
         compiled: torch.compile of the encoder blocks.
         fused: the contrastive loss by the operator, else as published.
         cached: frames from memory, else decoded for every step.
+        captured: the step replayed as one CUDA graph.
     """
 
     adversarial: Literal["simultaneous", "alternating"] = "alternating"
@@ -57,6 +59,7 @@ class Way:
     compiled: bool = False
     fused: bool = False
     cached: bool = False
+    captured: bool = False
 
 
 @dataclass
@@ -110,20 +113,27 @@ class EngineStep:
         stage: of pre-training or fine-tuning.
         optimisers: by name; "model" comes first.
         written_out: attention with its scores materialised.
+        captured: replayed as one CUDA graph.
     """
 
     def __init__(
-        self, stage: Stage, optimisers: dict[str, Optimizer], *, written_out: bool = False
+        self,
+        stage: Stage,
+        optimisers: dict[str, Optimizer],
+        *,
+        written_out: bool = False,
+        captured: bool = False,
     ) -> None:
         self.optimisers, self.written_out = optimisers, written_out
         plan = Plan("ladder", 1000, 100, optimisers, warmup=0, clip=0, log_every=1,
                     checkpoint_every=0)  # fmt: skip
-        self.update = Update(stage, plan)
+        update = Update(stage, plan)
+        self.train_on = CapturedUpdate(update) if captured else update
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Train on a batch; the losses by name."""
         with sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext():
-            values = self.update(batch, step)
+            values = self.train_on(batch, step)
         return {n.removeprefix("loss_"): v for n, v in values.items() if n.startswith("loss_")}
 
     def release(self) -> None:
@@ -142,6 +152,8 @@ def ladder(
         modalities: names of two.
         amp: whether bfloat16 pays here.
         compiles: whether to make the rung with torch.compile, and those after it compiled.
+
+    On a GPU the last one replays its step as a CUDA graph.
     """
     published = published_flops(config)
     for name, svd, like in (("a", True, None), ("b", False, "a")):
@@ -153,7 +165,10 @@ def ladder(
         own = replace(config, pretrain=options_of(config, way))
         stage = build_pretraining(config, modalities, way)
         step = EngineStep(
-            stage, optimisers_of(stage, config, fused=True), written_out=way.written_out
+            stage,
+            optimisers_of(stage, config, fused=True),
+            written_out=way.written_out,
+            captured=way.captured,
         )
         flops = sum(pretrain_flops(own, stage.size, len(modalities)).values())
         return Rung(name, step, flops, way, like, tolerance, but)
@@ -177,6 +192,8 @@ def ladder(
     yield rung("f", way, last, tolerance)
     way = replace(way, cached=True)
     yield rung("g", way, "f", EXACT)
+    if config.device == "cuda":
+        yield rung("h", replace(way, captured=True), "g", EXACT)
     yield rung("turbo", replace(way, preset="turbo"), None, EXACT)
 
 

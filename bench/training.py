@@ -8,6 +8,7 @@
     e   torch.compile of the encoders' blocks
     f   the contrastive loss by the fused operator
     g   frames from memory, not decoded for every step
+    h   on a GPU: the whole step replayed as one CUDA graph
 
 Beside it: the turbo preset, which changes the method, and the fine-tuning step. All rungs have the
 same weights, batches and queue, which is filled with random features. Before anything is timed each
