@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,16 +81,24 @@ def test_a_rate_is_of_all_threads_and_the_best_try(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="no C compiler")
-def test_no_product_of_torch_beats_the_multiply_adds_and_no_copy_the_streams() -> None:
-    """With room for the noise of a machine that does other things, too."""
+def test_no_product_of_torch_beats_the_multiply_adds_and_no_copy_the_streams(
+    set_threads: Callable[[int], None],
+) -> None:
+    """With room for the noise of a machine that does other things, too, and five tries."""
     assert probe() is not None
-    single = flops_of(CPU, torch.float32, 1)
-    torch.set_num_threads(1)
-    assert 1e9 < peaks.product(CPU, torch.float32) < 1.5 * single
     source = torch.ones(2**20)
     target = torch.empty_like(source)
-    reached = 2 * source.nbytes / peaks.best_of(lambda: target.copy_(source), CPU, 0.05)
-    assert reached < 1.5 * bandwidth_of(CPU, 2 * source.nbytes, 1)
+
+    def holds() -> bool:
+        for one in (flops_of, bandwidth_of):
+            one.cache_clear()
+        single = flops_of(CPU, torch.float32, 1)
+        stream = bandwidth_of(CPU, 2 * source.nbytes, 1)
+        copied = 2 * source.nbytes / peaks.best_of(lambda: target.copy_(source), CPU, 0.05)
+        return 1e9 < peaks.product(CPU, torch.float32) < 1.5 * single and copied < 1.5 * stream
+
+    set_threads(1)
+    assert any(holds() for _ in range(5))
 
 
 def test_without_a_compiler_the_floor_says_that_it_is_torch_s(

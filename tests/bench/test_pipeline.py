@@ -17,6 +17,7 @@ from bench.pipeline import PillowPairs, Round
 from bench.roofline import Peaks
 from mics_fast.data.manifest import Row
 
+pytestmark = pytest.mark.usefixtures("set_threads")  # which gives torch its number back
 CPU = torch.device("cpu")
 SECONDS = {
     "DALI": 0.010, "DALI, host cache": 0.002, "Pillow": 0.012, "Pillow, draft mode": 0.008,

@@ -124,8 +124,8 @@ def test_views_in_bf16_need_encoders_in_bf16(manifest, tmp_path):
     [
         ("data.prefetch", "0", "option data.prefetch is 0, wanted a number above 0"),
         ("data.cache.side", "0", "option data.cache.side is 0, wanted a number above 0"),
-        ("data.cache.mode", "disk", "data.cache.mode.*none.*disk"),
-        ("data.on_bad_file", "ignore", "data.on_bad_file.*skip.*ignore"),
+        ("data.cache.mode", "disk", "data.cache.mode is disk, wanted .*none"),
+        ("data.on_bad_file", "ignore", "data.on_bad_file is ignore, wanted .*skip"),
     ],
 )
 def test_a_bad_data_option_is_one_sentence(manifest, tmp_path, option, value, sentence):
