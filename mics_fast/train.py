@@ -103,11 +103,17 @@ class Trainer:
                     f"{', '.join(manifest.modalities)}"
                 )
         check_shares(config)
+        check_batches(config, len(self.rows))
         if config.stage != "pretrain":
             check_labels(manifest)
         self.device = pick_device(config.device)
         check_cuda_graph(config, self.device)
         self.size = SIZES[config.model.size]
+        if self.device.type == "cpu" and self.size.width >= SIZES["vit_base"].width:
+            say(
+                f"{config.model.size} on a CPU: a step takes minutes, and at the default batch tens "
+                "of GB; --config configs/demo.yaml has a network for a CPU"
+            )
         self.precision = pick_precision(config.precision, self.device)
         if config.data.dtype == "bf16" and self.precision.autocast is not torch.bfloat16:
             raise InputError(
@@ -327,6 +333,20 @@ def check_shares(config: TrainConfig) -> None:
                 f"option {name} is {rows}, wanted a multiple of {parts * world_size()}, the number "
                 f"of processes that share it{times}"
             )
+
+
+def check_batches(config: TrainConfig, rows: int) -> None:
+    """Refuse a batch that would hold a row twice.
+
+    Raises:
+        InputError: names the option.
+    """
+    sizes = {"pretrain.batch_size": config.pretrain.batch_size}
+    if wants_unlabelled(config.finetune):
+        sizes["finetune.unlabelled_batch"] = config.finetune.unlabelled_batch
+    for name, size in sizes.items():
+        if config.stage in (name.split(".")[0], "both") and size > rows:
+            raise InputError(f"option {name} is {size}, wanted at most {rows}, the train rows")
 
 
 def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:

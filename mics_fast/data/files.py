@@ -67,7 +67,7 @@ class ImageFiles:
                 problem = "cannot be decoded"
         if not problem:
             return encoded, ""
-        sentence = f"{path} {problem}, wanted the {modality} image of manifest row {row.id!r}"
+        sentence = f"{path} {problem}, wanted the {modality} image of sample {row.id!r}"
         if self.policy == "error":
             raise InputError(sentence)
         return None, sentence

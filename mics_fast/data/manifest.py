@@ -89,7 +89,8 @@ def read_manifest(
             columns = tuple(reader.fieldnames or ())
             records = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"manifest {path} cannot be read: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"manifest {path} cannot be read: {why}") from None
     for column in columns:
         if not column or columns.count(column) > 1:
             problem = f"{column} twice" if column else "without a name"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mics_fast.data.contact_sheet import write_contact_sheet
@@ -48,9 +48,21 @@ def write_rows(
             records = write_shards(
                 records, modalities, options.out, options.to_shards, options.seed
             )
-        write_manifest(options.out / name, records, modalities)
+        replace_manifest(options.out / name, records, modalities)
         written.append(options.out / name)
     return [*written, options.out / CONTACT_SHEET]
+
+
+def replace_manifest(
+    file: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
+) -> None:
+    """Write a manifest; another one that was there, edited by hand maybe, stays beside it."""
+    before = file.read_bytes() if file.exists() else None
+    write_manifest(file, records, modalities)
+    if before not in (None, file.read_bytes()):
+        kept = file.with_name(f"{file.name}.bak")
+        kept.write_bytes(before)
+        print(f"{file} was another one: it is now {kept}")
 
 
 def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: Path) -> Path:

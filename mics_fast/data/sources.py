@@ -155,7 +155,8 @@ def read_table(
             header = list(reader.fieldnames or ())
             records = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{file} cannot be read as a table: {error}") from None
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{file} cannot be read as a table: {why}") from None
     wanted = [*columns.values(), *filter(None, (label_column, group_column))]
     for column in wanted:
         if column not in header:

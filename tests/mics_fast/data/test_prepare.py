@@ -99,6 +99,18 @@ def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
             run("phantom", "--out", out, "--pairs", "1")
 
 
+def test_a_manifest_that_was_edited_is_kept_beside_the_new_one(kvasir, tmp_path, capsys):
+    manifest, kept = tmp_path / "out" / "manifest.csv", tmp_path / "out" / "manifest.csv.bak"
+    for _ in range(2):
+        run(kvasir, "--out", tmp_path / "out")
+        assert not kept.exists(), "nothing was edited"
+    edited = manifest.read_text().replace("polyps", "adenomas")
+    manifest.write_text(edited)
+    run(kvasir, "--out", tmp_path / "out")
+    assert kept.read_text() == edited and "adenomas" not in manifest.read_text()
+    assert "manifest.csv was another one: it is now" in capsys.readouterr().out
+
+
 def test_a_failed_command_leaves_the_manifest_of_the_last_one(kvasir, tmp_path):
     run(kvasir, "--out", tmp_path / "out")
     before = (tmp_path / "out" / "manifest.csv").read_bytes()
