@@ -201,7 +201,7 @@ def ladder(axes: Axes, result: Result) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):
         own = [row for row in rows if row["shape"] == shape]
-        names = [RUNGS.get(row["implementation"], row["implementation"]) for row in own]
+        names = [RUNGS.get(str(row["implementation"]), "?") for row in own]
         factors = [row["x_ms"] for row in own]
         axes.plot(names, factors, color=colour, marker=marker, linestyle=dashes, label=shape)
         last = f"{factors[-1]:.3g}x, {own[-1]['pairs_per_second']:.3g} pairs/s"

@@ -111,8 +111,8 @@ class Trainer:
         self.size = SIZES[config.model.size]
         if self.device.type == "cpu" and self.size.width >= SIZES["vit_base"].width:
             say(
-                f"{config.model.size} on a CPU: a step takes minutes, and at the default batch tens "
-                "of GB; --config configs/demo.yaml has a network for a CPU"
+                f"{config.model.size} on a CPU: a step takes minutes, and at the default batch "
+                "tens of GB; --config configs/demo.yaml has a network for a CPU"
             )
         self.precision = pick_precision(config.precision, self.device)
         if config.data.dtype == "bf16" and self.precision.autocast is not torch.bfloat16:
