@@ -108,14 +108,15 @@ def work(results: list[Result]) -> str | None:
                 parts.append((result, result.of(subject)))
     if not parts:
         return None
-    lines, machines = [], []
+    lines: list[list[str]] = []
+    machines: dict[tuple[str, str], str] = {}  # of several runs one line
     for result, rows in parts:
-        machines += [
-            f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s from memory, "
-            f"{peaks['matrix_flops'] / 1e9:.0f} GFLOP/s of products, "
-            f"{peaks['vector_flops'] / 1e9:.0f} of others ({peaks['source']})"
-            for peaks in result.peaks.values()
-        ]
+        for peaks in result.peaks.values():
+            machines[str(result.machine["device"]), peaks["source"]] = (
+                f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s from memory, "
+                f"{peaks['matrix_flops'] / 1e9:.0f} GFLOP/s of products, "
+                f"{peaks['vector_flops'] / 1e9:.0f} of others ({peaks['source']})"
+            )
         rows = measured(rows)
         seen = keys_of(rows, "operator", "shape", "threads", "bytes", "flops")
         for operator, shape, threads, moved, flops in seen:
@@ -134,7 +135,7 @@ def work(results: list[Result]) -> str | None:
                 ]
             )
     head = ["operator", "size", "threads", "MB", "GB/s", "GFLOP", "floor ms"]
-    return "\n".join(dict.fromkeys(machines)) + "\n\n" + table(head, lines)
+    return "\n".join(machines.values()) + "\n\n" + table(head, lines)
 
 
 def targets(results: list[Result]) -> str | None:
