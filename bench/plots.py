@@ -20,8 +20,8 @@ FOLDER = ROOT / "docs" / "plots"
 OPERATORS = ("evidential", "consistency", "shift")
 # colour, marker, dashes
 RUNGS = {
-    "a": "a\npublished", "b": "b\nno SVD", "c, alternating": "c, first\none forward",
-    "c": "c\none backward", "d, float32": "d, first\nSDPA", "d": "d\nbfloat16",
+    "a": "a\npublished", "b": "b\nno SVD", "c, alternating": "c, first\n1 forward",
+    "c": "c\n1 backward", "d, float32": "d, first\nSDPA", "d": "d\nbfloat16",
     "e": "e\ncompiled", "f": "f\nfused loss", "g": "g\ncached data", "h": "h\nCUDA graph",
 }  # fmt: skip
 STYLES = (
@@ -204,9 +204,10 @@ def ladder(axes: Axes, result: Result) -> None:
         names = [RUNGS.get(str(row["implementation"]), "?") for row in own]
         factors = [row["x_ms"] for row in own]
         axes.plot(names, factors, color=colour, marker=marker, linestyle=dashes, label=shape)
-        last = f"{factors[-1]:.3g}x, {own[-1]['pairs_per_second']:.3g} pairs/s"
-        axes.annotate(last, (names[-1], factors[-1]), textcoords="offset points", xytext=(-4, 7),
-                      ha="right", fontsize=8)  # fmt: skip
+        last = f"{factors[-1]:.3g}x\n{own[-1]['pairs_per_second']:.3g} pairs/s"
+        axes.annotate(last, (names[-1], factors[-1]), textcoords="offset points", xytext=(7, 0),
+                      va="center", fontsize=8)  # fmt: skip
+    axes.set_xlim(-0.4, len(names) + 0.15)
     axes.set_ylim(0, 1.15 * max(row["x_ms"] for row in rows))
     axes.set_ylabel("times faster than the published step")
     axes.set_title(where(result), fontsize=10)
