@@ -365,8 +365,9 @@ def check_config(config: TrainConfig) -> None:
     positive = (
         "log_every keep_checkpoints data.prefetch model.projection "
         "model.fusion_depth pretrain.epochs pretrain.batch_size pretrain.accumulate pretrain.lr "
-        "pretrain.temperature finetune.epochs finetune.labelled_batch finetune.unlabelled_batch "
-        "finetune.accumulate finetune.lr finetune.shift_rank"
+        "pretrain.discriminator_lr pretrain.temperature finetune.epochs finetune.labelled_batch "
+        "finetune.unlabelled_batch finetune.accumulate finetune.lr finetune.head_lr_factor "
+        "finetune.shift_rank"
     )
     non_negative = (
         "checkpoint_every checkpoint_minutes profile pretrain.clip pretrain.lr_final "
@@ -392,7 +393,8 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
-    for name in ("threads", "data.threads", "data.cache.side", "peak_tflops"):
+    optional = "threads data.threads data.cache.side pretrain.queue_size peak_tflops"
+    for name in optional.split():
         value = attrgetter(name)(config)
         if value is not None and value <= 0:
             raise InputError(f"option {name} is {value}, wanted a number above 0")

@@ -265,6 +265,8 @@ def test_an_unknown_option_is_named(manifest, tmp_path):
         ("checkpoint_minutes", "-1", "option checkpoint_minutes is -1.0, wanted"),
         ("cuda_graph", "true", "cuda_graph is true, wanted false on a CPU: it takes one GPU"),
         ("finetune.unlabelled_batch", "25", "_batch is 25, wanted at most 24, the train rows"),
+        ("pretrain.queue_size", "0", "pretrain.queue_size is 0, wanted a number above 0"),
+        ("finetune.head_lr_factor", "-1", "head_lr_factor is -1.0, wanted a number above 0"),
         ("peak_tflops", "0", "option peak_tflops is 0.0, wanted a number above 0"),
         ("pretrain.mask_ratio", "1.0", "option pretrain.mask_ratio is 1.0, wanted"),
         ("finetune.max_uncertainty", "2", "finetune.max_uncertainty is 2.0, wanted .* 0 to 1"),
