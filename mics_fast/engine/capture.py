@@ -18,7 +18,8 @@ from torch import Tensor
 from mics_fast.engine.update import Update, Values
 
 WARM_UP = 3
-"""Steps before the recording: compilation, optimiser states and workspaces come into being."""
+"""Steps on batches of one shape before the recording: compilation for it, optimiser states and
+workspaces come into being."""
 
 Recorder = Callable[[Callable[[], Values]], tuple[Callable[[], None], Values]]
 """Records what a function does to the device: gives what does it again, and where its values are,
@@ -26,10 +27,9 @@ which hold nothing before it was done once."""
 
 
 class CapturedUpdate:
-    """Steps like the ``Update`` it records, from the fourth one on by replaying it.
+    """Steps like the ``Update`` it records, after three batches of one shape by replaying it.
 
-    A batch of another shape than the one that was recorded, as one with an unreadable image has,
-    is stepped on as it is.
+    A batch of another shape, as one with an unreadable image has, is stepped on as it is.
 
     Args:
         update: of one rank, on a GPU.
@@ -41,6 +41,7 @@ class CapturedUpdate:
         self._record = record or record_cuda_graph
         device = update.plan.device
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._shapes: list[torch.Size] = []  # of the latest batches, that many of them
         self._ran = 0
         self._batch: Any = None
         self._replay: Callable[[], None] | None = None
@@ -48,18 +49,20 @@ class CapturedUpdate:
 
     def __call__(self, batch: Any, step: int) -> Values:
         """Train on a batch; what to log, to be read before the next call."""
-        if self._ran < WARM_UP:
-            self._ran += 1
-            with beside(self._aside):
-                return self.update(batch, step)
+        given = list(tensors_of(batch))
+        shapes = [own.shape for own in given]
         if self._replay is None:
+            self._ran = self._ran + 1 if shapes == self._shapes else 1
+            self._shapes = shapes
+            if self._ran <= WARM_UP:
+                with beside(self._aside):
+                    return self.update(batch, step)
             self._batch = copy.deepcopy(batch)
             with capturable(self.update):
                 self._replay, self._values = self._record(lambda: self.update.compute(self._batch))
-        recorded, given = list(tensors_of(self._batch)), list(tensors_of(batch))
-        if [own.shape for own in recorded] != [other.shape for other in given]:
+        if shapes != self._shapes:
             return self.update(batch, step)
-        torch._foreach_copy_(recorded, given)
+        torch._foreach_copy_(list(tensors_of(self._batch)), given)
         self.update.at.fill_(step)
         self._replay()
         return self._values

@@ -129,6 +129,22 @@ def test_a_batch_of_another_shape_is_stepped_on_as_it_is(make_batch, tiny, taped
     assert_equal(history("paper", tiny, batches, taped), eager)
 
 
+@pytest.mark.parametrize("odd", [0, 2, WARM_UP])
+def test_what_is_recorded_is_the_shape_that_comes_again(make_batch, tiny, monkeypatch, taped, odd):
+    """A compiled block would be compiled for a new shape in the middle of a recording."""
+    recorded = []
+
+    def record(function):
+        recorded.append(step)
+        return record_tape(function)
+
+    stage, optimisers = pretraining(tiny)
+    train_on = CapturedUpdate(Update(stage, plan_of(optimisers)), record)
+    for step in range(2 * WARM_UP + 2):
+        train_on((make_batch(7 if step == odd else 8, seed=step),), step)
+    assert recorded == [odd + 1 + WARM_UP]
+
+
 class Toy(nn.Module):
     """A stage of one weight, and what its loss is multiplied by."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing
+from torch import multiprocessing
 from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
@@ -22,6 +22,7 @@ from mics_fast.engine.optimiser import decay_groups
 from mics_fast.engine.plan import Plan
 from mics_fast.engine.sharding import Shards
 from mics_fast.models.vit import checkpoint_activations
+from tests.mics_fast.engine.steps import tensors
 
 CPU = torch.device("cpu")
 ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
@@ -156,15 +157,6 @@ def batches(make_batch):
         return tuple(map(in_double, rows))
 
     return {case: [of(case, step) for step in range(STEPS)] for case in CASES}
-
-
-def tensors(value, name=""):
-    """All tensors of a nested state, by path."""
-    if isinstance(value, Tensor):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    nested = [(key, own) for key, own in items if isinstance(own, dict | list | tuple | Tensor)]
-    return {path: t for key, own in nested for path, t in tensors(own, f"{name}/{key}").items()}
 
 
 def assert_same(got, wanted, *, exact=False):
