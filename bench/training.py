@@ -84,7 +84,9 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, Any
     rungs: dict[str, Rung] = {}
     losses: dict[str, Losses] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for rung in as_far_as_it_goes(itertools.chain(pretraining, tuning)):
+    kinds = {"ladder": pretraining, "fine-tuning": tuning}
+    built = [as_far_as_it_goes(kind, own, rows) for kind, own in kinds.items()]
+    for rung in itertools.chain(*built):
         precision = "bf16" if rung.way.amp else "fp32"
         row: dict[str, Any] = {"rung": rung.name, "precision": precision}
         rows[rung.name] = row
@@ -117,7 +119,7 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, Any
         row["floor_ms"] = 1e3 * max(rung.flops / best, row["bytes"] / bandwidth)
         row["share_of_floor"] = row["floor_ms"] / row["ms"]
         for key in ("ms", "cpu_ms"):
-            first = rows["a"].get(key)
+            first = rows.get("a", {}).get(key)
             row[f"x_{key}"] = first / row[key] if first and row[key] else None
         row |= {"rounds": len(times[name]), "cores": cores}
         row |= {} if has_dali() else {"data_wait": None, "frames": "random"}
@@ -125,12 +127,19 @@ def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, Any
     return list(rows.values())
 
 
-def as_far_as_it_goes(rungs: Iterator[Rung]) -> Iterator[Rung]:
-    """The rungs up to one that cannot even be built, for want of memory, say."""
+def as_far_as_it_goes(
+    kind: str, rungs: Iterator[Rung], rows: dict[str, dict[str, Any]]
+) -> Iterator[Rung]:
+    """The rungs up to one that cannot even be built, for want of memory, say: a row tells."""
+    last = "none"
     try:
-        yield from rungs
-    except Exception:
+        for rung in rungs:
+            last = rung.name
+            yield rung
+    except Exception as error:  # the other rungs go on
         traceback.print_exc()
+        name = f"{kind}, after {last}"
+        rows[name] = {"rung": name, "absent": in_a_line(error), "failed": True}
 
 
 def bytes_of(rung: Rung) -> int:
@@ -343,8 +352,8 @@ def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str
                     "threads": options.threads,
                     "implementation": name,
                     "ours": name in ("g", "turbo") or not trains_likewise,
-                    "ratio": over(row, found["g"]),
-                    "times_b": over(found["b"], row),
+                    "ratio": over(row, found.get("g", {})),
+                    "times_b": over(found.get("b", {}), row),
                 }
                 yield label | row if trains_likewise else label | row | {"ratio": None}
 

@@ -145,17 +145,21 @@ class Step:
 
 @pytest.fixture
 def ladder_of(monkeypatch, batches):
-    """Rows of a ladder of such steps, given their losses: each is held against the one before."""
+    """Rows of a ladder of such steps, given their losses: each is held against the one before. One
+    of infinite loss cannot be built; after the ladder comes a fine-tuning step."""
 
     def rows(end: float = math.inf, **losses: float | None) -> dict[str, dict[str, Any]]:
         names = list(losses)
 
         def made(*arguments: object, **options: object) -> Iterator[rungs.Rung]:
             for name, before in zip(names, [None, *names], strict=False):
+                if losses[name] == math.inf:
+                    raise RuntimeError("no room for weights")
                 yield rungs.Rung(name, Step(losses[name]), 1e6, like=before)  # type: ignore[arg-type]
 
         monkeypatch.setattr(training, "ladder", made)
-        monkeypatch.setattr(training, "fine_tuning", lambda *arguments, **options: iter(()))
+        tuning = rungs.Rung("fine-tuning", Step(1.0), 1e6)  # type: ignore[arg-type]
+        monkeypatch.setattr(training, "fine_tuning", lambda *arguments, **options: iter([tuning]))
         monkeypatch.setattr(training, "product", lambda device, dtype: 1e12)
         monkeypatch.setattr(training, "flops_of", lambda device, dtype, threads: 1e9)
         monkeypatch.setattr(training, "bandwidth_of", lambda device, size, threads: 1e6)
@@ -185,8 +189,17 @@ def test_a_rung_that_fails_or_disagrees_is_left_out_and_those_after_it_are_still
     assert found["b"]["absent"] == "RuntimeError: out of memory"
     assert "rung d disagrees with c" in found["d"]["absent"]
     assert "rung f disagrees with e" in found["f"]["absent"]
-    assert [name for name, row in found.items() if "ms" in row] == ["a", "c", "e"]
+    assert [name for name, row in found.items() if "ms" in row] == ["a", "c", "e", "fine-tuning"]
     assert all(found[name]["failed"] for name in "bdf")
+
+
+def test_rungs_that_cannot_be_built_are_told_and_fine_tuning_goes_on(ladder_of):
+    found = ladder_of(a=1.0, b=math.inf, c=1.0)
+    assert list(found) == ["a", "ladder, after a", "fine-tuning"]
+    untold = found["ladder, after a"]
+    assert untold["failed"] and untold["absent"] == "RuntimeError: no room for weights"
+    assert "ms" in found["fine-tuning"] and found["fine-tuning"]["x_ms"] == 1.0
+    assert ladder_of(a=math.inf)["fine-tuning"]["x_ms"] is None
 
 
 def test_a_rung_that_no_time_is_left_for_says_so(ladder_of):
