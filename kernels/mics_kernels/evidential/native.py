@@ -54,9 +54,7 @@ def prepare_rows(
     losses = values.new_empty(losses_shape, dtype=torch.float32)
     fused = values.new_empty((rows, classes) if fuse else 0, dtype=torch.float32)
     gradient = values.new_empty(values.shape if want_gradient else 0)
-    on_gpu = None
-    if isinstance(kl_weight, Tensor) and kl_weight.is_cuda:
-        on_gpu = kl_weight.to(torch.float32)
+    on_gpu = kl_weight if isinstance(kl_weight, Tensor) and kl_weight.is_cuda else None
     call = _native.EvidentialCall(
         input=values.data_ptr(),
         dtype=dtype_name(values),
@@ -76,7 +74,7 @@ def prepare_rows(
         kl_weight_on_gpu=address(on_gpu),
         ignore_index=ignore_index,
     )
-    inputs = (values, labels, targets, present, weight, count, on_gpu)
+    inputs = (values, labels, targets, present, weight, count, kl_weight)
     return NativeRows(call, losses, fused, gradient, inputs)
 
 

@@ -210,7 +210,7 @@ def evidential_rows_kernel(
     if HAS_COUNT:
         scale = scale / tl.load(count)
     if KL_IN_MEMORY:
-        kl_weight = tl.load(kl_weight).to(tl.float32)
+        kl_weight = tl.load(kl_weight)
 
     evidence = tl.zeros((R, VP), tl.float32)
     misleading = tl.zeros((R, VP), tl.float32)
