@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(PY) -m bench.tables --check
+	$(PY) -m bench.publish --check
 
 # Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
 drill: $(INSTALLED)
@@ -37,15 +37,15 @@ bench: $(INSTALLED)
 
 # Tables and plots of README.md and docs/, from bench/results.
 tables: $(INSTALLED)
-	$(PY) -m bench.tables
+	$(PY) -m bench.publish
 
 # On a machine with an NVIDIA GPU: builds in a scratch place with the installed tools, tests, times.
 gpu:
-	PYTHONPATH=kernels $(PYTHON) -m bench.gpu
+	PYTHONPATH=kernels $(PYTHON) -m tools.gpu
 
 # Compiles the GPU kernels for all supported chips, without one; fails where registers spill.
 check-kernels: $(INSTALLED)
-	PYTHONPATH=$(CURDIR) $(PY) csrc/tools/check_kernels.py
+	$(PY) -m tools.check_kernels
 
 # Before a release: installs wheel and sdist in fresh environments with two versions of torch.
 check-wheel:

@@ -8,8 +8,7 @@ timing.py takes the times, memory.py the peaks of memory; machine.py says what i
 (with probe.c) what that machine can do at most, roofline.py what a case cannot do without. A result
 is compared with the others' before it is timed; a wrong one is not.
 
-    python -m bench.tables [--check]        writes every table and plot of the documents
-    python -m bench.gpu                     builds, tests and measures on an NVIDIA GPU (make gpu)
+    python -m bench.publish [--check]        writes every table and plot of the documents
     pytest bench --benchmark-autosave       the same cases under pytest-benchmark (test_cases.py)
 
 ``python -m bench`` compares implementations that take turns, because a machine's speed drifts;

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 
 from bench.case import Case, checked, in_a_line
-from bench.compare import lost_ground
 from bench.machine import ROOT, from_nvidia_smi, machine, slug
 from bench.memory import extra_megabytes
 from bench.peaks import LARGEST, peaks_of
+from bench.publish.compare import lost_ground
 from bench.roofline import floor_seconds
 from bench.timing import rows_of, take_turns
 

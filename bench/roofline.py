@@ -3,7 +3,7 @@
 Bytes: every input read once and every result written once, in its dtype. FLOPs: of matrix products
 two for each multiply-add; of the special functions the polynomials alone (two for each
 coefficient), so that a floor of theirs is low rather than high. Tests compare these with counted
-sizes, with torch's own FLOP counter, and (csrc/tools) with what the compiled kernels do.
+sizes, with torch's own FLOP counter, and (tools/check_kernels) with what the compiled kernels do.
 """
 
 from __future__ import annotations

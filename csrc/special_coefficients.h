@@ -1,4 +1,4 @@
-// Polynomials of special_functions.h and philox.h. Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
+// Polynomials of special_functions.h and philox.h. Written by tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
 #pragma once
 
 // (h(a) - ln(a)/2 - 1) / (1 - t)

@@ -1,4 +1,4 @@
-// Written by csrc/tools/write_truth.py with mpmath, 40 digits.
+// Written by tools/write_truth.py with mpmath, 40 digits.
 #pragma once
 struct Truth {
     float e;  // a = 1 + e

@@ -1,6 +1,6 @@
 """Polynomials of the kernels.
 
-Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
+Written by tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
 """
 
 # (h(a) - ln(a)/2 - 1) / (1 - t)

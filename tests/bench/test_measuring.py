@@ -14,8 +14,8 @@ import torch
 from bench import __main__ as command
 from bench import consistency, evidential, shift, timing
 from bench.case import Case, Rivals, checked
-from bench.compare import lost_ground
 from bench.memory import extra_megabytes
+from bench.publish.compare import lost_ground
 from bench.roofline import Work
 
 CPU = torch.device("cpu")

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from bench import pipeline, results, summaries
+from bench import pipeline
 from bench.pipeline import PillowPairs, Round
+from bench.publish import results, summaries
 from bench.roofline import Peaks
 from mics_fast.data.manifest import Row
 

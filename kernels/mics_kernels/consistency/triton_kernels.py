@@ -333,7 +333,7 @@ def tile_for(
     capability: int, batch: int, width: int, itemsize: int, has_ids: bool, exact: bool
 ) -> Tile:
     """The largest tile that a chip holds in registers and shared memory without spilling, as
-    csrc/tools/check_kernels.py verifies; fewer rows where the batch has no more.
+    tools/check_kernels verifies; fewer rows where the batch has no more.
 
     Args:
         width: of features, padded to a power of two.

@@ -7,13 +7,12 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from compiled import Check, Usage, simply_compiled, usage_of
-from counts import operations, total
-
 from bench import roofline
 from mics_kernels.evidential import triton_kernels
+from tools.check_kernels.compiled import Check, Usage, simply_compiled, usage_of
+from tools.check_kernels.counts import operations, total
 
-CSRC = Path(__file__).resolve().parents[1]
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 SHAPES = ((1, 2), (3, 8), (8, 8), (3, 64))  # views, classes; spills are refused up to C = 64
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from compiled import Check, Usage, simply_compiled, usage_of
-from counts import operations, total, wide
-
 from bench import roofline
 from mics_kernels.shift import triton_kernels as shift_kernels
+from tools.check_kernels.compiled import Check, Usage, simply_compiled, usage_of
+from tools.check_kernels.counts import operations, total, wide
 
 
 def checks(capability: int) -> list[Check]:

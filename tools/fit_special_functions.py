@@ -5,7 +5,7 @@ so one polynomial on (0, 1] replaces recurrences and asymptotic series (README.m
 operator). Each is interpolated in 40 digits at Chebyshev nodes, which is within a few per cent of
 the minimax fit, and then rounded to float32.
 
-Run from the root of the repository: python csrc/tools/fit_special_functions.py
+Run from the root of the repository: python -m tools.fit_special_functions
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import mpmath as mp
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "csrc" / "special_coefficients.h"
 MODULE = ROOT / "kernels" / "mics_kernels" / "coefficients.py"
 
@@ -118,7 +118,7 @@ def main() -> None:
     table = {name: fit(name) for name in FITS}
     for name, coefficients in table.items():
         print(f"{name:9} degree {FITS[name][3]}  {float32_error(name, coefficients):.1e}")
-    note = "Written by csrc/tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1"
+    note = "Written by tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1"
     header = [f"// Polynomials of special_functions.h and philox.h. {note}.", "#pragma once", ""]
     module = ['"""Polynomials of the kernels.', "", f"{note}.", '"""', ""]
     for name, coefficients in table.items():

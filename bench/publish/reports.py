@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 from bench.machine import ROOT
-from bench.markdown import digits, how, keys_of, milliseconds, named, share, table, times
-from bench.plots import plots
-from bench.results import FOLDER, Result, Row, latest
-from bench.targets import TARGETS, Target, holds, row_for
+from bench.publish.markdown import digits, how, keys_of, milliseconds, named, share, table, times
+from bench.publish.plots import plots
+from bench.publish.results import FOLDER, Result, Row, latest
+from bench.publish.targets import TARGETS, Target, holds, row_for
 
 
 def everything(subject: str, results: list[Result]) -> str | None:

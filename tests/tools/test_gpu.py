@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
 from mics_fast.errors import InputError
+from tools import gpu
 
 FORBIDDEN = ("nvidia", "jsonargparse", "safetensors", "matplotlib", "scipy", "torchmetrics")
 
@@ -79,7 +79,7 @@ def test_benchmarks_start_without_what_may_be_missing_there() -> None:
     code = (
         "import sys\n"
         f"for name in {FORBIDDEN}: sys.modules[name] = None\n"
-        "import bench.__main__, bench.gpu, bench.evidential, bench.consistency, bench.shift\n"
+        "import bench.__main__, tools.gpu, bench.evidential, bench.consistency, bench.shift\n"
         "import bench.training, bench.pipeline\n"
     )
     done = subprocess.run(

@@ -1,7 +1,7 @@
 """Writes the tables of README.md and docs/, and the plots, from the stored results.
 
-    python -m bench.tables            writes
-    python -m bench.tables --check    fails where a table or a plot is not what the results say
+    python -m bench.publish            writes
+    python -m bench.publish --check    fails where a table or a plot is not what the results say
 
 A table stands between "<!-- bench: NAME -->" and "<!-- bench: end -->". One whose subject has no
 stored result stays as it is.
@@ -15,10 +15,10 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from bench import reports, summaries
 from bench.machine import ROOT
-from bench.plots import draw, stale_plots
-from bench.results import Result, stored
+from bench.publish import reports, summaries
+from bench.publish.plots import draw, stale_plots
+from bench.publish.results import Result, stored
 
 FILES = ("README.md", "docs/performance.md")
 BLOCK = re.compile(r"(<!-- bench: (?!end)([\w -]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
@@ -53,7 +53,7 @@ def filled(text: str, results: list[Result]) -> str:
 
 def main() -> int:
     """Write, or say what is stale; exit status 1 where something is."""
-    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     results = stored()
@@ -71,7 +71,7 @@ def main() -> int:
         draw(results)
         return 0
     for name in stale:
-        print(f"{name} is not what bench/results says: run python -m bench.tables")
+        print(f"{name} is not what bench/results says: run python -m bench.publish")
     return 1 if stale else 0
 
 

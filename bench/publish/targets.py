@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.results import Result, Row, latest
+from bench.publish.results import Result, Row, latest
 
 
 class Target(NamedTuple):

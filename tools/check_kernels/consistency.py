@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from compiled import Check, Usage, compile_for, usage_of
-from counts import operations, total, wide
-
 from bench import roofline
 from mics_kernels.consistency import triton_kernels
+from tools.check_kernels.compiled import Check, Usage, compile_for, usage_of
+from tools.check_kernels.counts import operations, total, wide
 
 
 def checks(capability: int) -> list[Check]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
-import pytest
+from tools.check_kernels import counts
 
 CODE = """
   tt.func public @kernel(%x: !tt.ptr<bf16>) {
@@ -26,18 +21,7 @@ CODE = """
 """
 
 
-@pytest.fixture(scope="module")
-def counts() -> ModuleType:
-    path = Path(__file__).parents[2] / "csrc" / "tools" / "counts.py"
-    spec = importlib.util.spec_from_file_location("counts", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["counts"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_bytes_and_flops_are_counted_by_loop(counts: ModuleType) -> None:
+def test_bytes_and_flops_are_counted_by_loop() -> None:
     found = list(counts.operations(CODE))
     assert counts.total(found, "load") == 8 + 16 * 256 * 2 + 64 * 256 * 2
     assert counts.total(found, "load", rank=2, depth=1) == 64 * 256 * 2
@@ -47,7 +31,7 @@ def test_bytes_and_flops_are_counted_by_loop(counts: ModuleType) -> None:
     assert counts.total(found, "store", depth=0) == 16 * 256 * 4
 
 
-def test_loads_and_stores_of_sixteen_bytes_are_told_from_narrow_ones(counts: ModuleType) -> None:
+def test_loads_and_stores_of_sixteen_bytes_are_told_from_narrow_ones() -> None:
     narrow = "ld.global.v2.b32 {%r1, %r2}, [ %rd1 ];\nld.global.b64 %rd2, [ %rd1 ];"
     narrow += "\ncp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4;"
     assert counts.wide(narrow, "ld") == 0

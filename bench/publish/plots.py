@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.machine import ROOT
-from bench.results import Result, Row, latest
+from bench.publish.results import Result, Row, latest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,7 +4,7 @@ Needs no GPU: Triton makes cubins for any target, nvcc likewise. What else must 
 (shared memory, tensor cores, loads of 16 bytes, bytes and FLOPs of bench/roofline.py) is asserted
 where it is met. A short table comes last; --json keeps it for docs/performance.md.
 
-    PYTHONPATH=. python csrc/tools/check_kernels.py [--json bench/results/kernels.json]
+    python -m tools.check_kernels [--json bench/results/kernels.json]
 """
 
 from __future__ import annotations
@@ -16,11 +16,10 @@ from collections import defaultdict
 from multiprocessing import Pool
 from pathlib import Path
 
-import check_consistency
-import check_evidential
-import check_shift
 import triton
-from compiled import Check, Usage
+
+from tools.check_kernels import consistency, evidential, shift
+from tools.check_kernels.compiled import Check, Usage
 
 CAPABILITIES = (80, 90, 100, 120)
 
@@ -39,7 +38,7 @@ def main() -> int:
     rows = [
         (capability, check)
         for capability in CAPABILITIES
-        for module in (check_evidential, check_shift, check_consistency)
+        for module in (evidential, shift, consistency)
         for check in module.checks(capability)
         if options.only in check.name
     ]

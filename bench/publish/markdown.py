@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.results import Result, Row, latest
+from bench.publish.results import Result, Row, latest
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:

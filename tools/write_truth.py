@@ -1,6 +1,6 @@
 """Write csrc/tests/truth.h: special functions at 1 + e in 40 digits, for the C++ tests.
 
-Run from the root of the repository: python csrc/tools/write_truth.py
+Run from the root of the repository: python -m tools.write_truth
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 import mpmath as mp
 import numpy as np
 
-TARGET = Path(__file__).resolve().parents[1] / "tests" / "truth.h"
+TARGET = Path(__file__).resolve().parents[1] / "csrc" / "tests" / "truth.h"
 
 mp.mp.dps = 40
 
@@ -19,7 +19,7 @@ def main() -> None:
     """One line for each e, from 0 over 1e-6 to 1e12."""
     points = [0.0, *np.geomspace(1e-6, 1e12, 91)]
     lines = [
-        "// Written by csrc/tools/write_truth.py with mpmath, 40 digits.",
+        "// Written by tools/write_truth.py with mpmath, 40 digits.",
         "#pragma once",
         "struct Truth {",
         "    float e;  // a = 1 + e",

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from bench import reports, results, summaries, tables
-from bench.plots import plots, stale_plots
+from bench.publish import __main__ as tables
+from bench.publish import reports, results, summaries
+from bench.publish.plots import plots, stale_plots
 
 MACHINE = {
     "device": "AMD EPYC", "kind": "cpu", "threads": 2, "torch": "2.13.0", "commit": "abc1234",
@@ -114,8 +115,8 @@ def test_a_plot_that_is_missing_or_of_another_run_is_stale(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(tmp_path / "results")
-    monkeypatch.setattr("bench.plots.FOLDER", tmp_path)
-    monkeypatch.setattr("bench.plots.ROOT", tmp_path)
+    monkeypatch.setattr("bench.publish.plots.FOLDER", tmp_path)
+    monkeypatch.setattr("bench.publish.plots.ROOT", tmp_path)
     found = results.stored(tmp_path / "results")
     wanted = [one.path.name for one in plots(found)]
     assert wanted == ["time-amd-epyc.svg", "memory-amd-epyc.svg", "floor-amd-epyc.svg"]
@@ -129,5 +130,5 @@ def test_a_plot_that_is_missing_or_of_another_run_is_stale(
 def test_the_documents_are_what_the_stored_results_say(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["tables", "--check"])
+    monkeypatch.setattr("sys.argv", ["publish", "--check"])
     assert tables.main() == 0, capsys.readouterr().out

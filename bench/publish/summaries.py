@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.markdown import (
+from bench.publish.markdown import (
     digits,
     how,
     keys_of,
@@ -15,7 +15,7 @@ from bench.markdown import (
     table,
     times,
 )
-from bench.results import Result, Row, latest
+from bench.publish.results import Result, Row, latest
 
 
 def evidential(results: list[Result]) -> str | None:

@@ -1,0 +1,1 @@
+"""The compiled GPU kernels against the chips they run on and the roofline model."""
