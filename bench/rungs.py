@@ -208,7 +208,7 @@ def fine_tuning(
         depth = config.model.fusion_depth
         model = Classifier(size, modalities, classes, pool=config.model.pool, fusion_depth=depth)
         stage = FinetuneStage(
-            options, model, num_classes=classes, width=size.width, steps=1000, steps_per_epoch=100,
+            options, model, num_classes=classes, width=size.width, steps=1000,
             seed=config.seed, autocast=torch.bfloat16 if amp else None,
         ).to(config.device)  # fmt: skip
         if compiled:

@@ -103,8 +103,7 @@ def build_finetuning(
         model,
         num_classes=len(manifest.classes),
         width=SIZES[config.model.size].width,
-        steps=options.epochs * steps_per_epoch,
-        steps_per_epoch=steps_per_epoch,
+        steps=stage_steps(options, steps_per_epoch),
         seed=config.seed,
         autocast=precision.autocast,
     ).to(built_on(config, device))
@@ -118,9 +117,15 @@ def build_finetuning(
     optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
     plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
     plan.final_lr = {"model": FINAL_FINETUNE_LR}
+    plan.choose_best = options.select == "best"
     sizes = len(manifest.modalities), len(manifest.classes)
     plan.flops = finetune_flops(config, SIZES[config.model.size], *sizes)
     return stage, plan
+
+
+def stage_steps(options: PretrainConfig | FinetuneConfig, steps_per_epoch: int) -> int:
+    """The optimiser steps of a stage: those given, or those of its epochs."""
+    return options.steps or options.epochs * steps_per_epoch
 
 
 def make_plan(
@@ -132,7 +137,7 @@ def make_plan(
     device: torch.device,
 ) -> Plan:
     """The plan of the stage whose options these are, but for what only that stage knows."""
-    steps = options.epochs * steps_per_epoch
+    steps = stage_steps(options, steps_per_epoch)
     return Plan(
         name="pretrain" if options is config.pretrain else "finetune",
         steps=steps,

@@ -142,6 +142,7 @@ class PretrainConfig:
             contrastive features from the visible patches, the discriminator judges a random
             quarter of the patches [ours].
         epochs: passes over the train rows [code].
+        steps: optimiser steps; where given, ``epochs`` is not read [ours].
         batch_size: pairs a step [ours].
         accumulate: parts that a batch is worked on in, one after the other, for less memory; the
             contrastive loss and the discriminator see one part at a time [ours].
@@ -167,6 +168,7 @@ class PretrainConfig:
 
     preset: Literal["paper", "turbo"] = "paper"
     epochs: int = 30
+    steps: int | None = None
     batch_size: int = 64
     accumulate: int = 1
     lr: float = 1e-4
@@ -195,6 +197,9 @@ class FinetuneConfig:
         init: run folder or checkpoint whose pre-trained encoder to start from; default: this
             run's pre-training if there is one; "none": from scratch.
         epochs: passes over the train rows [ours].
+        steps: optimiser steps; where given, ``epochs`` is not read [ours].
+        select: the checkpoint that evaluation and prediction read: "best", by the fused macro-F1
+            on the val rows, whose labels are then used, too; or "last" [ours].
         labelled_batch: labelled pairs a step [ours].
         unlabelled_batch: unlabelled pairs a step [ours].
         accumulate: parts that both batches are worked on in, one after the other, for less
@@ -208,7 +213,7 @@ class FinetuneConfig:
         clip: largest gradient norm; 0 = no clipping [ours].
         ema_momentum: of the averaged weights, a step; they evaluate and pseudo-label [ours].
         kl_weight: weight of the KL term after annealing [EDL].
-        kl_anneal_epochs: epochs over which it grows from 0 [TMC].
+        kl_anneal: share of all steps over which it grows from 0 [TMC].
         unlabelled_weight: weight of the pseudo-label loss; 0 = off [ours].
         unlabelled_ramp: share of all steps over which that weight grows from 0 [ours].
         max_uncertainty: a pseudo-label needs a fused vacuity at most this [ours].
@@ -229,6 +234,8 @@ class FinetuneConfig:
 
     init: str = ""
     epochs: int = 50
+    steps: int | None = None
+    select: Literal["best", "last"] = "best"
     labelled_batch: int = 16
     unlabelled_batch: int = 48
     accumulate: int = 1
@@ -240,7 +247,7 @@ class FinetuneConfig:
     clip: float = 1.0
     ema_momentum: float = 0.999
     kl_weight: float = 1.0
-    kl_anneal_epochs: float = 10.0
+    kl_anneal: float = 0.2
     unlabelled_weight: float = 1.0
     unlabelled_ramp: float = 0.2
     max_uncertainty: float = 0.3
@@ -373,14 +380,14 @@ def check_config(config: TrainConfig) -> None:
         "checkpoint_every checkpoint_minutes profile pretrain.clip pretrain.lr_final "
         "pretrain.weight_decay pretrain.consistency_weight pretrain.reconstruction_weight "
         "pretrain.adversarial_weight finetune.clip finetune.weight_decay finetune.kl_weight "
-        "finetune.kl_anneal_epochs finetune.unlabelled_weight "
+        "finetune.unlabelled_weight "
         "finetune.modality_consistency_weight finetune.shift_weight finetune.shift_strength"
     )
     shares = (
         "pretrain.warmup pretrain.alpha pretrain.teacher_momentum finetune.warmup "
-        "finetune.ema_momentum finetune.unlabelled_ramp finetune.max_uncertainty "
-        "finetune.min_probability finetune.modality_dropout pretrain.augment.flip "
-        "finetune.augment.flip"
+        "finetune.ema_momentum finetune.kl_anneal finetune.unlabelled_ramp "
+        "finetune.max_uncertainty finetune.min_probability finetune.modality_dropout "
+        "pretrain.augment.flip finetune.augment.flip"
     )
     between = "pretrain.mask_ratio finetune.shift_momentum"
     for names, accepts, wanted in (
@@ -393,7 +400,10 @@ def check_config(config: TrainConfig) -> None:
             value = attrgetter(name)(config)
             if not accepts(value):
                 raise InputError(f"option {name} is {value}, wanted {wanted}")
-    optional = "threads data.threads data.cache.side pretrain.queue_size peak_tflops"
+    optional = (
+        "threads data.threads data.cache.side pretrain.steps pretrain.queue_size finetune.steps "
+        "peak_tflops"
+    )
     for name in optional.split():
         value = attrgetter(name)(config)
         if value is not None and value <= 0:

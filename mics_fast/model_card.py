@@ -97,11 +97,13 @@ def metrics_section(result: dict[str, Any]) -> str:
 def training_section(trained: Trained) -> str:
     """The options that shape the model."""
     config = trained.run.config
+    options = config.finetune
+    length = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
     parameters = sum(p.numel() for p in trained.model.parameters())
     return (
         "## Training\n\n"
         f"`{config.model.size}`, {parameters / 1e6:.1f} million parameters, seed {config.seed}; "
-        f"fine-tuned for {config.finetune.epochs} epochs from "
+        f"fine-tuned for {length} from "
         f"{config.finetune.init or 'the pre-training of the same run, if it has one'}; "
         f"{config.data.normalize} normalisation. All options are in the run's `config.yaml`. "
         "Method: MICS, arXiv 2509.17492, as implemented by mics-fast."

@@ -88,7 +88,7 @@ class FinetuneStage(nn.Module):
         config: options of the stage.
         model: the classifier, its encoders pre-trained or not.
         num_classes: C.
-        steps, steps_per_epoch: for the ramps.
+        steps: of the stage, for the ramps.
         seed: of the shifts and of modality dropout.
         autocast: dtype of the encoders' arithmetic, None for float32.
     """
@@ -101,13 +101,12 @@ class FinetuneStage(nn.Module):
         num_classes: int,
         width: int,
         steps: int,
-        steps_per_epoch: int,
         seed: int,
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.autocast = config, autocast
-        self.steps, self.steps_per_epoch, self.seed = steps, steps_per_epoch, seed
+        self.steps, self.seed = steps, seed
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
         rank = config.shift_rank if config.shift == "low-rank" else 0
@@ -154,7 +153,7 @@ class FinetuneStage(nn.Module):
 
     def _scalars(self, step: Tensor) -> Scalars:
         config = self.config
-        annealed = ramp(step, config.kl_anneal_epochs * self.steps_per_epoch)
+        annealed = ramp(step, config.kl_anneal * self.steps)
         return Scalars(
             step,
             config.kl_weight * annealed,

@@ -55,7 +55,7 @@ def finetune_warnings(config: FinetuneConfig, record: Mapping[str, float]) -> li
     if uncertainty > UNCERTAIN:
         warnings.append(
             f"the mean uncertainty is {uncertainty:.3f}: the model states no evidence for any row; "
-            "lower finetune.kl_weight or raise finetune.kl_anneal_epochs"
+            "lower finetune.kl_weight or raise finetune.kl_anneal"
         )
     ramped = record.get("weight_pseudo", 0.0) >= config.unlabelled_weight > 0
     accepted = record.get("pseudo_accepted", 0.5)

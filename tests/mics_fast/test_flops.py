@@ -145,7 +145,7 @@ def test_a_fine_tuning_step_costs_what_it_runs(tiny, make_batch, model, options)
     config = FinetuneConfig(labelled_batch=3, unlabelled_batch=5, **options)
     stage = FinetuneStage(
         config, Classifier(tiny, ("wli", "nbi"), 3, pool=model.pool, fusion_depth=2), num_classes=3,
-        width=tiny.width, steps=100, steps_per_epoch=10, seed=0,
+        width=tiny.width, steps=100, seed=0,
     )  # fmt: skip
     flops = finetune_flops(TrainConfig(model=model, finetune=config), tiny, 2, 3)
     batch = (make_batch(3), make_batch(5, strong=True))[: 2 if "unlabelled" in flops else 1]

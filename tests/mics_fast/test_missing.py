@@ -83,7 +83,7 @@ def test_a_row_of_one_modality_fine_tunes_its_own_encoder(tiny, make_batch, colu
     model = Classifier(tiny, names, 3, pool="mean", fusion_depth=1)
     stage = FinetuneStage(
         FinetuneConfig(), model,
-        num_classes=3, width=tiny.width, steps=10, steps_per_epoch=5, seed=0,
+        num_classes=3, width=tiny.width, steps=10, seed=0,
     )  # fmt: skip
     labelled, unlabelled = make_batch(4), make_batch(4, strong=True)
     for batch in (labelled, unlabelled):

@@ -33,7 +33,7 @@ def finetuning(size, autocast=None, **options):
     model = Classifier(size, ("wli", "nbi"), 3, pool="mean", fusion_depth=1)
     stage = FinetuneStage(
         FinetuneConfig(**options), model, num_classes=3, width=size.width, steps=100,
-        steps_per_epoch=10, seed=0, autocast=autocast,
+        seed=0, autocast=autocast,
     )  # fmt: skip
     return stage, {"model": torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)}
 

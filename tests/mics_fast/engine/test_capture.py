@@ -31,7 +31,7 @@ CASES = {
     "alternating": (pretraining, {"adversarial": "alternating"}, {}),
     "in parts": (pretraining, {}, {"accumulate": 2}),
     "float16": (pretraining, {}, {"scaled": True}),
-    "diagonal": (finetuning, {**ACCEPT_ALL, "kl_anneal_epochs": 0.8}, {}),
+    "diagonal": (finetuning, {**ACCEPT_ALL, "kl_anneal": 0.08}, {}),
     "low-rank": (finetuning, {**ACCEPT_ALL, "shift": "low-rank", "shift_rank": 4}, {}),
     "closed-form": (finetuning, {**ACCEPT_ALL, "shift": "closed-form"}, {}),
     "fine-tuning in parts": (finetuning, ACCEPT_ALL, {"accumulate": 2}),

@@ -44,7 +44,6 @@ def make_finetuning(tiny):
             num_classes=3,
             width=tiny.width,
             steps=100,
-            steps_per_epoch=10,
             seed=0,
         )
 

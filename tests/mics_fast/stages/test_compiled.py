@@ -87,7 +87,7 @@ def test_pretraining_is_compiled_once_into_whole_graphs(
 
 
 def test_finetuning_is_compiled_once_into_a_whole_graph(make_finetuning, finetune_batch, graphs):
-    options = {"max_uncertainty": 1.0, "min_probability": 0.0, "kl_anneal_epochs": 0.4}
+    options = {"max_uncertainty": 1.0, "min_probability": 0.0, "kl_anneal": 0.04}
     eager, compiled = (make_finetuning(**options) for _ in range(2))
     compiled.compile_parts("step")
     for ours, theirs in zip(

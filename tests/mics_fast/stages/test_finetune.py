@@ -237,7 +237,7 @@ def test_a_row_with_one_modality_has_no_fusion_feature_to_shift(make_stage, make
 
 
 def test_the_kl_weight_is_annealed(make_stage, make_batch):
-    stage = make_stage(kl_weight=1.0, kl_anneal_epochs=10)
+    stage = make_stage(kl_weight=1.0, kl_anneal=1.0)
     batch = (make_batch(4), make_batch(8, strong=True))
     weights = [run_step(stage, batch, step).metrics["kl_weight"] for step in (0, 50, 100, 150)]
     assert weights == [0.0, 0.5, 1.0, 1.0]

@@ -81,6 +81,6 @@ def test_finetuning_repeats_its_stored_losses(make_finetuning, make_batch, shift
         unlabelled.present[step % 6, step % 2] = False
         return double(make_batch(4, first_id=4 * (step % 3), seed=step)), double(unlabelled)
 
-    options = {"max_uncertainty": 1.0, "min_probability": 0.0, "kl_anneal_epochs": 2.0}
+    options = {"max_uncertainty": 1.0, "min_probability": 0.0, "kl_anneal": 0.2}
     stage = make_finetuning(shift=shift, ema_momentum=0.9, **options)
     check(f"finetune {shift}", run(stage, batch))

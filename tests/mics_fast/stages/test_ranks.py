@@ -61,7 +61,6 @@ def make_stage(case: str, size: Size) -> PretrainStage | FinetuneStage:
         num_classes=3,
         width=size.width,
         steps=8,
-        steps_per_epoch=2,
         seed=0,
     ).double()
 
