@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from bench import roofline
+from bench.baselines.albef import albef
 from bench.case import Case, Rivals, Step, close, in_a_line, own_backends
 from mics_kernels import consistency_loss, multimodal_consistency_loss
 
@@ -79,17 +80,6 @@ def both_directions(one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> 
         return (first + one(features[1], teachers[1], teachers[0], queues[0])) / 2
 
     return loss
-
-
-def albef(query: Tensor, teacher: Tensor, keys: Tensor, columns: Tensor) -> Tensor:
-    """As published; ``columns`` is the queue as (D, Q)."""
-    pool = torch.cat([keys.T, columns.clone().detach()], dim=1)
-    with torch.no_grad():
-        soft = teacher @ pool / TEMPERATURE
-        target = torch.zeros_like(soft).fill_diagonal_(1)
-        target = ALPHA * F.softmax(soft, dim=1) + (1 - ALPHA) * target
-    logits = query @ pool / TEMPERATURE
-    return -(F.log_softmax(logits, dim=1) * target).sum(1).mean()
 
 
 def chunked(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
@@ -155,7 +145,7 @@ def rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
     features, teachers, queues = inputs(1 if tiny else batch, device, 1 if tiny else QUEUE)
     columns = [queue.T.contiguous() for queue in queues]
     names, absent = own_backends("consistency", device)
-    published = both_directions(albef)
+    published = both_directions(partial(albef, temperature=TEMPERATURE, alpha=ALPHA))
     losses = {name: ours(name) for name in names} | {
         "ALBEF eager": published,
         "ALBEF compiled": torch.compile(published),

@@ -15,19 +15,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import Optimizer
 
-from bench.baselines.published import PublishedStep, albef, published_flops
+from bench.baselines.albef import albef_of_two
+from bench.baselines.published import PublishedStep, published_flops, queues_of
+from mics_fast.build import finetune_optimisers, pretrain_optimisers
 from mics_fast.config import PretrainConfig, TrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.engine.capture import CapturedUpdate
-from mics_fast.engine.optimiser import decay_groups
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.update import Update
 from mics_fast.flops import finetune_flops, pretrain_flops
 from mics_fast.models.classifier import Classifier
-from mics_fast.models.pretraining import PretrainOutput
 from mics_fast.models.sizes import SIZES
 from mics_fast.stages.finetune import FinetuneStage
-from mics_fast.stages.pretrain import Keys, PretrainStage
+from mics_fast.stages.pretrain import PretrainStage
+from mics_kernels import multimodal_consistency_loss
 
 Batch = tuple[PairBatch, ...]
 Losses = list[dict[str, float]]
@@ -86,26 +87,6 @@ class Rung:
     but: str = ""
 
 
-class EagerLossStage(PretrainStage):
-    """The stage with the published contrastive loss in the place of the operator."""
-
-    def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
-        losses = [
-            albef(
-                output.features[one],
-                output.teachers[one],
-                output.teachers[other],
-                queue.features,
-                self.model.temperature(),
-                alpha,
-            )
-            for one, other, queue in zip(
-                self.modalities, self.modalities[::-1], reversed(self._queues()), strict=True
-            )
-        ]
-        return torch.stack(losses).mean()
-
-
 class EngineStep:
     """A stage's step as the training loop makes it, without a log and at one learning rate.
 
@@ -158,7 +139,7 @@ def ladder(
     published = published_flops(config)
     for name, svd, like in (("a", True, None), ("b", False, "a")):
         stage = build_pretraining(config, modalities, Way())
-        step = PublishedStep(stage, optimisers_of(stage, config, fused=False), svd=svd)
+        step = PublishedStep(stage, pretrain_optimisers(stage, fused=None), svd=svd)
         yield Rung(name, step, published, like=like, tolerance=LAGGING)
 
     def rung(name: str, way: Way, like: str | None, tolerance: float, but: str = "") -> Rung:
@@ -166,7 +147,7 @@ def ladder(
         stage = build_pretraining(config, modalities, way)
         step = EngineStep(
             stage,
-            optimisers_of(stage, config, fused=True),
+            pretrain_optimisers(stage),
             written_out=way.written_out,
             captured=way.captured,
         )
@@ -213,10 +194,7 @@ def fine_tuning(
         ).to(config.device)  # fmt: skip
         if compiled:
             stage.compile_parts("blocks")
-        groups = decay_groups(
-            model.named_parameters(), lr=options.lr, weight_decay=options.weight_decay
-        )
-        step = EngineStep(stage, {"model": torch.optim.AdamW(groups, fused=True)})
+        step = EngineStep(stage, finetune_optimisers(model, options))
         way = Way(written_out=False, amp=amp, compiled=compiled, fused=True, cached=True)
         name, like = ("fine-tuning, e", "fine-tuning") if compiled else ("fine-tuning", None)
         yield Rung(name, step, flops, way, like, ROUNDED if amp else EXACT)
@@ -227,7 +205,7 @@ def build_pretraining(config: TrainConfig, modalities: Sequence[str], way: Way) 
     torch.manual_seed(config.seed)
     options = options_of(config, way)
     assert options.queue_size is not None
-    stage = (PretrainStage if way.fused else EagerLossStage)(
+    stage = PretrainStage(
         options,
         SIZES[config.model.size],
         modalities,
@@ -237,8 +215,9 @@ def build_pretraining(config: TrainConfig, modalities: Sequence[str], way: Way) 
         steps_per_epoch=4,
         seed=config.seed,
         autocast=torch.bfloat16 if way.amp else None,
+        contrastive_loss=multimodal_consistency_loss if way.fused else albef_of_two,
     )
-    for queue in stage._queues():
+    for queue in queues_of(stage):
         queue.enqueue(nn.functional.normalize(torch.randn(queue.features.shape), dim=1))
     if way.compiled:
         stage.compile_parts("blocks")
@@ -248,21 +227,6 @@ def build_pretraining(config: TrainConfig, modalities: Sequence[str], way: Way) 
 def options_of(config: TrainConfig, way: Way) -> PretrainConfig:
     """The stage's options with those that a rung sets."""
     return replace(config.pretrain, adversarial=way.adversarial, preset=way.preset)
-
-
-def optimisers_of(
-    stage: PretrainStage, config: TrainConfig, *, fused: bool
-) -> dict[str, Optimizer]:
-    """AdamW for the model, Adam for the discriminator, as the trainer makes them where fused."""
-    options = config.pretrain
-    trained = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
-    groups = decay_groups(trained, lr=options.lr, weight_decay=options.weight_decay)
-    judge = stage.discriminator.parameters()
-    rate = options.discriminator_lr
-    return {
-        "model": torch.optim.AdamW(groups, fused=fused or None),
-        "discriminator": torch.optim.Adam(judge, lr=rate, betas=(0.5, 0.999), fused=fused or None),
-    }
 
 
 def losses_of(rung: Rung, batches: Sequence[Batch]) -> Losses:

@@ -58,21 +58,45 @@ def build_pretraining(
         seed=config.seed,
         autocast=precision.autocast,
     ).to(built_on(config, device))
-    parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
-    groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
-    optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
-    if options.adversarial_weight:
-        optimisers["discriminator"] = torch.optim.Adam(
-            stage.discriminator.parameters(),
-            lr=options.discriminator_lr,
-            betas=(0.5, 0.999),
-            fused=True,
-        )
+    optimisers = pretrain_optimisers(stage)
     plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
     plan.final_lr = {"model": options.lr_final / options.lr}
     plan.choose_best = False
     plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue_size)
     return stage, plan
+
+
+def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> dict[str, Optimizer]:
+    """AdamW for the model and, where the stage has an adversarial term, Adam for the discriminator.
+
+    Args:
+        stage: its options hold learning rates and weight decay.
+        fused: as torch.optim.AdamW and Adam take it: one kernel per step; None: torch decides.
+    """
+    options = stage.config
+    parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
+    groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=fused)}
+    if options.adversarial_weight:
+        optimisers["discriminator"] = torch.optim.Adam(
+            stage.discriminator.parameters(),
+            lr=options.discriminator_lr,
+            betas=(0.5, 0.999),
+            fused=fused,
+        )
+    return optimisers
+
+
+def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str, Optimizer]:
+    """AdamW for a classifier: the encoders at ``lr``, the heads at ``lr * head_lr_factor``."""
+    named = list(model.named_parameters())
+    encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
+    heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
+    groups = decay_groups(encoders, lr=options.lr, weight_decay=options.weight_decay)
+    head_lr = options.lr * options.head_lr_factor
+    for group in decay_groups(heads, lr=head_lr, weight_decay=options.weight_decay):
+        groups.append({**group, "name": "heads"})  # in the log: lr_heads
+    return {"model": torch.optim.AdamW(groups, fused=True)}
 
 
 def build_classifier(config: TrainConfig, manifest: Manifest) -> Classifier:
@@ -107,14 +131,7 @@ def build_finetuning(
         seed=config.seed,
         autocast=precision.autocast,
     ).to(built_on(config, device))
-    named = list(model.named_parameters())
-    encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
-    heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
-    groups = decay_groups(encoders, lr=options.lr, weight_decay=options.weight_decay)
-    head_lr = options.lr * options.head_lr_factor
-    for group in decay_groups(heads, lr=head_lr, weight_decay=options.weight_decay):
-        groups.append({**group, "name": "heads"})  # in the log: lr_heads
-    optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=True)}
+    optimisers = finetune_optimisers(model, options)
     plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
     plan.final_lr = {"model": FINAL_FINETUNE_LR}
     plan.choose_best = options.select == "best"

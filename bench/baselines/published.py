@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bench.baselines.albef import albef
 from mics_fast.config import TrainConfig
 from mics_fast.data.pipeline import PairBatch
 from mics_fast.flops import block, contrastive, dense, distance_block, embedding, encoder
@@ -38,6 +39,7 @@ from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets, ra
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Attention, Block, VisionTransformer, pool_tokens, take_rows
 from mics_fast.stages.pretrain import PretrainStage
+from mics_kernels import FeatureQueue
 
 
 class PublishedStep:
@@ -122,7 +124,7 @@ class PublishedStep:
         ):
             for new, old in zip(student.parameters(), teacher.parameters(), strict=True):
                 old.data = old.data * momentum + new.data * (1.0 - momentum)
-        for queue, keys in zip(self.stage._queues(), teachers, strict=True):
+        for queue, keys in zip(queues_of(self.stage), teachers, strict=True):
             queue.enqueue(keys, pairs.group_id)
 
 
@@ -162,9 +164,9 @@ def forward(
                 features[one],
                 teachers[one],
                 teachers[other],
-                stage._queues()[other].features,
-                model.temperature(),
-                stage.config.alpha * min(1.0, step / stage.steps_per_epoch),
+                queues_of(stage)[other].features.T,
+                temperature=model.temperature(),
+                alpha=stage.config.alpha * min(1.0, step / stage.steps_per_epoch),
             )
             for one, other in ((0, 1), (1, 0))
         ]
@@ -172,22 +174,9 @@ def forward(
     return Forward(teachers, real, fake, torch.stack(errors).mean(), consistency)
 
 
-def albef(
-    query: Tensor,
-    teacher: Tensor,
-    keys: Tensor,
-    queue: Tensor,
-    temperature: Tensor,
-    alpha: Tensor | float,
-) -> Tensor:
-    """Soft-target contrastive loss, its scores written out; the queue is full."""
-    pool = torch.cat([keys, queue.clone()])
-    with torch.no_grad():
-        soft = (teacher @ pool.T / temperature).softmax(1)
-        target = torch.zeros_like(soft).fill_diagonal_(1)
-        target = alpha * soft + (1 - alpha) * target
-    logits = query @ pool.T / temperature
-    return -(logits.log_softmax(1) * target).sum(1).mean()
+def queues_of(stage: PretrainStage) -> list[FeatureQueue]:
+    """The queue of each modality."""
+    return list(cast(Iterable[FeatureQueue], stage.queues))
 
 
 def encode(vit: VisionTransformer, images: Tensor, visible: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ What each term is and where it comes from: docs/method.md.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -58,6 +58,8 @@ class PretrainStage(nn.Module):
         steps_per_epoch: the teacher's share ``alpha`` grows over the first epoch.
         seed: of the masks.
         autocast: dtype of the encoders' arithmetic, None for float32.
+        contrastive_loss: the consistency term, called with the arguments of
+            ``multimodal_consistency_loss``; another implementation of it can be put here.
     """
 
     def __init__(
@@ -72,8 +74,10 @@ class PretrainStage(nn.Module):
         steps_per_epoch: int,
         seed: int,
         autocast: torch.dtype | None = None,
+        contrastive_loss: Callable[..., Tensor] = multimodal_consistency_loss,
     ) -> None:
         super().__init__()
+        self.contrastive_loss = contrastive_loss
         self.config, self.size, self.modalities = config, size, tuple(modalities)
         self.steps_per_epoch, self.seed, self.autocast = steps_per_epoch, seed, autocast
         self.model = PretrainModel(
@@ -268,7 +272,7 @@ class PretrainStage(nn.Module):
         queues = self._queues()
         features = [output.features[name] for name in self.modalities]
         present = own_first(keys.present)
-        total = multimodal_consistency_loss(
+        total = self.contrastive_loss(
             features,
             [output.teachers[name] for name in self.modalities],
             [queue.features for queue in queues],
