@@ -50,6 +50,9 @@ class AugmentConfig:
         flip: probability of a horizontal, and independently of a vertical, flip.
         weak: colour changes of the weak view (the only one in pre-training).
         strong: colour changes of the strong view (fine-tuning, unlabelled rows).
+        rotation: of the strong view, in [-x, x] degrees about the centre, shared by the pair.
+        shear: of the strong view, in [-x, x] degrees, shared by the pair.
+        erasing: largest share of the strong view that a box hides, drawn for each modality.
     """
 
     crop_scale: tuple[float, float] = (0.6, 1.0)
@@ -59,6 +62,9 @@ class AugmentConfig:
     strong: ColourConfig = field(
         default_factory=lambda: ColourConfig(0.4, 0.4, 0.3, hue=10.0, blur=1.5)
     )
+    rotation: float = 0.0
+    shear: float = 0.0
+    erasing: float = 0.0
 
 
 @dataclass
@@ -432,6 +438,10 @@ def _check_augment(option: str, augment: AugmentConfig) -> None:
     low, high = augment.crop_scale
     if not 0 < low <= high <= 1:
         raise InputError(f"option {option}.crop_scale is {low, high}, wanted 0 < low <= high <= 1")
+    for name, most in (("rotation", 180), ("shear", 45), ("erasing", 1)):
+        value = getattr(augment, name)
+        if not 0 <= value <= most:
+            raise InputError(f"option {option}.{name} is {value}, wanted a number from 0 to {most}")
     low, high = augment.crop_ratio
     if not 0 < low <= high:
         raise InputError(f"option {option}.crop_ratio is {low, high}, wanted 0 < low <= high")

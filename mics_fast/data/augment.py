@@ -14,12 +14,13 @@ from functools import lru_cache
 import numpy as np
 
 from mics_fast.config import AugmentConfig, ColourConfig
+from mics_fast.data.distortions import affine_of, boxes_of
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 """Columns of ``Augmentation.weak`` and ``Augmentation.strong``."""
 
-_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS = range(4)  # what numbers are for
-_GEOMETRY_NUMBERS, _COLOUR_NUMBERS = 6, 5
+_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS, _DISTORT = range(5)  # what numbers are for
+_GEOMETRY_NUMBERS, _COLOUR_NUMBERS, _BOX_NUMBERS = 6, 5, 4
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Augmentation:
         weak: (M, 5) float32, a modality a row: brightness, contrast and saturation factors, hue
             in degrees, blur in pixels.
         strong: the same of the strong view.
+        affine: (2, 3) float32, rotation and shear of the strong view (``distortions.py``).
+        boxes: (M, 4) float32, what is erased of the strong view of each modality.
     """
 
     anchor: np.ndarray
@@ -40,6 +43,12 @@ class Augmentation:
     flip: np.ndarray
     weak: np.ndarray
     strong: np.ndarray
+    affine: np.ndarray
+    boxes: np.ndarray
+
+    def colours(self, view: int) -> np.ndarray:
+        """(M, 5) colour numbers of the weak view, 0, or of the strong one, 1."""
+        return (self.weak, self.strong)[view]
 
     def crop(self) -> np.ndarray:
         """(4,) float32: left, top, width and height of the crop."""
@@ -62,6 +71,8 @@ def draw_augmentation(
 ) -> Augmentation:
     """The changes of one pair: one crop and one flip for all, colour for each modality.
 
+    The strong view is also rotated and sheared, for all alike, and a box of each modality erased.
+
     The crop's area is uniform in ``crop_scale``, the logarithm of its aspect ratio in
     ``crop_ratio``, its place uniform in the frame; a side that would be longer than the frame's is
     the frame's.
@@ -80,12 +91,17 @@ def draw_augmentation(
     ratio = np.exp(_between(tuple(np.log(config.crop_ratio)), uniform[1]))
     shape = np.minimum(np.sqrt([area * ratio, area / ratio]), 1.0)
     colour = uniform[_GEOMETRY_NUMBERS:].reshape(modalities, 2, _COLOUR_NUMBERS)
+    words = 2 + _BOX_NUMBERS * modalities
+    distort = (_raw(seed, _DISTORT, epoch, sample_id, words) >> np.uint64(11)) * 2.0**-53
+    angle, shear = (2 * distort[:2] - 1) * [config.rotation, config.shear]
     return Augmentation(
         anchor=(uniform[2:4] * (1 - shape)).astype(np.float32),
         shape=shape.astype(np.float32),
         flip=(uniform[4:6] < config.flip).astype(np.int32),
         weak=_colour(config.weak, colour[:, 0]),
         strong=_colour(config.strong, colour[:, 1]),
+        affine=affine_of(angle, shear),
+        boxes=boxes_of(config.erasing, distort[2:].reshape(modalities, _BOX_NUMBERS)),
     )
 
 

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mics_fast.data.augment import BLUR
+from mics_fast.data.augment import BLUR, Augmentation
 from mics_fast.data.graph import PairGraph, to_torch
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import blurred, resized_square
 from mics_fast.data.shards import Member
-from mics_fast.data.views import Colours, colours_of, make_view
+from mics_fast.data.views import Changes, colours_of, make_view
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Sample:
         numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
         crop: (4,) float32, what is decoded of the encoded images.
         region: (4,) float32, what of a decoded or kept frame becomes the square.
-        colours: (M, 5) numbers of each view; none where nothing is augmented.
+        drawn: how it is augmented; None: not at all.
         problems: a sentence on each bad image that it goes without.
     """
 
@@ -94,12 +94,13 @@ class Sample:
     numbers: tuple[np.ndarray, ...]
     crop: np.ndarray
     region: np.ndarray
-    colours: Sequence[np.ndarray]
+    drawn: Augmentation | None
     problems: Sequence[str]
 
 
 Views = list[dict[str, Tensor]]
 """The views, weak or evaluation first, of each modality: (B, 3, H, W)."""
+STRONG = 1  # its place among them
 
 
 def batch_of(
@@ -156,8 +157,8 @@ def _of_squares(
         for column, name in enumerate(graph.modalities):
             planes = own[column].permute(0, 3, 1, 2)
             planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
-            colours = _colours(graph, samples, number, column)
-            view = make_view(planes, name, graph.data, colours)
+            changes = _changes(graph, samples, number, column)
+            view = make_view(planes, name, graph.data, changes)
             there = np.array([sample.present[column] for sample in samples], bool)
             if not there.all():
                 view *= _on_device(torch.from_numpy(there), graph.device)[:, None, None, None]
@@ -178,8 +179,8 @@ def _of_frames(
         {name: torch.empty(shape, dtype=dtype) for name in graph.modalities}
         for _ in range(graph.views)
     ]
-    colours = [
-        [_colours(graph, samples, number, column) for column in range(len(graph.modalities))]
+    changes = [
+        [_changes(graph, samples, number, column) for column in range(len(graph.modalities))]
         for number in range(graph.views)
     ]
 
@@ -195,24 +196,35 @@ def _of_frames(
             square = resized_square(frame, graph.image_size, sample.region)
             for number, view in enumerate(views):
                 own = square
-                if number in graph.blurred:
-                    own = blurred(square, float(sample.colours[number][column, BLUR]))
-                of = colours[number][column]
-                colour = None if of is None else (of[0][k : k + 1], of[1][k : k + 1])
-                view[name][k] = make_view(own.contiguous()[None], name, graph.data, colour)[0]
+                if sample.drawn is not None and number in graph.blurred:
+                    own = blurred(square, float(sample.drawn.colours(number)[column, BLUR]))
+                of = changes[number][column]
+                change = None if of is None else of.of_sample(k)
+                view[name][k] = make_view(own.contiguous()[None], name, graph.data, change)[0]
 
     for _ in workers.map(make, range(len(samples))):
         pass
     return views
 
 
-def _colours(graph: PairGraph, samples: Sequence[Sample], view: int, column: int) -> Colours | None:
-    """The colours of a view of a modality."""
-    if graph.augment is None or not samples:
+def _changes(graph: PairGraph, samples: Sequence[Sample], view: int, column: int) -> Changes | None:
+    """How a view of a modality is changed; None where nothing is augmented."""
+    drawn = [sample.drawn for sample in samples if sample.drawn is not None]
+    if graph.augment is None or not drawn:
         return None
-    numbers = np.array([sample.colours[view][column] for sample in samples])
-    matrix, offset = colours_of(numbers)
-    return _on_device(matrix, graph.device), _on_device(offset, graph.device)
+
+    def on_device(values: Sequence[np.ndarray]) -> Tensor:
+        return _on_device(torch.from_numpy(np.array(values)), graph.device)
+
+    matrix, offset = colours_of(np.array([own.colours(view)[column] for own in drawn]))
+    distorts = view == STRONG and bool(graph.augment.rotation or graph.augment.shear)
+    erases = view == STRONG and graph.augment.erasing > 0
+    return Changes(
+        on_device(matrix),
+        on_device(offset),
+        on_device([own.affine for own in drawn]) if distorts else None,
+        on_device([own.boxes[column] for own in drawn]) if erases else None,
+    )
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:

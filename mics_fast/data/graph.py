@@ -98,8 +98,8 @@ class PairGraph:
         crop = (drawn.crop(),) if self.kept is None else ()
         if not self.resizes:
             return crop
-        views = (drawn.weak, drawn.strong)
-        return (*crop, self.region(drawn), *(views[view][:, BLUR].copy() for view in self.blurred))
+        blurs = [drawn.colours(view)[:, BLUR].copy() for view in self.blurred]
+        return (*crop, self.region(drawn), *blurs)
 
     def frames_of(self, outputs: Sequence[Any]) -> list[Sequence[Any]]:
         """The outputs of a graph that resizes that each view, weak first, is made of: one a

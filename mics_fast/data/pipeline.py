@@ -222,7 +222,7 @@ class TrainLoader:
             sample_id=row.index,
             modalities=len(names),
         )
-        how = (graph.numbers(drawn), drawn.crop(), graph.region(drawn), (drawn.weak, drawn.strong))
+        how = (graph.numbers(drawn), drawn.crop(), graph.region(drawn), drawn)
         if self._located():
             return located_sample(self._files, row, names, *how)
         if self._cache is None:

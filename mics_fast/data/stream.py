@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mics_fast.data.augment import Augmentation
 from mics_fast.data.batch import Image, PairBatch, Sample, batch_of
 from mics_fast.data.files import WHOLE, ImageFiles
 from mics_fast.data.graph import PairGraph, ShardIndices, consumer
@@ -51,7 +52,7 @@ def sample_of(
     numbers: tuple[np.ndarray, ...],
     crop: np.ndarray,
     region: np.ndarray,
-    colours: Sequence[np.ndarray],
+    drawn: Augmentation | None,
 ) -> Sample:
     """A sample of what was found of each modality: an image, or nothing and perhaps a sentence."""
     return Sample(
@@ -61,7 +62,7 @@ def sample_of(
         numbers=numbers,
         crop=crop,
         region=region,
-        colours=colours,
+        drawn=drawn,
         problems=[sentence for _, sentence in found if sentence],
     )
 
@@ -73,11 +74,11 @@ def encoded_sample(
     numbers: tuple[np.ndarray, ...] = (),
     crop: np.ndarray = WHOLE,
     region: np.ndarray = WHOLE,
-    colours: Sequence[np.ndarray] = (),
+    drawn: Augmentation | None = None,
 ) -> Sample:
     """A sample whose images are read from files; of no row, one without images."""
     found = [files.read(row, name, crop) if row else (None, "") for name in names]
-    return sample_of(row, found, _PLACEHOLDER, numbers, crop, region, colours)
+    return sample_of(row, found, _PLACEHOLDER, numbers, crop, region, drawn)
 
 
 def located_sample(
@@ -87,13 +88,13 @@ def located_sample(
     numbers: tuple[np.ndarray, ...],
     crop: np.ndarray,
     region: np.ndarray,
-    colours: Sequence[np.ndarray],
+    drawn: Augmentation | None,
 ) -> Sample:
     """A sample whose images DALI reads from a shard; in the place of one that is missing, another
     of the same row."""
     found = [files.locate(row, name, crop) for name in names]
     there = [member for member, _ in found if member is not None]
-    return sample_of(row, found, there[0] if there else _NOWHERE, numbers, crop, region, colours)
+    return sample_of(row, found, there[0] if there else _NOWHERE, numbers, crop, region, drawn)
 
 
 class Stream:

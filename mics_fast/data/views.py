@@ -14,6 +14,7 @@ plane by the hue.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from mics_fast.config import DataConfig
 from mics_fast.data.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from mics_fast.data.distortions import erased, warped
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,24 +32,50 @@ _VARIANCE_FLOOR = 1.0
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 
-Colours = tuple[Tensor, Tensor]
-"""Of the samples of a batch: (B, 3, 3), what multiplies a pixel, and (B,), what is added."""
+class Changes(NamedTuple):
+    """How the samples of a batch are changed, beyond crop, flip and blur.
+
+    Args:
+        matrix: (B, 3, 3), multiplies each pixel.
+        offset: (B,), added to each pixel.
+        affine: (B, 2, 3), rotation and shear; None: neither.
+        boxes: (B, 4), erased; None: nothing.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+    affine: Tensor | None = None
+    boxes: Tensor | None = None
+
+    def of_sample(self, k: int) -> Changes:
+        """Those of one sample, as a batch of one."""
+        return Changes(*(None if own is None else own[k : k + 1] for own in self))
 
 
-def make_view(planes: Tensor, modality: str, data: DataConfig, colours: Colours | None) -> Tensor:
+def make_view(planes: Tensor, modality: str, data: DataConfig, changes: Changes | None) -> Tensor:
     """The view of one modality.
 
     Args:
         planes: (B, 3, H, W) float32 of grey levels, 0..255.
         modality: its name, for mean and standard deviation.
         data: how to normalise.
-        colours: of these samples; None: no change.
+        changes: of these samples; None: none.
 
     Returns:
         (B, 3, H, W) float32.
     """
-    if colours is not None:
-        planes = coloured(planes, *colours)
+    if changes is not None:
+        if changes.affine is not None:
+            planes = warped(planes, changes.affine)
+        planes = coloured(planes, changes.matrix, changes.offset)
+    view = _normalised(planes, modality, data)
+    if changes is not None and changes.boxes is not None:
+        view = erased(view, changes.boxes)
+    return view
+
+
+def _normalised(planes: Tensor, modality: str, data: DataConfig) -> Tensor:
+    """Grey levels as the encoders read them."""
     if data.normalize == "image":
         variance, mean = torch.var_mean(planes, (2, 3), correction=0, keepdim=True)
         return (planes - mean) * (variance + _VARIANCE_FLOOR).rsqrt()
@@ -63,7 +91,7 @@ def _levels(shares: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def coloured(planes: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """(B, 3, H, W) float32 in 0..255, changed by the ``Colours`` of its samples."""
+    """(B, 3, H, W) float32 in 0..255, its pixels changed by matrix and offset of ``Changes``."""
     # Not as a matrix product, which some GPUs round to ten bits and which may depend on the batch.
     changed = offset[:, None, None, None].expand_as(planes).contiguous()
     for channel in range(3):
@@ -71,10 +99,10 @@ def coloured(planes: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
     return changed.clamp_(0, 255)
 
 
-def colours_of(numbers: np.ndarray) -> Colours:
-    """The colours of (B, 5) colour numbers as in ``Augmentation``, on the CPU."""
+def colours_of(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Matrix and offset, float32, of (B, 5) colour numbers as in ``Augmentation``."""
     matrix, offset = colour_matrices(numbers.astype(np.float64))
-    return torch.from_numpy(matrix.astype(np.float32)), torch.from_numpy(offset.astype(np.float32))
+    return matrix.astype(np.float32), offset.astype(np.float32)
 
 
 def colour_matrices(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
