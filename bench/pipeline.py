@@ -5,9 +5,8 @@ PyTorch DataLoader whose workers, one a core, use Pillow, without and with JPEG 
 decodes at a half or a quarter of the size where that is enough, and so changes the image a little).
 All crop, flip, resize, colour and normalise by the same numbers; how far their views are from those
 of DALI is checked first. Rounds alternate; each is a process of its own and warms up before its
-clock runs. "cores" is CPU time over wall time of a round with its start: well below the number of
-cores, the machine was busy with something else. "CPU ms" is that CPU time for each pair, which
-suffers less.
+clock runs. CPU time is that of the process and its workers while the clock runs; "cores" is CPU
+time over wall time: well below the number of cores, the machine was busy with something else.
 
 The floor of what decodes is decoding alone: the same crops of the same files on the same cores, by
 DALI or by Pillow, whichever is faster, and nothing else; of draft mode, whose work is less, that of
@@ -31,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -63,7 +63,7 @@ from mics_fast.errors import InputError
 BATCH, SEED = 32, 0
 CORES = len(os.sched_getaffinity(0))
 BATCHES = 12  # on the clock
-WARM_UP = 5  # batches before it, and after it: more than any of the loaders makes ahead
+WARM_UP = 5  # batches before and after it: more than any loader makes ahead
 MOST_APART = 2.0  # grey levels on average, by which other decoders and resizes may differ
 AUGMENT = AugmentConfig()
 ALONE = {
@@ -242,23 +242,19 @@ def one_round(rows: Sequence[Row], names: Sequence[str], device: str, name: str)
     start = loaders_of(rows, names, torch.device(device))[name][0]
     memory = start_peak(CPU)
     loader = iter(start())
-    next(loader)  # builds, fills the cache
-    used, begun = cpu_seconds(), time.perf_counter()
-    for _ in range(WARM_UP):
+    for _ in range(1 + WARM_UP):  # the first batch builds, and fills the cache
         next(loader)
-    clock = time.perf_counter()
+    clock, used = time.perf_counter(), cpu_seconds()
     for _ in range(BATCHES):
         next(loader)
     synchronise()
-    seconds = (time.perf_counter() - clock) / (BATCHES * BATCH)
+    wall, spent = time.perf_counter() - clock, cpu_seconds() - used
     if memory is not None:
         workers = [child.pid for child in multiprocessing.active_children()]
         shared = sum(private_megabytes(worker) for worker in workers if worker is not None)
         memory = end_peak(CPU) - memory + shared
-    for _ in itertools.islice(loader, WARM_UP):  # to the end, where workers are waited for
-        pass
-    spent, wall = cpu_seconds() - used, time.perf_counter() - begun
-    return Round(seconds, spent / (BATCH * (BATCHES + 2 * WARM_UP)), spent / wall, memory)
+    pairs = BATCHES * BATCH
+    return Round(wall / pairs, spent / pairs, spent / wall, memory)
 
 
 def synchronise() -> None:
@@ -268,8 +264,17 @@ def synchronise() -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its workers that have ended."""
-    return sum(os.times()[:4])
+    """CPU time of this process and of its workers, those that still run included (Linux)."""
+    workers = (
+        multiprocessing.active_children()
+    )  # waits for those that have ended: os.times has them
+    return sum(os.times()[:4]) + sum(worker_seconds(child.pid) for child in workers if child.pid)
+
+
+def worker_seconds(process: int) -> float:
+    """CPU time of a running process, in user and kernel mode."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.device) -> None:
@@ -331,6 +336,7 @@ def table(
             floor = min(medians[alone] for alone in ALONE[name])
         memory = [one.megabytes for one in own if one.megabytes is not None]
         row = row_of([(one.seconds, one.cpu) for one in own])
+        row["cpu_ms_per_pair"] = row.pop("cpu_ms")  # results of old hold another, wrong one
         yield {
             "operator": "training views",
             "shape": f"{len(images)} pairs to {side_of(device)} px",

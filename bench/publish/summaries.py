@@ -100,25 +100,25 @@ def pipeline(results: list[Result]) -> str | None:
     result = newest_cpu(results, "pipeline")
     if result is None:
         return None
-    lines = []
-    for row in named(result.of("pipeline")).values():
-        span = f"{row['slowest']:.0f} to {row['fastest']:.0f}"
-        lines.append(
-            [
-                row["implementation"],
-                f"{row['pairs_per_second']:.0f} ({span})",
-                digits(1 / row["ratio"]),
-                "-" if is_floor(row) else share(row),
-                f"{row['cpu_ms']:.1f} ms",
-                megabytes(row),
-                row["decoder"],
-            ]
-        )
-    if not latest(results, "pipeline", "cuda"):
-        lines.append(["any, on a GPU", "not measured", "", "", "", "", "nvJPEG"])
-    head = ["", "pairs/s (lowest to highest)", "ratio", "of the floor", "CPU time a pair", "MB"]
-    head.append("decoder")
-    return f"{how(result, 'pipeline')}:\n\n{table(head, lines)}"
+    rows = named(result.of("pipeline")).values()
+    # Older results counted no CPU time of workers that were still running.
+    has_cpu = all("cpu_ms_per_pair" in row for row in rows)
+    lines = [
+        [
+            row["implementation"],
+            f"{row['pairs_per_second']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f})",
+            digits(1 / row["ratio"]),
+            "-" if is_floor(row) else share(row),
+            *([f"{row['cpu_ms_per_pair']:.1f} ms"] if has_cpu else []),
+            megabytes(row),
+            row["decoder"],
+        ]
+        for row in rows
+    ]
+    head = ["", "pairs/s (lowest to highest)", "ratio", "of the floor"]
+    head += [*(["CPU time a pair"] if has_cpu else []), "MB", "decoder"]
+    on = "" if latest(results, "pipeline", "cuda") else "\nOn a GPU: not measured.\n"
+    return f"{how(result, 'pipeline')}:\n\n{table(head, lines)}{on}"
 
 
 def is_floor(row: Row) -> bool:

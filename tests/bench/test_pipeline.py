@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,29 @@ def test_decoding_alone_decodes_and_makes_no_view(
     assert small[3] == 3 and max(decoded)[0] <= 64  # at half the size or less
 
 
+class Busy(torch.utils.data.Dataset[float]):
+    """Samples that each take 1 ms of CPU time, in a worker."""
+
+    def __len__(self) -> int:
+        return pipeline.BATCH * (1 + 2 * pipeline.WARM_UP + pipeline.BATCHES)
+
+    def __getitem__(self, number: int) -> float:
+        end = time.process_time() + 0.001
+        while time.process_time() < end:
+            pass
+        return 0.0
+
+
+def test_cpu_time_is_also_that_of_workers_that_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start() -> Any:
+        yield from torch.utils.data.DataLoader(Busy(), batch_size=pipeline.BATCH, num_workers=1)
+
+    monkeypatch.setattr(pipeline, "check_dali", lambda: None)
+    monkeypatch.setattr(pipeline, "loaders_of", lambda *arguments: {"busy": (start, "")})
+    found = pipeline.one_round([], (), "cpu", "busy")
+    assert 0.0008 < found.cpu < 0.002
+
+
 def test_the_readme_shows_floor_and_memory(table: dict[str, Any], tmp_path: Path) -> None:
     machine = {
         "device": "AMD EPYC", "kind": "cpu", "threads": 2, "torch": "2.13.0", "commit": "abc1234",
@@ -129,3 +153,10 @@ def test_the_readme_shows_floor_and_memory(table: dict[str, Any], tmp_path: Path
     assert line.split(" | ")[2:6] == ["1", "60 %", "20.0 ms", "50"]
     line = next(line for line in text.splitlines() if line.startswith("| decoding alone, DALI"))
     assert line.split(" | ")[3] == "-"
+    for row in found:  # as they were stored when workers that still ran were not counted
+        row["cpu_ms"] = row.pop("cpu_ms_per_pair")
+    (tmp_path / "some" / "1.json").write_text(
+        json.dumps({"machine": machine, "peaks": {}, "rows": found})
+    )
+    text = summaries.pipeline(results.stored(tmp_path))
+    assert text is not None and "CPU time" not in text
