@@ -2,15 +2,15 @@
 
     python -m bench --quick | --full [--only consistency] [--compare BASE.json] [--threads N]
 
-measures. One module a subject says what is compared on which inputs: ``evidential``,
-``consistency``, ``shift`` (cases, case.py), ``pipeline`` and ``training`` (rows of their own).
-timing.py takes the times, memory.py the peaks of memory; machine.py says what it ran on, peaks.py
-(with probe.c) what that machine can do at most, roofline.py what a case cannot do without. A result
-is compared with the others' before it is timed; a wrong one is not.
+One module per subject says what is compared on which inputs: ``evidential``, ``consistency`` and
+``shift`` yield cases (case.py), ``pipeline`` and ``training`` rows of their own. timing.py takes
+the times, memory.py the peaks of memory; machine.py records what a run ran on. peaks.py (with
+probe.c) measures what that machine can do at most; roofline.py counts the work that cannot be
+avoided. Every result is checked before it is timed; a wrong one is not timed.
 
-    python -m bench.publish [--check]        writes every table and plot of the documents
-    pytest bench --benchmark-autosave       the same cases under pytest-benchmark (test_cases.py)
+    python -m bench.publish [--check]       writes the tables and plots of the documentation
+    pytest bench --benchmark-autosave       our operators under pytest-benchmark (test_operators.py)
 
-``python -m bench`` compares implementations that take turns, because a machine's speed drifts;
-under pytest-benchmark each runs alone, for its storage, its comparison of runs and its histograms.
+``python -m bench`` lets implementations take turns, because the speed of a machine drifts. Under
+pytest-benchmark each runs alone, for its storage, its comparison of runs and its histograms.
 """

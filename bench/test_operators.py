@@ -1,0 +1,54 @@
+"""This project's operators under pytest-benchmark, for its storage and its comparison of runs.
+
+    pytest bench --benchmark-autosave [-k "shift and cpu"]
+    pytest bench --benchmark-compare
+
+Use it to see whether a change made an operator slower. ``python -m bench`` compares the operators
+with their rivals, and is what the documentation shows.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from bench.__main__ import OPERATORS
+from bench.case import Case, own_backends
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def own_cases() -> list[Any]:
+    """Each operator, size and implementation of this project that can run here."""
+    return [
+        pytest.param(case, backend, id=f"{case.operator}, {case.shape}, {backend}")
+        for subject in OPERATORS
+        for case in importlib.import_module(f"bench.{subject}").cases(DEVICE)
+        for backend in own_backends(subject, DEVICE)[0]
+        if case.threads is None
+    ]
+
+
+@pytest.mark.parametrize(("case", "backend"), own_cases())
+def test_operator(case: Case, backend: str, benchmark: Any) -> None:
+    rivals = case.make(DEVICE, False)
+    step = rivals.steps[backend]
+    rivals.check(backend, step())
+    benchmark.group = f"{case.operator}, {case.shape}"
+    benchmark.pedantic(waiting(step), warmup_rounds=2, rounds=10)
+
+
+def waiting(step: Callable[[], object]) -> Callable[[], object]:
+    """The same call, which on a GPU returns once the result is there."""
+    if DEVICE.type == "cpu":
+        return step
+
+    def call() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return call
