@@ -42,8 +42,8 @@ from torch import Tensor
 from bench.memory import CPU, end_peak, private_megabytes, start_peak
 from bench.peaks import peaks_of
 from bench.timing import row_of
-from mics_fast.config import AugmentConfig, CacheConfig, DataConfig
-from mics_fast.data.augment import (
+from mics_fast.common.errors import InputError
+from mics_fast.data.augmentation import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
@@ -53,12 +53,12 @@ from mics_fast.data.augment import (
     epoch_order,
 )
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.graph import check_dali, decoded, new_pipeline
+from mics_fast.data.decoding import check_dali, decoded, new_pipeline
+from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Row, read_manifest
-from mics_fast.data.pipeline import TrainLoader
 from mics_fast.data.shards import read_image
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
-from mics_fast.errors import InputError
+from mics_fast.options.config import AugmentConfig, CacheConfig, DataConfig
 
 BATCH, SEED = 32, 0
 CORES = len(os.sched_getaffinity(0))

@@ -17,17 +17,17 @@ from torch.optim import Optimizer
 
 from bench.baselines.albef import albef_of_two
 from bench.baselines.published import PublishedStep, published_flops, queues_of
-from mics_fast.build import finetune_optimisers, pretrain_optimisers
-from mics_fast.config import PretrainConfig, TrainConfig
-from mics_fast.data.pipeline import PairBatch
+from mics_fast.data.loaders import PairBatch
 from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.update import Update
-from mics_fast.flops import finetune_flops, pretrain_flops
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
+from mics_fast.options.config import PretrainConfig, TrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.training.build import finetune_optimisers, pretrain_optimisers
+from mics_fast.training.flops import finetune_flops, pretrain_flops
 from mics_kernels import multimodal_consistency_loss
 
 Batch = tuple[PairBatch, ...]

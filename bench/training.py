@@ -49,13 +49,13 @@ from bench.peaks import LARGEST, bandwidth_of, flops_of, product
 from bench.rungs import Batch, Losses, Rung, disagreement, fine_tuning, ladder, losses_of
 from bench.timing import row_of
 from mics_fast import prepare
-from mics_fast.config import CacheConfig, DataConfig, TrainConfig
+from mics_fast.common.errors import InputError
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.graph import check_dali
+from mics_fast.data.decoding import check_dali
+from mics_fast.data.loaders import PairBatch, TrainLoader
 from mics_fast.data.manifest import Manifest, read_manifest
-from mics_fast.data.pipeline import PairBatch, TrainLoader
-from mics_fast.errors import InputError
 from mics_fast.models.sizes import SIZES
+from mics_fast.options.config import CacheConfig, DataConfig, TrainConfig
 
 BATCHES = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
 QUICK_BATCHES = {"vit_micro": 32, "vit_tiny": 4, "vit_small": 2, "vit_base": 16}

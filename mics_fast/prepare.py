@@ -11,10 +11,16 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from mics_fast.data.inspection import hold_out, in_threads, inspect, keep_complete, make_phantom
-from mics_fast.data.rows import write_held_out, write_rows
-from mics_fast.data.sources import Sample, read_columns, read_folders, read_table
-from mics_fast.errors import InputError, SentenceParser, run_command
+from mics_fast.common.errors import InputError, SentenceParser, run_command
+from mics_fast.preparation.inspection import (
+    hold_out,
+    in_threads,
+    inspect,
+    keep_complete,
+    make_phantom,
+)
+from mics_fast.preparation.rows import write_held_out, write_rows
+from mics_fast.preparation.sources import Sample, read_columns, read_folders, read_table
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -31,14 +31,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bench.baselines.albef import albef
-from mics_fast.config import TrainConfig
-from mics_fast.data.pipeline import PairBatch
-from mics_fast.flops import block, contrastive, dense, distance_block, embedding, encoder
+from mics_fast.data.loaders import PairBatch
 from mics_fast.models.discriminator import Discriminator, L2Block
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets, random_mask
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Attention, Block, VisionTransformer, pool_tokens, take_rows
+from mics_fast.options.config import TrainConfig
 from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.training.flops import block, contrastive, dense, distance_block, embedding, encoder
 from mics_kernels import FeatureQueue
 
 
@@ -250,8 +250,10 @@ def decompose(discriminator: Discriminator) -> None:
 
 
 def published_flops(config: TrainConfig) -> float:
-    """Floating-point operations of one step on two modalities, counted as ``mics_fast.flops``
-    does; those of the decompositions are not."""
+    """FLOPs of one step on two modalities, counted as ``mics_fast.training.flops`` counts them.
+
+    The decompositions are left out.
+    """
     options, size, width = config.pretrain, SIZES[config.model.size], config.model.projection
     assert options.queue_size is not None
     batch, images = options.batch_size, 2 * options.batch_size

@@ -1,1 +1,1 @@
-"""Manifest, splits, preparation and the image pipeline."""
+"""From a manifest to batches: files, decoding, augmentation, loaders, cache, shards."""

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mics_fast.data.augment import BLUR, Augmentation
-from mics_fast.data.graph import PairGraph, to_torch
+from mics_fast.data.augmentation import BLUR, Augmentation
+from mics_fast.data.decoding import PairGraph, to_torch
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import blurred, resized_square
 from mics_fast.data.shards import Member

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mics_fast.config import DataConfig
-from mics_fast.data.files import WHOLE, ImageFiles
-from mics_fast.data.graph import (
+from mics_fast.common.errors import InputError
+from mics_fast.data.decoding import (
     check_dali,
     consumer,
     decoded,
@@ -25,10 +24,11 @@ from mics_fast.data.graph import (
     resized,
     to_torch,
 )
+from mics_fast.data.image_files import WHOLE, ImageFiles
+from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import resized_square
-from mics_fast.data.workers import image_workers
-from mics_fast.errors import InputError
+from mics_fast.options.config import DataConfig
 
 _LARGEST_BATCH = 64  # frames decoded at a time
 _UNKNOWN, _KEPT, _ABSENT = range(3)

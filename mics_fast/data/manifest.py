@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mics_fast.common.errors import InputError
+from mics_fast.common.files import whole_file
 from mics_fast.data.shards import image_exists
-from mics_fast.errors import InputError
-from mics_fast.files import whole_file
 
 RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
 SPLITS = ("train", "val", "test")

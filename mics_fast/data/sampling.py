@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from mics_fast.data.augment import CLASS_ORDER, CLASS_ROWS, draw_order
+from mics_fast.data.augmentation import CLASS_ORDER, CLASS_ROWS, draw_order
 
 _order = lru_cache(maxsize=1024)(draw_order)  # of the blocks and passes that a few batches touch
 

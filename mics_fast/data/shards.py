@@ -26,8 +26,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mics_fast.data.augment import epoch_order
-from mics_fast.files import renamed
+from mics_fast.common.files import renamed
+from mics_fast.data.augmentation import epoch_order
 
 
 @dataclass(frozen=True)

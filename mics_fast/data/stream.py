@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mics_fast.data.augment import Augmentation
+from mics_fast.data.augmentation import Augmentation
 from mics_fast.data.batch import Image, PairBatch, Sample, batch_of
-from mics_fast.data.files import WHOLE, ImageFiles
-from mics_fast.data.graph import PairGraph, ShardIndices, consumer
+from mics_fast.data.decoding import PairGraph, ShardIndices, consumer
+from mics_fast.data.image_files import WHOLE, ImageFiles
+from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 from mics_fast.data.shards import Member, write_indices
-from mics_fast.data.workers import image_workers
 
 # What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
 _PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)

@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mics_fast.config import DataConfig
-from mics_fast.data.augment import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from mics_fast.data.augmentation import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from mics_fast.data.distortions import erased, warped
+from mics_fast.options.config import DataConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

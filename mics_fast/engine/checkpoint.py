@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 import torch
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 
 
 class DamagedCheckpoint(InputError):

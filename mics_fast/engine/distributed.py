@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mics_fast.errors import InputError, RunFailed
+from mics_fast.common.errors import InputError, RunFailed
 
 T = TypeVar("T")
 CPU = torch.device("cpu")

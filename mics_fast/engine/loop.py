@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.engine.background import CheckpointWriter
 from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.checkpoint import Checkpoints
@@ -30,7 +31,6 @@ from mics_fast.engine.meter import Meter
 from mics_fast.engine.plan import Losses, Plan, Stage
 from mics_fast.engine.profile import phase, profiled
 from mics_fast.engine.update import Update, Values
-from mics_fast.errors import InputError, RunFailed
 
 __all__ = ["Loop", "Losses", "Plan", "Stage"]
 

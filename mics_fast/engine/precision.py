@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.amp import GradScaler
 
-from mics_fast.config import PrecisionName
+from mics_fast.options.config import PrecisionName
 
 
 @dataclass(frozen=True)

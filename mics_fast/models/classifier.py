@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import (
     Block,

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 
 _ANCHOR = "patch_embed.proj.weight"
 _WRAPPERS = ("model", "state_dict")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.vit import (
     Block,
     Blocks,

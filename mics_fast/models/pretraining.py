@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import (

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 
 Pool = Literal["cls", "mean"]
 

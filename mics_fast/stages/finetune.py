@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from mics_fast.config import CompileScope, FinetuneConfig
 from mics_fast.data.batch import PairBatch
 from mics_fast.engine.distributed import gather_rows
 from mics_fast.engine.plan import Losses
 from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
+from mics_fast.options.config import CompileScope, FinetuneConfig
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings

@@ -12,7 +12,6 @@ from itertools import permutations
 import torch
 from torch import Tensor, nn
 
-from mics_fast.config import CompileScope, PretrainConfig
 from mics_fast.data.batch import PairBatch
 from mics_fast.engine.distributed import gather_rows, own_first
 from mics_fast.engine.plan import Losses
@@ -21,6 +20,7 @@ from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import Pool, take_rows
+from mics_fast.options.config import CompileScope, PretrainConfig
 from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judge
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.health import pretrain_warnings

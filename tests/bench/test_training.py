@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import rungs, training
-from mics_fast.config import ModelConfig, PretrainConfig, TrainConfig
-from mics_fast.data.pipeline import PairBatch
+from mics_fast.data.loaders import PairBatch
 from mics_fast.models.sizes import SIZES, Size
+from mics_fast.options.config import ModelConfig, PretrainConfig, TrainConfig
 
 TINY = Size(
     image=16, patch=4, width=16, depth=2, heads=2,

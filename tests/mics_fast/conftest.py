@@ -22,6 +22,8 @@ FEW_STEPS = [
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8", "--finetune.epochs", "1",
 ]  # fmt: skip
 
+FRAMES = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+
 
 @pytest.fixture
 def tiny():
@@ -90,3 +92,19 @@ def train_few_steps():
         )
 
     return command
+
+
+@pytest.fixture(scope="session")
+def kvasir_seg():
+    """Folder of the Kvasir-SEG frames and their labels.csv."""
+    if not (FRAMES / "kvasir_seg").is_dir():
+        pytest.skip(f"{FRAMES / 'kvasir_seg'} is not there")
+    return FRAMES / "kvasir_seg"
+
+
+@pytest.fixture(scope="session")
+def kvasir_mini5():
+    """Folder of a folder a class of native Kvasir frames."""
+    if not (FRAMES / "kvasir_mini5").is_dir():
+        pytest.skip(f"{FRAMES / 'kvasir_mini5'} is not there")
+    return FRAMES / "kvasir_mini5"

@@ -9,9 +9,9 @@ import math
 import pytest
 
 from mics_fast import evaluate, predict, train
-from mics_fast.config import PretrainConfig
-from mics_fast.errors import InputError
-from mics_fast.train import check_modalities
+from mics_fast.common.errors import InputError
+from mics_fast.options.config import PretrainConfig
+from mics_fast.training.trainer import check_modalities
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,21 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mics_fast.build import build_classifier, build_finetuning, build_pretraining
-from mics_fast.config import (
+from mics_fast.data import cache
+from mics_fast.data.augmentation import draw_augmentation
+from mics_fast.data.batch import Sample
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.decoding import PairGraph, decoded
+from mics_fast.data.image_files import ImageFiles
+from mics_fast.data.stream import Prepared, Stream
+from mics_fast.engine.loop import Loop
+from mics_fast.engine.precision import pick_precision
+from mics_fast.engine.update import Update
+from mics_fast.evaluation.opinions import state_opinions
+from mics_fast.models.discriminator import SpectralLinear
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import Attention, checkpoint_activations
+from mics_fast.options.config import (
     AugmentConfig,
     CacheConfig,
     ColourConfig,
@@ -27,22 +40,9 @@ from mics_fast.config import (
     PretrainConfig,
     TrainConfig,
 )
-from mics_fast.data import cache
-from mics_fast.data.augment import draw_augmentation
-from mics_fast.data.batch import Sample
-from mics_fast.data.cache import FrameCache
-from mics_fast.data.files import ImageFiles
-from mics_fast.data.graph import PairGraph, decoded
-from mics_fast.data.stream import Prepared, Stream
-from mics_fast.engine.loop import Loop
-from mics_fast.engine.precision import pick_precision
-from mics_fast.engine.update import Update
-from mics_fast.models.discriminator import SpectralLinear
-from mics_fast.models.sizes import SIZES
-from mics_fast.models.vit import Attention, checkpoint_activations
-from mics_fast.neighbours import extract_features
-from mics_fast.opinions import state_opinions
 from mics_fast.stages import finetune
+from mics_fast.training.build import build_classifier, build_finetuning, build_pretraining
+from mics_fast.training.neighbours import extract_features
 from tests.mics_fast.pretence import GPU, STREAM, Stray, Watch, launched, pretended_gpu
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mics_fast import evaluate, train
+from mics_fast.common.errors import InputError
 from mics_fast.engine.checkpoint import Checkpoints
-from mics_fast.errors import InputError
 
 
 def torchrun(*options: str) -> list[str]:
@@ -129,7 +129,7 @@ def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, t
 def test_what_cannot_be_sharded_is_refused(
     arguments, tmp_path, monkeypatch, processes, options, sentence
 ):
-    monkeypatch.setattr(train, "world_size", lambda: processes)
+    monkeypatch.setattr("mics_fast.training.trainer.world_size", lambda: processes)
     options = [*options, "--shard_parameters", "true", "--out", str(tmp_path / "run")]
     with pytest.raises(InputError, match=sentence):
         train.main([*arguments, *options])
@@ -149,6 +149,6 @@ def test_what_cannot_be_sharded_is_refused(
 def test_a_batch_that_processes_cannot_share_is_refused(
     arguments, tmp_path, monkeypatch, options, sentence
 ):
-    monkeypatch.setattr(train, "world_size", lambda: 2)
+    monkeypatch.setattr("mics_fast.training.trainer.world_size", lambda: 2)
     with pytest.raises(InputError, match=sentence):
         train.main([*arguments, *options, "--out", str(tmp_path / "run")])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from tools import gpu
 
 FORBIDDEN = ("nvidia", "jsonargparse", "safetensors", "matplotlib", "scipy", "torchmetrics")

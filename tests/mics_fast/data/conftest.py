@@ -2,31 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from tests.mics_fast.data.loading import noise, row, save
-from tests.mics_fast.data.preparing import paint
-
-FRAMES = Path(__file__).resolve().parents[3].parent / "shared" / "data"
-
-
-@pytest.fixture(scope="session")
-def kvasir_seg():
-    """Folder of the Kvasir-SEG frames and their labels.csv."""
-    if not (FRAMES / "kvasir_seg").is_dir():
-        pytest.skip(f"{FRAMES / 'kvasir_seg'} is not there")
-    return FRAMES / "kvasir_seg"
-
-
-@pytest.fixture(scope="session")
-def kvasir_mini5():
-    """Folder of a folder a class of native Kvasir frames."""
-    if not (FRAMES / "kvasir_mini5").is_dir():
-        pytest.skip(f"{FRAMES / 'kvasir_mini5'} is not there")
-    return FRAMES / "kvasir_mini5"
 
 
 @pytest.fixture(scope="session")
@@ -58,26 +37,6 @@ def reference_resize():
         return np.einsum("yh,hwc,xw->yxc", rows, pixels, columns, optimize=True)
 
     return resize
-
-
-@pytest.fixture
-def kvasir(tmp_path):
-    """Kvasir's own layout: 10 frames of one class, 6 of another, 1 of a third."""
-    source = tmp_path / "kvasir"
-    for label, count in (("polyps", 10), ("esophagitis", 6), ("z, line", 1)):
-        for number in range(count):
-            paint(source / label / f"{label[0]}{number}.jpg", (150 + 5 * number, 100, 90))
-    return source
-
-
-@pytest.fixture
-def pairs(tmp_path):
-    """The published pair layout; names sort differently in the two folders."""
-    source = tmp_path / "pairs"
-    for number in range(5):
-        paint(source / "polyps_WLI" / f"{number}.png", (200, 10 * number, 0))
-        paint(source / "polyps_NBI" / f"{number}.png", (0, 10 * number, 200))
-    return source
 
 
 @pytest.fixture(scope="module")

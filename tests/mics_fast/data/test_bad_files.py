@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from mics_fast.config import AugmentConfig, CacheConfig
+from mics_fast.common.errors import InputError
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.files import WHOLE, ImageFiles
+from mics_fast.data.image_files import WHOLE, ImageFiles
+from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import Row
-from mics_fast.data.pipeline import EvalLoader, TrainLoader
-from mics_fast.errors import InputError
+from mics_fast.options.config import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
 SKIP = replace(GREY_LEVELS, on_bad_file="skip")
@@ -192,7 +192,7 @@ def test_a_file_is_good_or_bad_for_each_crop_on_its_own(rows):
 
 
 def test_an_error_that_is_no_file_s_fault_is_not_hidden(rows, monkeypatch):
-    monkeypatch.setattr("mics_fast.data.files.DecodeCheck.__call__", lambda *_: True)
+    monkeypatch.setattr("mics_fast.data.image_files.DecodeCheck.__call__", lambda *_: True)
     spoil(rows[5].files["nbi"], "text")
     with pytest.raises(RuntimeError, match="decode"):
         take(train(rows), 3)

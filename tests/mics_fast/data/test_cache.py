@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from mics_fast.config import AugmentConfig, CacheConfig
+from mics_fast.common.errors import InputError
 from mics_fast.data import cache as cache_module
-from mics_fast.data.augment import draw_augmentation
+from mics_fast.data.augmentation import draw_augmentation
 from mics_fast.data.cache import FrameCache, check_memory, free_host_memory
+from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Row
-from mics_fast.data.pipeline import TrainLoader
-from mics_fast.errors import InputError
+from mics_fast.options.config import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
 
@@ -89,7 +89,7 @@ def test_no_file_is_opened_after_the_first_epoch(rows, monkeypatch):
         opened.append(path)
         return whole(path, **options)
 
-    monkeypatch.setattr("mics_fast.data.files.np.fromfile", fromfile)
+    monkeypatch.setattr("mics_fast.data.image_files.np.fromfile", fromfile)
     take(train(rows), 12)
     assert len(opened) == len(set(opened)) == 2 * len(rows) - 1
 
@@ -97,7 +97,7 @@ def test_no_file_is_opened_after_the_first_epoch(rows, monkeypatch):
 def test_loaders_of_both_stages_share_the_frames(rows, monkeypatch):
     kept = keep(rows)
     take(train(rows, kept=kept), 5)
-    monkeypatch.setattr("mics_fast.data.files.np.fromfile", None)
+    monkeypatch.setattr("mics_fast.data.image_files.np.fromfile", None)
     take(train(rows[3:9], kept=kept), 3)
 
 

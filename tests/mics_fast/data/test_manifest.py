@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import RESERVED, read_manifest, write_manifest
-from mics_fast.errors import InputError
 
 HEADER = "id,label,labelled,group,split,virtual,wli,nbi"
 

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from mics_fast.config import AugmentConfig, CacheConfig
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.graph import PairGraph, new_pipeline, resized
+from mics_fast.data.decoding import PairGraph, new_pipeline, resized
+from mics_fast.data.image_threads import image_workers
+from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import Row
-from mics_fast.data.pipeline import EvalLoader, TrainLoader
 from mics_fast.data.resize import blurred, resized_square
-from mics_fast.data.workers import image_workers
+from mics_fast.options.config import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

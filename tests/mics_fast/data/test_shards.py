@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from mics_fast import prepare
-from mics_fast.config import AugmentConfig, CacheConfig, DataConfig
+from mics_fast.common.errors import InputError
 from mics_fast.data import stream
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.files import ImageFiles
+from mics_fast.data.image_files import ImageFiles
+from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import read_manifest
-from mics_fast.data.pipeline import EvalLoader, TrainLoader
 from mics_fast.data.shards import read_image, read_index, shard_order
-from mics_fast.errors import InputError
+from mics_fast.options.config import AugmentConfig, CacheConfig, DataConfig
 from tests.mics_fast.data.loading import CPU, NAMES, same, take
 
 
@@ -108,7 +108,7 @@ def test_dalis_reader_gives_what_single_files_give(manifests, window, monkeypatc
 
 def test_dalis_reader_reads_the_shards(manifests, monkeypatch):
     _, shards = manifests
-    monkeypatch.setattr("mics_fast.data.files.read_image", None)
+    monkeypatch.setattr("mics_fast.data.image_files.read_image", None)
     take(train(shards.select("train")), 5)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mics_fast.config import FinetuneConfig, PretrainConfig
 from mics_fast.engine.plan import Plan
 from mics_fast.models.classifier import Classifier
+from mics_fast.options.config import FinetuneConfig, PretrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 

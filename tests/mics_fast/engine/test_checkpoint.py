@@ -7,13 +7,13 @@ import pickle
 import pytest
 import torch
 
+from mics_fast.common.errors import InputError
 from mics_fast.engine.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
     load_checkpoint,
     write_state,
 )
-from mics_fast.errors import InputError
 
 META = {"stage": "pretrain", "classes": ["a", "b"]}
 

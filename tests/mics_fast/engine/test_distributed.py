@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 
+from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.engine import distributed
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Losses, Plan
-from mics_fast.errors import InputError, RunFailed
 
 CPU = torch.device("cpu")
 

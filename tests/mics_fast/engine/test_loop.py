@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Losses, Plan
-from mics_fast.errors import InputError, RunFailed
 
 
 @dataclass

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.pretraining import PretrainModel
 from mics_fast.models.sizes import Size

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.initial_weights import load_initial_weights, resample_positions
 from mics_fast.models.vit import VisionTransformer
 

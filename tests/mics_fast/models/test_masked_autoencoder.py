@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.masked_autoencoder import (
     MaskedDecoder,
     patch_targets,

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from mics_fast.errors import InputError
+from mics_fast.common.errors import InputError
 from mics_fast.models.discriminator import Discriminator
 from mics_fast.models.masked_autoencoder import patch_targets, random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mics_fast.config import FinetuneConfig, PretrainConfig
 from mics_fast.models.classifier import Classifier
+from mics_fast.options.config import FinetuneConfig, PretrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 

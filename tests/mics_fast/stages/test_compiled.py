@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from mics_fast.opinions import collect_opinions
+from mics_fast.evaluation.opinions import collect_opinions
 from mics_fast.stages.compiled import compile_parts
 
 STEPS = 6

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mics_fast.config import FinetuneConfig
+from mics_fast.options.config import FinetuneConfig
 from mics_fast.stages.finetune import NO_LABEL, Scalars, wants_unlabelled
 from mics_fast.stages.ramp import ramp
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing
 
-from mics_fast.config import FinetuneConfig, PretrainConfig
-from mics_fast.data.pipeline import PairBatch
+from mics_fast.data.loaders import PairBatch
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import Size
+from mics_fast.options.config import FinetuneConfig, PretrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 

@@ -1,0 +1,161 @@
+"""The image files of training, and what becomes of one that cannot be used.
+
+DALI does not say on which image of a batch it stumbled, and cannot go on after that. So the images
+of a batch that failed are decoded again, one by one, and those that fail are suspects. A suspect is
+tried each time before it enters a batch, with the crop of that time: whether it is used depends on
+file and crop alone (the upper half of a file that was cut short can be fine), not on what has been
+tried before, and a run that resumes sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.decoding import decoded, new_pipeline
+from mics_fast.data.manifest import Row
+from mics_fast.data.shards import Member, find_member, read_image
+
+WHOLE = np.array([0, 0, 1, 1], np.float32)
+"""The crop that is the whole frame: left, top, width, height as fractions of it."""
+
+Image = tuple[Row, str, np.ndarray]
+"""Row, modality, and the crop of this time."""
+
+
+class ImageFiles:
+    """Reads encoded images, for one stream of batches.
+
+    Args:
+        policy: "error": the first bad file ends the stream; "skip": it counts as missing.
+        device: where the stream decodes.
+    """
+
+    def __init__(self, policy: Literal["error", "skip"], device: torch.device) -> None:
+        self.policy = policy
+        self._decodes = DecodeCheck(device)
+        self._suspects: set[tuple[int, str]] = set()
+        self._skipped: Counter[str] = Counter()
+        self._told: set[str] = set()
+
+    def read(
+        self, row: Row, modality: str, crop: np.ndarray = WHOLE
+    ) -> tuple[np.ndarray | None, str]:
+        """The bytes of an image, None where it is missing or bad; and the sentence on a bad one.
+
+        Raises:
+            InputError: it is bad, under "error"; the sentence names file, modality and row.
+        """
+        path = row.files[modality]
+        if path is None:
+            return None, ""
+        problem = ""
+        try:
+            encoded = read_image(path)
+        except OSError as error:
+            problem = f"cannot be read ({error.strerror})"
+        else:
+            if not len(encoded):
+                problem = "is empty"
+            elif (row.index, modality) in self._suspects and not self._decodes(encoded, crop):
+                problem = "cannot be decoded"
+        if not problem:
+            return encoded, ""
+        sentence = f"{path} {problem}, wanted the {modality} image of sample {row.id!r}"
+        if self.policy == "error":
+            raise InputError(sentence)
+        return None, sentence
+
+    def locate(
+        self, row: Row, modality: str, crop: np.ndarray = WHOLE
+    ) -> tuple[Member | None, str]:
+        """Where in its shard an image lies that ``read`` would give; unread, unless it is suspect.
+
+        Raises:
+            InputError: as ``read``.
+        """
+        path = row.files[modality]
+        if path is not None and (row.index, modality) not in self._suspects:
+            try:
+                return find_member(path), ""
+            except OSError:
+                pass  # reading it will say why
+        encoded, sentence = self.read(row, modality, crop)
+        return (None if path is None or encoded is None else find_member(path)), sentence
+
+    def suspect(self, images: Iterable[Image]) -> bool:
+        """Decode the images of batches that failed one by one; whether any fails is returned.
+
+        Raises:
+            InputError: one fails, under "error".
+        """
+        found = False
+        for row, modality, crop in images:
+            encoded, _ = self.read(row, modality, crop)
+            if encoded is not None and not self._decodes(encoded, crop):
+                found = True
+                self._suspects.add((row.index, modality))
+                self.read(row, modality, crop)  # raises, under "error"
+        return found
+
+    def skip(self, sentences: Iterable[str]) -> None:
+        """Count the bad images that a batch went without; say so of each file once."""
+        for sentence in sentences:
+            if sentence not in self._told:
+                print(f"skipped: {sentence}", file=sys.stderr)
+                self._told.add(sentence)
+            self._skipped[sentence] += 1
+
+    def report(self, what: str) -> None:
+        """Say how many images ``what`` went without, if any, and count anew."""
+        if self._skipped:
+            print(
+                f"{what}: skipped {self._skipped.total()} images of {len(self._skipped)} bad files",
+                file=sys.stderr,
+            )
+        self._skipped.clear()
+
+
+class DecodeCheck:
+    """Decodes one image at a time, as the graph does.
+
+    Args:
+        device: where the graph decodes.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pipeline: Any = None
+
+    def __call__(self, encoded: np.ndarray, crop: np.ndarray) -> bool:
+        """Whether the decoder takes the crop of an image.
+
+        Raises:
+            RuntimeError: the GPU has no memory left for it, which says nothing of the image.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._build()
+        try:
+            self._pipeline.run(encoded=[encoded], crop=[crop])
+        except RuntimeError as error:
+            self._pipeline = None  # DALI cannot go on after an error
+            if "CUDA allocation failed" in str(error):
+                raise
+            return False
+        return True
+
+    def _build(self) -> Any:
+        from nvidia.dali import fn
+
+        pipeline = new_pipeline(self._device, threads=1, batch_size=1, prefetch=1)
+        with pipeline:
+            encoded, crop = fn.external_source(name="encoded"), fn.external_source(name="crop")
+            pipeline.set_outputs(decoded(encoded, self._device, crop))
+        pipeline.build()
+        return pipeline

@@ -1,0 +1,298 @@
+"""From rows of the manifest to batches of image pairs on the training device, by NVIDIA DALI.
+
+Which row a sample is and how it is changed are functions of its number in the training stream
+(``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
+happens to the pixels is in ``graph.py``, ``resize.py`` and ``views.py``, to bad files in
+``files.py``; ``stream.py`` runs it all.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.augmentation import draw_augmentation, epoch_order
+from mics_fast.data.batch import PairBatch, Sample
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.decoding import PairGraph
+from mics_fast.data.image_files import ImageFiles
+from mics_fast.data.manifest import Row
+from mics_fast.data.sampling import BalancedOrder
+from mics_fast.data.shards import shard_of, shard_order
+from mics_fast.data.stream import (
+    Prepared,
+    Stream,
+    encoded_sample,
+    located_sample,
+    sample_of,
+)
+from mics_fast.options.config import AugmentConfig, DataConfig
+
+
+class TrainLoader:
+    """The endless training stream: shuffled by epoch, augmented, always in full batches.
+
+    Sample n = step * batch_size + i of the stream is row ``order(seed, n // R)[n % R]`` of the R
+    rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch, or
+    of each part of one.
+    The order is any permutation; of rows that all lie in shards, one that takes shard after shard.
+    Where classes are balanced, an epoch holds each class, not each row, equally often.
+    A row none of whose images can be used, where bad files are skipped, is replaced by the next
+    one of its epoch.
+
+    Args:
+        rows: what to train on, at least one.
+        modalities: names, in the order of ``PairBatch.present``.
+        data: normalisation, threads, what to do with bad files.
+        augment: how pairs are changed.
+        image_size: side of the views, pixels.
+        batch_size: pairs a step over all ranks; a multiple of ``world_size * parts``.
+        seed: of order and augmentation.
+        step: number of the first batch.
+        strong: also make the strong view.
+        balanced: draw every class equally often; the rows are labelled then.
+        device: where decoding, augmentation and batches live.
+        rank: of this process.
+        world_size: processes that share each batch.
+        parts: equal parts of a batch that are worked on one after the other.
+        cache: keeps the decoded frames of these rows; None: decode anew each time.
+
+    Raises:
+        InputError: no rows, a batch that the ranks cannot share, no DALI, a standard deviation
+            that is not positive; while iterating: a file that cannot be read or decoded.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        modalities: Sequence[str],
+        *,
+        data: DataConfig,
+        augment: AugmentConfig,
+        image_size: int,
+        batch_size: int,
+        seed: int,
+        step: int = 0,
+        strong: bool = False,
+        balanced: bool = False,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        parts: int = 1,
+        cache: FrameCache | None = None,
+    ) -> None:
+        if not rows:
+            raise InputError("there are no rows to train on, wanted at least one")
+        if batch_size % (world_size * parts):
+            raise InputError(
+                f"a batch of {batch_size} cannot be shared by {world_size} processes in {parts} "
+                f"parts, wanted a multiple of {world_size * parts}"
+            )
+        self.rows, self.batch_size, self.seed, self.step = rows, batch_size, seed, step
+        self._augment, self._cache = augment, cache
+        kept = None if cache is None else cache.device
+        self._graph = PairGraph(modalities, data, image_size, device, augment, strong, kept)
+        self._files = ImageFiles(data.on_bad_file, device)
+        self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
+        self._rank, self._parts = rank, parts
+        self._share = batch_size // world_size
+        self._shards = shards_of(rows)
+        self._orders: dict[int, np.ndarray] = {}
+        self._balanced = BalancedOrder(seed, [row.label for row in rows]) if balanced else None
+        self._stream: Stream | None = None
+
+    def __iter__(self) -> TrainLoader:
+        return self
+
+    def __next__(self) -> PairBatch:
+        if self._stream is None:
+            self._stream = Stream(
+                self._graph,
+                self._files,
+                self._prepare,
+                self._share,
+                self.step,
+                self._dtype,
+                sharded=self._located(),
+            )
+        batch = next(self._stream)
+        before, self.step = self.epoch, self.step + 1
+        if self.epoch > before:
+            self._report(self.epoch)
+        return batch
+
+    def close(self) -> None:
+        """Say what was skipped of the epoch that is not over, if anything was."""
+        self._report(self.epoch + 1)
+
+    def _report(self, epoch: int) -> None:
+        self._files.report(f"epoch {epoch} of {len(self.rows)} rows")
+
+    @property
+    def epoch(self) -> int:
+        """How often all rows have come before the next batch begins."""
+        return self.step * self.batch_size // len(self.rows)
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch and number of the next batch, and what the stream is made of."""
+        return {"epoch": self.epoch, "step": self.step, **self._identity()}
+
+    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
+        """Go on with the batch at which the state was taken, on any number of ranks.
+
+        Raises:
+            InputError: the state belongs to another stream.
+        """
+        for name, here in self._identity().items():
+            if state_dict[name] != here:
+                raise InputError(
+                    f"the saved loader position has {name} {state_dict[name]}, wanted {here}, "
+                    "that of this run"
+                )
+        self.step = state_dict["step"]
+        self._stream = None
+
+    def _identity(self) -> dict[str, int]:
+        names = "\n".join(f"{row.index} {row.id}" for row in self.rows)
+        return {
+            "seed": self.seed,
+            "batch_size": self.batch_size,
+            "rows": len(self.rows),
+            "rows_checksum": zlib.crc32(names.encode()),
+            "balanced": int(self._balanced is not None),
+        }
+
+    def _prepare(self, step: int) -> Prepared:
+        """The samples of this rank in a batch."""
+        part, share = self.batch_size // self._parts, self._share // self._parts
+        first = step * self.batch_size + self._rank * share
+        starts = range(first, first + self.batch_size, part)
+        numbers = [start + own for start in starts for own in range(share)]
+        if self._cache is not None:
+            self._cache.fill([self._row(number)[0] for number in numbers])
+        return Prepared([self._sample(number) for number in numbers])
+
+    def _row(self, number: int, later: int = 0) -> tuple[Row, int]:
+        """Row of a sample of the stream, or of one that comes later in its epoch, and how often it
+        has come before."""
+        if self._balanced is not None:
+            place, before = self._balanced.row(number + later)
+            return self.rows[place], before
+        count = len(self.rows)
+        epoch, place = divmod(number, count)
+        return self.rows[self._order(epoch)[(place + later) % count]], epoch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """(R,) the order of the rows in an epoch; the last epoch's is kept beside it."""
+        if epoch not in self._orders:
+            self._orders = {own: o for own, o in self._orders.items() if own == epoch - 1}
+            self._orders[epoch] = (
+                shard_order(self.seed, epoch, self._shards)
+                if self._shards
+                else epoch_order(self.seed, epoch, len(self.rows))
+            )
+        return self._orders[epoch]
+
+    def _located(self) -> bool:
+        """Whether images are read from shards by DALI."""
+        return bool(self._shards) and self._cache is None
+
+    def _sample(self, number: int) -> Sample:
+        """A sample of the stream; the next one that has an image, where it has none."""
+        problems: list[str] = []
+        for later in range(len(self.rows)):
+            sample = self._sample_of(*self._row(number, later))
+            problems += sample.problems
+            if sample.present.any():
+                return replace(sample, problems=problems)
+        raise InputError(f"none of {len(self.rows)} train rows has an image that can be used")
+
+    def _sample_of(self, row: Row, epoch: int) -> Sample:
+        graph, names = self._graph, self._graph.modalities
+        drawn = draw_augmentation(
+            self._augment,
+            seed=self.seed,
+            epoch=epoch,
+            sample_id=row.index,
+            modalities=len(names),
+        )
+        how = (graph.numbers(drawn), drawn.crop(), graph.region(drawn), drawn)
+        if self._located():
+            return located_sample(self._files, row, names, *how)
+        if self._cache is None:
+            return encoded_sample(self._files, row, names, *how)
+        self._cache.fill([row])
+        found = [self._cache.frame(row, name) for name in names]
+        return sample_of(row, found, self._cache.blank(), *how)
+
+
+class EvalLoader:
+    """One pass over the rows in their order, whole frames, the last batch smaller.
+
+    A row none of whose images can be used is left out where bad files are skipped.
+
+    Args:
+        rows: what to evaluate; may be empty.
+        modalities: names, in the order of ``PairBatch.present``.
+        data: normalisation, threads, what to do with bad files.
+        image_size: side of the views, pixels.
+        batch_size: pairs a batch.
+        device: where decoding and batches live.
+
+    Raises:
+        InputError: as ``TrainLoader``.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        modalities: Sequence[str],
+        *,
+        data: DataConfig,
+        image_size: int,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.rows, self.batch_size = rows, min(batch_size, max(1, len(rows)))
+        self._graph = PairGraph(modalities, data, image_size, device)
+        self._files = ImageFiles(data.on_bad_file, device)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[PairBatch]:
+        stream = Stream(self._graph, self._files, self._prepare, self.batch_size, step=0)
+        found = False
+        for _ in range(len(self)):
+            batch = next(stream)
+            if len(batch.label):
+                found = True
+                yield batch
+        self._files.report("evaluation")
+        if self.rows and not found:
+            raise InputError(f"none of {len(self.rows)} rows has an image that can be used")
+
+    def _prepare(self, step: int) -> Prepared:
+        rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]
+        # Past the end, where batches are made ahead, there is no row.
+        some: Sequence[Row | None] = rows or [None]
+        names = self._graph.modalities
+        return Prepared([encoded_sample(self._files, row, names) for row in some])
+
+
+def shards_of(rows: Sequence[Row]) -> list[Path]:
+    """The shard that each row lies in; none at all unless every row lies in one."""
+    found = []
+    for row in rows:
+        shards = {shard_of(path) for path in row.files.values() if path is not None}
+        shard = shards.pop() if len(shards) == 1 else None
+        if shard is None:
+            return []
+        found.append(shard)
+    return found

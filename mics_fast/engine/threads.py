@@ -1,0 +1,53 @@
+"""Who gets the CPU threads of a process: the rule, in one place.
+
+On a CPU the networks do most of the work: torch gets every thread, DALI a quarter as many beside
+them, which sleep while enough batches are ready. On a GPU it is the other way round: torch only
+launches kernels and gets a quarter, at most four, DALI the rest. The operators of ``mics_kernels``
+take as many threads as torch has at each call, from a pool that sleeps between calls.
+
+Processes that torchrun starts on one machine share its cores equally.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+import torch
+
+from mics_fast.options.config import DataConfig, TrainConfig
+
+_MOST_TO_LAUNCH = 4
+
+
+def share_threads(threads: int, device: torch.device) -> tuple[int, int]:
+    """How many of some threads torch gets, and how many each image pipeline."""
+    quarter = max(1, threads // 4)
+    if device.type == "cpu":
+        return threads, quarter
+    launching = min(quarter, _MOST_TO_LAUNCH)
+    return launching, max(1, threads - launching)
+
+
+def available_threads() -> int:
+    """The cores that the system gives this process, its share where torchrun started several."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: containers and taskset may allow a few only
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def use_threads(config: TrainConfig, device: torch.device) -> DataConfig:
+    """Give torch its threads.
+
+    Without ``threads`` torch keeps what it has where that is less: ``OMP_NUM_THREADS`` counts.
+
+    Returns:
+        The data options with the image pipeline's.
+    """
+    for_torch, for_data = share_threads(config.threads or available_threads(), device)
+    if config.threads is None:
+        for_torch = min(for_torch, torch.get_num_threads())
+    torch.set_num_threads(for_torch)
+    return replace(config.data, threads=config.data.threads or for_data)

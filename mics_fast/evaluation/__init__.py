@@ -1,0 +1,1 @@
+"""Opinions and what is computed from them: metrics, intervals, calibration, tables."""

@@ -1,0 +1,1 @@
+"""Trained classifiers, from a run or an exported folder: prediction, evaluation, export."""

@@ -1,0 +1,1 @@
+"""Every option of the trainer: typed dataclasses, parsing, checks."""

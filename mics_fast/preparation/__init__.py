@@ -1,0 +1,1 @@
+"""From images wherever they lie to a manifest: sources, inspection, splits, leaks, phantom."""

@@ -1,0 +1,100 @@
+"""The contact sheet: a picture on which a person sees whether the pairs are pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from mics_fast.common.files import renamed
+from mics_fast.data.images import decode
+
+_SAMPLES, _COLUMNS = 24, 3
+_CELL, _CAPTION, _MARGIN = 176, 34, 12  # pixels
+_INK, _PAPER, _MISSING = "black", "white", "lightgrey"
+
+
+def write_contact_sheet(
+    path: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
+) -> None:
+    """Draw some samples of every class, the modalities of a sample side by side.
+
+    Args:
+        path: of the PNG; the paths of the records are relative to its folder.
+        records: rows of the manifest.
+        modalities: names of the columns that hold paths.
+    """
+    chosen = choose(records)
+    block_width = len(modalities) * _CELL + _MARGIN
+    block_height = _CELL + _CAPTION + _MARGIN
+    lines = -(-len(chosen) // _COLUMNS)
+    sheet = Image.new(
+        "RGB", (_COLUMNS * block_width + _MARGIN, lines * block_height + _MARGIN), _PAPER
+    )
+    draw = ImageDraw.Draw(sheet)
+    for number, record in enumerate(chosen):
+        line, column = divmod(number, _COLUMNS)
+        corner = (_MARGIN + column * block_width, _MARGIN + line * block_height)
+        draw_sample(sheet, draw, corner, record, modalities, path.parent)
+    with renamed(path) as partial:
+        sheet.save(partial, "PNG")
+
+
+def choose(records: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
+    """Up to 24 samples: the classes take turns, each evenly through its rows; in class order."""
+    by_class = defaultdict(list)
+    for record in records:
+        by_class[record["label"]].append(record)
+    share = max(1, _SAMPLES // len(by_class))
+    chosen = []
+    for label in sorted(by_class)[:_SAMPLES]:
+        own = by_class[label]
+        count = min(share, len(own))
+        chosen += [own[k * len(own) // count] for k in range(count)]
+    return chosen
+
+
+def draw_sample(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    corner: tuple[int, int],
+    record: Mapping[str, str],
+    modalities: Sequence[str],
+    folder: Path,
+) -> None:
+    """The images of one sample, whole, and below them what and whose they are."""
+    left, top = corner
+    virtual = record["virtual"].split()
+    for column, name in enumerate(modalities):
+        place = (left + column * _CELL, top)
+        if record[name]:
+            image = Image.fromarray(decode(folder / record[name]))
+            sheet.paste(ImageOps.pad(image, (_CELL - 2, _CELL - 2), color=_INK), place)
+        else:
+            draw.rectangle((*place, place[0] + _CELL - 3, top + _CELL - 3), fill=_MISSING)
+        shown = f"virtual {name.upper()}" if name in virtual else name.upper()
+        tag = shown if record[name] else f"no {shown}"
+        draw.text((place[0] + 4, top + 3), tag, fill="yellow", font=font(), stroke_width=2,
+                  stroke_fill=_INK)  # fmt: skip
+    keeps = ", labelled" if record["labelled"] == "1" else ""
+    what = f"{record['label'] or 'no label'}  ({record['split']}{keeps})"
+    width = len(modalities) * _CELL
+    for line, text in enumerate((what, record["id"])):
+        draw.text((left, top + _CELL + 1 + 15 * line), fitted(draw, text, width), fill=_INK,
+                  font=font())  # fmt: skip
+
+
+def fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+    """The text, its beginning cut away where it is wider than ``width`` pixels."""
+    if draw.textlength(text, font=font()) <= width:
+        return text
+    while text and draw.textlength(f"...{text}", font=font()) > width:
+        text = text[1:]
+    return f"...{text}"
+
+
+def font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font."""
+    return ImageFont.load_default(13)

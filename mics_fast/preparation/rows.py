@@ -1,0 +1,139 @@
+"""From the samples that ``prepare`` keeps to manifests: splits, labels, leaks, rows.
+
+``options`` is the command line of ``prepare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mics_fast.data.manifest import write_manifest
+from mics_fast.data.shards import write_shards
+from mics_fast.preparation.contact_sheet import write_contact_sheet
+from mics_fast.preparation.inspection import Inspected
+from mics_fast.preparation.leaks import group_together, near_duplicates
+from mics_fast.preparation.reports import print_summary, report_leaks
+from mics_fast.preparation.sources import CONTACT_SHEET, Sample
+from mics_fast.preparation.splits import fold_rows, label_rows, split_fold, split_rows
+
+HELD_OUT = "held-out.csv"
+
+
+def write_rows(
+    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
+) -> list[Path]:
+    """Split the samples, check for leaks, write manifests and contact sheet, print a summary.
+
+    Returns:
+        The files written.
+    """
+    samples = [one.sample for one in found]
+    labels = [sample.label for sample in samples]
+    groups = [sample.group for sample in samples]
+    alike = near_duplicates([one.hashes for one in found])
+    if options.group_near_duplicates:
+        groups = group_together(groups, [sample.id for sample in samples], alike)
+    written: list[Path] = []
+    for name, splits in draw_splits(labels, groups, options).items():
+        labelled = draw_labelled(labels, groups, splits, options)
+        records = records_of(samples, groups, splits, labelled, modalities, options.out)
+        if not written:
+            print_summary(records, modalities)
+            report_leaks(alike, records, options.out / "near_duplicates.csv")
+            write_contact_sheet(options.out / CONTACT_SHEET, records, modalities)
+        if options.to_shards:
+            records = write_shards(
+                records, modalities, options.out, options.to_shards, options.seed
+            )
+        replace_manifest(options.out / name, records, modalities)
+        written.append(options.out / name)
+    return [*written, options.out / CONTACT_SHEET]
+
+
+def replace_manifest(
+    file: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
+) -> None:
+    """Write a manifest; another one that was there, edited by hand maybe, stays beside it."""
+    before = file.read_bytes() if file.exists() else None
+    write_manifest(file, records, modalities)
+    if before not in (None, file.read_bytes()):
+        kept = file.with_name(f"{file.name}.bak")
+        kept.write_bytes(before)
+        print(f"{file} was another one: it is now {kept}")
+
+
+def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: Path) -> Path:
+    """The manifest of the class that is held out: every row is for testing."""
+    samples = [one.sample for one in found]
+    groups = [sample.group for sample in samples]
+    splits = ["test"] * len(samples)
+    records = records_of(samples, groups, splits, set(), modalities, out)
+    write_manifest(out / HELD_OUT, records, modalities)
+    return out / HELD_OUT
+
+
+def draw_splits(
+    labels: Sequence[str], groups: Sequence[str], options: argparse.Namespace
+) -> dict[str, list[str]]:
+    """File name of each manifest -> the split of each row."""
+    if options.folds is None:
+        return {"manifest.csv": split_rows(labels, groups, options.split, options.seed)}
+    fold = fold_rows(labels, groups, options.folds, options.seed)
+    val_share = options.split[1] / (options.split[0] + options.split[1])
+    return {
+        f"fold-{k + 1}.csv": split_fold(labels, groups, fold, k, val_share, options.seed)
+        for k in range(options.folds)
+    }
+
+
+def draw_labelled(
+    labels: Sequence[str],
+    groups: Sequence[str],
+    splits: Sequence[str],
+    options: argparse.Namespace,
+) -> set[int]:
+    """The train rows that keep their label."""
+    train = [row for row, split in enumerate(splits) if split == "train"]
+    chosen = label_rows(
+        [labels[row] for row in train],
+        [groups[row] for row in train],
+        options.label_fraction,
+        options.seed,
+    )
+    return {row for row, keeps in zip(train, chosen, strict=True) if keeps}
+
+
+def records_of(
+    samples: Sequence[Sample],
+    groups: Sequence[str],
+    splits: Sequence[str],
+    labelled: set[int],
+    modalities: Sequence[str],
+    out: Path,
+) -> list[dict[str, str]]:
+    """The rows of a manifest in ``out``."""
+    # Resolved: "out/.." is not the parent of a folder that is reached through a link.
+    folder = out.resolve()
+    return [
+        {
+            "id": sample.id,
+            "label": sample.label,
+            "labelled": str(int(row in labelled)),
+            "group": groups[row],
+            "split": splits[row],
+            "virtual": " ".join(sample.virtual),
+            **{
+                name: relative(sample.files[name], folder) if name in sample.files else ""
+                for name in modalities
+            },
+        }
+        for row, sample in enumerate(samples)
+    ]
+
+
+def relative(file: Path, folder: Path) -> str:
+    """The way from a resolved folder to a file, whose own name may be a link."""
+    return os.path.relpath(file.parent.resolve() / file.name, folder)

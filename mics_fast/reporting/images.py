@@ -1,0 +1,144 @@
+"""The sections of the report that look at samples: features, reconstructions, saliency, cases."""
+
+from __future__ import annotations
+
+from html import escape
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.loaders import PairBatch
+from mics_fast.data.manifest import Row
+from mics_fast.evaluation.opinions import records
+from mics_fast.models.sizes import SIZES
+from mics_fast.reporting import figures, pictures
+from mics_fast.reporting.parts import Subject, grid, section, strip, text
+
+CASES = 4
+EXAMPLES = 2
+
+
+def features(subject: Subject) -> str:
+    """The features the last view's head reads, on their two strongest directions."""
+    trained, rows = subject.evaluated.trained, subject.evaluated.rows
+    read, opinions = pictures.collect_features(trained.model, trained.loader(rows))
+    there = opinions.present[:, -1]
+    if there.sum() < 3:
+        return section("Features", text("Fewer than three samples have this view."))
+    points, share = pictures.principal_components(read[there])
+    figure = figures.scatter(
+        f"Features of the {trained.views[-1]} view by class",
+        f"first principal component ({share[0]:.0%} of the variance)",
+        f"second principal component ({share[1]:.0%})",
+        points.numpy(), opinions.label[there].numpy(), trained.classes,
+    )  # fmt: skip
+    return section("Features", grid(figure))
+
+
+def reconstructions(subject: Subject) -> str:
+    """Image, what the encoder was shown, and what the decoder made of it."""
+    run, manifest = subject.run, subject.evaluated.manifest
+    try:
+        model = pictures.load_pretrained(run, manifest)
+    except InputError as error:
+        return section("Reconstructions", text(f"Not shown: {error}."))
+    if model is None:
+        return section("Reconstructions", text("This run started without pre-training."))
+    batch = example_batch(subject)
+    ratio = run.config.pretrain.mask_ratio
+    shown = []
+    for column, name in enumerate(manifest.modalities):
+        three = pictures.reconstruct(
+            model, batch.views[name].cpu(), batch.sample_id.cpu(), ratio, column
+        )
+        for row, own in enumerate(three):
+            if batch.present[row, column]:
+                low, high = own.image.min().item(), own.image.max().item()
+                sample = subject.evaluated.rows[row].id
+                shown.append(
+                    strip(f"{name} of {sample}", {
+                        kind: pictures.picture(getattr(own, kind), low, high)
+                        for kind in ("image", "masked", "predicted")
+                    })
+                )  # fmt: skip
+    return section(
+        "Reconstructions",
+        text(
+            f"{ratio:.0%} of the patches are hidden; the decoder guesses them up to their mean and "
+            "contrast, which are shown as they truly are. Colours are scaled to each image."
+        ),
+        grid(*shown),
+    )
+
+
+def attention(subject: Subject) -> str:
+    """Which patches of which modality move the answer."""
+    model = subject.evaluated.trained.model
+    batch = example_batch(subject)
+    weight = pictures.saliency(model, batch, SIZES[subject.run.config.model.size].patch)
+    shown = []
+    for row in range(len(batch.label)):
+        total = sum(own[row].sum().item() for own in weight.values())
+        images = {
+            f"{name}: {own[row].sum().item() / max(total, 1e-12):.0%}": pictures.overlay(
+                batch.views[name][row], own[row]
+            )
+            for column, (name, own) in enumerate(weight.items())
+            if batch.present[row, column]
+        }
+        shown.append(strip(f"sample {subject.evaluated.rows[row].id}", images))
+    return section(
+        "Where it looks",
+        text(
+            "Orange: patches where a small change of the pixels moves the fused answer most "
+            "(absolute gradient), scaled to each image. Per cent: the modality's share of all "
+            "gradient of the sample."
+        ),
+        grid(*shown),
+    )
+
+
+def example_batch(subject: Subject) -> PairBatch:
+    """The first samples of the test rows."""
+    return next(iter(subject.evaluated.trained.loader(subject.evaluated.rows[:EXAMPLES])))
+
+
+def cases(subject: Subject) -> str:
+    """The samples a person should look at first."""
+    fused = subject.evaluated.opinions.fused()
+    wrong = fused.wrong().nonzero()[:, 0].tolist()
+    order = fused.uncertainty.argsort(descending=True, stable=True).tolist()
+    surest_wrong = [row for row in reversed(order) if row in set(wrong)][:CASES]
+    parts = [
+        "<h3>Most uncertain</h3>",
+        grid(*(case(subject, row) for row in order[:CASES])),
+        "<h3>Wrong with the least uncertainty</h3>",
+        grid(*(case(subject, row) for row in surest_wrong))
+        if surest_wrong
+        else text("No answer is wrong."),
+    ]
+    return section("Cases", *parts)
+
+
+def case(subject: Subject, position: int) -> str:
+    """The images of one sample, what was answered, and the belief of every view."""
+    row: Row = subject.evaluated.rows[position]
+    classes = subject.evaluated.trained.classes
+    (record,) = records(subject.evaluated.opinions.row(position), [row.id], classes)
+    images = {
+        f"virtual {name}" if name in row.virtual else name: pictures.thumbnail(file)
+        for name, file in row.files.items()
+        if file is not None
+    }
+    views = {"fused": record, **record["views"]}
+    belief = {
+        name: {**said["belief"], "uncommitted": said["uncertainty"]} for name, said in views.items()
+    }
+    truth = classes[row.label]
+    title = (
+        f"{row.id}: answered {record['class']}, truth {truth}; uncertainty "
+        f"{record['uncertainty']:.2f}, conflict {record['conflict']:.2f}"
+    )
+    return (
+        f'<article class="case"><h4>{escape(title)}</h4>{strip(f"frames of {row.id}", images)}'
+        + figures.belief_table(belief, truth, "Belief of each view; uncommitted = uncertainty")
+        + "</article>"
+    )

@@ -1,0 +1,28 @@
+"""The report of a run as one self-contained HTML page."""
+
+from __future__ import annotations
+
+from html import escape
+
+from mics_fast.reporting.images import attention, cases, features, reconstructions
+from mics_fast.reporting.numbers import certainty, confusion, curves, metrics, settings, summary
+from mics_fast.reporting.parts import Subject
+from mics_fast.reporting.style import STYLE
+
+
+def page(subject: Subject) -> str:
+    """The whole document; the policy in its head forbids every request."""
+    name = escape(subject.run.folder.resolve().name)
+    sections = (
+        summary(subject), metrics(subject), curves(subject), confusion(subject),
+        certainty(subject), features(subject), reconstructions(subject), attention(subject),
+        cases(subject), settings(subject),
+    )  # fmt: skip
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "img-src data:; style-src 'unsafe-inline'\">"
+        f'<title>Report: {name}</title><link rel="icon" href="data:,"><style>{STYLE}</style>'
+        f"</head><body><main><h1>Report: {name}</h1>{''.join(sections)}</main></body></html>\n"
+    )

@@ -1,0 +1,177 @@
+"""Pictures of what a run sees: frames, reconstructions, where each modality matters, features."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, interpolate, softplus
+
+from mics_fast.data.images import decode
+from mics_fast.data.loaders import PairBatch
+from mics_fast.data.manifest import Manifest
+from mics_fast.engine.checkpoint import load_checkpoint, weights_of
+from mics_fast.evaluation.opinions import Opinions, collect_opinions
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.masked_autoencoder import patch_targets, random_mask, unpatchify
+from mics_fast.models.pretraining import PretrainModel, paste_patches
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import patchify
+from mics_fast.training.run import Run, identity, pretraining_of
+from mics_kernels import fuse_evidence, opinion
+
+SIDE = 256
+_ORANGE = np.array([230, 159, 0], dtype=np.float32)
+
+
+@dataclass
+class Pictures:
+    """One modality of one sample, each (3, H, W) on a common scale.
+
+    Args:
+        image: as the encoder sees it.
+        masked: hidden patches grey.
+        predicted: hidden patches as the decoder guesses them.
+    """
+
+    image: Tensor
+    masked: Tensor
+    predicted: Tensor
+
+
+def thumbnail(file: Path) -> str:
+    """An image file, at most 256 pixels wide or high, as a data URI."""
+    image = Image.fromarray(decode(file))
+    image.thumbnail((SIDE, SIDE))
+    return _uri(image, "JPEG")
+
+
+def picture(image: Tensor, low: float, high: float) -> str:
+    """(3, H, W) as a data URI; ``low`` becomes black and ``high`` white."""
+    levels = ((image - low) / max(high - low, 1e-6)).clamp(0, 1)
+    return _uri(Image.fromarray((255 * levels).byte().permute(1, 2, 0).cpu().numpy()), "PNG")
+
+
+def overlay(image: Tensor, weight: Tensor) -> str:
+    """(3, H, W) in grey, orange where ``weight`` (rows, columns) is large, as a data URI."""
+    low, high = image.min(), image.max()
+    grey = 255 * ((image - low) / (high - low).clamp(min=1e-6)).mean(0).cpu().numpy()
+    share = weight / weight.max().clamp(min=1e-12)
+    fine = interpolate(share[None, None], image.shape[1:])[0, 0].cpu().numpy()[..., None]
+    mixed = (1 - fine) * grey[..., None] + fine * _ORANGE
+    return _uri(Image.fromarray(mixed.clip(0, 255).astype(np.uint8)), "PNG")
+
+
+def _uri(image: Image.Image, kind: str) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=88)
+    encoded = base64.b64encode(buffer.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{encoded}"
+
+
+def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
+    """The model of the pre-training that a run's fine-tuning started from; None without one.
+
+    Raises:
+        InputError: the checkpoint that the run names is gone.
+    """
+    config = run.config
+    checkpoint = pretraining_of(run)
+    if checkpoint is None:
+        return None
+    state = load_checkpoint(checkpoint, identity(config, manifest, "pretrain"))
+    model = PretrainModel(
+        SIZES[config.model.size],
+        manifest.modalities,
+        pool=config.model.pool,
+        projection=config.model.projection,
+        temperature=config.pretrain.temperature,
+    )
+    model.load_state_dict(weights_of(state, "model"))
+    return model.eval()
+
+
+@torch.no_grad()
+def reconstruct(
+    model: PretrainModel, images: Tensor, sample_id: Tensor, mask_ratio: float, stream: int
+) -> list[Pictures]:
+    """Hide patches and have them guessed, as in training.
+
+    The decoder guesses patches of mean 0 and variance 1; they are shown with the mean and
+    variance of the true patch.
+
+    Args:
+        model: of the first stage.
+        images: (B, 3, H, H) of one modality.
+        sample_id: (B,) int64, chooses the masks.
+        mask_ratio: share of patches to hide.
+        stream: the modality's number.
+    """
+    patches = patchify(images, model.patch_size)
+    visible, hidden = random_mask((0, 0), sample_id, 0, patches.shape[1], mask_ratio, stream)
+    guessed = model.decoder(model.encoder(images, visible), visible, hidden)
+    pasted = paste_patches(patch_targets(images, model.patch_size), hidden, guessed)
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
+    predicted = pasted * (variance + 1e-6).sqrt() + mean
+    grey = torch.full_like(guessed, float(images.mean()))
+    masked = paste_patches(patches, hidden, grey)
+    return [
+        Pictures(*three)
+        for three in zip(
+            images,
+            unpatchify(masked, model.patch_size),
+            unpatchify(predicted, model.patch_size),
+            strict=True,
+        )
+    ]
+
+
+def saliency(model: Classifier, batch: PairBatch, patch: int) -> dict[str, Tensor]:
+    """How much each patch of each modality moves the answer.
+
+    The absolute gradient of the logarithm of the largest fused probability with respect to the
+    normalised pixels, summed over channels and averaged over each patch of ``patch`` pixels.
+
+    Returns:
+        modality -> (B, rows, columns), 0 where the image is missing.
+    """
+    images = {name: view.clone().requires_grad_() for name, view in batch.views.items()}
+    output = model(images, batch.present)
+    fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
+    names = list(images)
+    answer = fused.probability.amax(1).log().sum()
+    gradients = torch.autograd.grad(answer, [images[name] for name in names])
+    return {
+        name: avg_pool2d(gradient.abs().sum(1, keepdim=True), patch)[:, 0]
+        for name, gradient in zip(names, gradients, strict=True)
+    }
+
+
+def collect_features(model: Classifier, batches: Iterable[PairBatch]) -> tuple[Tensor, Opinions]:
+    """What the last view's head reads, (N, width), beside the opinions; one pass."""
+    features: list[Tensor] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        features.append(inputs[0].detach().cpu())
+
+    hook = model.heads[model.views[-1]].register_forward_pre_hook(keep)
+    try:
+        opinions = collect_opinions(model, batches)
+    finally:
+        hook.remove()
+    return torch.cat(features), opinions
+
+
+def principal_components(features: Tensor) -> tuple[Tensor, list[float]]:
+    """The two directions of the largest variance, (N, 2), and their share of all variance."""
+    centred = features.double() - features.double().mean(0)
+    left, strength, _ = torch.linalg.svd(centred, full_matrices=False)
+    share = strength.square() / strength.square().sum().clamp(min=1e-12)
+    return (left * strength)[:, :2].float(), share[:2].tolist()

@@ -1,0 +1,173 @@
+"""What a stage is made of, from the options: networks, optimisers, plan."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.manifest import Manifest
+from mics_fast.engine.distributed import local_gpu
+from mics_fast.engine.meter import peak_tflops
+from mics_fast.engine.optimiser import decay_groups
+from mics_fast.engine.plan import Plan
+from mics_fast.engine.precision import Precision
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.sizes import SIZES
+from mics_fast.options.config import FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.stages.finetune import FinetuneStage
+from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.training.flops import finetune_flops, pretrain_flops
+
+FINAL_FINETUNE_LR = 0.01  # of its peak
+
+
+def pick_device(name: str) -> torch.device:
+    """The device an option names; of several processes on a machine, each gets its own GPU.
+
+    Raises:
+        InputError: "cuda" where there is none, or none for this process.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise InputError("option device is cuda, but torch sees no GPU")
+    return local_gpu() if available and name != "cpu" else torch.device("cpu")
+
+
+def built_on(config: TrainConfig, device: torch.device) -> torch.device:
+    """Where a stage begins: the device, but for one that it may not fit on before it is sharded."""
+    return torch.device("cpu") if config.shard_parameters else device
+
+
+def build_pretraining(
+    config: TrainConfig, manifest: Manifest, rows: int, precision: Precision, device: torch.device
+) -> tuple[PretrainStage, Plan]:
+    """Stage 1 over so many train rows, its weights drawn from the seed, and its plan."""
+    options, model = config.pretrain, config.model
+    steps_per_epoch = max(1, rows // options.batch_size)
+    queue_size = options.queue_size or max(1, min(65536, rows // 4))
+    torch.manual_seed(config.seed)
+    stage = PretrainStage(
+        options,
+        SIZES[model.size],
+        manifest.modalities,
+        pool=model.pool,
+        projection=model.projection,
+        queue_size=queue_size,
+        steps_per_epoch=steps_per_epoch,
+        seed=config.seed,
+        autocast=precision.autocast,
+    ).to(built_on(config, device))
+    optimisers = pretrain_optimisers(stage)
+    plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
+    plan.final_lr = {"model": options.lr_final / options.lr}
+    plan.choose_best = False
+    plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue_size)
+    return stage, plan
+
+
+def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> dict[str, Optimizer]:
+    """AdamW for the model and, where the stage has an adversarial term, Adam for the discriminator.
+
+    Args:
+        stage: its options hold learning rates and weight decay.
+        fused: as torch.optim.AdamW and Adam take it: one kernel per step; None: torch decides.
+    """
+    options = stage.config
+    parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
+    groups = decay_groups(parameters, lr=options.lr, weight_decay=options.weight_decay)
+    optimisers: dict[str, Optimizer] = {"model": torch.optim.AdamW(groups, fused=fused)}
+    if options.adversarial_weight:
+        optimisers["discriminator"] = torch.optim.Adam(
+            stage.discriminator.parameters(),
+            lr=options.discriminator_lr,
+            betas=(0.5, 0.999),
+            fused=fused,
+        )
+    return optimisers
+
+
+def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str, Optimizer]:
+    """AdamW for a classifier: the encoders at ``lr``, the heads at ``lr * head_lr_factor``."""
+    named = list(model.named_parameters())
+    encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
+    heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
+    groups = decay_groups(encoders, lr=options.lr, weight_decay=options.weight_decay)
+    head_lr = options.lr * options.head_lr_factor
+    for group in decay_groups(heads, lr=head_lr, weight_decay=options.weight_decay):
+        groups.append({**group, "name": "heads"})  # in the log: lr_heads
+    return {"model": torch.optim.AdamW(groups, fused=True)}
+
+
+def build_classifier(config: TrainConfig, manifest: Manifest) -> Classifier:
+    """The classifier that fine-tuning starts from, its weights drawn from the seed."""
+    torch.manual_seed(config.seed)
+    return Classifier(
+        SIZES[config.model.size],
+        manifest.modalities,
+        len(manifest.classes),
+        pool=config.model.pool,
+        fusion_depth=config.model.fusion_depth,
+    )
+
+
+def build_finetuning(
+    config: TrainConfig,
+    manifest: Manifest,
+    model: Classifier,
+    rows: int,
+    precision: Precision,
+    device: torch.device,
+) -> tuple[FinetuneStage, Plan]:
+    """Stage 2 of a classifier over so many train rows, and its plan."""
+    options = config.finetune
+    steps_per_epoch = max(1, rows // options.unlabelled_batch)
+    stage = FinetuneStage(
+        options,
+        model,
+        num_classes=len(manifest.classes),
+        width=SIZES[config.model.size].width,
+        steps=stage_steps(options, steps_per_epoch),
+        seed=config.seed,
+        autocast=precision.autocast,
+    ).to(built_on(config, device))
+    optimisers = finetune_optimisers(model, options)
+    plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
+    plan.final_lr = {"model": FINAL_FINETUNE_LR}
+    plan.choose_best = options.select == "best"
+    sizes = len(manifest.modalities), len(manifest.classes)
+    plan.flops = finetune_flops(config, SIZES[config.model.size], *sizes)
+    return stage, plan
+
+
+def stage_steps(options: PretrainConfig | FinetuneConfig, steps_per_epoch: int) -> int:
+    """The optimiser steps of a stage: those given, or those of its epochs."""
+    return options.steps or options.epochs * steps_per_epoch
+
+
+def make_plan(
+    config: TrainConfig,
+    options: PretrainConfig | FinetuneConfig,
+    optimisers: dict[str, Optimizer],
+    steps_per_epoch: int,
+    precision: Precision,
+    device: torch.device,
+) -> Plan:
+    """The plan of the stage whose options these are, but for what only that stage knows."""
+    steps = stage_steps(options, steps_per_epoch)
+    return Plan(
+        name="pretrain" if options is config.pretrain else "finetune",
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        optimisers=optimisers,
+        warmup=round(options.warmup * steps),
+        clip=options.clip,
+        log_every=config.log_every,
+        checkpoint_every=config.checkpoint_every,
+        checkpoint_minutes=config.checkpoint_minutes,
+        accumulate=options.accumulate,
+        scaler=precision.scaler(device),
+        peak_tflops=config.peak_tflops or peak_tflops(device),
+        profile=config.profile,
+        cuda_graph=config.cuda_graph,
+    )

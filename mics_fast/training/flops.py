@@ -1,0 +1,205 @@
+"""Floating-point operations of one optimiser step of each stage, by loss term.
+
+What the method needs, in closed form: two for every multiply-add of the matrix products, the
+embeddings and attention; none for norms, activations, optimisers, the evidential loss and the
+statistics of classes. A backward pass costs what its products cost: twice the forward for a layer
+whose input wants a gradient, once for one whose input does not (patch embeddings) or whose weights
+stand still; four products for the two of attention. That is how ``torch.utils.flop_counter``
+counts attention written out; of fused kernels, which form the scores again, it counts five.
+What becomes of tokens that nobody reads in a last block costs nothing, and nothing that is computed
+again is counted again, so a share of the hardware's peak means the same whichever kernels run
+(model FLOPs: Chowdhery et al., PaLM, appendix B). Every pair counts as complete, every queue as
+full.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mics_fast.models.sizes import Size
+from mics_fast.models.vit import tokens_read
+from mics_fast.options.config import ModelConfig, TrainConfig
+from mics_fast.stages.pretrain import TURBO_SHARE
+
+LONGEST_QUEUE = 65536
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of one forward pass, by what its backward pass costs.
+
+    Args:
+        inner: of layers with weights whose input wants a gradient.
+        first: of layers with weights whose input wants none.
+        attention: of products without weights.
+    """
+
+    inner: float = 0.0
+    first: float = 0.0
+    attention: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.inner + other.inner, self.first + other.first, self.attention + other.attention
+        )
+
+    def __mul__(self, times: int) -> Work:
+        return Work(self.inner * times, self.first * times, self.attention * times)
+
+    def forward(self) -> float:
+        """Without a gradient."""
+        return self.inner + self.first + self.attention
+
+    def trained(self) -> float:
+        """Forward, and backward to weights and inputs."""
+        return 3 * self.inner + 2 * self.first + 3 * self.attention
+
+    def passed_through(self) -> float:
+        """Forward, and backward to the inputs alone, those of ``first`` too."""
+        return 2 * self.inner + 2 * self.first + 3 * self.attention
+
+
+def pretrain_flops(
+    config: TrainConfig, size: Size, modalities: int, queue: int | None = None
+) -> dict[str, float]:
+    """FLOPs of one step of stage 1.
+
+    Args:
+        config: of the run; weights that are 0 switch their terms off.
+        size: of the networks.
+        modalities: number M.
+        queue: rows of each queue; default: the option's, or its largest default.
+
+    Returns:
+        Of the terms that are on: "consistency" (the student's whole views, their loss), "teacher",
+        "reconstruction" (masked views and decoder, which the adversarial term needs too; in the
+        turbo preset the student's views are these), "discriminator" (its own loss) and
+        "adversarial" (what the model's loss through it takes more).
+    """
+    options, images = config.pretrain, config.pretrain.batch_size * modalities
+    turbo = options.preset == "turbo"
+    visible = size.num_patches - round(size.num_patches * options.mask_ratio)
+    masked = options.reconstruction_weight > 0 or options.adversarial_weight > 0
+    flops: dict[str, float] = {}
+    if options.consistency_weight and modalities > 1:
+        read = tokens_read(config.model.pool)
+        patches = visible if turbo else size.num_patches
+        seen = encoder(size, patches, read)
+        head = dense(1, size.width, config.model.projection)
+        student = head if turbo and masked else seen + head
+        keys = (queue or options.queue_size or LONGEST_QUEUE) + options.batch_size
+        ordered_pairs = modalities * (modalities - 1)
+        loss = contrastive(options.batch_size, keys, config.model.projection) * ordered_pairs
+        flops["consistency"] = (student * images).trained() + loss
+        flops["teacher"] = ((seen + head) * images).forward()
+    if masked:
+        work = encoder(size, visible) + decoder(size, visible)
+        flops["reconstruction"] = (work * images).trained()
+    if options.adversarial_weight:
+        share = TURBO_SHARE if turbo else 1.0
+        judged = discriminator(size, round(size.num_patches * share)) * images
+        flops["discriminator"] = (judged * 2).trained()
+        # Simultaneous: beyond its own backward pass, the gradient of the reconstructions alone.
+        alternates = options.adversarial == "alternating"
+        flops["adversarial"] = judged.passed_through() if alternates else judged.first
+    return flops
+
+
+def finetune_flops(
+    config: TrainConfig, size: Size, modalities: int, classes: int
+) -> dict[str, float]:
+    """FLOPs of one step of stage 2.
+
+    Args:
+        config: of the run; weights that are 0 switch their terms off.
+        size: of the networks.
+        modalities: number M.
+        classes: number C.
+
+    Returns:
+        Of the terms that are on: "supervised" (the student on labelled rows), "unlabelled" (on
+        the others, which pseudo-labels and the agreement of modalities share), "teacher" (the
+        averaged weights' pseudo-labels) and "shift" (the fusion head on moved features).
+    """
+    options = config.finetune
+    model = classifier(size, modalities, classes, config.model)
+    flops = {"supervised": (model * options.labelled_batch).trained()}
+    rows = options.labelled_batch
+    if options.unlabelled_weight or options.modality_consistency_weight:
+        rows += options.unlabelled_batch
+        flops["unlabelled"] = (model * options.unlabelled_batch).trained()
+    if options.unlabelled_weight:
+        flops["teacher"] = (model * options.unlabelled_batch).forward()
+    if options.shift in ("diagonal", "low-rank") and options.shift_weight and modalities > 1:
+        flops["shift"] = (dense(1, size.width, classes) * rows).trained()
+    return flops
+
+
+def dense(tokens: int, inputs: int, outputs: int) -> Work:
+    """A linear layer."""
+    return Work(inner=2.0 * tokens * inputs * outputs)
+
+
+def embedding(tokens: int, inputs: int, outputs: int) -> Work:
+    """A linear layer on numbers that want no gradient."""
+    return Work(first=2.0 * tokens * inputs * outputs)
+
+
+def block(tokens: int, width: int, read: int | None = None) -> Work:
+    """A transformer block: three width x width matrices on all tokens; of those that are read, by
+    default all, one more, the MLP's eight, and attention's products."""
+    read = tokens if read is None else read
+    inner = 2.0 * (3 * tokens + 9 * read) * width**2
+    return Work(inner=inner, attention=4.0 * tokens * read * width)
+
+
+def blocks(depth: int, tokens: int, width: int, read: int | None = None) -> Work:
+    """Blocks in a row; only of the last one some tokens may be all that is read."""
+    return block(tokens, width) * (depth - 1) + block(tokens, width, read)
+
+
+def encoder(size: Size, patches: int, read: int | None = None) -> Work:
+    """The vision transformer on some patches of one image."""
+    stack = blocks(size.depth, 1 + patches, size.width, read)
+    return embedding(patches, size.patch_dim, size.width) + stack
+
+
+def decoder(size: Size, visible: int) -> Work:
+    """The reconstruction decoder on all tokens of one image, its head on the hidden ones."""
+    return (
+        dense(1 + visible, size.width, size.decoder_width)
+        + block(1 + size.num_patches, size.decoder_width) * size.decoder_depth
+        + dense(size.num_patches - visible, size.decoder_width, size.patch_dim)
+    )
+
+
+def discriminator(size: Size, patches: int) -> Work:
+    """The discriminator on some patches of one image; the last block's class token is all that is
+    read. L2 attention counts as dot products of its width, its queries and keys as tied."""
+    tokens, width = 1 + patches, size.discriminator_width
+    stack = distance_block(tokens, tokens, width) * (size.discriminator_depth - 1)
+    last = distance_block(tokens, 1, width)
+    return embedding(patches, size.patch_dim, width) + stack + last + dense(1, width, 1)
+
+
+def distance_block(tokens: int, read: int, width: int) -> Work:
+    """A block with L2 attention: two matrices on all tokens, nine on those that are read."""
+    inner = 2.0 * (2 * tokens + 9 * read) * width**2
+    return Work(inner=inner, attention=4.0 * tokens * read * width)
+
+
+def contrastive(queries: int, keys: int, width: int) -> float:
+    """The soft-target loss of one ordered pair of modalities: student's and teacher's products
+    with the keys, and the student's gradient."""
+    return 3 * 2.0 * queries * keys * width
+
+
+def classifier(size: Size, modalities: int, classes: int, model: ModelConfig) -> Work:
+    """An encoder for each modality, their fusion, and a head for each view, on one pair."""
+    views, read = modalities + (modalities > 1), tokens_read(model.pool)
+    heads = dense(1, size.width, classes) * views
+    if modalities == 1:
+        return encoder(size, size.num_patches, read) + heads
+    tokens = 1 + modalities * size.num_patches
+    fusion = blocks(model.fusion_depth, tokens, size.width, read)
+    return encoder(size, size.num_patches) * modalities + fusion + heads

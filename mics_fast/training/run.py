@@ -1,0 +1,241 @@
+"""A run folder: its configuration, its checkpoints, and what they belong to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from mics_fast.common.errors import InputError
+from mics_fast.common.files import make_folder, write_text
+from mics_fast.data.manifest import Manifest
+from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.engine.log import read_log
+from mics_fast.options.config import TrainConfig, check_config
+
+# What may differ when a run goes on: none of these changes its losses.
+FREE_ON_RESUME = {
+    "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
+    "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
+    "data.threads", "data.prefetch", "data.on_bad_file", "shard_parameters",
+}  # fmt: skip
+
+
+class Run:
+    """The folder of one run.
+
+    Args:
+        folder: holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/.
+        config: the run's options.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig) -> None:
+        self.folder, self.config = folder, config
+
+    @staticmethod
+    def start(config: TrainConfig, *, resume: bool) -> Run:
+        """Make the folder of a new run, or open the one to go on with.
+
+        Raises:
+            InputError: there is a run already and ``resume`` is False; it was started with other
+                options; the folder cannot be written.
+        """
+        folder = Path(config.out)
+        file = folder / "config.yaml"
+        if file.exists() and not resume:
+            raise InputError(f"{folder} holds a run; add --resume to go on, or name another --out")
+        if file.exists():
+            refuse_changes(read_config(file), config, folder)
+        make_folder(folder)
+        write_text(file, yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+        return Run(folder, config)
+
+    @staticmethod
+    def open(folder: Path) -> Run:
+        """Open a run to read.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        file = folder / "config.yaml"
+        if not file.exists():
+            raise InputError(f"{folder} holds no run: config.yaml is missing")
+        return Run(folder, read_config(file))
+
+    def checkpoints(self, stage: str) -> Checkpoints:
+        """The checkpoints of a stage, "pretrain" or "finetune"."""
+        return Checkpoints(self.folder / "checkpoints" / stage, self.config.keep_checkpoints)
+
+    def result(self) -> dict[str, Any]:
+        """What came of each stage, from the log: steps, final losses, speed, scores on val."""
+        log = read_log(self.folder)
+        stages = {name: self._stage_result(name, lines) for name, lines in log.items()}
+        return {"run": str(self.folder), "stages": stages}
+
+    def _stage_result(self, stage: str, lines: Sequence[dict[str, float]]) -> dict[str, Any]:
+        last = lines[-1]
+        result: dict[str, Any] = {
+            "steps": last["step"],
+            "loss": last["loss"],
+            "losses": {n[5:]: v for n, v in last.items() if n.startswith("loss_")},
+            "pairs_per_second": median(line["pairs_per_second"] for line in lines),
+            "seconds": last["seconds"],
+        }
+        best = self.checkpoints(stage).best_step()
+        if best is not None:
+            scored = next((line for line in lines if line["step"] == best), {})
+            scores = {n[4:]: v for n, v in scored.items() if n.startswith("val_")}
+            result |= {"best_step": best, "val": scores}
+        return result
+
+
+def pretraining_of(run: Run) -> Path | None:
+    """The pre-training that a run's fine-tuning starts from; None: it starts from scratch.
+
+    Raises:
+        InputError: ``finetune.init`` names none.
+    """
+    init = run.config.finetune.init
+    if init == "none":
+        return None
+    return find_pretraining(Path(init)) if init else run.checkpoints("pretrain").latest()
+
+
+def find_pretraining(path: Path) -> Path:
+    """The checkpoint folder that a run folder, a checkpoint folder or its state.pt names.
+
+    Raises:
+        InputError: there is none.
+    """
+    if path.name == "state.pt":
+        path = path.parent
+    if (path / "meta.json").exists():
+        return path
+    latest = Checkpoints(path / "checkpoints" / "pretrain").latest()
+    if latest is None:
+        raise InputError(f"finetune.init {path} holds no pre-training checkpoint")
+    return latest
+
+
+def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
+    """What a checkpoint of a stage belongs to: weights fit only where all of it agrees."""
+    model = asdict(config.model)
+    model.pop("init")  # where the weights began, not what they fit
+    model.pop("activation_checkpointing")  # changes memory, not weights
+    if stage == "pretrain":
+        model.pop("fusion_depth")
+        return {"stage": stage, "model": model, "modalities": list(manifest.modalities)}
+    model.pop("projection")
+    return {
+        "stage": stage,
+        "model": model,
+        "modalities": list(manifest.modalities),
+        "classes": list(manifest.classes),
+    }
+
+
+def config_parser() -> ArgumentParser:
+    """The options of ``TrainConfig`` as a YAML file and a command line."""
+    parser = ArgumentParser(
+        prog="python -m mics_fast.train",
+        description="Train a classifier of paired images from few labels (MICS).",
+        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] "
+        "[--OPTION VALUE]...",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_class_arguments(TrainConfig, nested_key=None)
+    return parser
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
+    """Options from a command line, and whether it asks to resume.
+
+    Raises:
+        InputError: an unknown or ill-typed option, or a value out of range.
+    """
+    values = parse_options(config_parser(), arguments)
+    resume = values.pop("resume")
+    config = TrainConfig(**values)
+    check_config(config)
+    return config, resume
+
+
+def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
+    """What a command line and the YAML files it names say, as instances of the dataclasses.
+
+    Raises:
+        InputError: an unknown or ill-typed option.
+    """
+    try:
+        values = vars(parser.instantiate(parser.parse_args(arguments)))
+    except argparse.ArgumentError as error:
+        raise InputError(in_a_sentence(str(error))) from None
+    values.pop("config", None)
+    return values
+
+
+def in_a_sentence(message: str) -> str:
+    """What jsonargparse says of an option, without its class names; other messages on one line."""
+    text = " ".join(message.split())
+    said = re.fullmatch(r'Parser key "(.+?)":? (.+)', text)
+    if said is None:
+        return text
+    name, problem = said.groups()
+    types = re.search(r"Subtypes: \[(.+)\] Errors: ", problem) or re.search(
+        r"Expected a (.+)\. Got value: ", problem
+    )
+    value = re.search(r"(?:Got|Given) value: (.+)", problem)
+    if types is None or value is None:
+        return f"option {name}: {problem}"
+    wanted = re.sub(r"<class '(\w+)'>", r"\1", types[1])
+    wanted = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", wanted)
+    wanted = re.sub(r"\b(tuple|list)\b(\[.+?\])?", "a list such as [a, b]", wanted)
+    wanted = wanted.replace(", NoneType", " or null")
+    return f"option {name} is {value[1]}, wanted {wanted}"
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The options stored in a YAML file.
+
+    Raises:
+        InputError: as ``parse_config``.
+    """
+    return parse_config(["--config", str(file)])[0]
+
+
+def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
+    """Refuse to go on with a run under options that would change what it computes.
+
+    Raises:
+        InputError: names the first such option and both its values, and counts the others.
+    """
+    old, new = flatten(asdict(before)), flatten(asdict(now))
+    free = FREE_ON_RESUME | {"out"}
+    changed = [name for name in new if name not in free and old.get(name) != new[name]]
+    if changed:
+        name = changed[0]
+        others = f" (and {len(changed) - 1} more differ)" if len(changed) > 1 else ""
+        raise InputError(
+            f"option {name} is {new[name]!r}, but the run in {folder} was started with "
+            f"{old.get(name)!r}{others}; go on with that, or name another --out"
+        )
+
+
+def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options under dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in options.items():
+        nested = isinstance(value, dict)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,404 @@
+"""The trainer: builds each stage from options and manifest, and runs it into a run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
+from pathlib import Path
+
+import torch
+
+from mics_fast.common.errors import InputError, RunFailed
+from mics_fast.data.cache import FrameCache
+from mics_fast.data.decoding import check_dali
+from mics_fast.data.loaders import EvalLoader, PairBatch, TrainLoader
+from mics_fast.data.manifest import Manifest, Row, read_manifest
+from mics_fast.engine.checkpoint import load_checkpoint, weights_of
+from mics_fast.engine.distributed import (
+    first_then_others,
+    from_first,
+    rank,
+    world_size,
+)
+from mics_fast.engine.guard import is_out_of_memory
+from mics_fast.engine.log import RunLog
+from mics_fast.engine.loop import Loop, Plan
+from mics_fast.engine.precision import Precision, pick_precision
+from mics_fast.engine.sharding import Shards
+from mics_fast.engine.threads import use_threads
+from mics_fast.evaluation.metrics import view_metrics
+from mics_fast.evaluation.opinions import collect_opinions
+from mics_fast.models.classifier import Classifier, check_modality_names
+from mics_fast.models.initial_weights import load_initial_weights
+from mics_fast.models.sizes import SIZES
+from mics_fast.models.vit import checkpoint_activations
+from mics_fast.options.config import FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
+from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.training.build import (
+    build_classifier,
+    build_finetuning,
+    build_pretraining,
+    pick_device,
+)
+from mics_fast.training.neighbours import bounded, in_words, neighbour_accuracy
+from mics_fast.training.run import Run, identity, pretraining_of
+
+Batches = Iterator[tuple[PairBatch, ...]]
+
+
+def train(config: TrainConfig, *, resume: bool) -> None:
+    """Run the stages that a configuration asks for, on this and all other ranks."""
+    manifest = read_manifest(
+        Path(config.data.manifest),
+        config.data.modalities,
+        files_exist=config.data.on_bad_file == "error",
+    )
+    trainer = Trainer(config, manifest, resume=resume)
+    stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
+    finished = True
+    for stage in stages:
+        finished = trainer.pretrain() if stage == "pretrain" else trainer.finetune()
+        if not finished:
+            break
+    if rank() > 0:
+        return
+    result = {"finished": finished, **trainer.run.result()}
+    said = "finished:" if finished else "stopped and saved: go on with --resume --out"
+    print(f"{said} {config.out}")
+    print(f"RESULT {json.dumps(result)}", flush=True)
+
+
+class Trainer:
+    """Builds each stage from the configuration and the manifest, and runs it.
+
+    Args:
+        config: the run's options.
+        manifest: what to train on.
+        resume: go on with the run in ``config.out`` if there is one.
+
+    Raises:
+        InputError: nothing to train on, no DALI, no such device, or a run folder that cannot be
+            used.
+    """
+
+    def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
+        check_dali()
+        self.config, self.manifest = config, manifest
+        self.rows = manifest.select("train")
+        if not self.rows:
+            raise InputError(f"{manifest.path} has no row with split train")
+        check_modality_names(manifest.modalities)
+        for name in (*config.data.mean, *config.data.std):
+            if name not in manifest.modalities:
+                raise InputError(
+                    f"option data.mean or data.std names {name}, wanted modalities of the run: "
+                    f"{', '.join(manifest.modalities)}"
+                )
+        check_shares(config)
+        check_batches(config, len(self.rows))
+        if config.stage != "pretrain":
+            check_labels(manifest)
+        self.device = pick_device(config.device)
+        check_cuda_graph(config, self.device)
+        self.size = SIZES[config.model.size]
+        if self.device.type == "cpu" and self.size.width >= SIZES["vit_base"].width:
+            say(
+                f"{config.model.size} on a CPU: a step takes minutes, and at the default batch "
+                "tens of GB; --config configs/demo.yaml has a network for a CPU"
+            )
+        self.precision = pick_precision(config.precision, self.device)
+        if config.data.dtype == "bf16" and self.precision.autocast is not torch.bfloat16:
+            raise InputError(
+                "option data.dtype is bf16, wanted fp32 as the encoders do not run in bf16"
+            )
+        check_sharding(config, self.precision)
+        self.data = use_threads(config, self.device)
+        self.cache = self._cache()
+        self.loaders: list[TrainLoader] = []
+        self.run = from_first(lambda: Run.start(config, resume=resume))
+
+    def pretrain(self) -> bool:
+        """Stage 1 over all train rows; False where it was asked to stop before its end."""
+        options, init = self.config.pretrain, self.config.model.init
+        check_modalities(options, self.manifest.modalities)
+        stage, plan = build_pretraining(
+            self.config, self.manifest, len(self.rows), self.precision, self.device
+        )
+        if init:
+            encoders = (stage.model.encoder, stage.model.teacher_encoder)
+            say(load_initial_weights(Path(init), encoders))
+
+        def batches(step: int) -> Batches:
+            return zip(self._loader(self.rows, options.batch_size, options, step))
+
+        return self._run(stage, plan, batches, self._neighbours(stage))
+
+    def finetune(self) -> bool:
+        """Stage 2; False where it was asked to stop before its end."""
+        options = self.config.finetune
+        if len(self.manifest.modalities) == 1:
+            say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
+        labelled = [row for row in self.rows if row.labelled]
+        model = build_classifier(self.config, self.manifest)
+        self._load_encoder(model)
+        stage, plan = build_finetuning(
+            self.config, self.manifest, model, len(self.rows), self.precision, self.device
+        )
+
+        def batches(step: int) -> Batches:
+            balanced = options.sampling == "balanced"
+            loaders = [
+                self._loader(labelled, options.labelled_batch, options, step, balanced=balanced)
+            ]
+            if wants_unlabelled(options):
+                size = options.unlabelled_batch
+                loaders.append(self._loader(self.rows, size, options, step, strong=True))
+            return zip(*loaders, strict=True)
+
+        return self._run(stage, plan, batches, self._validation(stage))
+
+    def _run(
+        self,
+        stage: PretrainStage | FinetuneStage,
+        plan: Plan,
+        batches: Callable[[int], Batches],
+        validate: Callable[[], dict[str, float]] | None = None,
+    ) -> bool:
+        """Go on from the stage's last checkpoint, or from its beginning."""
+        if self.config.model.activation_checkpointing:
+            checkpoint_activations(stage)
+        if self.config.shard_parameters:
+            plan.shards = Shards(stage, stage.networks(), plan.optimisers, self.device)
+        if self.config.compile == "on" or (
+            self.config.compile == "auto" and self.device.type == "cuda"
+        ):
+            stage.compile_parts(self.config.compile_scope)
+        meta = identity(self.config, self.manifest, plan.name)
+        checkpoints = self.run.checkpoints(plan.name)
+        log = RunLog(self.run.folder)
+        try:
+            loop = Loop(stage, plan, checkpoints, meta, log, validate)
+            state = first_then_others(lambda: checkpoints.load_latest(meta))
+            if state is not None:
+                loop.load(state)
+            with self.precision.products():
+                return loop.step == plan.steps or loop.run(batches)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise RunFailed(self._too_large(plan.name)) from None
+        finally:
+            for loader in self.loaders:
+                loader.close()
+            log.close()
+
+    def _too_large(self, stage: str) -> str:
+        """What to say of a step that had not enough memory."""
+        options = self.config
+        batch = f"pretrain.batch_size {options.pretrain.batch_size}"
+        if stage == "finetune":
+            sizes = options.finetune.labelled_batch, options.finetune.unlabelled_batch
+            batch = "finetune.labelled_batch {} and unlabelled_batch {}".format(*sizes)
+        accumulate = getattr(options, stage).accumulate
+        return (
+            f"{stage} ran out of memory on {self.device} with {batch}, accumulate {accumulate}, "
+            f"model.size {options.model.size}; raise {stage}.accumulate (the same batch in smaller "
+            "parts), set model.activation_checkpointing true, or lower the batch, data.prefetch, "
+            "data.cache.side or model.size"
+        )
+
+    def _cache(self) -> FrameCache | None:
+        """Memory for the frames of all train rows, which both stages share."""
+        if self.config.data.cache.mode == "none":
+            return None
+        return FrameCache(
+            self.rows,
+            self.manifest.modalities,
+            data=self.data,
+            image_size=self.size.image,
+            device=self.device,
+        )
+
+    def _loader(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        options: PretrainConfig | FinetuneConfig,
+        step: int,
+        *,
+        strong: bool = False,
+        balanced: bool = False,
+    ) -> TrainLoader:
+        loader = TrainLoader(
+            rows,
+            self.manifest.modalities,
+            data=self.data,
+            augment=options.augment,
+            image_size=self.size.image,
+            batch_size=batch_size,
+            seed=self.config.seed,
+            step=step,
+            strong=strong,
+            balanced=balanced,
+            device=self.device,
+            rank=rank(),
+            world_size=world_size(),
+            parts=options.accumulate,
+            cache=self.cache,
+        )
+        self.loaders.append(loader)
+        return loader
+
+    def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
+        """Scores of the averaged model on the val rows; None where there are none."""
+        rows = [row for row in self.manifest.select("val") if row.label >= 0]
+        if not rows:
+            return None
+        loader = self._eval_loader(rows, self.config.finetune.unlabelled_batch)
+
+        def validate() -> dict[str, float]:
+            metrics = view_metrics(collect_opinions(stage.average, loader).fused())
+            return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
+
+        return validate
+
+    def _neighbours(self, stage: PretrainStage) -> Callable[[], dict[str, float]] | None:
+        """How well nearest labelled rows classify the val rows; None where either is lacking."""
+        val = [row for row in self.manifest.select("val") if row.label >= 0]
+        labelled = [row for row in self.rows if row.labelled]
+        if not val or not labelled:
+            return None
+        keys, queries = (
+            self._eval_loader(bounded(rows), self.config.pretrain.batch_size)
+            for rows in (labelled, val)
+        )
+
+        def validate() -> dict[str, float]:
+            scores = neighbour_accuracy(stage.model, keys, queries, self.precision.autocast)
+            say(f"pretrain  {in_words(scores)}")
+            return scores
+
+        return validate
+
+    def _eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader:
+        return EvalLoader(
+            rows,
+            self.manifest.modalities,
+            data=self.data,
+            image_size=self.size.image,
+            batch_size=batch_size,
+            device=self.device,
+        )
+
+    def _load_encoder(self, model: Classifier) -> None:
+        """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
+        checkpoint = pretraining_of(self.run)
+        if checkpoint is None:
+            say("fine-tuning without pre-training")
+            if self.config.model.init:
+                encoders = [model.encoders[name] for name in model.modalities]
+                say(load_initial_weights(Path(self.config.model.init), encoders))
+            return
+        state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
+        model.load_encoder(weights_of(state, "model.encoder"))
+        say(f"fine-tuning from {checkpoint}")
+
+
+def say(sentence: str) -> None:
+    """Print, once for all ranks."""
+    if rank() == 0:
+        print(sentence, flush=True)
+
+
+def check_shares(config: TrainConfig) -> None:
+    """Refuse a batch that the ranks cannot share.
+
+    Raises:
+        InputError: names the option.
+    """
+    for name in ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelled_batch"):
+        stage = name.split(".")[0]
+        rows, parts = attrgetter(name)(config), getattr(config, stage).accumulate
+        if config.stage in (stage, "both") and rows % (parts * world_size()):
+            times = f" times {stage}.accumulate, {parts}" if parts > 1 else ""
+            raise InputError(
+                f"option {name} is {rows}, wanted a multiple of {parts * world_size()}, the number "
+                f"of processes that share it{times}"
+            )
+
+
+def check_batches(config: TrainConfig, rows: int) -> None:
+    """Refuse a batch that would hold a row twice.
+
+    Raises:
+        InputError: names the option.
+    """
+    sizes = {"pretrain.batch_size": config.pretrain.batch_size}
+    if wants_unlabelled(config.finetune):
+        sizes["finetune.unlabelled_batch"] = config.finetune.unlabelled_batch
+    for name, size in sizes.items():
+        if config.stage in (name.split(".")[0], "both") and size > rows:
+            raise InputError(f"option {name} is {size}, wanted at most {rows}, the train rows")
+
+
+def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
+    """Refuse to record a step where that is not possible.
+
+    Raises:
+        InputError: names the option.
+    """
+    if config.cuda_graph and (device.type != "cuda" or world_size() > 1):
+        where = f"{world_size()} processes" if world_size() > 1 else f"a {device.type.upper()}"
+        raise InputError(f"option cuda_graph is true, wanted false on {where}: it takes one GPU")
+
+
+def check_sharding(config: TrainConfig, precision: Precision) -> None:
+    """Refuse what cannot be done in parts.
+
+    Raises:
+        InputError: names the option.
+    """
+    if not config.shard_parameters:
+        return
+    if world_size() == 1:
+        raise InputError("option shard_parameters is on, wanted several processes (torchrun)")
+    if config.compile != "off" and config.compile_scope == "step":
+        raise InputError("option compile_scope is step, wanted blocks with shard_parameters")
+    if precision.autocast is torch.float16:
+        # Each rank's loss scaler would look for overflows among its own gradients alone.
+        raise InputError("option precision is fp16, wanted another with shard_parameters")
+
+
+def check_labels(manifest: Manifest) -> None:
+    """Refuse, before hours of pre-training, what no classifier can be fine-tuned on.
+
+    Raises:
+        InputError: no labelled train row, or a single class.
+    """
+    if not any(row.labelled for row in manifest.select("train")):
+        raise InputError(f"{manifest.path} has no train row with labelled = 1")
+    if len(manifest.classes) < 2:
+        raise InputError(
+            f"{manifest.path} has one class, {manifest.classes[0]}, wanted at least two in the "
+            "column label"
+        )
+
+
+def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:
+    """Refuse pre-training that has no loss; say which losses one modality alone leaves out.
+
+    Raises:
+        InputError: every weight is 0 but those that need two modalities.
+    """
+    several = len(modalities) > 1
+    own = options.reconstruction_weight or options.adversarial_weight
+    if not own and not (several and options.consistency_weight):
+        raise InputError(
+            "pre-training has no loss: wanted pretrain.reconstruction_weight or "
+            "pretrain.adversarial_weight above 0"
+            + (", or pretrain.consistency_weight" if several else f", with {modalities[0]} alone")
+        )
+    if not several and options.consistency_weight:
+        say(f"{modalities[0]} alone: without consistency, which takes two modalities")

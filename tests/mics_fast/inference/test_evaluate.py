@@ -1,0 +1,136 @@
+"""The evaluate command: every view, with intervals, against another run, out of distribution."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+
+from mics_fast import evaluate
+from mics_fast.common.errors import InputError
+from mics_fast.evaluation.opinions import View
+from mics_fast.inference.evaluated import compare, describe
+from mics_fast.inference.evaluated import evaluate as evaluate_run
+from mics_fast.inference.run_model import run_manifest
+from mics_fast.training.run import Run
+
+WANTED = {
+    "accuracy", "balanced_accuracy", "macro_f1", "macro_auroc", "macro_auprc", "kappa", "mcc",
+    "ece", "adaptive_ece", "brier", "nll", "aurc", "risk_at_80_coverage", "coverage_at_5_risk",
+    "uncertainty", "n", "intervals", "per_class", "confusion", "pseudo_labels",
+    "out_of_distribution_auroc",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained_run, phantom_manifest, tmp_path_factory):
+    """Everything the command can do at once: the JSON, and the rows of the CSV."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    evaluate.main(
+        [str(trained_run), "--json", str(folder / "m.json"), "--csv", str(folder / "o.csv"),
+         "--resamples", "20", "--against", str(trained_run), "--calibrate", "evidence",
+         "--out-of-distribution", str(phantom_manifest)]
+    )  # fmt: skip
+    with open(folder / "o.csv", newline="") as file:
+        return json.loads((folder / "m.json").read_text()), list(csv.DictReader(file))
+
+
+def test_every_view_gets_every_metric(evaluated):
+    result, _ = evaluated
+    assert set(result["views"]) == {"fused", "wli", "nbi"}
+    assert set(result["missing"]) == {"wli", "nbi"}
+    for metrics in [*result["views"].values(), *result["missing"].values()]:
+        assert metrics.keys() == WANTED
+        low, high = metrics["intervals"]["accuracy"]
+        assert 0 <= low <= metrics["accuracy"] <= high <= 1
+    assert result["n"] == 12 and result["groups"] == 12 and result["split"] == "test"
+
+
+def test_each_class_has_sensitivity_and_specificity_with_intervals(evaluated):
+    result, _ = evaluated
+    per_class = result["views"]["fused"]["per_class"]
+    assert list(per_class) == result["classes"]
+    table = result["views"]["fused"]["confusion"]
+    for k, metrics in enumerate(per_class.values()):
+        assert metrics["n"] == sum(table[k]) == 2
+        assert metrics["sensitivity"] == pytest.approx(table[k][k] / 2)
+        assert set(metrics["intervals"]) == {"sensitivity", "specificity", "auroc", "auprc"}
+
+
+def test_of_two_modalities_the_one_left_is_the_modality_alone(evaluated):
+    result, _ = evaluated
+    assert result["missing"]["wli"]["nll"] == pytest.approx(result["views"]["nbi"]["nll"])
+
+
+def test_a_run_does_not_differ_from_itself(evaluated):
+    result, _ = evaluated
+    assert set(result["against"]["views"]) == {"fused", "wli", "nbi", "without wli", "without nbi"}
+    assert result["against"]["views"]["fused"]["mcc"] == {"difference": 0, "interval": [0, 0]}
+
+
+def test_pseudo_labels_are_judged_on_the_unlabelled_train_rows(evaluated):
+    result, _ = evaluated
+    quality = result["views"]["fused"]["pseudo_labels"]
+    assert quality["n"] == 12 and quality["coverage"] == 0  # an untrained model accepts nothing
+    assert quality["precision"] is None  # NaN is not JSON
+
+
+def test_the_table_of_opinions_holds_every_row(evaluated):
+    result, rows = evaluated
+    assert len(rows) == 12
+    share = sum(int(row["correct"]) for row in rows) / 12
+    assert share == pytest.approx(result["views"]["fused"]["accuracy"])
+    for row in rows:
+        beliefs = [float(row[f"belief.{name}"]) for name in result["classes"]]
+        # Stated before calibration: what the model says, not what the val rows make of it.
+        assert sum(beliefs) + float(row["uncertainty"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_calibration_states_its_factors(evaluated):
+    result, _ = evaluated
+    assert result["calibration"]["kind"] == "evidence"
+    assert set(result["calibration"]["factors"]) == {
+        "fused", "wli", "nbi", "without wli", "without nbi"
+    }  # fmt: skip
+
+
+def test_runs_on_other_rows_are_not_compared(trained_run, phantom_manifest, capsys):
+    lines = phantom_manifest.read_text().splitlines()
+    test = next(line for line in lines if ",test," in line)
+    fewer = phantom_manifest.with_name("fewer.csv")
+    fewer.write_text("\n".join(line for line in lines if line != test) + "\n")
+    run = Run.open(trained_run)
+    ours = evaluate_run(run, run_manifest(run), "test")
+    theirs = evaluate_run(run, run_manifest(run, fewer), "test")
+    with pytest.raises(InputError, match="got 12 and 11 rows of which 11 agree"):
+        compare(ours, theirs, 10)
+
+
+def test_a_manifest_without_one_of_the_modalities_is_refused(trained_run, phantom_manifest):
+    lines = [line.rsplit(",", 1)[0] for line in phantom_manifest.read_text().splitlines()]
+    single = phantom_manifest.with_name("single.csv")
+    single.write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match=r"single\.csv has no modality nbi, only wli"):
+        evaluate.main([str(trained_run), "--manifest", str(single)])
+
+
+def test_bad_options_are_one_sentence(trained_run, tmp_path):
+    with pytest.raises(InputError, match="--resamples is 0, wanted at least 1"):
+        evaluate.main([str(trained_run), "--resamples", "0"])
+    with pytest.raises(InputError, match=r"m\.json cannot be written"):
+        evaluate.main(
+            [str(trained_run), "--resamples", "1", "--json", str(tmp_path / "no" / "m.json")]
+        )
+
+
+def test_all_right_is_not_right_for_certain():
+    probability = torch.eye(2).repeat(10, 1)
+    label, group = torch.tensor([0, 1]).repeat(10), torch.arange(20)
+    view = View(probability, torch.full((20,), 0.5), label, group)
+    described = describe(view, ["a", "b"], 5)
+    assert described["accuracy"] == 1
+    assert described["intervals"]["accuracy"] == pytest.approx([0.025 ** (1 / 20), 1.0])
+    sensitivity = described["per_class"]["a"]["intervals"]["sensitivity"]
+    assert sensitivity == pytest.approx([0.025 ** (1 / 10), 1.0])

@@ -1,0 +1,181 @@
+"""The report: everything on one page that asks for nothing, opened in a browser where there is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import pytest
+import torch
+
+from mics_fast import report
+from mics_fast.engine.log import read_log
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.masked_autoencoder import random_mask
+from mics_fast.models.pretraining import PretrainModel
+from mics_fast.reporting import pictures
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--enable-logging=stderr",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def page(trained_run, phantom_manifest, tmp_path_factory):
+    out = tmp_path_factory.mktemp("report") / "deep" / "report.html"
+    report.main(
+        [str(trained_run), "--out", str(out), "--resamples", "5", "--against", str(trained_run),
+         "--out-of-distribution", str(phantom_manifest)]
+    )  # fmt: skip
+    return out
+
+
+def test_the_page_has_every_section(page):
+    html = page.read_text()
+    titles = re.findall(r"<h2>(.*?)</h2>", html)
+    assert titles == [
+        "Metrics", "Training", "Confusion matrix", "Does it know when it is wrong?", "Features",
+        "Reconstructions", "Where it looks", "Cases", "Configuration and environment",
+    ]  # fmt: skip
+    for caption in (
+        "pretrain: losses", "finetune: throughput", "finetune: time that waited for data",
+        "Reliability of the fused probabilities", "Risk and coverage",
+        "Uncertainty of right and wrong answers", "Uncertainty in and out of distribution",
+        "Features of the fusion view by class", "This run minus", "vit_micro",
+    ):  # fmt: skip
+        assert caption in html, caption
+    assert "Not a medical device" in html
+    assert html.count('<article class="case">') == 8
+
+
+def test_every_picture_and_figure_has_a_text_alternative(page):
+    html = page.read_text()
+    pictures_of = re.findall(r"<img [^>]*>", html)
+    # Two examples x two modalities x three, two x two overlays, eight cases x two frames.
+    assert len(pictures_of) == 12 + 4 + 16
+    assert all(re.search(r'alt="[^"]{5,}"', tag) for tag in pictures_of)
+    figures = re.findall(r'<svg viewBox="0 0 460[^>]*>', html)
+    assert len(figures) >= 11 and all('aria-label="' in tag for tag in figures)
+
+
+def test_the_page_asks_for_nothing(page):
+    html = page.read_text()
+    assert not re.search(r"""(?:src|href)=["'](?!data:)""", html)
+    assert "http://" not in html and "https://" not in html and "<script" not in html
+    assert "default-src 'none'" in html
+
+
+def browse(file, profile, *flags):
+    """What headless Chromium prints on stdout and stderr for a file."""
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+PROBE = """<script>addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("main *")].filter(
+    (x) => !x.closest(".wide, pre") && x.getBoundingClientRect().right > innerWidth + 1);
+  parent.postMessage(JSON.stringify({
+    inner: innerWidth, scroll: document.documentElement.scrollWidth,
+    wide: wide.map((x) => x.outerHTML.slice(0, 80)),
+    broken: [...document.images].filter((x) => !x.naturalWidth).length,
+    requests: performance.getEntriesByType("resource").map((x) => x.name)
+      .filter((x) => !x.startsWith("data:")),
+  }), "*");
+})</script></head>"""
+# In a frame, because a window is never narrower than 500 pixels.
+FRAME = """<body><script>addEventListener("message", (x) => document.body.dataset.seen = x.data)
+</script><iframe src="copy.html" style="width:%dpx;height:900px;border:0"></iframe></body>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_fits_a_laptop_and_a_phone(page, tmp_path, width):
+    # A copy that may run a script, which measures; the page itself forbids scripts.
+    html = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    (tmp_path / "copy.html").write_text(html.replace("</head>", PROBE))
+    outer = tmp_path / "outer.html"
+    outer.write_text(FRAME % width)
+    shown, _ = browse(
+        outer, tmp_path / "profile",
+        "--window-size=1400,900", "--virtual-time-budget=10000", "--dump-dom",
+    )  # fmt: skip
+    found = re.search(r'data-seen="([^"]*)"', shown)
+    assert found, "the probe did not run"
+    seen = json.loads(unescape(found[1]))
+    assert seen["inner"] == width and seen["scroll"] <= width and seen["wide"] == []
+    assert seen["broken"] == 0 and seen["requests"] == []
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_browser_has_nothing_to_complain_about(page, tmp_path):
+    screenshot = tmp_path / "page.png"
+    _, said = browse(page, tmp_path / "profile", f"--screenshot={screenshot}")
+    assert screenshot.stat().st_size > 10_000
+    assert "CONSOLE" not in said
+
+
+def test_a_run_from_scratch_says_it_has_no_reconstructions(trained_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("  init: ''", "  init: none"))
+    report.main([str(run), "--resamples", "2"])
+    html = (run / "report" / "report.html").read_text()
+    assert "This run started without pre-training." in html
+    assert "No manifest of another distribution was given" in html
+
+
+def test_a_reconstruction_leaves_visible_patches_as_they_are(tiny):
+    torch.manual_seed(0)
+    model = PretrainModel(tiny, ("wli",), pool="cls", projection=8, temperature=0.07).eval()
+    images, number = torch.randn(2, 3, tiny.image, tiny.image), torch.arange(2)
+    visible, _ = random_mask((0, 0), number, 0, tiny.num_patches, 0.75, 0)
+    for row, own in enumerate(pictures.reconstruct(model, images, number, 0.75, 0)):
+        assert torch.equal(own.image, images[row])
+        for patch in range(tiny.num_patches):
+            y, x = divmod(patch, tiny.image // tiny.patch)
+            window = (slice(None), slice(y * tiny.patch, (y + 1) * tiny.patch),
+                      slice(x * tiny.patch, (x + 1) * tiny.patch))  # fmt: skip
+            true, guess = own.image[window], own.predicted[window]
+            if patch in visible[row]:
+                torch.testing.assert_close(guess, true, rtol=1e-4, atol=1e-4)
+                assert torch.allclose(own.masked[window], true)
+            else:
+                assert not torch.allclose(guess, true, atol=0.1)
+                assert own.masked[window].min() == own.masked[window].max()
+
+
+def test_saliency_is_nothing_where_a_modality_is_missing(tiny, make_batch):
+    torch.manual_seed(0)
+    model = Classifier(tiny, ("wli", "nbi"), 3, pool="mean", fusion_depth=1).eval()
+    batch = make_batch(3)
+    batch.present[0, 0] = False
+    weight = pictures.saliency(model, batch, tiny.patch)
+    assert weight["wli"].shape == (3, 4, 4)
+    assert weight["wli"][0].sum() == 0 and weight["wli"][1].sum() > 0 and weight["nbi"][0].sum() > 0
+
+
+def test_principal_components_are_numpy_s(tiny):
+    features = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    points, share = pictures.principal_components(features)
+    covariance = torch.cov(features.double().T)
+    values = torch.linalg.eigvalsh(covariance).flip(0)
+    assert share == pytest.approx((values[:2] / values.sum()).tolist())
+    assert points.double().var(0).tolist() == pytest.approx(values[:2].tolist(), rel=1e-4)
+
+
+def test_the_log_of_a_killed_run_counts_each_step_once(tmp_path):
+    lines = ['{"stage": "pretrain", "step": 1, "loss": 3}', '{"stage": "pretrain", "st',
+             '{"stage": "pretrain", "step": 1, "loss": 2}',
+             '{"stage": "finetune", "step": 1, "loss": 1}']  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    log = read_log(tmp_path)
+    assert [line["loss"] for line in log["pretrain"]] == [2] and len(log["finetune"]) == 1

@@ -1,0 +1,74 @@
+"""What the options make of a stage: its optimisers, its plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mics_fast.data.manifest import read_manifest
+from mics_fast.engine.precision import pick_precision
+from mics_fast.options.config import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
+from mics_fast.training.build import build_classifier, build_finetuning, build_pretraining
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def built(phantom_manifest):
+    """built(stage, of_stage, **options) -> the stage and its plan over 24 train rows."""
+    manifest = read_manifest(phantom_manifest, None)
+
+    def build(stage, of_stage=None, **options):
+        config = TrainConfig(
+            model=ModelConfig(size="vit_micro", projection=16, fusion_depth=1),
+            pretrain=PretrainConfig(epochs=4, batch_size=8, accumulate=2),
+            finetune=FinetuneConfig(epochs=4, labelled_batch=4, unlabelled_batch=8, accumulate=4),
+            **options,
+        )
+        for name, value in (of_stage or {}).items():
+            setattr(getattr(config, stage), name, value)
+        precision = pick_precision(config.precision, CPU)
+        if stage == "pretrain":
+            return build_pretraining(config, manifest, 24, precision, CPU)
+        model = build_classifier(config, manifest)
+        return build_finetuning(config, manifest, model, 24, precision, CPU)
+
+    return build
+
+
+@pytest.mark.parametrize(("stage", "parts"), [("pretrain", 2), ("finetune", 4)])
+def test_the_options_of_a_run_reach_the_plan_of_a_stage(built, stage, parts):
+    _, plan = built(stage, checkpoint_minutes=3.0, profile=5, peak_tflops=7.0)
+    assert (plan.name, plan.steps, plan.accumulate) == (stage, 12, parts)
+    assert (plan.checkpoint_minutes, plan.profile, plan.peak_tflops) == (3.0, 5, 7.0)
+    assert plan.final_lr["model"] < 1 and sum(plan.flops.values()) > 0
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_steps_win_over_epochs(built, stage):
+    _, plan = built(stage, {"steps": 7})
+    assert (plan.steps, plan.steps_per_epoch) == (7, 3)
+
+
+def test_the_ramps_of_fine_tuning_span_its_steps(built):
+    stage, _ = built("finetune", {"steps": 200, "kl_anneal": 0.5, "kl_weight": 1.0})
+    assert stage._scalars(torch.tensor(50)).kl_weight == 0.5
+
+
+@pytest.mark.parametrize(("select", "choose_best"), [("best", True), ("last", False)])
+def test_select_says_whether_val_rows_choose_the_checkpoint(built, select, choose_best):
+    assert built("finetune", {"select": select})[1].choose_best is choose_best
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_float16_trains_with_a_scaler_and_nothing_else_does(built, stage):
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", None)):
+        made, plan = built(stage, precision=name)
+        assert made.autocast is dtype
+        assert (plan.scaler is not None) == (name == "fp16")
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_every_optimiser_steps_in_one_kernel(built, stage):
+    for optimiser in built(stage)[1].optimisers.values():
+        assert optimiser.defaults["fused"]
