@@ -213,7 +213,7 @@ def _changes(graph: PairGraph, samples: Sequence[Sample], view: int, column: int
     if graph.augment is None or not drawn:
         return None
 
-    def on_device(values: Sequence[np.ndarray]) -> Tensor:
+    def on_device(values: np.ndarray | Sequence[np.ndarray]) -> Tensor:
         return _on_device(torch.from_numpy(np.array(values)), graph.device)
 
     matrix, offset = colours_of(np.array([own.colours(view)[column] for own in drawn]))

@@ -49,7 +49,10 @@ class Changes(NamedTuple):
 
     def of_sample(self, k: int) -> Changes:
         """Those of one sample, as a batch of one."""
-        return Changes(*(None if own is None else own[k : k + 1] for own in self))
+        own = slice(k, k + 1)
+        affine = None if self.affine is None else self.affine[own]
+        boxes = None if self.boxes is None else self.boxes[own]
+        return Changes(self.matrix[own], self.offset[own], affine, boxes)
 
 
 def make_view(planes: Tensor, modality: str, data: DataConfig, changes: Changes | None) -> Tensor:

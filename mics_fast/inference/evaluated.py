@@ -26,7 +26,7 @@ from mics_fast.evaluation.metrics import (
 )
 from mics_fast.evaluation.opinions import Opinions, View, flat_record, records
 from mics_fast.inference.run_model import Trained, load_trained, progress
-from mics_fast.stages.finetune import is_pseudo_label
+from mics_fast.stages.pseudo_labels import is_pseudo_label
 from mics_fast.training.run import Run
 
 

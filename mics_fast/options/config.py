@@ -15,6 +15,7 @@ from typing import Literal
 from mics_fast.common.errors import InputError
 
 Stage = Literal["pretrain", "finetune", "both"]
+PseudoLabelRule = Literal["vacuity", "adaptive", "fixmatch", "freematch"]
 ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 CompileScope = Literal["blocks", "step"]
@@ -223,6 +224,9 @@ class FinetuneConfig:
         kl_anneal: share of all steps over which it grows from 0 [TMC].
         unlabelled_weight: weight of the pseudo-label loss; 0 = off [ours].
         unlabelled_ramp: share of all steps over which that weight grows from 0 [ours].
+        pseudo_labels: the rule of acceptance, as in ``stages/pseudo_labels.py``: "vacuity",
+            "adaptive", "fixmatch" or "freematch" [ours].
+        confidence: softmax probability that "fixmatch" asks for [FixMatch].
         max_uncertainty: a pseudo-label needs a fused vacuity at most this [ours].
         min_probability: ... and a class probability at least this [ours].
         modality_consistency_weight: agreement of the modalities' opinions; 0 = off [ours].
@@ -257,6 +261,8 @@ class FinetuneConfig:
     kl_anneal: float = 0.2
     unlabelled_weight: float = 1.0
     unlabelled_ramp: float = 0.2
+    pseudo_labels: PseudoLabelRule = "vacuity"
+    confidence: float = 0.95
     max_uncertainty: float = 0.3
     min_probability: float = 0.8
     modality_consistency_weight: float = 0.1
@@ -393,7 +399,8 @@ def check_config(config: TrainConfig) -> None:
     shares = (
         "pretrain.warmup pretrain.alpha pretrain.teacher_momentum finetune.warmup "
         "finetune.ema_momentum finetune.kl_anneal finetune.unlabelled_ramp "
-        "finetune.max_uncertainty finetune.min_probability finetune.modality_dropout "
+        "finetune.confidence finetune.max_uncertainty finetune.min_probability "
+        "finetune.modality_dropout "
         "pretrain.augment.flip finetune.augment.flip"
     )
     between = "pretrain.mask_ratio finetune.shift_momentum"

@@ -23,18 +23,17 @@ from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings
 from mics_fast.stages.means import masked_mean
+from mics_fast.stages.pseudo_labels import NO_LABEL, AdaptiveLimits, PseudoLabels, propose
 from mics_fast.stages.ramp import ramp
 from mics_kernels import (
     ClassStatistics,
     evidential_fusion_loss,
     evidential_loss,
-    fuse_evidence,
     opinion,
     shift_features,
     shifted_cross_entropy,
 )
 
-NO_LABEL = -1
 Seen = tuple[Tensor, Tensor, Tensor]  # features (R, D), labels (R,), weights (R,)
 
 
@@ -113,7 +112,9 @@ class FinetuneStage(nn.Module):
         self.statistics = ClassStatistics(
             num_classes, width, momentum=config.shift_momentum, rank=rank
         )
+        self.limits = AdaptiveLimits(num_classes, config.ema_momentum)
         self._seen: list[Seen] = []
+        self._proposed: list[Tensor] = []
 
     def losses(self, batch: tuple[PairBatch, ...], step: Tensor) -> Iterator[Losses]:
         """One forward of the average over weak unlabelled views, then one of the student.
@@ -122,7 +123,9 @@ class FinetuneStage(nn.Module):
         called for several parts of a batch before ``after_step``.
         """
         config, scalars = self.config, self._scalars(step)
-        terms, metrics, seen = self._compute(batch, scalars)
+        terms, metrics, seen, probability = self._compute(batch, scalars)
+        if probability is not None and config.pseudo_labels in ("adaptive", "freematch"):
+            self._proposed.append(gather_rows(probability))
         if seen is not None:
             sizes = [len(part.label) for part in batch]
             feature, label, weight = (gather_parts(values, sizes) for values in seen)
@@ -163,10 +166,12 @@ class FinetuneStage(nn.Module):
 
     def _compute(
         self, batch: tuple[PairBatch, ...], scalars: Scalars
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen | None]:
-        """Terms, metrics, and what the statistics take in after the step; changes nothing."""
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen | None, Tensor | None]:
+        """Terms, metrics, and what statistics and limits read after the step; changes nothing."""
         config = self.config
-        rows, metrics = self._rows(batch)
+        proposed = self._pseudo_labels(batch[1]) if len(batch) > 1 else None
+        rows = join_rows(batch, proposed)
+        metrics = proposed.metrics(batch[1].label) if proposed else {}
         present = drop_modalities(
             rows.present,
             rows.sample_id,
@@ -196,7 +201,7 @@ class FinetuneStage(nn.Module):
             shifted, pseudo = rows.means(per_row)
             terms["shift"] = shifted + scalars.pseudo_weight * pseudo
         metrics["student_uncertainty"] = opinion(fused).uncertainty.mean()
-        return terms, metrics, seen
+        return terms, metrics, seen, proposed.probability if proposed else None
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -212,6 +217,9 @@ class FinetuneStage(nn.Module):
             )
             self.statistics.update(features, labels, weights)
             self._seen = []
+        if self._proposed:
+            self.limits.update(torch.cat(self._proposed))
+            self._proposed = []
 
     def _forward(
         self, model: Classifier, views: dict[str, Tensor], present: Tensor
@@ -219,45 +227,13 @@ class FinetuneStage(nn.Module):
         with torch.autocast(present.device.type, self.autocast, enabled=self.autocast is not None):
             return model(views, present)
 
-    def _rows(self, batch: tuple[PairBatch, ...]) -> tuple[Rows, dict[str, Tensor]]:
-        """Labelled rows alone, or followed by the unlabelled ones with their pseudo-labels."""
-        labelled = batch[0]
-        one = torch.ones_like(labelled.label, dtype=torch.float32)
-        if len(batch) == 1:
-            sizes = (len(labelled.label), 0)
-            return Rows(
-                labelled.views, labelled.present, labelled.sample_id, labelled.label, one, sizes
-            ), {}
-        unlabelled = batch[1]
-        assert unlabelled.strong is not None
-        label, weight, metrics = self._pseudo_labels(unlabelled)
-        rows = Rows(
-            {name: torch.cat([x, unlabelled.strong[name]]) for name, x in labelled.views.items()},
-            torch.cat([labelled.present, unlabelled.present]),
-            torch.cat([labelled.sample_id, unlabelled.sample_id]),
-            torch.cat([labelled.label, label]),
-            torch.cat([one, weight]),
-            (len(labelled.label), len(unlabelled.label)),
-        )
-        return rows, metrics
-
     @torch.no_grad()
-    def _pseudo_labels(self, unlabelled: PairBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Labels the averaged model is sure of, their weights 1 - u, and how good they are."""
+    def _pseudo_labels(self, unlabelled: PairBatch) -> PseudoLabels | None:
+        """What the averaged model proposes for weak views; None where no term reads it."""
         if not self.config.unlabelled_weight:
-            none = torch.full_like(unlabelled.label, NO_LABEL)
-            return none, torch.zeros_like(none, dtype=torch.float32), {}
+            return None
         output = self._forward(self.average, unlabelled.views, unlabelled.present)
-        fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
-        label = fused.probability.argmax(-1)
-        accepted = is_pseudo_label(self.config, fused.probability, fused.uncertainty)
-        known = accepted & (unlabelled.label >= 0)
-        metrics = {
-            "pseudo_accepted": accepted.float().mean(),
-            "pseudo_accuracy": masked_mean((label == unlabelled.label).float(), known),
-            "uncertainty": fused.uncertainty.mean(),
-        }
-        return torch.where(accepted, label, NO_LABEL), 1 - fused.uncertainty, metrics
+        return propose(self.config, output, self.limits)
 
     def _agreement(self, output: ClassifierOutput) -> Tensor:
         """1 - sum_k sqrt(p_ak p_bk) over pairs of modalities that are both there.
@@ -316,16 +292,35 @@ class FinetuneStage(nn.Module):
         )
 
 
+def join_rows(batch: tuple[PairBatch, ...], proposed: PseudoLabels | None) -> Rows:
+    """Labelled rows alone, or followed by the unlabelled ones with their pseudo-labels, if any."""
+    labelled = batch[0]
+    one = torch.ones_like(labelled.label, dtype=torch.float32)
+    if len(batch) == 1:
+        sizes = (len(labelled.label), 0)
+        return Rows(
+            labelled.views, labelled.present, labelled.sample_id, labelled.label, one, sizes
+        )
+    unlabelled = batch[1]
+    assert unlabelled.strong is not None
+    label = torch.full_like(unlabelled.label, NO_LABEL)
+    weight = torch.zeros_like(label, dtype=torch.float32)
+    if proposed is not None:
+        label, weight = proposed.label, proposed.weight
+    return Rows(
+        {name: torch.cat([x, unlabelled.strong[name]]) for name, x in labelled.views.items()},
+        torch.cat([labelled.present, unlabelled.present]),
+        torch.cat([labelled.sample_id, unlabelled.sample_id]),
+        torch.cat([labelled.label, label]),
+        torch.cat([one, weight]),
+        (len(labelled.label), len(unlabelled.label)),
+    )
+
+
 def gather_parts(values: Tensor, sizes: list[int]) -> Tensor:
     """Labelled and unlabelled rows of all ranks in the order of the whole batch, as one rank has
     them: the statistics come out the same everywhere."""
     return torch.cat([gather_rows(part) for part in values.split(sizes)])
-
-
-def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Tensor) -> Tensor:
-    """Which opinions are sure enough to train on: (R, C) and (R,) -> (R,) bool."""
-    sure = uncertainty <= config.max_uncertainty
-    return sure & (probability.amax(-1) >= config.min_probability)
 
 
 def wants_unlabelled(config: FinetuneConfig) -> bool:

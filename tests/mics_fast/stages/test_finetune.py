@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mics_fast.options.config import FinetuneConfig
-from mics_fast.stages.finetune import NO_LABEL, Scalars, wants_unlabelled
+from mics_fast.stages.finetune import NO_LABEL, Scalars, join_rows, wants_unlabelled
 from mics_fast.stages.ramp import ramp
 
 
@@ -40,9 +40,11 @@ def test_pseudo_labels_are_the_average_s_and_weigh_one_minus_uncertainty(make_st
     with torch.no_grad():
         for head in stage.average.heads.values():
             head.bias.copy_(torch.tensor([-4.0, 3.0, -4.0]))
-    label, weight, metrics = stage._pseudo_labels(make_batch(9, strong=True))
-    assert (label == 1).all()
-    torch.testing.assert_close(1 - weight.mean(), metrics["uncertainty"])
+    batch = make_batch(9, strong=True)
+    proposed = stage._pseudo_labels(batch)
+    metrics = proposed.metrics(batch.label)
+    assert (proposed.label == 1).all()
+    torch.testing.assert_close(1 - proposed.weight.mean(), metrics["uncertainty"])
     assert metrics["pseudo_accepted"] == 1
     assert metrics["pseudo_accuracy"] == pytest.approx(1 / 3)
 
@@ -50,13 +52,12 @@ def test_pseudo_labels_are_the_average_s_and_weigh_one_minus_uncertainty(make_st
 def test_a_pseudo_label_needs_certainty_and_probability(make_stage, make_batch):
     batch = make_batch(6, strong=True)
     for limits in ({"max_uncertainty": 0.0}, {"min_probability": 1.0}):
-        label, _, _ = make_stage(**{**ACCEPT_ALL, **limits})._pseudo_labels(batch)
-        assert (label == NO_LABEL).all()
+        proposed = make_stage(**{**ACCEPT_ALL, **limits})._pseudo_labels(batch)
+        assert (proposed.label == NO_LABEL).all()
 
 
-def test_rejected_rows_count_in_the_divisor(make_stage, make_batch):
-    stage = make_stage()
-    rows, _ = stage._rows((make_batch(4), make_batch(8, strong=True)))
+def test_rejected_rows_count_in_the_divisor(make_batch):
+    rows = join_rows((make_batch(4), make_batch(8, strong=True)), None)
     assert rows.sizes == (4, 8)
     labelled, unlabelled = rows.means(torch.ones(12))
     assert labelled == 1 and unlabelled == 1
@@ -65,9 +66,9 @@ def test_rejected_rows_count_in_the_divisor(make_stage, make_batch):
     assert rows.means(only_one)[1] == pytest.approx(1 / 8)
 
 
-def test_the_student_sees_weak_labelled_and_strong_unlabelled_views(make_stage, make_batch):
+def test_the_student_sees_weak_labelled_and_strong_unlabelled_views(make_batch):
     labelled, unlabelled = make_batch(2, seed=1), make_batch(3, strong=True, seed=2)
-    rows, _ = make_stage()._rows((labelled, unlabelled))
+    rows = join_rows((labelled, unlabelled), None)
     for name in ("wli", "nbi"):
         assert torch.equal(rows.views[name][:2], labelled.views[name])
         assert torch.equal(rows.views[name][2:], unlabelled.strong[name])
@@ -216,7 +217,8 @@ def test_the_low_rank_shift_moves_along_the_latest_rows(make_stage, make_batch, 
 def test_the_closed_form_weighs_rows_like_the_others(make_stage, make_batch):
     """At strength 0 it is the cross-entropy of the fusion head, times the weight of the row."""
     stage = make_stage(**ACCEPT_ALL, shift="closed-form", shift_strength=0.0)
-    rows, _ = stage._rows((make_batch(4), make_batch(8, strong=True)))
+    unlabelled = make_batch(8, strong=True)
+    rows = join_rows((make_batch(4), unlabelled), stage._pseudo_labels(unlabelled))
     output = stage.model(rows.views, rows.present)
     plain = torch.nn.functional.cross_entropy(output.logits[:, -1], rows.label, reduction="none")
     scalars = Scalars(torch.tensor(50), 0.5, torch.tensor(1.0), torch.tensor(0.0))
