@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +65,45 @@ class Manifest:
             for row in self.rows
             if split in (None, row.split) and labelled in (None, row.labelled)
         ]
+
+    def digest(self) -> dict[str, str]:
+        """What training depends on, one SHA-256 per field and the number of rows.
+
+        Two manifests of equal digests have the same ids, labels, groups and splits in the same
+        order; paths of images and names of groups may differ. ``digest_difference`` compares.
+        """
+        names = [*self.classes, ""]  # label -1 is the last one
+        fields = {
+            "id": [row.id for row in self.rows],
+            "label": [names[row.label] for row in self.rows],
+            "labelled": [str(int(row.labelled)) for row in self.rows],
+            "group": [str(row.group) for row in self.rows],
+            "split": [row.split for row in self.rows],
+        }
+        hashes = {name: _sha256(values) for name, values in fields.items()}
+        return {"rows": str(len(self.rows)), **hashes}
+
+
+def digest_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What differs between two digests, in words; "" where nothing does.
+
+    Args:
+        before, now: as ``Manifest.digest`` gives them.
+
+    Example:
+        >>> digest_difference({"rows": "60", "id": "a"}, {"rows": "40", "id": "b"})
+        '40 rows instead of 60'
+        >>> digest_difference({"rows": "60", "split": "a"}, {"rows": "60", "split": "b"})
+        'the column split differs'
+    """
+    if before["rows"] != now["rows"]:
+        return f"{now['rows']} rows instead of {before['rows']}"
+    changed = [name for name in now if before.get(name) != now[name]]
+    if "id" in changed:
+        return "other ids, or the same ids in another order"
+    if len(changed) > 1:
+        return f"the columns {', '.join(changed[:-1])} and {changed[-1]} differ"
+    return f"the column {changed[0]} differs" if changed else ""
 
 
 def read_manifest(
@@ -184,3 +225,8 @@ def _file(cell: str, folder: Path, modality: str, where: str, exists: bool) -> P
     if exists and not image_exists(path):
         raise InputError(f"{where}: the {modality} image {path} does not exist")
     return path
+
+
+def _sha256(values: Sequence[str]) -> str:
+    """Hash of a list of texts; JSON keeps them apart whatever is in them."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

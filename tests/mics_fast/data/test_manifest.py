@@ -7,7 +7,7 @@ import re
 import pytest
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.manifest import RESERVED, read_manifest, write_manifest
+from mics_fast.data.manifest import RESERVED, digest_difference, read_manifest, write_manifest
 
 HEADER = "id,label,labelled,group,split,virtual,wli,nbi"
 
@@ -183,3 +183,37 @@ def test_a_missing_reserved_column_is_named(write, column):
 def test_a_modality_that_is_no_column_is_named(write):
     with pytest.raises(InputError, match=r"no modality depth.*wli.*nbi"):
         read_manifest(write(GOOD), ["wli", "depth"])
+
+
+# Digest
+
+ROWS = ("1,polyp,1,g,train,,a.png,b.png", "2,ulcer,0,g,train,,a.png,", "3,,0,,test,,,b.png")
+
+
+def digest(write, *lines):
+    return read_manifest(write(*lines)).digest()
+
+
+def test_the_digest_is_that_of_the_rows_not_of_their_files_or_names_of_groups(write):
+    other = [line.replace(",g,", ",h,").replace("b.png", "a.png") for line in ROWS]
+    assert digest(write, *ROWS) == digest(write, *other)
+    assert digest_difference(digest(write, *ROWS), digest(write, *other)) == ""
+
+
+@pytest.mark.parametrize(
+    ("changed", "sentence"),
+    [
+        (("1,ulcer,1,g,train,,a.png,b.png", *ROWS[1:]), "the column label differs"),
+        (("1,polyp,0,g,train,,a.png,b.png", *ROWS[1:]), "the column labelled differs"),
+        (("1,polyp,1,,train,,a.png,b.png", *ROWS[1:]), "the column group differs"),
+        (("1,polyp,1,g,val,,a.png,b.png", *ROWS[1:]), "the column split differs"),
+        (
+            ("1,ulcer,1,g,val,,a.png,b.png", *ROWS[1:]),
+            "the columns label and split differ",
+        ),
+        (ROWS[::-1], "other ids, or the same ids in another order"),
+        (ROWS[:2], "2 rows instead of 3"),
+    ],
+)
+def test_two_digests_say_what_changed(write, changed, sentence):
+    assert digest_difference(digest(write, *ROWS), digest(write, *changed)) == sentence
