@@ -1,4 +1,4 @@
-"""The four model sizes: decoder and discriminator scale with the encoder."""
+"""The five model sizes: decoder and discriminator scale with the encoder."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ class Size:
 
 
 SIZES = {
+    "vit_nano": Size(64, 16, 128, 4, 4, 64, 2, 4, 128, 2, 4),
     "vit_micro": Size(64, 8, 128, 4, 4, 64, 2, 4, 128, 2, 4),
     "vit_tiny": Size(224, 16, 192, 12, 3, 128, 4, 4, 192, 4, 3),
     "vit_small": Size(224, 16, 384, 12, 6, 256, 4, 8, 384, 4, 6),

@@ -19,7 +19,7 @@ PseudoLabelRule = Literal["vacuity", "adaptive", "fixmatch", "freematch"]
 ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
 PrecisionName = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 CompileScope = Literal["blocks", "step"]
-ModelSize = Literal["vit_micro", "vit_tiny", "vit_small", "vit_base"]
+ModelSize = Literal["vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base"]
 
 
 @dataclass
@@ -122,7 +122,8 @@ class ModelConfig:
     """The encoder; decoder and discriminator scale with it (table in ``models/sizes.py``).
 
     Args:
-        size: vit_micro (64 px / 8), vit_tiny, vit_small (224 / 16), vit_base (384 / 16) [paper].
+        size: vit_nano (64 px / 16), vit_micro (64 / 8), vit_tiny, vit_small (224 / 16), vit_base
+            (384 / 16) [paper].
         pool: what a head reads: the class token, or the mean of the patch tokens [ours].
         projection: width of the contrastive feature [ALBEF].
         fusion_depth: blocks of the fusion encoder [ours].

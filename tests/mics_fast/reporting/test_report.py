@@ -47,7 +47,7 @@ def test_the_page_has_every_section(page):
         "pretrain: losses", "finetune: throughput", "finetune: time that waited for data",
         "Reliability of the fused probabilities", "Risk and coverage",
         "Uncertainty of right and wrong answers", "Uncertainty in and out of distribution",
-        "Features of the fusion view by class", "This run minus", "vit_micro",
+        "Features of the fusion view by class", "This run minus", "vit_nano",
     ):  # fmt: skip
         assert caption in html, caption
     assert "Not a medical device" in html

@@ -54,7 +54,7 @@ def weights(run, stage):
 
 def test_a_run_leaves_configuration_metrics_events_and_checkpoints(finished):
     config = yaml.safe_load((finished / "config.yaml").read_text())
-    assert config["model"]["size"] == "vit_micro" and config["pretrain"]["batch_size"] == 8
+    assert config["model"]["size"] == "vit_nano" and config["pretrain"]["batch_size"] == 8
     assert list((finished / "tensorboard").glob("events*"))
     lines = records(finished)
     assert [line["step"] for line in lines if line["stage"] == "pretrain"] == [1, 2, 3]
@@ -179,7 +179,7 @@ def test_blocks_can_be_compiled(finished, manifest, tmp_path):
 def test_print_config_shows_every_option():
     command = [sys.executable, "-m", "mics_fast.train", "--config", CONFIG, "--print_config"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert yaml.safe_load(shown)["model"]["size"] == "vit_micro"
+    assert yaml.safe_load(shown)["model"]["size"] == "vit_nano"
     assert yaml.safe_load(shown)["finetune"]["shift_strength"] == 0.7
 
 
