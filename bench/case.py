@@ -1,4 +1,4 @@
-"""What a benchmark of an operator is: inputs of one size, and implementations that use them."""
+"""A case: an operator on inputs of one size, and the implementations that are compared on them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,46 @@ from bench.roofline import Work
 from mics_kernels.backends import explain
 
 Step = Callable[[], Any]
-OURS = ("cpu", "triton", "cuda")
-"""Names of this project's own implementations."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """One implementation.
+
+    Attributes:
+        step: one call on inputs that stay where they are; repeated calls are timed.
+        check: takes the result of ``step``; raises AssertionError where it is wrong.
+        call: one call as a user makes it, on the inputs that ``Rivals.fresh`` gives.
+        ours: whether it is this project's.
+        compiled: whether torch.compile makes it: the first call takes long, and no CUDA graph can
+            capture its backward pass.
+        waits: whether a call waits for the GPU, so that no CUDA graph can capture it.
+    """
+
+    step: Step
+    check: Callable[[Any], None]
+    call: Callable[[Any], Any]
+    ours: bool = False
+    compiled: bool = False
+    waits: bool = False
 
 
 @dataclass(frozen=True)
 class Rivals:
-    """What is compared on the same inputs.
+    """The implementations of a case, on the same inputs.
 
     Attributes:
-        steps: one call of each implementation, by name; "compiled" in a name: of torch.compile.
-        check: takes a name and what its step returned; AssertionError where that is wrong.
-        absent: name -> why that implementation cannot run here.
-        failed: name -> what was wrong with its result, or how it ended.
-        synchronises: names whose calls wait for the GPU, so that no CUDA graph captures them.
+        fresh: new inputs for ``Rival.call``, made by operators of torch, as a network's layers
+            make them; they want gradients where the case takes them.
+        found: implementation -> how to call it.
+        absent: implementation -> why it cannot run here.
+        failed: implementation -> what was wrong with its result, or the error it raised.
     """
 
-    steps: dict[str, Step]
-    check: Callable[[str, Any], None]
+    fresh: Callable[[], Any]
+    found: dict[str, Rival]
     absent: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
-    synchronises: frozenset[str] = frozenset()
-
-    def captured(self, name: str) -> bool:
-        """Whether a GPU replays this one as a CUDA graph; a graph of the backward pass that
-        torch.compile makes cannot be captured."""
-        return "compiled" not in name and name not in self.synchronises
 
 
 @dataclass(frozen=True)
@@ -46,12 +60,12 @@ class Case:
 
     Attributes:
         operator: what is measured.
-        shape: the size, for a reader.
-        work: what it cannot do without.
-        make: (device, tiny) -> rivals on new inputs, the same ones at every call; ``tiny``: the
-            smallest inputs of this kind, for what a process keeps after its first call.
-        batch: rows, for the plots.
-        threads: of the CPU; None: as many as the command line says.
+        shape: the size, in words.
+        work: bytes and FLOPs that cannot be avoided.
+        make: (device, tiny) -> implementations on new inputs, the same ones at every call;
+            ``tiny`` asks for the smallest inputs of this kind.
+        batch: rows, for plots.
+        threads: CPU threads; None: as many as the command line says.
     """
 
     operator: str
@@ -63,7 +77,7 @@ class Case:
 
 
 def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """This project's implementations that can run here, and why others cannot.
+    """This project's implementations of an operator that can run here, and why the others cannot.
 
     Args:
         operator: folder of mics_kernels.
@@ -80,28 +94,32 @@ def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[s
 
 
 def checked(case: Case, device: torch.device) -> Rivals:
-    """The case's rivals that have shown that their result is right; ``failed`` names the others."""
+    """The case's implementations whose result is right; ``failed`` says why others are left out."""
     rivals = case.make(device, False)
-    right: dict[str, Step] = {}
+    right: dict[str, Rival] = {}
     failed = {}
-    for name, step in rivals.steps.items():
+    for name, rival in rivals.found.items():
         try:
-            rivals.check(name, step())
-            right[name] = step
+            rival.check(rival.step())
+            right[name] = rival
         except AssertionError as error:
             failed[name] = f"is wrong: {error}"
-        except Exception as error:  # one that ends like this must not take the others with it
+        except Exception as error:  # the others are still measured
             failed[name] = in_a_line(error)
-    return replace(rivals, steps=right, failed=failed)
+    return replace(rivals, found=right, failed=failed)
 
 
 def in_a_line(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """The type and first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def close(got: Any, true: Any, tolerance: float) -> None:
-    """Differences of at most ``tolerance`` times the largest of ``true``; tuples go by element."""
+    """Compare tuples of tensors, each to ``tolerance`` times the largest element of the true one.
+
+    Raises:
+        AssertionError: one is further off.
+    """
     for one, other in zip(got, true, strict=True):
         distance = (one.double() - other.double()).abs().max().item()
         allowed = tolerance * other.double().abs().max().item()

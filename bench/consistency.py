@@ -1,28 +1,28 @@
-"""Consistency losses: forward + gradient, D = 256, a queue of 65,536.
+"""Consistency losses: loss and gradient, D = 256, a queue of 65,536.
 
-`multimodal_consistency_loss` of two modalities stands against the published ALBEF lines (queue in
-columns, cloned and concatenated at every step), torch.compile of them, the same loss in chunks of
-keys that are computed again in the backward pass, and the same loss written over
+`multimodal_consistency_loss` of two modalities is compared with the published ALBEF lines (queue in
+columns, cloned and concatenated at every step), with torch.compile of them, with the same loss in
+chunks of keys that are recomputed in the backward pass, and with the same loss written over
 scaled_dot_product_attention (V = K).
 
-With hard targets (alpha = 0) and one direction the loss is a cross-entropy over keys, and public
-kernels compute it, from queries divided by the temperature in bfloat16 (ours divides the scores, in
-float32). They need a GPU, and are timed where they are installed:
+With hard targets (alpha = 0) and one direction the loss is a cross-entropy over keys, which public
+kernels compute, from queries divided by the temperature in bfloat16 (ours divides the scores, in
+float32). They need a GPU, and are measured where they are installed:
 
-- Liger-Kernel (as of 0.8.2), fused linear cross-entropy with the keys as classifier, whose
-  gradient is not computed, as nobody asks for it. Scores are rounded to bfloat16. It works on as
-  many rows at a time as keep a block of scores the size of the queries: a few, for so many keys.
-- cut-cross-entropy (25.1.1 to 25.6.4), the same without a block of scores, as "cce_exact": by
-  default the backward pass leaves out blocks of scores whose probabilities are all below 2^-12,
-  and the gradient is another one.
-- Inf-CL (1.2), a contrastive loss a row, averaged here. It converts queries and keys to float32,
-  multiplies in TF32, and always computes the gradient of the keys, too: two products of its five.
+- Liger-Kernel (as of 0.8.2): fused linear cross-entropy with the keys as classifier, whose
+  gradient is not computed. Scores are rounded to bfloat16. It works on as many rows at a time as
+  keep a block of scores the size of the queries: a few, for this many keys.
+- cut-cross-entropy (25.1.1 to 25.6.4): the same without a block of scores, as "cce_exact". Its
+  default skips blocks of scores whose probabilities are all below 2^-12 in the backward pass, which
+  gives another gradient.
+- Inf-CL (1.2): one contrastive loss per row, averaged here. It converts queries and keys to
+  float32, multiplies in TF32, and always computes the keys' gradient: two of its five products.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -33,35 +33,41 @@ from torch.utils.checkpoint import checkpoint
 
 from bench import roofline
 from bench.baselines.albef import albef
-from bench.case import Case, Rivals, Step, close, in_a_line, own_backends
+from bench.case import Case, Rival, Rivals, close, in_a_line, own_backends
 from mics_kernels import consistency_loss, multimodal_consistency_loss
 
 DIM, QUEUE, TEMPERATURE, ALPHA, CHUNK = 256, 65536, 0.07, 0.4, 8192
-BATCHES = (8, 64, 256)
-WAITING = frozenset({"Liger-Kernel", "cut-cross-entropy"})
-"""Which count targets, or list them, on the host: no CUDA graph captures them."""
+BATCHES = {"cpu": (8, 64, 256), "cuda": (1024, 256, 8, 64)}  # on a GPU, time may run out
+PUBLIC = (
+    ("Liger-Kernel", "liger_kernel"),
+    ("cut-cross-entropy", "cut_cross_entropy"),
+    ("Inf-CL", "inf_cl"),
+)
+"""Name and package of public kernels."""
+WAITING = ("Liger-Kernel", "cut-cross-entropy")
+"""Those that count or list targets on the host, so that no CUDA graph can capture them."""
 Loss = Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Both losses at every batch size."""
-    batches = (*BATCHES, 1024) if device.type == "cuda" else BATCHES
+    """The loss of two modalities at every batch size, and that of one direction at the largest."""
+    batches = BATCHES[device.type]
     size = dtype_on(device).itemsize
     soft = [
         Case("multimodal_consistency_loss", f"B = {batch}",
              roofline.consistency(batch, DIM, QUEUE, size), partial(rivals, batch), batch)
         for batch in batches
     ]  # fmt: skip
-    hard = [
-        Case("consistency_loss", f"B = {batch}, alpha = 0",
-             roofline.contrastive(batch, DIM, QUEUE, size), partial(hard_rivals, batch), batch)
-        for batch in batches[-1:]
-    ]  # fmt: skip
-    return soft + hard
+    largest = max(batches)
+    hard = Case(
+        "consistency_loss", f"B = {largest}, alpha = 0",
+        roofline.contrastive(largest, DIM, QUEUE, size), partial(hard_rivals, largest), largest,
+    )  # fmt: skip
+    return [*soft, hard]
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """What the loss is computed from there."""
+    """The dtype of the inputs."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -83,7 +89,7 @@ def both_directions(one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> 
 
 
 def chunked(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """Chunks of keys, each computed again in the backward pass: memory flat in the queue."""
+    """Chunks of keys, recomputed in the backward pass: memory does not grow with the queue."""
 
     def part(query: Tensor, chunk: Tensor, log_soft: Tensor) -> tuple[Tensor, Tensor]:
         logits = query @ chunk.T / TEMPERATURE
@@ -105,8 +111,10 @@ def chunked(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tens
 
 
 def attention(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """The gradient from attention with V = K; a loss of the right gradient, not of the right value
-    (scaled_dot_product_attention returns no log of its sums)."""
+    """A value whose gradient is that of the loss, by attention with V = K.
+
+    scaled_dot_product_attention returns no log-sum-exp, so the value itself is not the loss.
+    """
     pool = torch.cat([keys, queue])[None]
     asks = torch.cat([query, teacher]).detach()[None]
     outer, taught = F.scaled_dot_product_attention(asks, pool, pool, scale=1 / TEMPERATURE)[
@@ -119,7 +127,7 @@ def attention(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Te
 def inputs(
     batch: int, device: torch.device, queue: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Features that want gradients, teachers, and queues (Q, D), as unit vectors."""
+    """Features that want gradients and teachers, (B, D), and queues, (Q, D): unit vectors."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
@@ -130,47 +138,49 @@ def inputs(
     return features, [unit(batch) for _ in range(2)], [unit(queue) for _ in range(2)]
 
 
-def step_of(loss: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Step:
-    """One call: loss, and the gradients of ``wanted``."""
+def gradients(loss: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
+    """The loss and its gradients."""
+    return loss.detach(), *torch.autograd.grad(loss, wanted)
 
-    def step() -> tuple[Tensor, ...]:
-        result = loss()
-        return result.detach(), *torch.autograd.grad(result, wanted)
 
-    return step
+def fresh(features: list[Tensor]) -> list[Tensor]:
+    """New features that want gradients."""
+    return [(one.detach() * 1.0).requires_grad_() for one in features]
 
 
 def rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
-    """Implementations on the same inputs; queues as rows, or as columns for the published code."""
+    """Implementations on the same inputs; the published code has its queues in columns."""
     features, teachers, queues = inputs(1 if tiny else batch, device, 1 if tiny else QUEUE)
     columns = [queue.T.contiguous() for queue in queues]
-    names, absent = own_backends("consistency", device)
     published = both_directions(partial(albef, temperature=TEMPERATURE, alpha=ALPHA))
-    losses = {name: ours(name) for name in names} | {
-        "ALBEF eager": published,
-        "ALBEF compiled": torch.compile(published),
-        "chunked, recomputed": both_directions(chunked),
-        "attention (SDPA)": both_directions(attention),
+
+    def rival(
+        loss: Loss, held: list[Tensor] = queues, *, valued: bool = True, **about: bool
+    ) -> Rival:
+        def check(result: Any) -> None:
+            first = 0 if valued else 1  # the loss comes before the gradients
+            close(result[first:], true[first:], tolerance_on(device))
+
+        def step() -> tuple[Tensor, ...]:
+            return gradients(loss(features, teachers, held), features)
+
+        return Rival(step, check, lambda leaves: loss(leaves, teachers, held).backward(), **about)
+
+    names, absent = own_backends("consistency", device)
+    found = {name: rival(ours(name), ours=True) for name in names} | {
+        "ALBEF eager": rival(published, columns),
+        "ALBEF compiled": rival(torch.compile(published), columns, compiled=True),
+        "chunked, recomputed": rival(both_directions(chunked)),
+        "attention (SDPA)": rival(both_directions(attention), valued=False),
     }
-
-    def call(name: str, loss: Loss) -> Step:
-        held = columns if name.startswith("ALBEF") else queues
-        return step_of(lambda: loss(features, teachers, held), features)
-
-    steps = {name: call(name, loss) for name, loss in losses.items()}
     exact = [x.detach().float().requires_grad_() for x in features]
     others = [[x.float() for x in held] for held in (teachers, columns)]
-    true = step_of(lambda: published(exact, *others), exact)()
-
-    def check(name: str, result: Any) -> None:
-        first = 1 if name.startswith("attention") else 0  # which has no loss
-        close(result[first:], true[first:], tolerance_on(device))
-
-    return Rivals(steps, check, absent)
+    true = gradients(published(exact, *others), exact)
+    return Rivals(lambda: fresh(features), found, absent)
 
 
 def tolerance_on(device: torch.device) -> float:
-    """Of loss and gradient against float32, as a share of the largest element."""
+    """Allowed difference of loss and gradient from float32, as a share of the largest element."""
     return 5e-2 if dtype_on(device) == torch.bfloat16 else 1e-4
 
 
@@ -181,65 +191,72 @@ def hard_rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
     pool = torch.cat([keys, queue])
     target = torch.arange(len(query), device=device)
 
-    def own(backend: str) -> Tensor:
+    def own(backend: str, query: Tensor) -> Tensor:
         return consistency_loss(
             query, teachers[0], keys, queue, temperature=TEMPERATURE, alpha=0.0, backend=backend
         )
 
-    def eager() -> Tensor:
+    def eager(query: Tensor) -> Tensor:
         return F.cross_entropy(query @ pool.T / TEMPERATURE, target)
 
-    names, absent = own_backends("consistency", device)
-    losses: dict[str, Callable[[], Tensor]] = {name: partial(own, name) for name in names}
-    losses |= {"cross_entropy eager": eager, "cross_entropy compiled": torch.compile(eager)}
-    exact = query.detach().float().requires_grad_()
-    true = step_of(lambda: F.cross_entropy(exact @ pool.float().T / TEMPERATURE, target), [exact])()
-    public, missing = public_kernels(device, query, pool, target, true)
-    steps = {name: step_of(loss, [query]) for name, loss in (losses | public).items()}
-
-    def check(name: str, result: Any) -> None:
+    def check(result: Any) -> None:
         close(result, true, tolerance_on(device))
 
-    return Rivals(steps, check, absent | missing, synchronises=WAITING)
+    def rival(loss: Callable[[Tensor], Tensor], **about: bool) -> Rival:
+        def call(leaves: list[Tensor]) -> None:
+            loss(leaves[0]).backward()
+
+        return Rival(lambda: gradients(loss(query), [query]), check, call, **about)
+
+    exact = query.detach().float().requires_grad_()
+    scores = exact @ pool.float().T / TEMPERATURE
+    true = gradients(F.cross_entropy(scores, target), [exact])
+    names, absent = own_backends("consistency", device)
+    found = {name: rival(partial(own, name), ours=True) for name in names} | {
+        "cross_entropy eager": rival(eager),
+        "cross_entropy compiled": rival(torch.compile(eager), compiled=True),
+    }
+    public, missing = public_kernels(device, query, pool, target, true)
+    found |= {name: rival(loss, waits=name in WAITING) for name, loss in public.items()}
+    return Rivals(lambda: fresh([query]), found, absent | missing)
 
 
 def public_kernels(
     device: torch.device, query: Tensor, pool: Tensor, target: Tensor, true: tuple[Tensor, ...]
-) -> tuple[dict[str, Callable[[], Tensor]], dict[str, str]]:
-    """Kernels of others for the cross-entropy of query . pool / T, and why some are not here: those
-    whose loss and gradient are not the ``true`` ones, too, because their fault is not ours."""
+) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
+    """Others' kernels for the cross-entropy of query . pool / T, and why some cannot be measured.
 
-    def liger() -> Tensor:
+    One whose loss and gradient are not the ``true`` ones counts as absent, not as a failure of this
+    benchmark.
+    """
+
+    def liger(query: Tensor) -> Tensor:
         from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
         return LigerFusedLinearCrossEntropyLoss()(pool, query / TEMPERATURE, target)
 
-    def cut() -> Tensor:
+    def cut(query: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
         return linear_cross_entropy(query / TEMPERATURE, pool, target, impl="cce_exact")
 
-    def inf_cl() -> Tensor:
+    def inf_cl(query: Tensor) -> Tensor:
         from inf_cl import cal_flash_loss
 
         # Without labels key i is the positive of query i; head_dim divides the width.
         return cal_flash_loss(query, pool, scale=1 / TEMPERATURE, head_dim=DIM).mean()
 
-    found: dict[str, Callable[[], Tensor]] = {}
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
     absent = {}
-    for name, package, call in (
-        ("Liger-Kernel", "liger_kernel", liger),
-        ("cut-cross-entropy", "cut_cross_entropy", cut),
-        ("Inf-CL", "inf_cl", inf_cl),
-    ):
+    for (name, package), call in zip(PUBLIC, (liger, cut, inf_cl), strict=True):
         if device.type != "cuda":
             absent[name] = "needs a GPU"
         elif importlib.util.find_spec(package) is None:
             absent[name] = f"{package} is not installed"
         else:
             try:
-                close(step_of(call, [query])(), true, tolerance_on(device))
+                close(gradients(call(query), [query]), true, tolerance_on(device))
                 found[name] = call
-            except Exception as error:  # of others' code, of whatever kind
+            except Exception as error:  # others' code may raise anything
                 absent[name] = in_a_line(error)
     return found, absent

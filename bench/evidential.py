@@ -1,7 +1,7 @@
-"""Evidential operators: forward + gradient.
+"""Evidential operators: loss (or fusion) and gradient.
 
-Beside the reference (float64 inside) stands the textbook formula in float32, the code a user would
-have written: cheaper, and less exact.
+The reference computes in float64 inside. "textbook" is the published formula in float32, as a user
+would have written it: cheaper, and less exact.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 
 from bench import roofline
-from bench.case import Case, Rivals, Step, close, own_backends
+from bench.case import Case, Rival, Rivals, close, own_backends
 from mics_kernels import evidential_fusion_loss, evidential_loss, fuse_evidence
 
 SHAPES = ((8192, 3, 8), (2048, 3, 1000))
 OPERATORS = ("evidential_fusion_loss", "evidential_loss", "fuse_evidence")
+EXACT, TEXTBOOK = 1e-5, 1e-3  # allowed difference from the reference, of the largest element
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""(logits or evidence (B, V, C), target (B,)) -> scalar."""
+"""(logits or evidence (B, V, C), target (B,)) -> 0-d."""
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Every operator and shape."""
+    """Every operator at every size."""
     return [
         Case(
             operator,
@@ -43,7 +44,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def textbook_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Softplus, Dempster's rule in closed form, the published loss: float32 throughout."""
+    """Softplus, Dempster's rule in closed form and the published loss, in float32 throughout."""
     evidence = torch.nn.functional.softplus(logits)
     classes = logits.shape[2]
     fused = classes * (torch.prod(1.0 + evidence / classes, dim=1) - 1.0)
@@ -71,28 +72,36 @@ def loss_of(operator: str, backend: str) -> Loss:
 
 def rivals(operator: str, shape: tuple[int, int, int], device: torch.device, tiny: bool) -> Rivals:
     """Implementations on the same inputs; a step gives loss and gradient."""
-    names, absent = own_backends("evidential", device)
-    losses = {name: loss_of(operator, name) for name in names}
-    reference = loss_of(operator, "reference")
-    losses["reference"] = reference
-    losses["reference, compiled"] = torch.compile(reference, fullgraph=True)
-    if operator == "evidential_fusion_loss":
-        losses["textbook float32"] = textbook_loss
-        losses["textbook, compiled"] = torch.compile(textbook_loss, fullgraph=True)
     values, target = inputs(operator, shape, device, tiny)
-    steps = {name: step_of(loss, values, target) for name, loss in losses.items()}
-    true = steps["reference"]()
 
-    def check(name: str, result: Any) -> None:
-        close(result, true, 1e-3 if name.startswith("textbook") else 1e-5)
+    def rival(loss: Loss, tolerance: float = EXACT, **about: bool) -> Rival:
+        def step() -> tuple[Tensor, Tensor]:
+            result = loss(values, target)
+            return result.detach(), torch.autograd.grad(result, values)[0]
 
-    return Rivals(steps, check, absent)
+        def check(result: Any) -> None:
+            close(result, true, tolerance)
+
+        return Rival(step, check, lambda leaf: loss(leaf, target).backward(), **about)
+
+    names, absent = own_backends("evidential", device)
+    reference = loss_of(operator, "reference")
+    found = {name: rival(loss_of(operator, name), ours=True) for name in names} | {
+        "reference": rival(reference),
+        "reference, compiled": rival(torch.compile(reference, fullgraph=True), compiled=True),
+    }
+    if operator == "evidential_fusion_loss":
+        compiled = torch.compile(textbook_loss, fullgraph=True)
+        found["textbook float32"] = rival(textbook_loss, TEXTBOOK)
+        found["textbook, compiled"] = rival(compiled, TEXTBOOK, compiled=True)
+    true = found["reference"].step()
+    return Rivals(lambda: (values.detach() * 1.0).requires_grad_(), found, absent)
 
 
 def inputs(
     operator: str, shape: tuple[int, int, int], device: torch.device, tiny: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits of the fusion loss, evidence of the others, and labels."""
+    """Logits for the fusion loss, evidence for the others, (B, V, C); labels (B,)."""
     generator = torch.Generator().manual_seed(0)
     batch, views, classes = (1 if tiny else shape[0]), *shape[1:]
     values = torch.randn(batch, views, classes, generator=generator)
@@ -100,13 +109,3 @@ def inputs(
         values = values.exp()
     target = torch.randint(classes, (batch,), generator=generator)
     return values.to(device).requires_grad_(), target.to(device)
-
-
-def step_of(loss: Loss, values: Tensor, target: Tensor) -> Step:
-    """One call: loss and gradient."""
-
-    def step() -> tuple[Tensor, Tensor]:
-        result = loss(values, target)
-        return result.detach(), torch.autograd.grad(result, values)[0]
-
-    return step

@@ -1,4 +1,4 @@
-"""What a benchmark ran on."""
+"""The machine that a benchmark ran on: processor, versions, clocks, commit."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from pathlib import Path
 
 import torch
 
+from bench.rows import Machine
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """Processor, versions, threads, commit and command: what a stored result needs."""
+def machine(device: torch.device, mode: str) -> Machine:
+    """Describe the machine and the run.
+
+    Args:
+        mode: quick or full.
+    """
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "kind": device.type,
@@ -34,28 +40,29 @@ def machine(device: torch.device) -> dict[str, object]:
         "commit": commit(),
         "command": "python -m bench " + shlex.join(sys.argv[1:]),
         "date": time.strftime("%Y-%m-%dT%H%M", time.gmtime()),
+        "mode": mode,
     }
 
 
 def processor() -> str:
-    """Model name of the CPU, as Linux tells it."""
+    """Model name of the CPU (Linux), or the architecture."""
     return from_cpuinfo("model name") or platform.machine()
 
 
 def clock_of_cpu() -> str:
-    """MHz of the first core now; "" where nothing tells it."""
+    """MHz of the first core now, or "" where it is not known."""
     return from_cpuinfo("cpu MHz")
 
 
 def from_cpuinfo(entry: str) -> str:
-    """The first such entry of /proc/cpuinfo, or ""."""
+    """The value of the first such entry in /proc/cpuinfo, or ""."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(entry)), "")
 
 
 def version(package: str) -> str | None:
-    """Installed version of a package, None where it is not there."""
+    """Installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,7 +70,7 @@ def version(package: str) -> str | None:
 
 
 def output_of(command: list[str]) -> str:
-    """What a command prints, "" where it fails or is not there."""
+    """Standard output of a command, or "" where it fails or is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -72,13 +79,13 @@ def output_of(command: list[str]) -> str:
 
 
 def from_nvidia_smi(entries: str) -> str:
-    """Of the first GPU: name, driver, clocks."""
+    """These entries of the first GPU, or ""."""
     lines = output_of(["nvidia-smi", f"--query-gpu={entries}", "--format=csv,noheader"])
     return lines.splitlines()[0] if lines else ""
 
 
 def commit() -> str:
-    """Of the work tree, with "-changed" where it differs from it; "unknown" outside git."""
+    """Short hash of the commit, with "-changed" if files differ from it; "unknown" outside git."""
     short = output_of(["git", "rev-parse", "--short", "HEAD"])
     changed = output_of(["git", "status", "--porcelain", "--untracked-files=no"])
     return (short or "unknown") + ("-changed" if changed else "")

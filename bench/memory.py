@@ -1,7 +1,7 @@
-"""Peak memory of a call beyond what it was given, in MB (2**20 bytes).
+"""Peak memory of a call beyond its inputs, in MB (2**20 bytes).
 
-On a GPU as its allocator counts it. On a CPU it is the peak of the resident size (Linux), in a
-process of its own, because what other implementations have left behind would be counted or used.
+On a GPU the allocator counts it. On a CPU it is the peak of the resident size (Linux), in a process
+of its own: memory that other implementations have freed would be counted, or reused.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from bench.case import Case, Step
+from bench.machine import ROOT
 
 CPU = torch.device("cpu")
 STATUS = Path("/proc/self/status")
@@ -24,7 +25,13 @@ STATUS = Path("/proc/self/status")
 def extra_megabytes(
     subject: str, case: Case, name: str, step: Step, device: torch.device
 ) -> float | None:
-    """Of implementation ``name`` of a subject's case; None where nothing tells it."""
+    """Peak memory of an implementation; None where the system does not tell it.
+
+    Args:
+        subject: module of the case.
+        name: the implementation.
+        step: one call of it.
+    """
     if device.type == "cuda":
         begin = start_peak(device)
         step()
@@ -33,31 +40,33 @@ def extra_megabytes(
         return None
     command = [sys.executable, "-m", "bench.memory", subject, case.operator, case.shape, name]
     command.append(str(torch.get_num_threads()))
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
-    )
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     return float(done.stdout.splitlines()[-1])
 
 
 def weigh(case: Case, name: str) -> float:
-    """On a CPU, in this process. Before comes a call on tiny inputs, for what stays of a first
-    call; of torch.compile one of full size, which compiles, and whose memory is given back.
+    """Measure an implementation on a CPU, in this process.
+
+    A call on tiny inputs comes first, for what stays allocated after a first call. torch.compile
+    needs one of full size, which compiles and whose memory is given back.
 
     Raises:
         SystemExit: the system does not tell.
     """
-    step = case.make(CPU, False).steps[name]
-    (step if "compiled" in name else case.make(CPU, True).steps[name])()
+    rival = case.make(CPU, False).found[name]
+    (rival if rival.compiled else case.make(CPU, True).found[name]).step()
     begin = start_peak(CPU)
     if begin is None:
         raise SystemExit("peaks of the resident size need Linux with the GNU C library")
-    step()
+    rival.step()
     return end_peak(CPU) - begin
 
 
 def start_peak(device: torch.device) -> float | None:
-    """MB in use; the peak starts anew from here. On a CPU: resident, after the allocator has given
-    back what it does not use; None where that cannot be told."""
+    """MB in use now, from where the peak starts anew; None where that is not known.
+
+    On a CPU: resident, after the allocator has given back what it does not use.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -85,7 +94,7 @@ def resident_megabytes(entry: str) -> float:
 
 
 def private_megabytes(process: int) -> float:
-    """What a process shares with no other one, as Linux counts it."""
+    """Memory that a process shares with no other one, as Linux counts it."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith("Private_")) / 2**10
 

@@ -1,13 +1,13 @@
-"""What a machine can do at most: the rates that floors are of.
+"""The most that a machine can do: the rates that floors are computed from.
 
-Of a known GPU they are those of its data sheet, of another one what torch's copy and product reach.
-Of a CPU they are measured in the same run, with the same number of threads, by a small C program
-(probe.c), because torch's product and copy are not the most that a processor can do. It multiplies
-and adds in registers. It streams over as many bytes as the case moves, since what lies in a cache
-between two calls comes faster than memory gives it: reading, or copying, whichever is faster, there
-and back, so that each pass begins with what the last one left in the cache. No other code can do
-more of either, but by noise. bfloat16 has a loop of its own where the processor multiplies it in
-vectors (AVX-512); the better of it and torch's product counts, as torch may use tiles (AMX).
+For a known GPU they come from its data sheet, for another one from torch's own copy and product.
+For a CPU they are measured in the same run, with the same number of threads, by a small C program
+(probe.c), because a processor can do more than torch's product and copy show. The program
+multiplies and adds in registers. It streams over as many bytes as the case moves, since data that
+stay in a cache from one call to the next arrive faster than memory delivers them. Reading and
+copying are tried and the faster one counts; passes alternate in direction, so that each begins with
+what the last one left in the cache. bfloat16 has a loop of its own where the processor multiplies
+it in vectors (AVX-512); torch's product counts if it is faster, as torch may use tiles (AMX).
 """
 
 from __future__ import annotations
@@ -28,21 +28,25 @@ import torch
 from torch import Tensor
 
 from bench.roofline import Peaks
+from mics_fast.engine.meter import PEAK_TFLOPS
 
-# bytes/s, and FLOP/s of dense bfloat16 products and of float32 outside tensor cores, by name of the
-# GPU, all of it: a PCIe or NVL board or a slice (MIG) does less; as their data sheets give them.
+# bytes/s, and FLOP/s of float32 outside tensor cores, by full name of the GPU: PCIe and NVL boards
+# and slices (MIG) do less. The trainer's meter has the FLOP/s of dense bfloat16 products.
 DATA_SHEETS = {
-    "NVIDIA H100 80GB HBM3": Peaks(3.35e12, 989e12, 67e12, "data sheet of the H100 SXM"),
-    "NVIDIA H200": Peaks(4.8e12, 989e12, 67e12, "data sheet of the H200"),
+    name: Peaks(bandwidth, 1e12 * PEAK_TFLOPS[name], 67e12, f"data sheet of the {board}")
+    for name, bandwidth, board in (
+        ("NVIDIA H100 80GB HBM3", 3.35e12, "H100 SXM"),
+        ("NVIDIA H200", 4.8e12, "H200"),
+    )
 }
-BLOCK = 2**16  # bytes that a stream goes by, as in probe.c
+BLOCK = 2**16  # bytes per step of a stream, as in probe.c
 LARGEST = 2**28  # bytes beyond which no cache matters
 TRIES = 5
-SECONDS = 0.02  # of a try at least, so that starting threads is nothing
+SECONDS = 0.02  # per try at least, so that starting threads does not matter
 
 
 def peaks_of(device: torch.device, footprint: int) -> Peaks:
-    """Rates for a case that moves ``footprint`` bytes, with the threads that are set."""
+    """Rates for a case that moves ``footprint`` bytes, with the number of threads set in torch."""
     known = data_sheet(device)
     if known is not None:
         return known
@@ -59,14 +63,14 @@ def peaks_of(device: torch.device, footprint: int) -> Peaks:
 
 
 def data_sheet(device: torch.device) -> Peaks | None:
-    """Of a GPU that is known."""
+    """The peaks of a known GPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return DATA_SHEETS.get(name)
 
 
 @cache
 def flops_of(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of products of a dtype: float32 (on a GPU outside tensor cores) or bfloat16."""
+    """FLOP/s of products in float32 (on a GPU outside tensor cores) or bfloat16."""
     known = data_sheet(device)
     if known is not None:
         return known.vector_flops if dtype == torch.float32 else known.matrix_flops
@@ -108,10 +112,13 @@ def aligned(buffer: Tensor) -> int:
 def rate(
     rounds: Callable[..., Any], threads: int, work: int, arguments: Sequence[tuple[Any, ...]]
 ) -> float:
-    """Most that threads which start together do in a second; ``work``: of a thread in a round.
+    """The most that threads which start together do per second.
 
     Args:
-        rounds: takes a number of rounds and a thread's arguments, and holds no lock of Python.
+        rounds: takes a number of rounds and a thread's arguments; releases Python's lock.
+        threads: number of them.
+        work: bytes or FLOPs per thread and round.
+        arguments: of each thread.
     """
     count = 1
     while (shortest := together(rounds, count, arguments)) < SECONDS:
@@ -122,7 +129,7 @@ def rate(
 
 
 def together(rounds: Callable[..., Any], count: int, arguments: Sequence[tuple[Any, ...]]) -> float:
-    """Seconds from the first start of a thread to the last end."""
+    """Seconds from the first thread's start to the last one's end."""
     barrier = threading.Barrier(len(arguments))
     times: list[tuple[float, float]] = []
 
@@ -143,7 +150,7 @@ def together(rounds: Callable[..., Any], count: int, arguments: Sequence[tuple[A
 
 @cache
 def probe() -> ctypes.CDLL | None:
-    """probe.c, compiled for this processor; None without a C compiler."""
+    """Compile probe.c for this processor; None without a C compiler."""
     source = Path(__file__).with_name("probe.c")
     with tempfile.TemporaryDirectory() as folder:
         built = Path(folder) / "probe.so"
@@ -156,7 +163,7 @@ def probe() -> ctypes.CDLL | None:
 
 
 def declared(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions."""
+    """Declare the types of the library's functions."""
     for name in ("fma", "bf16"):
         getattr(library, f"{name}_flops").restype = ctypes.c_long
         rounds = getattr(library, f"{name}_rounds")
@@ -169,14 +176,14 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def copy(device: torch.device) -> float:
-    """Bytes a second of torch's copy of 256 MB, read and written."""
+    """Bytes/s read and written by torch's copy of 256 MB."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_of(lambda: target.copy_(source), device)
 
 
 def product(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of torch's square matrix product, the best of two sizes."""
+    """FLOP/s of torch's square matrix product, the better of two sizes."""
     sides = (1024, 2048) if device.type == "cpu" else (8192,)
 
     def reached(side: int) -> float:
@@ -188,7 +195,7 @@ def product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def best_of(step: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
-    """Least seconds of the calls that ``budget`` has room for, but for the first one."""
+    """Shortest time of the calls that fit into ``budget`` seconds; the first is not timed."""
     step()
     times: list[float] = []
     while sum(times) < budget:

@@ -1,25 +1,25 @@
-"""The image pipeline: pairs a second of training views, each way to make them in one run.
+"""The image pipeline: training views per second, each way to make them in one run.
 
-The DALI pipeline, uncached and from frames kept in memory, stands beside what many would write: a
-PyTorch DataLoader whose workers, one a core, use Pillow, without and with JPEG draft mode (which
-decodes at a half or a quarter of the size where that is enough, and so changes the image a little).
-All crop, flip, resize, colour and normalise by the same numbers; how far their views are from those
-of DALI is checked first. Rounds alternate; each is a process of its own and warms up before its
-clock runs. CPU time is that of the process and its workers while the clock runs; "cores" is CPU
-time over wall time: well below the number of cores, the machine was busy with something else.
+The DALI pipeline, uncached and from frames kept in memory, is compared with what many would write:
+a PyTorch DataLoader whose workers, one per core, use Pillow, without and with JPEG draft mode
+(which decodes at a half or a quarter of the size where that is enough, and so changes the image a
+little). All crop, flip, resize, change colours and normalise by the same numbers; that their views
+agree with DALI's is checked first. Rounds alternate; each runs in a process of its own and warms up
+before its clock starts. CPU time is that of the process and its workers while the clock runs;
+"cores" is CPU time over wall time: well below the number of cores, the machine was busy with
+something else.
 
-The floor of what decodes is decoding alone: the same crops of the same files on the same cores, by
-DALI or by Pillow, whichever is faster, and nothing else; of draft mode, whose work is less, that of
-draft mode alone. They take turns with the others. The floor of kept frames is the bytes of the
-crops and of the views over the bandwidth. FLOPs are not counted: decoding has no use for them.
-"MB" is what the process grew by at its peak, with what its workers share with nobody; of the host.
+The floor of a loader that decodes is decoding alone: the same crops of the same files on the same
+cores, by DALI or Pillow, whichever is faster. Draft mode does less, and has a floor of its own.
+These take turns with the others. The floor of kept frames is the bytes of the crops and of the
+views over the bandwidth. FLOPs are not counted. "MB" is the growth of the process up to its peak,
+with the private memory of its workers; it is always memory of the host.
 
     python -m bench --full --only pipeline --manifest FILE      (of python -m mics_fast.prepare)
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import multiprocessing
@@ -28,7 +28,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -41,7 +41,9 @@ from torch import Tensor
 
 from bench.memory import CPU, end_peak, private_megabytes, start_peak
 from bench.peaks import peaks_of
-from bench.timing import row_of
+from bench.rows import Options
+from bench.rows import Row as ResultRow
+from bench.timing import percentiles
 from mics_fast.common.errors import InputError
 from mics_fast.data.augmentation import (
     BRIGHTNESS,
@@ -64,38 +66,52 @@ BATCH, SEED = 32, 0
 CORES = len(os.sched_getaffinity(0))
 BATCHES = 12  # on the clock
 WARM_UP = 5  # batches before and after it: more than any loader makes ahead
-MOST_APART = 2.0  # grey levels on average, by which other decoders and resizes may differ
+MOST_APART = 2.0  # mean grey levels by which other decoders and resizes may differ
 AUGMENT = AugmentConfig()
-ALONE = {
-    "DALI": ("decoding alone, DALI", "decoding alone, Pillow"),
-    "Pillow": ("decoding alone, DALI", "decoding alone, Pillow"),
-    "Pillow, draft mode": ("decoding alone, draft mode",),
-}
-"""Whose time, the shorter one, is the floor of what decodes."""
-Start = Callable[[], Iterable[Any]]
-"""Starts a loader; batch after batch."""
+DALI_ALONE, PILLOW_ALONE = "decoding alone, DALI", "decoding alone, Pillow"
+DRAFT_ALONE = "decoding alone, draft mode"
 Mode = Literal["none", "host", "device"]
 YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 Views = tuple[Tensor, ...]
 """The normalised views of each modality, (B, 3, side, side)."""
 
 
-class Round(NamedTuple):
-    """Seconds and CPU seconds of a pair, cores used, and MB at the peak, None where untold."""
+@dataclass(frozen=True)
+class Loader:
+    """One way to make training views.
 
-    seconds: float
-    cpu: float
+    Attributes:
+        start: starts it; gives batch after batch.
+        decoder: what decodes.
+        ours: whether it is this project's.
+        kept: whether frames come from memory, decoded before the clock starts.
+        floor: loaders whose time, the shortest one, is its floor; none: the bytes of kept frames,
+            or, of a loader that only decodes, no floor.
+    """
+
+    start: Callable[[], Iterable[Any]]
+    decoder: str
+    ours: bool = False
+    kept: bool = False
+    floor: tuple[str, ...] = ()
+
+
+class Round(NamedTuple):
+    """What one round of a loader took."""
+
+    seconds: float  # per pair
+    cpu: float  # CPU seconds per pair
     cores: float
-    megabytes: float | None
+    megabytes: float | None  # at the peak; None where it is not known
 
 
 def side_of(device: torch.device) -> int:
-    """Pixels of a view: those of vit_tiny, or on a GPU of the paper's vit_base."""
+    """Side of a view in pixels: as for vit_tiny, or on a GPU as for the paper's vit_base."""
     return 384 if device.type == "cuda" else 224
 
 
 def sample_of(rows: Sequence[Row], names: Sequence[str], number: int) -> tuple[Row, Augmentation]:
-    """A row of the training stream, and how it is changed."""
+    """A row of the training stream, and its augmentation."""
     epoch, place = divmod(number, len(rows))
     row = rows[epoch_order(SEED, epoch, len(rows))[place]]
     return row, draw_augmentation(
@@ -107,11 +123,11 @@ class PillowPairs(torch.utils.data.Dataset[np.ndarray]):
     """Samples of the training stream by Pillow: (M, side, side, 3) uint8, in the stream's order.
 
     Args:
-        rows: what to train on.
+        rows: rows of the manifest.
         names: modalities.
-        side: of the views.
-        draft: use JPEG draft mode.
-        alone: decode and do no more; a sample is its number.
+        side: of a view, in pixels.
+        draft: whether to use JPEG draft mode.
+        alone: whether to decode and do nothing else; a sample is then its number.
     """
 
     def __init__(
@@ -141,7 +157,7 @@ class PillowPairs(torch.utils.data.Dataset[np.ndarray]):
         return np.stack(views)
 
     def _opened(self, row: Row, name: str, drawn: Augmentation) -> Image.Image:
-        """The image, which is decoded when it is first used."""
+        """Open the image; it is decoded at first use."""
         file = row.files[name]
         assert file is not None
         image = Image.open(file)
@@ -162,7 +178,7 @@ def colour_matrix(numbers: np.ndarray) -> tuple[float, ...]:
 
 
 def pillow_loader(pairs: PillowPairs) -> Iterable[Views]:
-    """Batches of uint8 from the workers, normalised here, as timm does."""
+    """Batches of uint8 from the workers, normalised in this process, as timm does."""
     mean, std = (255 * torch.tensor(x).reshape(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     for batch in torch.utils.data.DataLoader(pairs, batch_size=BATCH, num_workers=CORES):
         if pairs.alone:
@@ -174,7 +190,7 @@ def pillow_loader(pairs: PillowPairs) -> Iterable[Views]:
 def dali_loader(
     rows: Sequence[Row], names: Sequence[str], device: torch.device, mode: Mode
 ) -> Iterable[Views]:
-    """The project's own; with a cache that holds every frame before the clock runs."""
+    """This project's loader; a cache holds every frame before the clock starts."""
     data, side = DataConfig(threads=CORES, cache=CacheConfig(mode)), side_of(device)
     cache = None
     if mode != "none":
@@ -191,7 +207,7 @@ def dali_loader(
 def dali_decoding(
     rows: Sequence[Row], names: Sequence[str], device: torch.device
 ) -> Iterable[Views]:
-    """DALI's decoder on the same crops, and nothing after it."""
+    """DALI's decoder on the same crops, and nothing else."""
     from nvidia.dali import fn
 
     def samples(batch: int) -> list[tuple[Row, Augmentation]]:
@@ -214,32 +230,39 @@ def dali_decoding(
 
 def loaders_of(
     rows: Sequence[Row], names: Sequence[str], device: torch.device
-) -> dict[str, tuple[Start, str]]:
-    """Implementation -> what starts it, and its decoder."""
+) -> dict[str, Loader]:
+    """Every loader, by name."""
     ours = "nvJPEG, mixed" if device.type == "cuda" else "libjpeg-turbo in DALI"
     jpeg = features.version("libjpeg_turbo")
     pillow = f"libjpeg-turbo {jpeg} in Pillow" if jpeg else "libjpeg in Pillow"
     kept: tuple[Mode, ...] = ("host", "device") if device.type == "cuda" else ("host",)
-    found: dict[str, tuple[Start, str]] = {
-        "DALI": (partial(dali_loader, rows, names, device, "none"), ours)
-    }
-    for mode in kept:
-        start = partial(dali_loader, rows, names, device, mode)
-        found[f"DALI, {mode} cache"] = (start, "none after the first epoch")
-    for draft, alone in itertools.product((False, True), repeat=2):
+    either = (DALI_ALONE, PILLOW_ALONE)
+
+    def dali(mode: Mode) -> Callable[[], Iterable[Any]]:
+        return partial(dali_loader, rows, names, device, mode)
+
+    def pairs(*, draft: bool = False, alone: bool = False) -> Callable[[], Iterable[Any]]:
         pairs = PillowPairs(rows, names, side_of(device), draft=draft, alone=alone)
-        name = "draft mode" if alone and draft else "Pillow, draft mode" if draft else "Pillow"
-        name = f"decoding alone, {name}" if alone else name
-        found[name] = (partial(pillow_loader, pairs), pillow)
-    found["decoding alone, DALI"] = (partial(dali_decoding, rows, names, device), ours)
-    return found
+        return partial(pillow_loader, pairs)
+
+    after = "none after the first epoch"
+    cached = {f"DALI, {mode} cache": Loader(dali(mode), after, True, True) for mode in kept}
+    return {
+        "DALI": Loader(dali("none"), ours, ours=True, floor=either),
+        **cached,
+        "Pillow": Loader(pairs(), pillow, floor=either),
+        PILLOW_ALONE: Loader(pairs(alone=True), pillow),
+        "Pillow, draft mode": Loader(pairs(draft=True), pillow, floor=(DRAFT_ALONE,)),
+        DRAFT_ALONE: Loader(pairs(draft=True, alone=True), pillow),
+        DALI_ALONE: Loader(partial(dali_decoding, rows, names, device), ours),
+    }
 
 
 def one_round(rows: Sequence[Row], names: Sequence[str], device: str, name: str) -> Round:
-    """In a new process, where no thread of another implementation runs."""
+    """One round of a loader, in a new process: no thread of another loader runs."""
     torch.set_num_threads(1)  # the loaders have threads or workers of their own
-    check_dali()  # whose libraries are nobody's memory
-    start = loaders_of(rows, names, torch.device(device))[name][0]
+    check_dali()  # loads its libraries, which are not counted as memory of a loader
+    start = loaders_of(rows, names, torch.device(device))[name].start
     memory = start_peak(CPU)
     loader = iter(start())
     for _ in range(1 + WARM_UP):  # the first batch builds, and fills the cache
@@ -258,7 +281,7 @@ def one_round(rows: Sequence[Row], names: Sequence[str], device: str, name: str)
 
 
 def synchronise() -> None:
-    """Wait for the GPU, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -278,10 +301,10 @@ def worker_seconds(process: int) -> float:
 
 
 def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.device) -> None:
-    """The first batch of each is that of DALI to some grey levels on average: the same work.
+    """Compare the first batch of each loader with DALI's.
 
     Raises:
-        AssertionError: it is not.
+        AssertionError: they differ by more than a few grey levels on average.
     """
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
     mean = 255 * torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1)
@@ -292,11 +315,11 @@ def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.d
         theirs = torch.from_numpy(np.stack([pairs[k] for k in range(BATCH)])).permute(0, 1, 4, 2, 3)
         apart = (ours - theirs).abs().mean().item()
         print(f"{name} differs from DALI by {apart:.2f} grey levels on average")
-        assert apart < MOST_APART, f"{name} does other work than DALI"
+        assert apart < MOST_APART, f"{name} does not make the views that DALI makes"
 
 
-def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """Measure everything; a row for each implementation, or one that says what is missing."""
+def rows(options: Options) -> Iterator[ResultRow]:
+    """Measure every loader; one row per loader, or one that says what is missing."""
     if options.manifest is None:
         print("pipeline: not measured (give --manifest FILE)")
         yield {"absent": "no --manifest was given"}
@@ -310,61 +333,87 @@ def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str
         return
     complete = [row for row in manifest.rows if all(row.files.values())]
     images = [replace(row, index=k) for k, row in enumerate(complete)]
-    check_differences(images, manifest.modalities, device)
-    yield from table(images, manifest.modalities, device, 5 if options.full else 2)
+    check_differences(images, manifest.modalities, options.device)
+    yield from table(images, manifest.modalities, options.device, 5 if options.full else 2)
 
 
 def table(
     images: Sequence[Row], names: Sequence[str], device: torch.device, rounds: int
-) -> Iterator[dict[str, object]]:
-    """One row for each implementation; ``ratio``: how many times as long as DALI it takes."""
-    decoders = {name: decoder for name, (_, decoder) in loaders_of(images, names, device).items()}
-    measured: dict[str, list[Round]] = {name: [] for name in decoders}
-    for _, name in itertools.product(range(rounds), decoders):
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, context) as pool:
-            future = pool.submit(one_round, images, names, str(device), name)
-            measured[name].append(future.result())
+) -> Iterator[ResultRow]:
+    """One row per loader; ``ratio`` is its time over that of DALI."""
+    loaders = loaders_of(images, names, device)
+    measured = rounds_of(loaders, images, names, device, rounds)
     medians = {
         name: statistics.median(one.seconds for one in own) for name, own in measured.items()
     }
     torch.set_num_threads(CORES)
     for name, own in measured.items():
-        moved, footprint = bytes_of(images, names, device, kept="cache" in name)
-        floor = None if name.startswith("decoding") else moved / peaks_of(device, footprint).bytes
-        if name in ALONE:
-            floor = min(medians[alone] for alone in ALONE[name])
-        memory = [one.megabytes for one in own if one.megabytes is not None]
-        row = row_of([(one.seconds, one.cpu) for one in own])
-        row["cpu_ms_per_pair"] = row.pop("cpu_ms")  # results of old hold another, wrong one
+        loader = loaders[name]
+        moved, footprint = bytes_of(images, names, device, kept=loader.kept)
+        floor = min((medians[other] for other in loader.floor), default=None)
+        if loader.kept:
+            floor = moved / peaks_of(device, footprint).bytes
         yield {
             "operator": "training views",
             "shape": f"{len(images)} pairs to {side_of(device)} px",
             "threads": CORES,
             "implementation": name,
-            "ours": name.startswith("DALI"),
-            "decoder": decoders[name],
-            **row,
-            "pairs_per_second": 1e3 / row["median_ms"],
-            "slowest": 1 / max(one.seconds for one in own),
-            "fastest": 1 / min(one.seconds for one in own),
+            "ours": loader.ours,
+            "decoder": loader.decoder,
+            **speeds(own),
             "ratio": medians[name] / medians["DALI"],
-            "cores": statistics.median(one.cores for one in own),
             "bytes": moved,
             "flops": None,
             "floor_ms": None if floor is None else 1e3 * floor,
             "share_of_floor": None if floor is None else floor / medians[name],
-            "extra_mb": max(memory, default=None),
             "pillow": PIL.__version__,
-            "rounds": rounds,
         }
+
+
+def rounds_of(
+    loaders: dict[str, Loader],
+    images: Sequence[Row],
+    names: Sequence[str],
+    device: torch.device,
+    rounds: int,
+) -> dict[str, list[Round]]:
+    """The rounds of each loader, which take turns."""
+    measured: dict[str, list[Round]] = {name: [] for name in loaders}
+    for _, name in itertools.product(range(rounds), loaders):
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, context) as pool:
+            future = pool.submit(one_round, images, names, str(device), name)
+            measured[name].append(future.result())
+    return measured
+
+
+def speeds(rounds: list[Round]) -> ResultRow:
+    """The columns of a loader's rounds."""
+    times = percentiles([(one.seconds, one.cpu) for one in rounds])
+    memory = [one.megabytes for one in rounds if one.megabytes is not None]
+    return {
+        "median_ms": times["median_ms"],
+        "min_ms": times["min_ms"],
+        "p20_ms": times["p20_ms"],
+        "p80_ms": times["p80_ms"],
+        "cpu_ms_per_pair": times["cpu_ms"],
+        "pairs_per_second": 1e3 / times["median_ms"],
+        "slowest": 1 / max(one.seconds for one in rounds),
+        "fastest": 1 / min(one.seconds for one in rounds),
+        "cores": statistics.median(one.cores for one in rounds),
+        "extra_mb": max(memory, default=None),
+        "rounds": len(rounds),
+    }
 
 
 def bytes_of(
     images: Sequence[Row], names: Sequence[str], device: torch.device, *, kept: bool
 ) -> tuple[int, int]:
-    """What a pair has to move: its files, or the crops of its kept frames, to its views in float32;
-    and what all kept frames and a batch of views take."""
+    """Bytes that a pair has to move, and bytes that the loader goes round.
+
+    A pair moves its files, or the crops of its kept frames, and its views in float32. The loader
+    goes round all files or kept frames and one batch of views.
+    """
     side = side_of(device)
     views = 4 * len(names) * 3 * side**2
     frame = len(names) * 3 * round(side * 256 / 224) ** 2

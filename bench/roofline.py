@@ -1,9 +1,9 @@
-"""What each operator cannot do without, in closed form, and the least time a machine needs for it.
+"""The work that no implementation of an operator can avoid, in closed form, and its least time.
 
-Bytes: every input read once and every result written once, in its dtype. FLOPs: of matrix products
-two for each multiply-add; of the special functions the polynomials alone (two for each
-coefficient), so that a floor of theirs is low rather than high. Tests compare these with counted
-sizes, with torch's own FLOP counter, and (tools/check_kernels) with what the compiled kernels do.
+Bytes: every input read once and every result written once, in its dtype. FLOPs: two per
+multiply-add of a matrix product; of special functions only the polynomials count (two per
+coefficient), so that their floors are low rather than high. Tests compare these counts with sizes
+of tensors and with torch's FLOP counter, tools/check_kernels with what the compiled kernels do.
 """
 
 from __future__ import annotations
@@ -14,26 +14,25 @@ from mics_kernels import coefficients
 
 
 class Work(NamedTuple):
-    """What has to be done; ``matrix``: its FLOPs are of matrix products."""
+    """Work of a case."""
 
     bytes: int
     flops: int
-    matrix: bool = False
+    matrix: bool = False  # whether its FLOPs are those of matrix products
 
 
 class Peaks(NamedTuple):
-    """What a machine does in a second at most, and how that is known; ``reached``: only what torch
-    reaches there, which other code may exceed."""
+    """The most that a machine does per second."""
 
     bytes: float
     matrix_flops: float
     vector_flops: float
-    source: str
-    reached: bool = False
+    source: str  # how it is known
+    reached: bool = False  # whether it is only what torch reaches, which other code may exceed
 
 
 def floor_seconds(work: Work, peaks: Peaks) -> float:
-    """The longer of moving the bytes and of computing."""
+    """The longer of moving the bytes and computing the FLOPs."""
     flops = peaks.matrix_flops if work.matrix else peaks.vector_flops
     return max(work.bytes / peaks.bytes, work.flops / flops)
 
@@ -43,8 +42,9 @@ def consistency(
 ) -> Work:
     """Losses and gradients of all ordered pairs of views.
 
-    Each view has features, teachers, a queue and a gradient. A pair takes two products of (batch,
-    dim) with (batch + queue, dim) for its students and, unless alpha is 0, two for its teachers.
+    Each view has features, teachers, a queue and a gradient. Each pair takes two products of
+    (batch, dim) with (batch + queue, dim) for its students and, unless alpha is 0, two for its
+    teachers.
     """
     rows = views * (3 * batch + queue)
     product = 2 * batch * (batch + queue) * dim
@@ -59,11 +59,11 @@ def contrastive(batch: int, dim: int, queue: int, itemsize: int) -> Work:
 
 
 def evidential(batch: int, views: int, classes: int, *, fuse: bool, judge: bool) -> Work:
-    """Evidential operators in float32 with labels: evidence (or logits, where both) to gradient.
+    """Evidential operators in float32 with labels: from evidence or logits to their gradient.
 
     Args:
-        fuse: Dempster's rule: one more opinion, (batch, classes), is written.
-        judge: the loss, of the fused opinion too: labels are read, special functions computed.
+        fuse: whether Dempster's rule is applied, which writes one more opinion, (batch, classes).
+        judge: whether the loss is computed, which reads labels and evaluates special functions.
     """
     elements = batch * views * classes
     opinions = elements + batch * classes * fuse
@@ -75,8 +75,10 @@ def evidential(batch: int, views: int, classes: int, *, fuse: bool, judge: bool)
 
 
 def shift(batch: int, dim: int, classes: int, itemsize: int) -> Work:
-    """Features to shifted features, with labels and a table of variances: a normal, a product and
-    a sum for each. A normal is half of a logarithm, and a sine or cosine, as polynomials."""
+    """The shift, with labels and a table of variances: a normal, a product and a sum per element.
+
+    A normal takes half a logarithm and a sine or cosine, as polynomials.
+    """
     elements = batch * dim
     normal = len(coefficients.LOG_SHORT) + len(coefficients.SINE) + len(coefficients.COSINE)
     moved = 2 * elements * itemsize + 8 * batch + 4 * classes * dim
@@ -84,6 +86,6 @@ def shift(batch: int, dim: int, classes: int, itemsize: int) -> Work:
 
 
 def moments(batch: int, dim: int, classes: int, itemsize: int) -> Work:
-    """Features and labels to count (float64), mean and m2: a sum, and a sum of squares."""
+    """Count (float64), mean and m2: a sum and a sum of squares per element."""
     moved = batch * dim * itemsize + 8 * batch + classes * (8 + 8 * dim)
     return Work(moved, 4 * batch * dim)

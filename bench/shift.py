@@ -1,13 +1,14 @@
 """The feature shift and the class moments.
 
-"eager" is what a user would have written: `x + strength * std[y] * torch.randn_like(x)`; for the
-moments two one-hot matrix products, the second of squares around the class means, as safe as ours,
-or of plain squares, E[x^2] - E[x]^2, which is cheaper and is not. "copy" is a copy of the features,
-the floor of the shift. On a CPU with all threads and with one.
+"eager" is what a user would have written: ``x + strength * std[y] * torch.randn_like(x)``. For the
+moments that is two one-hot matrix products: squares around the class means, as safe as ours, or
+E[x^2] - E[x]^2, which is cheaper and cancels. "copy" copies the features, the least that a shift
+can do. On a CPU each is measured with all threads and with one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,12 @@ import torch
 from torch import Tensor
 
 from bench import roofline
-from bench.case import Case, Rivals, Step, close, own_backends
+from bench.case import Case, Rival, Rivals, close, own_backends
 from mics_kernels import class_moments, shift_features
 
 CLASSES, DIM = 8, 768
 STRENGTH = 0.5
+COPY = "copy"
 
 
 def cases(device: torch.device) -> list[Case]:
@@ -46,7 +48,7 @@ def cases(device: torch.device) -> list[Case]:
 def inputs(
     batch: int, dtype: torch.dtype, device: torch.device, tiny: bool
 ) -> tuple[Tensor, Tensor]:
-    """Features (B, D) and labels; of the tiny ones, two rows of each class."""
+    """Features (B, D) and labels; the tiny ones have two rows per class."""
     generator = torch.Generator().manual_seed(0)
     batch = 2 * CLASSES if tiny else batch
     x = torch.randn(batch, DIM, generator=generator).to(device, dtype)
@@ -55,43 +57,50 @@ def inputs(
 
 
 def eager_shift(x: Tensor, y: Tensor, deviation: Tensor) -> Tensor:
-    """The shift as PyTorch's own generator draws it."""
+    """The shift with noise from PyTorch's generator."""
     return x + STRENGTH * deviation[y] * torch.randn_like(x)
 
 
 def shift_rivals(batch: int, dtype: torch.dtype, device: torch.device, tiny: bool) -> Rivals:
-    """Implementations on the same inputs."""
+    """Implementations of the shift on the same inputs."""
     x, y = inputs(batch, dtype, device, tiny)
     variance = torch.rand(CLASSES, DIM, generator=torch.Generator().manual_seed(1)).to(device)
     deviation = variance.sqrt().to(dtype)
     seed = torch.tensor([17, 0], device=device)
-    compiled = torch.compile(eager_shift, fullgraph=True)
+    compiled, out = torch.compile(eager_shift, fullgraph=True), x.clone()
 
-    def of(backend: str) -> Step:
-        return lambda: shift_features(x, y, variance, strength=STRENGTH, seed=seed, backend=backend)
+    def own(backend: str, x: Tensor) -> Tensor:
+        return shift_features(x, y, variance, strength=STRENGTH, seed=seed, backend=backend)
+
+    def same_noise(result: Tensor) -> None:
+        close([result], [own("reference", x)], 1e-5 if dtype == torch.float32 else 1e-2)
+
+    def other_noise(result: Tensor) -> None:
+        check_noise(result, x, STRENGTH * deviation[y])
+
+    def same_features(result: Tensor) -> None:
+        assert torch.equal(result, x)
+
+    def rival(call: Callable[[Tensor], Tensor], check: Any, **about: bool) -> Rival:
+        return Rival(lambda: call(x), check, call, **about)
 
     names, absent = own_backends("shift", device)
-    steps: dict[str, Step] = {name: of(name) for name in names}
-    steps["eager"] = lambda: eager_shift(x, y, deviation)
-    steps["eager, compiled"] = lambda: compiled(x, y, deviation)
-    steps["reference"] = of("reference")
-    out = x.clone()
-    steps["copy"] = lambda: out.copy_(x)
-
-    def check(name: str, result: Tensor) -> None:
-        if name == "copy":
-            assert torch.equal(result, x)
-        elif name.startswith("eager"):
-            check_noise(result, x, STRENGTH * deviation[y])
-        else:
-            close([result], [steps["reference"]()], 1e-5 if dtype == torch.float32 else 1e-2)
-
-    return Rivals(steps, check, absent)
+    found = {name: rival(partial(own, name), same_noise, ours=True) for name in names} | {
+        "eager": rival(lambda x: eager_shift(x, y, deviation), other_noise),
+        "eager, compiled": rival(lambda x: compiled(x, y, deviation), other_noise, compiled=True),
+        "reference": rival(partial(own, "reference"), same_noise),
+        COPY: rival(out.copy_, same_features),
+    }
+    return Rivals(lambda: x * 1.0, found, absent)
 
 
 def check_noise(result: Tensor, x: Tensor, deviation: Tensor) -> None:
-    """Another generator's numbers: their mean and variance are right, by six standard errors."""
-    large = deviation > 0.1  # where rounding of the sum is nothing
+    """Check the mean and variance of another generator's noise to six standard errors.
+
+    Raises:
+        AssertionError: one of them is further off.
+    """
+    large = deviation > 0.1  # where the rounding of the sum does not matter
     normal = ((result - x).double() / deviation.double())[large]
     error = 6 / normal.numel() ** 0.5 + 10 * torch.finfo(x.dtype).eps
     mean, variance = normal.mean().item(), normal.var().item()
@@ -100,7 +109,7 @@ def check_noise(result: Tensor, x: Tensor, deviation: Tensor) -> None:
 
 
 def one_hot_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean, m2 by two matrix products, the squares taken around the class means."""
+    """Count, mean and m2 by two matrix products, with squares taken around the class means."""
     shares = torch.nn.functional.one_hot(y, CLASSES).to(x.dtype)
     count = shares.sum(0)
     mean = (shares.T @ x) / count.unsqueeze(1)
@@ -116,23 +125,25 @@ def plain_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moments_rivals(batch: int, dtype: torch.dtype, device: torch.device, tiny: bool) -> Rivals:
-    """Implementations on the same inputs."""
+    """Implementations of the class moments on the same inputs."""
     x, y = inputs(batch, dtype, device, tiny)
     compiled = torch.compile(one_hot_moments, fullgraph=True)
 
-    def of(backend: str) -> Step:
-        return lambda: class_moments(x, y, CLASSES, backend=backend)
+    def own(backend: str, x: Tensor) -> Any:
+        return class_moments(x, y, CLASSES, backend=backend)
+
+    def rival(call: Callable[[Tensor], Any], *, exact: bool = False, **about: bool) -> Rival:
+        def check(result: Any) -> None:
+            close(result, true, 1e-4 if exact or dtype == torch.float32 else 5e-2)
+
+        return Rival(lambda: call(x), check, call, **about)
 
     names, absent = own_backends("shift", device)
-    steps: dict[str, Step] = {name: of(name) for name in names}
-    steps["one-hot"] = lambda: one_hot_moments(x, y)
-    steps["one-hot, compiled"] = lambda: compiled(x, y)
-    steps["one-hot, E[x^2]"] = lambda: plain_moments(x, y)
-    steps["reference"] = of("reference")
-    true = steps["reference"]()
-
-    def check(name: str, result: Any) -> None:
-        exact = name in names or dtype == torch.float32
-        close(result, true, 1e-4 if exact else 5e-2)
-
-    return Rivals(steps, check, absent)
+    found = {name: rival(partial(own, name), exact=True, ours=True) for name in names} | {
+        "one-hot": rival(lambda x: one_hot_moments(x, y)),
+        "one-hot, compiled": rival(lambda x: compiled(x, y), compiled=True),
+        "one-hot, E[x^2]": rival(lambda x: plain_moments(x, y)),
+        "reference": rival(partial(own, "reference"), exact=True),
+    }
+    true = own("reference", x)
+    return Rivals(lambda: x * 1.0, found, absent)

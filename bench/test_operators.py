@@ -36,10 +36,10 @@ def own_cases() -> list[Any]:
 @pytest.mark.parametrize(("case", "backend"), own_cases())
 def test_operator(case: Case, backend: str, benchmark: Any) -> None:
     rivals = case.make(DEVICE, False)
-    step = rivals.steps[backend]
-    rivals.check(backend, step())
+    rival = rivals.found[backend]
+    rival.check(rival.step())
     benchmark.group = f"{case.operator}, {case.shape}"
-    benchmark.pedantic(waiting(step), warmup_rounds=2, rounds=10)
+    benchmark.pedantic(waiting(rival.step), warmup_rounds=2, rounds=10)
 
 
 def waiting(step: Callable[[], object]) -> Callable[[], object]:

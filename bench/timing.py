@@ -1,11 +1,15 @@
-"""Times: implementations take turns, a few calls each a round.
+"""Time the implementations of a case, which take turns: a few calls each per round.
 
-"cores" is CPU time over wall time of the whole case: well below the number of threads, the machine
-was busy with something else, and wall times prove nothing. Then measure again, or, with one
-thread, read the CPU times. On a GPU a call is a replayed CUDA graph, or an ordinary call where none
-can be captured; short replayed calls go round copies of the inputs, and of the results, that
-together exceed the L2 cache several times, inside one graph, so that each finds its inputs in
-memory and writes its results there.
+"cores" is CPU time over wall time of the whole case. Well below the number of threads, the machine
+was busy with something else and wall times prove nothing: measure again, or, with one thread, read
+the CPU times.
+
+On a GPU a call is a replayed CUDA graph, or an ordinary call where none can be captured. Short
+replayed calls go round copies of the inputs and results, inside one graph, that together exceed the
+L2 cache several times: each finds its inputs in memory and writes its results there.
+
+"As called" is another time: one ordinary call as a user makes it, with new inputs that an operator
+of torch has just made, ending in ``backward()`` where the case takes gradients.
 """
 
 from __future__ import annotations
@@ -14,33 +18,43 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.case import OURS, Case, Rivals, Step, in_a_line
+from bench.case import Case, Rival, Rivals, Step, in_a_line
+from bench.rows import Row
 
-SHORT = 300e-6  # seconds below which what lies in the L2 cache may decide
-CACHES = 3  # so many times the L2 cache: inputs are at least two fifths of what a case moves
+SHORT = 300e-6  # seconds below which the L2 cache may decide
+CACHES = 3  # times the L2 cache: inputs are at least two fifths of what a case moves
 MOST_COPIES = 256
+TURN = 0.02  # seconds per implementation and round
+MOST_LEAVES = 20  # new inputs that lie in a GPU's memory together
 
 
 class Timed(NamedTuple):
-    """A function to time, how many calls of the implementation it makes, and whether it replays
-    them as a CUDA graph."""
+    """A function to time, how many calls it makes, and whether it replays a CUDA graph."""
 
     run: Step
     calls: int = 1
     replayed: bool = False
 
 
-class Turns(NamedTuple):
-    """Wall and CPU seconds a call of each implementation, round by round; CPU time over wall time
-    of it all; which were replayed as CUDA graphs."""
+@dataclass
+class Times:
+    """Of one implementation: (wall, CPU) seconds per call round by round, and those as called."""
 
-    times: dict[str, list[tuple[float, float]]]
+    rounds: list[tuple[float, float]] = field(default_factory=list)
+    called: list[float] = field(default_factory=list)
+    replayed: bool = False
+
+
+class Turns(NamedTuple):
+    """The times of each implementation, and CPU time over wall time of all of them."""
+
+    times: dict[str, Times]
     cores: float
-    replayed: set[str]
 
 
 def captured(steps: list[Step]) -> Step:
@@ -53,7 +67,7 @@ def captured(steps: list[Step]) -> Step:
                 step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    results = []  # kept to the end, so that no two calls write to the same memory
+    results = []  # kept until the capture ends, so that no two calls write to the same memory
     with torch.cuda.graph(graph):
         for step in steps:
             results.append(step())
@@ -61,20 +75,19 @@ def captured(steps: list[Step]) -> Step:
 
 
 def on_gpu(case: Case, rivals: Rivals, device: torch.device) -> dict[str, Timed]:
-    """Each implementation as a graph, the short ones over copies of the inputs; as ordinary calls
-    where it cannot be captured."""
+    """Each implementation as a graph, short ones over copies of the inputs, or as it is."""
     timed = {}
     others: list[Rivals] = []
-    for name, step in rivals.steps.items():
-        timed[name] = Timed(step)
-        if not rivals.captured(name):
+    for name, rival in rivals.found.items():
+        timed[name] = Timed(rival.step)
+        if rival.compiled or rival.waits:
             continue
         try:
-            timed[name] = graph = Timed(captured([step]), replayed=True)
+            timed[name] = graph = Timed(captured([rival.step]), replayed=True)
             copies = copies_for(case, device) if seconds(graph, device, 10)[0] < SHORT else 1
             others += [case.make(device, False) for _ in range(len(others), copies - 1)]
             if copies > 1:
-                steps = [step, *(other.steps[name] for other in others)]
+                steps = [rival.step, *(other.found[name].step for other in others)]
                 timed[name] = Timed(captured(steps), copies, replayed=True)
         except RuntimeError as error:
             print(f"{name}: not captured as a CUDA graph ({in_a_line(error)})")
@@ -82,13 +95,13 @@ def on_gpu(case: Case, rivals: Rivals, device: torch.device) -> dict[str, Timed]
 
 
 def copies_for(case: Case, device: torch.device) -> int:
-    """Of the inputs, so that none of what a call reads is in the L2 cache any more."""
+    """Copies of the inputs that push each other out of the L2 cache."""
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
     return min(MOST_COPIES, 1 + math.ceil(CACHES * cache / case.work.bytes))
 
 
 def wake(device: torch.device) -> None:
-    """Half a second of products, after which the clocks of an idle GPU are up."""
+    """Multiply for half a second: an idle GPU has lowered its clocks."""
     a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
     end = time.perf_counter() + 0.5
     while time.perf_counter() < end:
@@ -97,8 +110,11 @@ def wake(device: torch.device) -> None:
 
 
 def seconds(timed: Timed, device: torch.device, repeats: int) -> tuple[float, float]:
-    """Mean wall time, and CPU time, of a call in ``repeats`` runs in a row, after one that is not
-    timed: it faults in the memory that the implementation before has given back to the system."""
+    """Mean wall and CPU time of a call over ``repeats`` runs in a row.
+
+    One run before them is not timed: it faults in the memory that the implementation before has
+    given back to the system.
+    """
     timed.run()
     calls = repeats * timed.calls
     if device.type == "cpu":
@@ -116,8 +132,24 @@ def seconds(timed: Timed, device: torch.device, repeats: int) -> tuple[float, fl
     return begin.elapsed_time(end) * 1e-3 / calls, 0.0
 
 
+def seconds_as_called(rival: Rival, rivals: Rivals, device: torch.device, repeats: int) -> float:
+    """Mean wall time of a call on new inputs, without the time that making them takes."""
+    if device.type == "cuda":
+        leaves = [rivals.fresh() for _ in range(min(repeats, MOST_LEAVES))]
+        waiting = iter([rivals.fresh(), *leaves])  # the first run is not timed
+        calls = Timed(lambda: rival.call(next(waiting)))
+        return seconds(calls, device, len(leaves))[0]
+    spent = 0.0
+    for _ in range(repeats):
+        leaf: Any = rivals.fresh()
+        start = time.perf_counter()
+        rival.call(leaf)
+        spent += time.perf_counter() - start
+    return spent / repeats
+
+
 def take_turns(case: Case, rivals: Rivals, device: torch.device, budget: float) -> Turns:
-    """Time every implementation. Each has been called before, and so is compiled.
+    """Time every implementation. Each has been called before, so none compiles now.
 
     Args:
         budget: seconds for all of them; five rounds at least.
@@ -126,55 +158,55 @@ def take_turns(case: Case, rivals: Rivals, device: torch.device, budget: float) 
         wake(device)
         timed = on_gpu(case, rivals, device)
     else:
-        timed = {name: Timed(step) for name, step in rivals.steps.items()}
-    # About 20 ms of each a round.
+        timed = {name: Timed(rival.step) for name, rival in rivals.found.items()}
     repeats = {
-        name: max(1, int(0.02 / (one.calls * seconds(one, device, 1)[0])))
+        name: max(1, int(TURN / (one.calls * seconds(one, device, 1)[0])))
         for name, one in timed.items()
     }
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in timed}
+    times = {name: Times(replayed=one.replayed) for name, one in timed.items()}
     start, used, rounds = time.perf_counter(), time.process_time(), 0
     while rounds < 5 or time.perf_counter() - start < budget:
         rounds += 1
         for name, one in timed.items():
-            times[name].append(seconds(one, device, repeats[name]))
+            times[name].rounds.append(seconds(one, device, repeats[name]))
+            called = seconds_as_called(rivals.found[name], rivals, device, repeats[name])
+            times[name].called.append(called)
     cores = (time.process_time() - used) / (time.perf_counter() - start)
-    return Turns(times, cores, {name for name, one in timed.items() if one.replayed})
+    return Turns(times, cores)
 
 
-def rows_of(label: dict[str, object], turns: Turns, floor_ms: float) -> Iterator[dict[str, object]]:
-    """A row for each implementation, compared with the best of ours; printed as it comes.
-
-    Columns: median, least, 20th and 80th percentile of wall time and median of CPU time (of all
-    threads) in ms; ``ratio``, ``ratio_of_min`` and ``ratio_of_cpu``: how many times as long as
-    ours; ``share_of_floor``: the floor over the median, above 1 by noise alone.
-    """
-    found = {name: row_of(values) for name, values in turns.times.items()}
-    ours = [name for name in OURS if name in found] or list(found)
+def rows_of(label: Row, rivals: Rivals, turns: Turns, floor_ms: float) -> Iterator[Row]:
+    """One row per implementation, compared with the fastest of ours; printed as it comes."""
+    found = {name: row_of(times) for name, times in turns.times.items()}
+    ours = [name for name in found if rivals.found[name].ours] or list(found)
     best = min((found[name] for name in ours), key=lambda row: row["median_ms"])
     for name, row in found.items():
-        ratio, minima, cpu = (
-            row[key] / best[key] if best[key] else None for key in ("median_ms", "min_ms", "cpu_ms")
-        )
-        share = floor_ms / row["median_ms"]
-        print(
-            f"{label['operator']:26} {label['shape']:18} {name:20} {row['median_ms']:10.4f} ms "
-            f"{ratio:6.1f}x (minima {minima:.1f}x, CPU {f'{cpu:.1f}x' if cpu else '-'}) "
-            f"{100 * share:4.0f} % of the floor  cores {turns.cores:.2f}",
-            flush=True,
-        )
-        yield {
-            **label, "implementation": name, "ours": name in OURS, **row,
-            "ratio": ratio, "ratio_of_min": minima, "ratio_of_cpu": cpu,
-            "floor_ms": floor_ms, "share_of_floor": share,
-            "rounds": len(turns.times[name]), "cores": turns.cores,
-            "replayed": name in turns.replayed,
+        row = {
+            **label, "implementation": name, "ours": rivals.found[name].ours, **row,
+            "ratio": row["median_ms"] / best["median_ms"],
+            "ratio_of_min": row["min_ms"] / best["min_ms"],
+            "ratio_of_cpu": row["cpu_ms"] / best["cpu_ms"] if best["cpu_ms"] else None,
+            "called_ratio": row["called_ms"] / best["called_ms"],
+            "floor_ms": floor_ms, "share_of_floor": floor_ms / row["median_ms"],
+            "cores": turns.cores,
         }  # fmt: skip
+        print(line_of(row), flush=True)
+        yield row
 
 
-def row_of(values: list[tuple[float, float]]) -> dict[str, float]:
-    """Median, least, 20th and 80th percentile of wall time, and median CPU time, in ms."""
-    wall, cpu = zip(*values, strict=True)
+def row_of(times: Times) -> Row:
+    """The columns of one implementation's times."""
+    return {
+        **percentiles(times.rounds),
+        "called_ms": 1e3 * statistics.median(times.called),
+        "rounds": len(times.rounds),
+        "replayed": times.replayed,
+    }
+
+
+def percentiles(times: list[tuple[float, float]]) -> Row:
+    """Median, least, 20th and 80th percentile of wall time and median CPU time, in ms."""
+    wall, cpu = zip(*times, strict=True)
     fifths = statistics.quantiles(wall, n=5, method="inclusive")
     return {
         "median_ms": statistics.median(wall) * 1e3,
@@ -183,3 +215,15 @@ def row_of(values: list[tuple[float, float]]) -> dict[str, float]:
         "p80_ms": fifths[3] * 1e3,
         "cpu_ms": statistics.median(cpu) * 1e3,
     }
+
+
+def line_of(row: Row) -> str:
+    """A row as it is printed while others are still being measured."""
+    cpu = row["ratio_of_cpu"]
+    return (
+        f"{row['operator']:26} {row['shape']:18} {row['implementation']:20} "
+        f"{row['median_ms']:10.4f} ms {row['ratio']:6.1f}x "
+        f"(least {row['ratio_of_min']:.1f}x, CPU {f'{cpu:.1f}x' if cpu else '-'}, "
+        f"as called {row['called_ratio']:.1f}x) "
+        f"{100 * (row['share_of_floor'] or 0):4.0f} % of the floor  cores {row['cores']:.2f}"
+    )

@@ -1,1 +1,1 @@
-"""What the benchmarks hold this project against, restated here."""
+"""Published code that this project is compared with, restated."""

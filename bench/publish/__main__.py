@@ -1,10 +1,10 @@
-"""Writes the tables of README.md and docs/, and the plots, from the stored results.
+"""Write the tables of README.md and docs/, and the plots, from the stored results.
 
-    python -m bench.publish            writes
-    python -m bench.publish --check    fails where a table or a plot is not what the results say
+    python -m bench.publish            writes them
+    python -m bench.publish --check    fails where one differs from the results
 
-A table stands between "<!-- bench: NAME -->" and "<!-- bench: end -->". One whose subject has no
-stored result stays as it is.
+A table stands between "<!-- bench: NAME -->" and "<!-- bench: end -->". It stays as it is while its
+subject has no stored result.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from bench.publish import reports, summaries
 from bench.publish.plots import draw, stale_plots
 from bench.publish.results import Result, stored
 
-FILES = ("README.md", "docs/performance.md")
+FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 BLOCK = re.compile(r"(<!-- bench: (?!end)([\w -]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
     "evidential": summaries.evidential,
     "consistency": summaries.consistency,
     "shift": summaries.shift,
     "pipeline": summaries.pipeline,
+    "as called": summaries.as_called,
     "training": reports.training,
     "work": reports.work,
     "targets": reports.targets,
@@ -40,7 +41,7 @@ BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
 
 
 def filled(text: str, results: list[Result]) -> str:
-    """A document with its tables as the results say."""
+    """A document with its tables written anew."""
 
     def block(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
@@ -52,14 +53,14 @@ def filled(text: str, results: list[Result]) -> str:
 
 
 def main() -> int:
-    """Write, or say what is stale; exit status 1 where something is."""
+    """Write everything, or report what is stale; exit status 1 where something is."""
     parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
     results = stored()
     stale = stale_plots(results) if check else []
-    for name in FILES:
-        path = ROOT / name
+    for path in FILES:
+        name = path.relative_to(ROOT).as_posix()
         text = path.read_text()
         new = filled(text, results)
         if new != text and check:
@@ -71,7 +72,7 @@ def main() -> int:
         draw(results)
         return 0
     for name in stale:
-        print(f"{name} is not what bench/results says: run python -m bench.publish")
+        print(f"{name} differs from bench/results: run python -m bench.publish")
     return 1 if stale else 0
 
 

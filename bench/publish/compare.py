@@ -1,36 +1,52 @@
-"""The regression gate: ratios between implementations of one run, against those of another run.
+"""The regression gate: the ratios of one run against those of another.
 
-Absolute times tell machines apart, and loads; how many times as long as ours a baseline takes in
-the same run tells the code apart.
+Absolute times depend on the machine and its load. How many times as long as ours a rival takes in
+the same run depends on the code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import NamedTuple
+
+from bench.rows import Row
 
 ALLOWED = 0.8
 """Share of its former ratio below which an operator has lost ground."""
 
-Key = tuple[str, str, str, int, str]
+
+class Key(NamedTuple):
+    """What a ratio is of."""
+
+    subject: str
+    operator: str
+    shape: str
+    threads: int
+    implementation: str
 
 
-def ratios(rows: Iterable[dict[str, Any]]) -> dict[Key, float]:
-    """Ratio of each baseline, by subject, operator, shape, threads and implementation."""
-    names = ("subject", "operator", "shape", "threads", "implementation")
-    baselines = [row for row in rows if row.get("ratio") and not row["ours"]]
-    return {tuple(row[name] for name in names): row["ratio"] for row in baselines}
+def ratios(rows: Iterable[Row]) -> dict[Key, float]:
+    """The ratio of each rival."""
+    found = {}
+    for row in rows:
+        ratio = row.get("ratio")
+        if ratio and not row["ours"]:
+            key = Key(
+                row["subject"], row["operator"], row["shape"], row["threads"], row["implementation"]
+            )
+            found[key] = ratio
+    return found
 
 
-def lost_ground(rows: Iterable[dict[str, Any]], base: Iterable[dict[str, Any]]) -> list[str]:
-    """A sentence for each ratio that fell by more than a fifth, and one where nothing compares."""
+def lost_ground(rows: Iterable[Row], base: Iterable[Row]) -> list[str]:
+    """One sentence per ratio that fell by more than a fifth, or one if nothing can be compared."""
     now, before = ratios(rows), ratios(base)
     both = [key for key in now if key in before]
     if not both:
         return ["nothing was measured that the base holds too"]
     return [
-        f"{key[1]} ({key[2]}, {key[3]} threads): {key[4]} takes {now[key]:.2f} times as long as "
-        f"ours, and took {before[key]:.2f} times as long"
+        f"{key.operator} ({key.shape}, {key.threads} threads): {key.implementation} takes "
+        f"{now[key]:.2f} times as long as ours, and took {before[key]:.2f} times as long"
         for key in both
         if now[key] < ALLOWED * before[key]
     ]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-from bench.publish.results import Result, Row, latest
+from bench.publish.results import Result, latest, measured
+from bench.rows import Row
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
@@ -24,20 +26,30 @@ def milliseconds(value: float) -> str:
 
 
 def times(row: Row | None) -> str:
-    """How many times as long as ours; "-" where there is no such row."""
-    return f"{row['ratio']:.{0 if row['ratio'] >= 100 else 1}f}x" if row else "-"
+    """How many times as long as ours; "-" for no row."""
+    return "-" if row is None else factor(row["ratio"])
+
+
+def factor(value: float | None) -> str:
+    """A ratio."""
+    return "-" if value is None else f"{value:.{0 if value >= 100 else 1}f}x"
 
 
 def share(row: Row) -> str:
-    """How much of the floor a row reaches; results of old had none of everything."""
-    value = row.get("share_of_floor")
-    return "not measured" if value is None else f"{100 * value:.0f} %"
+    """The share of the floor that a row reaches."""
+    value = row["share_of_floor"]
+    return "-" if value is None else f"{100 * value:.0f} %"
 
 
-def megabytes(row: Row) -> str:
-    """Its memory; results of old had none of everything."""
-    value = row.get("extra_mb")
-    return "not measured" if value is None else f"{value:.0f}"
+def megabytes(value: float | None, digits: int = 0) -> str:
+    """An amount of memory."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def listed(names: Iterable[str]) -> str:
+    """ "a, b and c"."""
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def how(result: Result, subject: str) -> str:
@@ -58,28 +70,39 @@ def how(result: Result, subject: str) -> str:
 
 
 def on_gpu(results: list[Result], subject: str) -> str:
-    """What is known of a GPU."""
+    """Which GPUs a subject was measured on."""
     found = latest(results, subject, "cuda").values()
     names = [result.machine["device"] for result in found]
-    if not names:
-        return "On a GPU: not measured."
-    return f"On {' and '.join(names)}: [docs/performance.md](docs/performance.md)."
+    return f"Measured on {listed(names)}, too." if names else "Not measured on a GPU."
+
+
+def not_measured(rows: list[Row]) -> str:
+    """One line on the rows without figures, or ""."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if "absent" in row:
+            key = row.get("operator", row["subject"]), row.get("shape", ""), row["absent"]
+            found.setdefault(key, []).append(row.get("implementation", "all"))
+    if not found:
+        return ""
+    parts = [
+        f"{listed(names)} for `{operator}`{f' at {shape}' if shape else ''} ({reason})"
+        for (operator, shape, reason), names in found.items()
+    ]
+    return f"Not measured: {'; '.join(parts)}.\n"
 
 
 def named(rows: list[Row], **wanted: object) -> dict[str, Row]:
     """Measured rows with these entries, by implementation."""
     return {
         row["implementation"]: row
-        for row in rows
-        if "absent" not in row and all(row[key] == value for key, value in wanted.items())
+        for row in measured(rows)
+        if all(row.get(key) == value for key, value in wanted.items())
     }
 
 
 def keys_of(rows: list[Row], *names: str) -> list[tuple[Any, ...]]:
-    """Values of these columns, each once, in their order."""
-    return list(dict.fromkeys(tuple(row[name] for name in names) for row in rows if "shape" in row))
-
-
-def newest_cpu(results: list[Result], subject: str) -> Result | None:
-    """The result that the README shows."""
-    return next(iter(latest(results, subject, "cpu").values()), None)
+    """The different values of these columns, in their order."""
+    return list(
+        dict.fromkeys(tuple(row.get(name) for name in names) for row in rows if "shape" in row)
+    )

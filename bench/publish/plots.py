@@ -1,7 +1,8 @@
-"""Plots of the stored results, one set a device, in docs/plots: time and memory of the consistency
-loss over the batch size, the share of its floor that each kernel reaches, the training ladder.
+"""Plots of the stored results in docs/plots, one set per device.
 
-Colours are Okabe and Ito's, which the colour-blind tell apart; markers and dashes differ as well.
+Time and memory of the consistency loss over the batch size, the share of its floor that each kernel
+reaches, and the training ladder. Colours are Okabe and Ito's, which colour-blind readers can tell
+apart; markers and dashes differ as well.
 """
 
 from __future__ import annotations
@@ -11,19 +12,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bench.machine import ROOT
-from bench.publish.results import Result, Row, latest
+from bench.publish.results import KINDS, Result, figure, latest, measured
+from bench.rows import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FOLDER = ROOT / "docs" / "plots"
 OPERATORS = ("evidential", "consistency", "shift")
-# colour, marker, dashes
 RUNGS = {
     "a": "a\npublished", "b": "b\nno SVD", "c, alternating": "c, first\n1 forward",
     "c": "c\n1 backward", "d, float32": "d, first\nSDPA", "d": "d\nbfloat16",
     "e": "e\ncompiled", "f": "f\nfused loss", "g": "g\ncached data", "h": "h\nCUDA graph",
 }  # fmt: skip
+"""Rungs of the ladder, and their labels."""
+# colour, marker, dashes
 STYLES = (
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", "--"),
@@ -35,7 +38,7 @@ STYLES = (
 
 
 class Plot(NamedTuple):
-    """A file, what it shows in words, where its figures come from, and what draws it."""
+    """A plot: its file and title, the result it shows, and the function that draws it."""
 
     path: Path
     title: str
@@ -44,8 +47,8 @@ class Plot(NamedTuple):
 
 
 def plots(results: list[Result]) -> Iterator[Plot]:
-    """Each plot that the results hold."""
-    for kind in ("cpu", "cuda"):
+    """Each plot that the results have figures for."""
+    for kind in KINDS:
         for device, result in latest(results, "consistency", kind).items():
             where = f"on {result.machine['device']}"
             time, memory = FOLDER / f"time-{device}.svg", FOLDER / f"memory-{device}.svg"
@@ -76,7 +79,7 @@ def merged(results: list[Result], device: str, kind: str) -> Result:
 
 
 def source_of(result: Result) -> str:
-    """What a plot holds in its metadata: where its figures come from."""
+    """The note in a plot's metadata that names the result it shows."""
     return f"from {result.path.name}"
 
 
@@ -124,40 +127,40 @@ def where(result: Result) -> str:
 
 
 def floor_of(result: Result) -> str:
-    """What the floor is of, in words; results of old do not say ``reached``, and were so."""
-    reached = any(peaks.get("reached", True) for peaks in result.peaks.values())
+    """The peak that the floor assumes, in words."""
+    reached = any(peaks["reached"] for peaks in result.peaks.values())
     return "torch's best copy or product" if reached else "bandwidth or FLOP/s in full"
 
 
 def soft_rows(result: Result) -> list[Row]:
-    """Measured rows of the loss of two modalities."""
-    rows = result.of("consistency", "multimodal_consistency_loss")
-    return [row for row in rows if "absent" not in row]
+    """Measured rows of the loss of two modalities, by batch size."""
+    rows = measured(result.of("consistency", "multimodal_consistency_loss"))
+    return sorted(rows, key=lambda row: row["batch"])
 
 
 def curves(axes: Axes, result: Result, column: str) -> None:
-    """A line for each implementation over the batch size, both axes logarithmic."""
+    """One line per implementation over the batch size, both axes logarithmic."""
     rows = soft_rows(result)
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     for name, (colour, marker, dashes) in zip(names, STYLES, strict=False):
-        own = [row for row in rows if row["implementation"] == name and row[column]]
+        own = [row for row in rows if row["implementation"] == name and figure(row, column)]
         label = {"cpu": "ours, C++", "triton": "ours, Triton"}.get(name, name)
         axes.plot(
-            [row["batch"] for row in own], [row[column] for row in own],
+            [row["batch"] for row in own], [figure(row, column) or 0 for row in own],
             color=colour, marker=marker, linestyle=dashes, label=label,
         )  # fmt: skip
     batches = sorted({row["batch"] for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(batches, [str(batch) for batch in batches])
-    axes.set_xlabel("batch size (rows a modality)")
+    axes.set_xlabel("batch size (rows per modality)")
     axes.grid(alpha=0.3)
 
 
 def time_over_batch(axes: Axes, result: Result) -> None:
     """Medians, with the floor below."""
     curves(axes, result, "median_ms")
-    floor = sorted({(row["batch"], row["floor_ms"]) for row in soft_rows(result)})
+    floor = sorted({(row["batch"], row["floor_ms"] or 0) for row in soft_rows(result)})
     batches, least = zip(*floor, strict=True)
     axes.plot(batches, least, color="black", linewidth=1, label=f"floor: {floor_of(result)}")
     axes.fill_between(batches, least, axes.get_ylim()[0], color="black", alpha=0.08)
@@ -175,7 +178,7 @@ def memory_over_batch(axes: Axes, result: Result) -> None:
 
 
 def shares_of_floor(axes: Axes, result: Result) -> None:
-    """A bar for each of our kernels."""
+    """One bar per kernel of ours."""
     rows = [row for row in result.rows if row.get("ours")]
     several = len({row["threads"] for row in rows}) > 1
     names = [
@@ -183,7 +186,7 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
         + (f", {row['threads']} thread{'s' * (row['threads'] > 1)}" if several else "")
         for row in rows
     ]
-    shares = [100 * row["share_of_floor"] for row in rows]
+    shares = [100 * (row["share_of_floor"] or 0) for row in rows]
     bars = axes.barh(names, shares, color=STYLES[0][0])
     axes.bar_label(bars, [f"{share:.0f}" for share in shares], padding=3, fontsize=8)
     axes.axvline(100, color="black", linewidth=1, linestyle="--")
@@ -195,20 +198,19 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
 
 
 def ladder(axes: Axes, result: Result) -> None:
-    """How many times faster than the published step each rung is, for each model."""
-    rows = [row for row in result.of("training") if "pairs_per_second" in row]
-    rows = [row for row in rows if not row["implementation"].startswith(("fine", "turbo"))]
+    """How many times faster than the published step each rung is, one line per model."""
+    rows = [row for row in measured(result.of("training")) if row["implementation"] in RUNGS]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):
         own = [row for row in rows if row["shape"] == shape]
-        names = [RUNGS.get(str(row["implementation"]), "?") for row in own]
-        factors = [row["x_ms"] for row in own]
+        names = [RUNGS[row["implementation"]] for row in own]
+        factors = [row["x_ms"] or 0 for row in own]
         axes.plot(names, factors, color=colour, marker=marker, linestyle=dashes, label=shape)
         last = f"{factors[-1]:.3g}x\n{own[-1]['pairs_per_second']:.3g} pairs/s"
         axes.annotate(last, (names[-1], factors[-1]), textcoords="offset points", xytext=(7, 0),
                       va="center", fontsize=8)  # fmt: skip
     axes.set_xlim(-0.4, len(names) + 0.15)
-    axes.set_ylim(0, 1.15 * max(row["x_ms"] for row in rows))
+    axes.set_ylim(0, 1.15 * max(row["x_ms"] or 0 for row in rows))
     axes.set_ylabel("times faster than the published step")
     axes.set_title(where(result), fontsize=10)
     axes.tick_params(axis="x", labelsize=7)

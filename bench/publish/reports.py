@@ -1,50 +1,65 @@
-"""The tables of docs/performance.md: every row of every device, work and floors, promises."""
+"""The tables of docs/performance.md: every row of every device, work and floors, targets."""
 
 from __future__ import annotations
 
 import json
 
 from bench.machine import ROOT
-from bench.publish.markdown import digits, how, keys_of, milliseconds, named, share, table, times
-from bench.publish.plots import plots
-from bench.publish.results import FOLDER, Result, Row, latest
-from bench.publish.targets import TARGETS, Target, holds, row_for
+from bench.publish.markdown import (
+    digits,
+    how,
+    keys_of,
+    listed,
+    megabytes,
+    milliseconds,
+    named,
+    not_measured,
+    on_gpu,
+    share,
+    table,
+    times,
+)
+from bench.publish.plots import OPERATORS, plots
+from bench.publish.results import FOLDER, KINDS, Result, latest, measured
+from bench.publish.targets import TARGETS, Target, holds, measured_value
+from bench.rows import Row
+
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def everything(subject: str, results: list[Result]) -> str | None:
     """Every row of the newest result of each device, and what was not measured."""
     parts = []
-    for kind in ("cpu", "cuda"):
+    for kind in KINDS:
         for result in latest(results, subject, kind).values():
-            parts.append(f"{how(result, subject)}:\n\n{full_table(result.of(subject))}")
+            rows = result.of(subject)
+            parts.append(f"{how(result, subject)}:\n\n{full_table(measured(rows))}")
+            parts.append(not_measured(rows))
     if not parts:
         return None
     if not latest(results, subject, "cuda"):
-        parts.append("On a GPU: not measured.\n")
-    return "\n".join(parts)
+        parts.append(on_gpu(results, subject) + "\n")
+    return "\n".join(part for part in parts if part)
 
 
 def full_table(rows: list[Row]) -> str:
-    """All columns of rows of operators."""
-    lines = []
-    for row in rows:
-        name = [f"`{row['operator']}`", row["shape"], str(row["threads"]), row["implementation"]]
-        if "absent" in row:
-            lines.append([*name, f"not measured: {row['absent']}", "", "", "", "", "", ""])
-            continue
-        extra = row["extra_mb"]
-        lines.append(
-            [
-                *name,
-                digits(row["median_ms"]),
-                spread(row),
-                digits(row["min_ms"]),
-                digits(row["cpu_ms"]) if row["cpu_ms"] else "-",
-                times(row),
-                share(row),
-                "not measured" if extra is None else f"{extra:.1f}",
-            ]
-        )
+    """All columns of the rows of operators."""
+    lines = [
+        [
+            f"`{row['operator']}`",
+            row["shape"],
+            str(row["threads"]),
+            row["implementation"],
+            digits(row["median_ms"]),
+            spread(row),
+            digits(row["min_ms"]),
+            digits(row["cpu_ms"]) if row["cpu_ms"] else "-",
+            times(row),
+            share(row),
+            megabytes(row["extra_mb"], 1),
+        ]
+        for row in rows
+    ]
     head = ["operator", "size", "threads", "implementation", "median ms", "20 to 80 %", "least"]
     return table([*head, "CPU ms", "times ours", "of the floor", "MB extra"], lines)
 
@@ -52,118 +67,116 @@ def full_table(rows: list[Row]) -> str:
 def training(results: list[Result]) -> str | None:
     """The ladder of every device."""
     parts = []
-    for kind in ("cpu", "cuda"):
+    for kind in KINDS:
         for result in latest(results, "training", kind).values():
-            lines = [
-                [
-                    row["shape"],
-                    f"{row['implementation']}, {row['precision']}",
-                    digits(row["pairs_per_second"]),
-                    f"{digits(row['ms'])} ({digits(row['cpu_ms'])})",
-                    spread(row),
-                    times_a(row),
-                    digits(row["gflop_per_pair"]),
-                    digits(row["floor_ms"]) if "floor_ms" in row else "not measured",
-                    share(row),
-                    "not measured" if row["memory_mb"] is None else f"{row['memory_mb']:.0f}",
-                    "not measured"
-                    if row["data_wait"] is None
-                    else f"{100 * row['data_wait']:.0f} %",
-                ]
-                for row in measured(result.of("training"))
-            ]
+            rows = result.of("training")
+            lines = [ladder_line(row) for row in measured(rows)]
             head = ["model", "rung", "pairs/s", "ms (CPU ms)", "20 to 80 %", "faster than a"]
             head += ["GFLOP/pair", "floor ms", "of the floor", "MB", "wait for data"]
-            cells = table(head, lines)
-            parts.append(f"{how(result, 'training')}:\n\n{cells}")
+            parts.append(f"{how(result, 'training')}:\n\n{table(head, lines)}")
+            parts.append(not_measured(rows))
     if not parts:
         return None
     if not latest(results, "training", "cuda"):
-        parts.append("On a GPU: not measured.\n")
-    return "\n".join(parts)
+        parts.append(on_gpu(results, "training") + "\n")
+    return "\n".join(part for part in parts if part)
+
+
+def ladder_line(row: Row) -> list[str]:
+    """The cells of a rung."""
+    wait, faster = row["data_wait"], row["x_ms"]
+    return [
+        row["shape"],
+        f"{row['implementation']}, {row['precision']}",
+        digits(row["pairs_per_second"]),
+        f"{digits(row['ms'])} ({digits(row['cpu_ms'])})",
+        spread(row),
+        "-" if faster is None else f"{faster:.2f}x",
+        digits(row["gflop_per_pair"]),
+        digits(row["floor_ms"] or 0),
+        share(row),
+        megabytes(row["memory_mb"]),
+        "random frames" if wait is None else f"{100 * wait:.0f} %",
+    ]
 
 
 def spread(row: Row) -> str:
-    """The 20th and 80th percentile; results of old had none of everything."""
-    return f"{digits(row['p20_ms'])} to {digits(row['p80_ms'])}" if "p20_ms" in row else "-"
-
-
-def times_a(row: Row) -> str:
-    """How many times faster than the first rung."""
-    return "-" if row["x_ms"] is None else f"{row['x_ms']:.2f}x"
-
-
-def measured(rows: list[Row]) -> list[Row]:
-    """Those that hold figures."""
-    return [row for row in rows if "absent" not in row]
+    """The 20th and 80th percentile."""
+    return f"{digits(row['p20_ms'])} to {digits(row['p80_ms'])}"
 
 
 def work(results: list[Result]) -> str | None:
-    """Bytes, FLOPs and floor of every case, at the bandwidth of as many bytes, and what the
-    machines do at most."""
-    parts = []
-    for kind in ("cpu", "cuda"):
-        for subject in ("evidential", "consistency", "shift"):
-            for result in latest(results, subject, kind).values():
-                parts.append((result, result.of(subject)))
+    """Bytes, FLOPs and floor of every case, and what the machines do at most."""
+    parts = [
+        (result, measured(result.of(subject)))
+        for kind in KINDS
+        for subject in OPERATORS
+        for result in latest(results, subject, kind).values()
+    ]
     if not parts:
         return None
+    machines: dict[tuple[str, str], str] = {}  # one line for several runs
     lines: list[list[str]] = []
-    machines: dict[tuple[str, str], str] = {}  # of several runs one line
     for result, rows in parts:
         for peaks in result.peaks.values():
-            machines[str(result.machine["device"]), peaks["source"]] = (
+            machines[result.machine["device"], peaks["source"]] = (
                 f"- {result.machine['device']}: {peaks['bytes'] / 1e9:.0f} GB/s from memory, "
-                f"{peaks['matrix_flops'] / 1e9:.0f} GFLOP/s of products, "
-                f"{peaks['vector_flops'] / 1e9:.0f} of others ({peaks['source']})"
+                f"{peaks['matrix_flops'] / 1e9:.0f} GFLOP/s of matrix products, "
+                f"{peaks['vector_flops'] / 1e9:.0f} GFLOP/s otherwise ({peaks['source']})"
             )
-        rows = measured(rows)
-        seen = keys_of(rows, "operator", "shape", "threads", "bytes", "flops")
-        for operator, shape, threads, moved, flops in seen:
-            own = named(rows, operator=operator, shape=shape, threads=threads)
-            first = next(iter(own.values()))
-            rate = first.get("bandwidth")
-            lines.append(
-                [
-                    f"`{operator}`",
-                    str(shape),
-                    str(threads),
-                    f"{moved / 1e6:.2f}",
-                    digits(rate / 1e9) if rate else "not measured",
-                    f"{flops / 1e9:.3g}",
-                    digits(first["floor_ms"]),
-                ]
-            )
+        lines += [work_line(rows, *key) for key in keys_of(rows, "operator", "shape", "threads")]
     head = ["operator", "size", "threads", "MB", "GB/s", "GFLOP", "floor ms"]
     return "\n".join(machines.values()) + "\n\n" + table(head, lines)
 
 
+def work_line(rows: list[Row], operator: str, shape: str, threads: int) -> list[str]:
+    """The work of a case and its floor, at the bandwidth of as many bytes."""
+    row = next(iter(named(rows, operator=operator, shape=shape, threads=threads).values()))
+    return [
+        f"`{operator}`",
+        shape,
+        str(threads),
+        f"{row['bytes'] / 1e6:.2f}",
+        digits(row["bandwidth"] / 1e9),
+        f"{(row['flops'] or 0) / 1e9:.3g}",
+        digits(row["floor_ms"] or 0),
+    ]
+
+
 def targets(results: list[Result]) -> str | None:
-    """Each promise, what was measured, and whether it holds."""
-    lines = []
+    """Each target that was measured, and whether it is met; the others in one line."""
+    if not results:
+        return None
+    lines, missing = [], dict.fromkeys(KINDS, 0)
     for target in TARGETS:
-        row = row_for(target, results)
-        value = None if row is None else row[target.column]
-        verdict = "not measured" if value is None else "holds" if holds(target, value) else "missed"
-        found = "not measured" if value is None else in_words(target, value)
+        value = measured_value(target, results)
+        if value is None:
+            missing[target.kind] += 1
+            continue
         bound = target.least if target.least is not None else target.most
         assert bound is not None
         side = "at least" if target.least is not None else "at most"
-        what = f"`{target.operator}`" if "_" in target.operator else target.operator
         lines.append(
             [
-                "GPU" if target.kind == "cuda" else "CPU",
-                f"{what} {target.shape}".strip(),
+                DEVICES[target.kind],
+                f"{what_of(target)} {target.shape}".strip(),
                 f"{target.implementation} {side} {in_words(target, bound)}",
-                found,
-                verdict,
+                in_words(target, value),
+                "met" if holds(target, value) else "missed",
             ]
         )
-    return table(["", "operator", "wanted", "measured", ""], lines) if results else None
+    found = table(["", "operator", "target", "measured", ""], lines)
+    left = [f"{count} on a {DEVICES[kind]}" for kind, count in missing.items() if count]
+    return f"{found}\nNot measured: {listed(left)}.\n" if left else found
+
+
+def what_of(target: Target) -> str:
+    """An operator as code, anything else as words."""
+    return f"`{target.operator}`" if target.operator.isidentifier() else target.operator
 
 
 def kernels(results: list[Result]) -> str | None:
-    """Registers and shared memory of every kind of GPU kernel, as make check-kernels found them."""
+    """Registers and shared memory of each kind of GPU kernel, as make check-kernels found them."""
     path = FOLDER / "kernels.json"
     if not path.exists():
         return None
@@ -193,6 +206,7 @@ def in_words(target: Target, value: float) -> str:
     """A value of a target's column with its unit."""
     return {
         "ratio": f"{digits(value)}x",
+        "called_ratio": f"{digits(value)}x as called",
         "median_ms": milliseconds(value),
         "extra_mb": f"{value:.0f} MB extra",
         "share_of_floor": f"{100 * value:.0f} % of the floor",

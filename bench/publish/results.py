@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bench.machine import ROOT, slug
+from bench.rows import Machine, Row, StoredPeaks
 
 FOLDER = ROOT / "bench" / "results"
-Row = dict[str, Any]
+KINDS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Result:
     """One run of ``python -m bench``."""
 
     path: Path
-    machine: dict[str, Any]
-    peaks: dict[str, dict[str, Any]]
+    machine: Machine
+    peaks: dict[str, StoredPeaks]
     rows: list[Row]
 
     @property
@@ -28,7 +28,7 @@ class Result:
         return slug(self.machine["device"])
 
     def of(self, subject: str, operator: str | None = None) -> list[Row]:
-        """Rows of a subject (and operator), with those that say why they hold no figure."""
+        """Rows of a subject (and operator), those without figures included."""
         rows = [row for row in self.rows if row["subject"] == subject]
         return [row for row in rows if operator in (None, row.get("operator"))]
 
@@ -41,11 +41,29 @@ def stored(folder: Path = FOLDER) -> list[Result]:
 
 
 def latest(results: list[Result], subject: str, kind: str) -> dict[str, Result]:
-    """Of each device of a kind ("cpu" or "cuda") the newest result with figures on a subject, by
-    device, the newest first."""
+    """The newest result with figures on a subject from each device of a kind, newest first.
+
+    Args:
+        kind: cpu or cuda.
+    """
     found: dict[str, Result] = {}
     for result in results:
-        has = any("absent" not in row for row in result.of(subject))
-        if result.machine["kind"] == kind and has:
+        if result.machine["kind"] == kind and measured(result.of(subject)):
             found.setdefault(result.device, result)
     return found
+
+
+def newest_cpu(results: list[Result], subject: str) -> Result | None:
+    """The newest result of any CPU."""
+    return next(iter(latest(results, subject, "cpu").values()), None)
+
+
+def figure(row: Row, column: str) -> float | None:
+    """The number in a column; None where there is none."""
+    value = dict(row).get(column)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def measured(rows: list[Row]) -> list[Row]:
+    """Rows that hold figures."""
+    return [row for row in rows if "absent" not in row]

@@ -1,21 +1,23 @@
-"""The tables of the README: for each subject one, of the newest run on a CPU."""
+"""The short tables: one per subject, from the newest run on a CPU."""
 
 from __future__ import annotations
 
 from bench.publish.markdown import (
     digits,
+    factor,
     how,
     keys_of,
     megabytes,
     milliseconds,
     named,
-    newest_cpu,
     on_gpu,
     share,
     table,
     times,
 )
-from bench.publish.results import Result, Row, latest
+from bench.publish.results import Result, measured, newest_cpu
+from bench.rows import Row
+from bench.shift import COPY
 
 
 def evidential(results: list[Result]) -> str | None:
@@ -38,16 +40,13 @@ def evidential(results: list[Result]) -> str | None:
 
 
 def losses(rows: list[Row]) -> str:
-    """A sentence on the rows in which another implementation is faster than ours."""
-    lost = [row for row in rows if row.get("ratio", 1) < 1 and not row["ours"]]
-    lost = [row for row in lost if row["implementation"] != "copy"]
-    if not lost:
-        return ""
-    cases = [
-        f"`{row['operator']}` at {row['shape']} to {row['implementation']} ({times(row)})"
-        for row in lost
+    """A sentence on the rivals that are faster than ours, or ""."""
+    lost = [
+        f"{row['implementation']} for `{row['operator']}` at {row['shape']} ({times(row)})"
+        for row in measured(rows)
+        if (row["ratio"] or 1) < 1 and not row["ours"] and row["implementation"] != COPY
     ]
-    return f"Loses: {'; '.join(cases)}. "
+    return f"Faster than ours: {'; '.join(lost)}. " if lost else ""
 
 
 def consistency(results: list[Result]) -> str | None:
@@ -61,11 +60,7 @@ def consistency(results: list[Result]) -> str | None:
     for batch, shape in keys_of(rows, "batch", "shape"):
         own = named(rows, shape=shape)
         ours = own["cpu"]
-        first = [
-            str(batch),
-            milliseconds(ours["median_ms"]),
-            share(ours),
-        ]
+        first = [str(batch), milliseconds(ours["median_ms"]), share(ours)]
         lines.append(first + [times(own.get(rival)) for rival in rivals])
         memory = [own[name]["extra_mb"] if name in own else None for name in ("cpu", *rivals)]
         cells = ["-" if mb is None else f"{max(1, mb):.0f} MB" for mb in memory]
@@ -100,27 +95,44 @@ def pipeline(results: list[Result]) -> str | None:
     result = newest_cpu(results, "pipeline")
     if result is None:
         return None
-    rows = named(result.of("pipeline")).values()
+    rows = measured(result.of("pipeline"))
     # Older results counted no CPU time of workers that were still running.
     has_cpu = all("cpu_ms_per_pair" in row for row in rows)
     lines = [
         [
             row["implementation"],
             f"{row['pairs_per_second']:.0f} ({row['slowest']:.0f} to {row['fastest']:.0f})",
-            digits(1 / row["ratio"]),
-            "-" if is_floor(row) else share(row),
+            digits(1 / (row["ratio"] or 1)),
+            share(row),
             *([f"{row['cpu_ms_per_pair']:.1f} ms"] if has_cpu else []),
-            megabytes(row),
+            megabytes(row["extra_mb"]),
             row["decoder"],
         ]
         for row in rows
     ]
-    head = ["", "pairs/s (lowest to highest)", "ratio", "of the floor"]
-    head += [*(["CPU time a pair"] if has_cpu else []), "MB", "decoder"]
-    on = "" if latest(results, "pipeline", "cuda") else "\nOn a GPU: not measured.\n"
-    return f"{how(result, 'pipeline')}:\n\n{table(head, lines)}{on}"
+    head = ["", "pairs/s (slowest to fastest round)", "times DALI", "of the floor"]
+    head += [*(["CPU time per pair"] if has_cpu else []), "MB", "decoder"]
+    return f"{how(result, 'pipeline')}:\n\n{table(head, lines)}\n{on_gpu(results, 'pipeline')}\n"
 
 
-def is_floor(row: Row) -> bool:
-    """Whether a row of the pipeline is what others are held against."""
-    return str(row["implementation"]).startswith("decoding alone")
+def as_called(results: list[Result]) -> str | None:
+    """Each operator as a user calls it, beside the kernel's own ratio."""
+    lines = []
+    for subject in ("evidential", "consistency", "shift"):
+        result = newest_cpu(results, subject)
+        rows = [] if result is None else measured(result.of(subject))
+        for row in rows:
+            if "called_ms" in row and row["implementation"] != COPY:
+                lines.append(
+                    [
+                        f"`{row['operator']}`",
+                        row["shape"],
+                        str(row["threads"]),
+                        row["implementation"],
+                        milliseconds(row["called_ms"]),
+                        factor(row["called_ratio"]),
+                        factor(row["ratio"]),
+                    ]
+                )
+    head = ["operator", "size", "threads", "implementation", "as called"]
+    return table([*head, "times ours, as called", "times ours"], lines) if lines else None

@@ -1,25 +1,21 @@
-"""What was promised of each operator, and whether the stored results keep it."""
+"""The targets of each operator, and the values that the stored results hold for them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from bench.publish.results import Result, Row, latest
+from bench.publish.results import Result, figure, latest, measured
 
 
 class Target(NamedTuple):
-    """A bound on one column of one row of a kind of device; ``least`` or ``most`` of it.
+    """A bound on one column of one row: at least ``least``, or at most ``most``."""
 
-    ``shape`` is how that of the row begins; ``ratio``: how many times as long as ours another
-    implementation takes.
-    """
-
-    kind: str
+    kind: str  # of device: cpu or cuda
     subject: str
     operator: str
-    shape: str
+    shape: str  # "" for any
     implementation: str
-    column: str
+    column: str  # "ratio": how many times as long as ours this implementation takes
     least: float | None = None
     most: float | None = None
 
@@ -27,6 +23,7 @@ class Target(NamedTuple):
 FUSION, BOTH = "evidential_fusion_loss", "multimodal_consistency_loss"
 SMALL, LARGE = "8192 x 3 x 8", "2048 x 3 x 1000"
 HALF, STEP = "65536 x 768 bfloat16", "training step"
+MICRO, TINY, BASE = "vit_micro, batch 32", "vit_tiny, batch 8", "vit_base, batch 16"
 VIEWS, RATE = "training views", "pairs_per_second"
 TARGETS = (
     Target("cpu", "evidential", FUSION, SMALL, "reference", "ratio", 50),
@@ -45,10 +42,10 @@ TARGETS = (
     Target("cpu", "shift", "class_moments", "8192 x 768 float32", "one-hot", "ratio", 3),
     Target("cpu", "pipeline", VIEWS, "", "Pillow", "ratio", 1),
     Target("cpu", "pipeline", VIEWS, "", "DALI, host cache", "ratio", most=1 / 3),
-    Target("cpu", "training", STEP, "vit_micro", "a", "ratio", 3),
-    Target("cpu", "training", STEP, "vit_micro", "c", "times_b", 1.25),
-    Target("cpu", "training", STEP, "vit_tiny", "a", "ratio", 3),
-    Target("cpu", "training", STEP, "vit_tiny", "c", "times_b", 1.25),
+    Target("cpu", "training", STEP, MICRO, "a", "ratio", 3),
+    Target("cpu", "training", STEP, MICRO, "c", "times_b", 1.25),
+    Target("cpu", "training", STEP, TINY, "a", "ratio", 3),
+    Target("cpu", "training", STEP, TINY, "c", "times_b", 1.25),
     Target("cuda", "evidential", FUSION, SMALL, "cuda", "median_ms", most=0.010),
     Target("cuda", "evidential", FUSION, SMALL, "reference", "ratio", 50),
     Target("cuda", "evidential", FUSION, SMALL, "reference, compiled", "ratio", 8),
@@ -64,31 +61,29 @@ TARGETS = (
     Target("cuda", "shift", "class_moments", HALF, "triton", "share_of_floor", 0.50),
     Target("cuda", "pipeline", VIEWS, "", "DALI", RATE, 2000),
     Target("cuda", "pipeline", VIEWS, "", "DALI, device cache", RATE, 10_000),
-    Target("cuda", "training", STEP, "vit_base", "g", "data_wait", most=0.03),
-    Target("cuda", "training", STEP, "vit_base", "g", RATE, 207),
-    Target("cuda", "training", STEP, "vit_base", "g", "mfu", 0.40),
-    Target("cuda", "training", STEP, "vit_base", "g", "times_b", 8),
-    Target("cuda", "training", STEP, "vit_base", "turbo", RATE, 500),
+    Target("cuda", "training", STEP, BASE, "g", "data_wait", most=0.03),
+    Target("cuda", "training", STEP, BASE, "g", RATE, 207),
+    Target("cuda", "training", STEP, BASE, "g", "mfu", 0.40),
+    Target("cuda", "training", STEP, BASE, "g", "times_b", 8),
+    Target("cuda", "training", STEP, BASE, "turbo", RATE, 500),
 )
 
 
-def row_for(target: Target, results: list[Result]) -> Row | None:
-    """The row that a target is about, of the newest device of its kind and the most threads; None
-    where it has not been measured."""
+def measured_value(target: Target, results: list[Result]) -> float | None:
+    """The value that a target is about, from the newest device of its kind and the most threads."""
     for result in latest(results, target.subject, target.kind).values():
         rows = [
             row
-            for row in result.of(target.subject, target.operator)
-            if row["implementation"] == target.implementation
-            and row["shape"].startswith(target.shape)
-            and row.get(target.column) is not None
+            for row in measured(result.of(target.subject, target.operator))
+            if row["implementation"] == target.implementation and target.shape in ("", row["shape"])
         ]
-        return max(rows, key=lambda row: row["threads"], default=None)
+        most = max(rows, key=lambda row: row["threads"], default=None)
+        return None if most is None else figure(most, target.column)
     return None
 
 
 def holds(target: Target, value: float) -> bool:
-    """Whether a value keeps the bound."""
+    """Whether a value keeps to the bound."""
     return (target.least is None or value >= target.least) and (
         target.most is None or value <= target.most
     )

@@ -13,7 +13,7 @@ import torch
 
 from bench import __main__ as command
 from bench import consistency, evidential, shift, timing
-from bench.case import Case, Rivals, checked
+from bench.case import Case, Rival, Rivals, checked
 from bench.memory import extra_megabytes
 from bench.publish.compare import lost_ground
 from bench.roofline import Work
@@ -21,13 +21,28 @@ from bench.roofline import Work
 CPU = torch.device("cpu")
 
 
+def rivals_of(**steps: Any) -> Rivals:
+    """Implementations whose results are all right."""
+    return Rivals(
+        lambda: None,
+        {
+            name: Rival(step, lambda result: None, lambda leaf, step=step: step())
+            for name, step in steps.items()
+        },
+    )
+
+
 def with_step(case: Case, name: str, wrong: Any) -> Case:
-    """The case with one implementation replaced. Inputs are tiny, but not for "eager": its noise is
-    judged by its variance, of which few numbers tell too little."""
+    """The case with one implementation replaced, on tiny inputs.
+
+    Those of "eager" are not tiny: its noise is judged by its variance.
+    """
 
     def make(device: torch.device, tiny: bool) -> Any:
         rivals = case.make(device, name != "eager")
-        return dataclasses.replace(rivals, steps={name: wrong(rivals.steps[name])})
+        rival = rivals.found[name]
+        spoilt = dataclasses.replace(rival, step=wrong(rival.step))
+        return dataclasses.replace(rivals, found={name: spoilt})
 
     return dataclasses.replace(case, make=make)
 
@@ -47,7 +62,7 @@ def with_step(case: Case, name: str, wrong: Any) -> Case:
 )
 def test_a_result_that_is_wrong_by_five_percent_is_never_timed(case: Case, name: str) -> None:
     right = checked(with_step(case, name, lambda step: step), CPU)
-    assert list(right.steps) == [name] and right.failed == {}
+    assert list(right.found) == [name] and right.failed == {}
 
     def wrong(step: Any) -> Any:
         def call() -> Any:
@@ -59,15 +74,15 @@ def test_a_result_that_is_wrong_by_five_percent_is_never_timed(case: Case, name:
         return call
 
     left = checked(with_step(case, name, wrong), CPU)
-    assert left.steps == {} and "is wrong" in left.failed[name]
+    assert left.found == {} and "is wrong" in left.failed[name]
 
 
-def test_one_that_ends_with_an_error_leaves_the_others() -> None:
+def test_an_implementation_that_raises_an_error_leaves_the_others() -> None:
     def make(device: torch.device, tiny: bool) -> Rivals:
-        return Rivals({"cpu": lambda: 1, "eager": lambda: 1 // 0}, lambda name, result: None)
+        return rivals_of(cpu=lambda: 1, eager=lambda: 1 // 0)
 
     left = checked(Case("shift_features", "", Work(1, 1), make, batch=1), CPU)
-    assert list(left.steps) == ["cpu"]
+    assert list(left.found) == ["cpu"]
     assert left.failed == {"eager": "ZeroDivisionError: integer division or modulo by zero"}
 
 
@@ -154,7 +169,7 @@ def test_a_run_that_is_stopped_leaves_what_it_has_measured(
     assert {"cpu", "eager", "copy"} <= measured
 
 
-def test_a_case_that_fails_is_told_and_the_others_go_on(
+def test_a_case_that_fails_is_reported_and_the_others_are_measured(
     tmp_path: Path,
     tiny_shift: None,
     monkeypatch: pytest.MonkeyPatch,
@@ -196,7 +211,7 @@ def test_work_is_counted_for_every_case() -> None:
 
 def test_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
     case = next(case for case in shift.cases(CPU) if case.operator == "class_moments")
-    step = case.make(CPU, False).steps["one-hot"]
+    step = case.make(CPU, False).found["one-hot"].step
     measured = extra_megabytes("shift", case, "one-hot", step, CPU)
     assert measured is not None
     squares = 2 * 4 * 8192 * shift.DIM / 2**20  # x - mean[y], and its square
@@ -224,14 +239,15 @@ def test_short_calls_on_a_gpu_go_round_inputs_larger_than_its_cache(
     def make(device: torch.device, tiny: bool) -> Rivals:
         number = len(made)
         made.append(number)
-        steps = {"triton": lambda: number, "eager, compiled": lambda: number}
-        return Rivals(steps, lambda name, result: None)
+        rivals = rivals_of(triton=lambda: number, eager=lambda: number)
+        rivals.found["eager"] = dataclasses.replace(rivals.found["eager"], compiled=True)
+        return rivals
 
     monkeypatch.setattr(timing, "seconds", lambda *arguments: (took, 0.0))
     case = Case("shift_features", "", Work(25 * 2**20, 1), make, batch=1)
     timed = timing.on_gpu(case, make(CPU, False), CPU)
     assert timed["triton"].run() == list(range(copies)) and timed["triton"].calls == copies
-    assert timed["eager, compiled"].run() == 0 and timed["eager, compiled"].calls == 1
+    assert timed["eager"].run() == 0 and timed["eager"].calls == 1
 
 
 @pytest.mark.parametrize("module", [evidential, consistency, shift])
@@ -249,8 +265,54 @@ def test_what_no_graph_captures_is_called(
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(timing, "captured", refuse)
-    rivals = Rivals({"triton": lambda: 7}, lambda name, result: None)
+    rivals = rivals_of(triton=lambda: 7)
     case = Case("shift_features", "", Work(1, 1), lambda device, tiny: rivals, batch=1)
     timed = timing.on_gpu(case, rivals, CPU)["triton"]
     assert (timed.run(), timed.calls, timed.replayed) == (7, 1, False)
     assert "triton: not captured as a CUDA graph" in capsys.readouterr().out
+
+
+def test_a_call_is_timed_as_a_user_makes_it_without_the_making_of_its_inputs() -> None:
+    clock = [0.0]
+
+    def fresh() -> list[float]:
+        clock[0] += 5.0
+        return []
+
+    def call(leaf: list[float]) -> None:
+        assert leaf == []  # new inputs for each call
+        leaf.append(1.0)
+        clock[0] += 2.0
+
+    rivals = Rivals(fresh, {"cpu": Rival(lambda: None, lambda result: None, call, ours=True)})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing.time, "perf_counter", lambda: clock[0])
+        taken = timing.seconds_as_called(rivals.found["cpu"], rivals, CPU, 3)
+    assert taken == 2.0
+
+
+@pytest.mark.parametrize("module", [evidential, consistency, shift])
+def test_a_call_gives_what_a_step_gives(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradients of new inputs, or the features that are checked."""
+    monkeypatch.setattr(consistency, "QUEUE", 64)
+    rivals = module.cases(CPU)[0].make(CPU, True)
+    for name in {"cpu", "reference", "ALBEF eager"} & set(rivals.found):
+        leaf = rivals.fresh()
+        result = rivals.found[name].call(leaf)
+        if result is not None:
+            rivals.found[name].check(result)
+            continue
+        wanted = rivals.found[name].step()
+        leaves = leaf if isinstance(leaf, list) else [leaf]
+        for one, gradient in zip(leaves, wanted[1:], strict=True):
+            torch.testing.assert_close(one.grad, gradient)
+
+
+def test_our_operators_can_be_measured_alone(
+    tmp_path: Path, tiny_shift: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "result.json"
+    arguments = ["--quick", "--ours", "--only", "shift", "--budget", "0", "--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["bench", *arguments, "--json", str(path)])
+    assert command.main() == 0
+    assert {row["implementation"] for row in json.loads(path.read_text())["rows"]} == {"cpu"}

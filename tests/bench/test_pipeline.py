@@ -133,7 +133,9 @@ def test_cpu_time_is_also_that_of_workers_that_still_run(monkeypatch: pytest.Mon
         yield from torch.utils.data.DataLoader(Busy(), batch_size=pipeline.BATCH, num_workers=1)
 
     monkeypatch.setattr(pipeline, "check_dali", lambda: None)
-    monkeypatch.setattr(pipeline, "loaders_of", lambda *arguments: {"busy": (start, "")})
+    monkeypatch.setattr(
+        pipeline, "loaders_of", lambda *arguments: {"busy": pipeline.Loader(start, "")}
+    )
     found = pipeline.one_round([], (), "cpu", "busy")
     assert 0.0008 < found.cpu < 0.002
 

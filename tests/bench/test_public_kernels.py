@@ -1,4 +1,4 @@
-"""How kernels of others are called, on stand-ins with the signatures that they have."""
+"""Calls of public kernels, on stand-ins with their signatures."""
 
 from __future__ import annotations
 
@@ -109,9 +109,8 @@ def problem() -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """Queries, keys and queue in one, targets, and the true loss and gradient."""
     (query, _), (_, keys), (_, queue) = consistency.inputs(16, torch.device("cpu"), 4096)
     pool, target = torch.cat([keys, queue]), torch.arange(16)
-    true = consistency.step_of(
-        lambda: F.cross_entropy(query @ pool.T / consistency.TEMPERATURE, target), [query]
-    )()
+    loss = F.cross_entropy(query @ pool.T / consistency.TEMPERATURE, target)
+    true = consistency.gradients(loss, [query])
     return query, pool, target, true
 
 
@@ -120,7 +119,7 @@ def test_kernels_of_others_compute_what_the_case_says(installed: None, problem: 
     found, absent = consistency.public_kernels(GPU, *problem)
     assert absent == {} and set(found) == {"Liger-Kernel", "cut-cross-entropy", "Inf-CL"}
     for call in found.values():
-        close(consistency.step_of(call, [query])(), true, 1e-5)
+        close(consistency.gradients(call(query), [query]), true, 1e-5)
 
 
 def test_one_that_computes_something_else_is_left_out_and_says_why(
@@ -139,7 +138,18 @@ def test_without_a_gpu_or_a_package_they_say_so(problem: Any) -> None:
     assert absent["Inf-CL"] == "inf_cl is not installed"
 
 
-def test_those_that_wait_for_the_gpu_are_not_captured(installed: None) -> None:
-    rivals = consistency.Rivals({}, lambda *_: None, synchronises=consistency.WAITING)
-    assert rivals.captured("Inf-CL")
-    assert not rivals.captured("Liger-Kernel") and not rivals.captured("cut-cross-entropy")
+def test_those_that_wait_for_the_gpu_are_marked(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No CUDA graph can capture them."""
+    monkeypatch.setattr(consistency, "QUEUE", 512)
+    public = consistency.public_kernels
+    monkeypatch.setattr(
+        consistency, "public_kernels", lambda device, *problem: public(GPU, *problem)
+    )
+    found = consistency.hard_rivals(16, torch.device("cpu"), False).found
+    assert [name for name, rival in found.items() if rival.waits] == [
+        "Liger-Kernel",
+        "cut-cross-entropy",
+    ]
+    assert "Inf-CL" in found

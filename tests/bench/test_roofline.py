@@ -33,14 +33,14 @@ def small_queue(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_consistency_loss_takes_the_products_of_attention_that_torch_counts(
     small_queue: None,
 ) -> None:
-    step = consistency.rivals(16, CPU, False).steps["attention (SDPA)"]
+    step = consistency.rivals(16, CPU, False).found["attention (SDPA)"].step
     assert roofline.consistency(16, 256, 512, 4).flops == counted(step)
 
 
 def test_published_code_takes_three_of_the_four_products_because_it_keeps_the_logits(
     small_queue: None,
 ) -> None:
-    step = consistency.rivals(16, CPU, False).steps["ALBEF eager"]
+    step = consistency.rivals(16, CPU, False).found["ALBEF eager"].step
     assert 3 * roofline.consistency(16, 256, 512, 4).flops == 4 * counted(step)
 
 
@@ -52,7 +52,7 @@ def test_the_consistency_loss_moves_its_tensors_once(small_queue: None) -> None:
 
 
 def test_hard_targets_take_the_products_of_a_linear_cross_entropy(small_queue: None) -> None:
-    step = consistency.hard_rivals(16, CPU, False).steps["cross_entropy eager"]
+    step = consistency.hard_rivals(16, CPU, False).found["cross_entropy eager"].step
     assert roofline.contrastive(16, 256, 512, 4).flops == counted(step)
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mics_fast.common.errors import InputError
 from tools import gpu
 
 FORBIDDEN = ("nvidia", "jsonargparse", "safetensors", "matplotlib", "scipy", "torchmetrics")
@@ -86,24 +85,3 @@ def test_benchmarks_start_without_what_may_be_missing_there() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=gpu.ROOT
     )
     assert done.returncode == 0, done.stderr
-
-
-def test_without_dali_every_rung_has_frames(monkeypatch: pytest.MonkeyPatch) -> None:
-    from argparse import Namespace
-    from types import SimpleNamespace
-
-    from bench import training
-
-    def missing() -> None:
-        raise InputError("DALI cannot be imported")
-
-    monkeypatch.setattr(training, "check_dali", missing)
-    given = Namespace(device="cpu", size="vit_micro", batch=8, quick=True)
-    manifest = SimpleNamespace(modalities=("wli", "nbi"), classes=("a", "b", "c"))
-    loaders = training.loaders_of(manifest, training.config_of(given), torch.device("cpu"))  # type: ignore[arg-type]
-    (pairs,) = next(loaders["decoded"])
-    labelled, unlabelled = next(loaders["tuning"])
-    assert pairs.views["nbi"].shape == (8, 3, 64, 64) and pairs.strong is None
-    assert len(labelled.label) == 2 and unlabelled.strong is not None
-    assert set(pairs.label.tolist()) == {0, 1, 2} and len(set(pairs.sample_id.tolist())) == 8
-    assert next(loaders["decoded"])[0].sample_id[0] == 8
