@@ -1,14 +1,14 @@
-"""The rungs of the ladder: the published pre-training step, and what makes it this project's.
+"""The rungs of the ladder, from the published pre-training step to this project's.
 
-Each rung changes one thing. From the third on it is ``mics_fast``'s own stage that runs.
+Each rung changes one thing. From the third on, ``mics_fast``'s own stage runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +17,48 @@ from torch.optim import Optimizer
 
 from bench.baselines.albef import albef_of_two
 from bench.baselines.published import PublishedStep, published_flops, queues_of
-from mics_fast.data.loaders import PairBatch
+from mics_fast.data.batch import PairBatch
+from mics_fast.data.manifest import Manifest
 from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.plan import Plan, Stage
+from mics_fast.engine.precision import Precision, pick_precision
 from mics_fast.engine.update import Update
-from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
-from mics_fast.options.config import PretrainConfig, TrainConfig
-from mics_fast.stages.finetune import FinetuneStage
+from mics_fast.options.config import TrainConfig
 from mics_fast.stages.pretrain import PretrainStage
-from mics_fast.training.build import finetune_optimisers, pretrain_optimisers
+from mics_fast.training.build import (
+    build_classifier,
+    build_finetuning,
+    build_pretraining,
+    pretrain_optimisers,
+)
 from mics_fast.training.flops import finetune_flops, pretrain_flops
-from mics_kernels import multimodal_consistency_loss
 
 Batch = tuple[PairBatch, ...]
 Losses = list[dict[str, float]]
-"""By name, of one step after the other."""
+"""Losses by name, step after step."""
+EPOCH = 4
+"""Steps per epoch: the teacher's share grows over the first one."""
 EXACT, LAGGING, ROUNDED = 1e-4, 1e-2, 3e-2
-"""How far a loss may be off, relative (of a loss below 1: absolute): for float32 sums in another
-order; where the discriminator has stepped since its singular vectors were taken; for bfloat16.
-Measured after four steps of vit_micro and vit_tiny: 4e-6, 3e-3, 3e-3."""
+"""Allowed relative difference of a loss (absolute below 1).
+
+For float32 sums in another order; where the discriminator has stepped since its singular vectors
+were computed; for bfloat16. Measured after four steps of vit_micro and vit_tiny: 4e-6, 3e-3, 3e-3.
+"""
 
 
 @dataclass(frozen=True)
 class Way:
-    """How this project's pre-training step is made; the default is the rung nearest to theirs.
+    """How this project's pre-training step is made; the default is closest to the published one.
 
-    Args:
-        adversarial, preset: see ``config.PretrainConfig``.
-        written_out: attention with its scores materialised.
-        amp: encoders in bfloat16.
-        compiled: torch.compile of the encoder blocks.
-        fused: the contrastive loss by the operator, else as published.
-        cached: frames from memory, else decoded for every step.
-        captured: the step replayed as one CUDA graph.
+    Attributes:
+        adversarial, preset: see ``PretrainConfig``.
+        written_out: whether attention materialises its scores.
+        amp: whether the encoders compute in bfloat16.
+        compiled: whether torch.compile compiles the blocks.
+        fused: whether the contrastive loss is the operator's, else as published.
+        cached: whether frames come from memory, else they are decoded for every step.
+        captured: whether the step is replayed as one CUDA graph.
     """
 
     adversarial: Literal["simultaneous", "alternating"] = "alternating"
@@ -63,24 +71,42 @@ class Way:
     captured: bool = False
 
 
-@dataclass
+class Step(Protocol):
+    """A training step that can be repeated."""
+
+    @property
+    def optimisers(self) -> dict[str, Optimizer]:
+        """By name; "model" comes first."""
+
+    def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor | float]:
+        """Train on a batch, given the step's number; losses by name."""
+
+    def release(self) -> None:
+        """Free the gradients, and whatever else is kept until the next step."""
+
+
+@dataclass(frozen=True)
 class Rung:
     """One way to make a training step.
 
-    Args:
+    Attributes:
         name: what it adds.
-        step: trains on a batch, given its number; losses by name.
-        flops: floating-point operations of a step, as this rung makes it.
+        build: gives the step, with weights from the seed.
+        flops: floating-point operations of a step as this rung makes it.
+        pairs: rows of the manifest in a step.
+        kind: a rung of the ladder, a variant outside it, or fine-tuning.
         way: of this project; None: published.
-        like: the rung whose losses it must give; None: nobody's.
-        tolerance: how closely: relative, of a loss below 1 absolute.
-        but: a loss that differs by intent, and with it the weights: only the first step's others
-            must agree.
+        like: the rung whose losses it must give; None: there is none.
+        tolerance: how closely; relative, absolute below 1.
+        but: a loss that differs by intent, and with it the weights: only the other losses of the
+            first step are compared.
     """
 
     name: str
-    step: PublishedStep | EngineStep
+    build: Callable[[], Step]
     flops: float
+    pairs: int
+    kind: Literal["ladder", "variant", "fine-tuning"] = "ladder"
     way: Way = Way()
     like: str | None = None
     tolerance: float = EXACT
@@ -88,24 +114,26 @@ class Rung:
 
 
 class EngineStep:
-    """A stage's step as the training loop makes it, without a log and at one learning rate.
+    """A stage's step as the training loop makes it, without a log and at a constant learning rate.
 
     Args:
-        stage: of pre-training or fine-tuning.
+        stage: pre-training or fine-tuning.
         optimisers: by name; "model" comes first.
-        written_out: attention with its scores materialised.
-        captured: replayed as one CUDA graph.
+        precision: float32 products are taken as it says, like in the trainer.
+        written_out: whether attention materialises its scores.
+        captured: whether the step is replayed as one CUDA graph.
     """
 
     def __init__(
         self,
         stage: Stage,
         optimisers: dict[str, Optimizer],
+        precision: Precision,
         *,
         written_out: bool = False,
         captured: bool = False,
     ) -> None:
-        self.optimisers, self.written_out = optimisers, written_out
+        self.optimisers, self.precision, self.written_out = optimisers, precision, written_out
         plan = Plan("ladder", 1000, 100, optimisers, warmup=0, clip=0, log_every=1,
                     checkpoint_every=0)  # fmt: skip
         update = Update(stage, plan)
@@ -113,46 +141,39 @@ class EngineStep:
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
         """Train on a batch; the losses by name."""
-        with sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext():
+        attention = sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext()
+        with self.precision.products(), attention:
             values = self.train_on(batch, step)
         return {n.removeprefix("loss_"): v for n, v in values.items() if n.startswith("loss_")}
 
     def release(self) -> None:
-        """Give back the memory of the gradients."""
+        """Free the gradients."""
         for optimiser in self.optimisers.values():
             optimiser.zero_grad(set_to_none=True)
 
 
-def ladder(
-    config: TrainConfig, modalities: Sequence[str], *, amp: bool, compiles: bool
-) -> Iterator[Rung]:
-    """The rungs, each from the same weights; last, outside the ladder, the turbo preset.
+def ladder(config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool) -> Iterator[Rung]:
+    """The rungs in order; last, outside the ladder, the turbo preset.
 
     Args:
-        config: of the run; the length of the queue is set, nothing is clipped.
-        modalities: names of two.
-        amp: whether bfloat16 pays here.
-        compiles: whether to make the rung with torch.compile, and those after it compiled.
+        config: the length of the queue is set, nothing is clipped.
+        manifest: of two modalities.
+        amp: whether bfloat16 is faster on this machine.
+        compiles: whether to include the rung with torch.compile, and compile those after it.
 
-    On a GPU the last one replays its step as a CUDA graph.
+    On a GPU the last rung replays its step as a CUDA graph.
     """
-    published = published_flops(config)
+    pairs = config.pretrain.batch_size
     for name, svd, like in (("a", True, None), ("b", False, "a")):
-        stage = build_pretraining(config, modalities, Way())
-        step = PublishedStep(stage, pretrain_optimisers(stage, fused=None), svd=svd)
-        yield Rung(name, step, published, like=like, tolerance=LAGGING)
+        yield Rung(name, published(config, manifest, svd=svd), published_flops(config), pairs,
+                   like=like, tolerance=LAGGING)  # fmt: skip
 
     def rung(name: str, way: Way, like: str | None, tolerance: float, but: str = "") -> Rung:
-        own = replace(config, pretrain=options_of(config, way))
-        stage = build_pretraining(config, modalities, way)
-        step = EngineStep(
-            stage,
-            pretrain_optimisers(stage),
-            written_out=way.written_out,
-            captured=way.captured,
-        )
-        flops = sum(pretrain_flops(own, stage.size, len(modalities)).values())
-        return Rung(name, step, flops, way, like, tolerance, but)
+        own = configured(config, way)
+        flops = sum(pretrain_flops(own, SIZES[own.model.size], len(manifest.modalities)).values())
+        kind: Literal["variant", "ladder"] = "ladder" if way.preset == "paper" else "variant"
+        build = pretraining(config, manifest, way)
+        return Rung(name, build, flops, pairs, kind, way, like, tolerance, but)
 
     way = Way()
     yield rung("c, alternating", way, "b", EXACT)
@@ -166,9 +187,9 @@ def ladder(
         yield rung("d", way, last, tolerance)
         last = "d"
     if compiles:
-        compiled = replace(way, compiled=True)
-        yield rung("e", compiled, last, tolerance)
-        way, last = compiled, "e"
+        way = replace(way, compiled=True)
+        yield rung("e", way, last, tolerance)
+        last = "e"
     way = replace(way, fused=True)
     yield rung("f", way, last, tolerance)
     way = replace(way, cached=True)
@@ -178,82 +199,119 @@ def ladder(
     yield rung("turbo", replace(way, preset="turbo"), None, EXACT)
 
 
+def published(config: TrainConfig, manifest: Manifest, *, svd: bool) -> Callable[[], Step]:
+    """The published step."""
+
+    def build() -> Step:
+        stage, _ = filled_stage(configured(config, Way()), manifest, precision_of(config, Way()))
+        return PublishedStep(stage, pretrain_optimisers(stage, fused=None), svd=svd)
+
+    return build
+
+
+def pretraining(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[], Step]:
+    """This project's pre-training step, made in one way."""
+
+    def build() -> Step:
+        precision = precision_of(config, way)
+        stage, plan = filled_stage(configured(config, way), manifest, precision)
+        if not way.fused:
+            stage.contrastive_loss = albef_of_two
+        if way.compiled:
+            stage.compile_parts("blocks")
+        return EngineStep(
+            stage,
+            plan.optimisers,
+            precision,
+            written_out=way.written_out,
+            captured=way.captured,
+        )
+
+    return build
+
+
 def fine_tuning(
-    config: TrainConfig, modalities: Sequence[str], classes: int, *, amp: bool, compiles: bool
+    config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool
 ) -> Iterator[Rung]:
     """This project's fine-tuning step, eager and, where asked for, compiled."""
-    size, options = SIZES[config.model.size], config.finetune
-    flops = sum(finetune_flops(config, size, len(modalities), classes).values())
+    options, size = config.finetune, SIZES[config.model.size]
+    sizes = len(manifest.modalities), len(manifest.classes)
+    flops = sum(finetune_flops(config, size, *sizes).values())
+    pairs = options.labelled_batch + options.unlabelled_batch
     for compiled in (False, True)[: 1 + compiles]:
-        torch.manual_seed(config.seed)
-        depth = config.model.fusion_depth
-        model = Classifier(size, modalities, classes, pool=config.model.pool, fusion_depth=depth)
-        stage = FinetuneStage(
-            options, model, num_classes=classes, width=size.width, steps=1000,
-            seed=config.seed, autocast=torch.bfloat16 if amp else None,
-        ).to(config.device)  # fmt: skip
-        if compiled:
-            stage.compile_parts("blocks")
-        step = EngineStep(stage, finetune_optimisers(model, options))
         way = Way(written_out=False, amp=amp, compiled=compiled, fused=True, cached=True)
         name, like = ("fine-tuning, e", "fine-tuning") if compiled else ("fine-tuning", None)
-        yield Rung(name, step, flops, way, like, ROUNDED if amp else EXACT)
+        build = tuning(config, manifest, way)
+        tolerance = ROUNDED if amp else EXACT
+        yield Rung(name, build, flops, pairs, "fine-tuning", way, like, tolerance)
 
 
-def build_pretraining(config: TrainConfig, modalities: Sequence[str], way: Way) -> PretrainStage:
-    """A stage with weights from the seed and full queues of random features, nobody's repeats."""
-    torch.manual_seed(config.seed)
-    options = options_of(config, way)
-    assert options.queue_size is not None
-    stage = PretrainStage(
-        options,
-        SIZES[config.model.size],
-        modalities,
-        pool=config.model.pool,
-        projection=config.model.projection,
-        queue_size=options.queue_size,
-        steps_per_epoch=4,
-        seed=config.seed,
-        autocast=torch.bfloat16 if way.amp else None,
-        contrastive_loss=multimodal_consistency_loss if way.fused else albef_of_two,
-    )
+def tuning(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[], Step]:
+    """This project's fine-tuning step."""
+
+    def build() -> Step:
+        precision, device = precision_of(config, way), torch.device(config.device)
+        model = build_classifier(config, manifest)
+        rows = EPOCH * config.finetune.unlabelled_batch
+        stage, plan = build_finetuning(config, manifest, model, rows, precision, device)
+        if way.compiled:
+            stage.compile_parts("blocks")
+        return EngineStep(stage, plan.optimisers, precision)
+
+    return build
+
+
+def configured(config: TrainConfig, way: Way) -> TrainConfig:
+    """The options with those that a way sets."""
+    options = replace(config.pretrain, adversarial=way.adversarial, preset=way.preset)
+    return replace(config, pretrain=options)
+
+
+def precision_of(config: TrainConfig, way: Way) -> Precision:
+    """The trainer's precision for a way."""
+    return pick_precision("bf16" if way.amp else "fp32", torch.device(config.device))
+
+
+def filled_stage(
+    config: TrainConfig, manifest: Manifest, precision: Precision
+) -> tuple[PretrainStage, Plan]:
+    """The trainer's stage, its queues full of random features that no row repeats."""
+    device = torch.device(config.device)
+    rows = EPOCH * config.pretrain.batch_size
+    stage, plan = build_pretraining(config, manifest, rows, precision, device)
     for queue in queues_of(stage):
-        queue.enqueue(nn.functional.normalize(torch.randn(queue.features.shape), dim=1))
-    if way.compiled:
-        stage.compile_parts("blocks")
-    return stage.to(config.device)
+        features = nn.functional.normalize(torch.randn(queue.features.shape), dim=1)
+        queue.enqueue(features.to(device))
+    return stage, plan
 
 
-def options_of(config: TrainConfig, way: Way) -> PretrainConfig:
-    """The stage's options with those that a rung sets."""
-    return replace(config.pretrain, adversarial=way.adversarial, preset=way.preset)
-
-
-def losses_of(rung: Rung, batches: Sequence[Batch]) -> Losses:
-    """The losses of a rung on these batches, from its first step on."""
-    found = [rung.step(batch, number) for number, batch in enumerate(batches)]
-    return [{name: float(value) for name, value in values.items()} for values in found]
+def losses_of(step: Step, batches: Sequence[Batch]) -> Losses:
+    """The losses of a step on these batches, from its first one on."""
+    return [
+        {name: float(value) for name, value in step(batch, number).items()}
+        for number, batch in enumerate(batches)
+    ]
 
 
 def disagreement(rung: Rung, losses: Mapping[str, Losses]) -> float:
-    """How far a rung's losses are from those it must give, as ``Rung.tolerance`` counts it.
+    """The largest difference of a rung's losses from those of the rung it must agree with.
 
     Raises:
-        SystemExit: too far, or a loss is missing; the sentence says which, and where.
+        ValueError: one is too large, or a loss is missing; the sentence says which, and where.
     """
     worst = 0.0
-    if rung.like is None or not losses.get(rung.like):  # which failed itself
+    if rung.like is None or not losses.get(rung.like):  # the other one failed
         return worst
     both = list(zip(losses[rung.name], losses[rung.like], strict=True))
     for number, (own, other) in enumerate(both[:1] if rung.but else both):
         if own.keys() != other.keys():
-            raise SystemExit(f"rung {rung.name} has losses {sorted(own)}, wanted {sorted(other)}")
+            raise ValueError(f"rung {rung.name} has losses {sorted(own)}, wanted {sorted(other)}")
         for term, wanted in other.items():
             apart = abs(own[term] - wanted) / max(abs(wanted), 1.0)
             if term == rung.but:
                 continue
             if not apart <= rung.tolerance:
-                raise SystemExit(
+                raise ValueError(
                     f"rung {rung.name} disagrees with {rung.like}: the {term} loss of step "
                     f"{number + 1} is {own[term]:.6g}, wanted {wanted:.6g} within "
                     f"{rung.tolerance:g} of it"

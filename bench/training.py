@@ -3,156 +3,323 @@
     a   the published step: bench/baselines/published.py
     b   ... without singular value decomposition
     c   one forward: of the model (alternating), and of the discriminator for both
-    d   scaled_dot_product_attention, then bfloat16 where large products are 1.5 times as fast in it
+    d   scaled_dot_product_attention, then bfloat16 where large products are 1.5 times faster in it
         (on a CPU attention in bfloat16 is written out: its fused kernel is slower)
     e   torch.compile of the encoders' blocks
     f   the contrastive loss by the fused operator
-    g   frames from memory, not decoded for every step
+    g   frames from memory instead of decoding them for every step
     h   on a GPU: the whole step replayed as one CUDA graph
 
-Beside it: the turbo preset, which changes the method, and the fine-tuning step. All rungs have the
-same weights, batches and queue, which is filled with random features. Before anything is timed each
-rung's losses are held against those of the rung before, on the same frames; the run fails where
-they differ. What is timed includes the loader, DALI's for every rung (the published one decodes
-with Pillow between the steps). Rungs take turns, round by round; a turn's first step is not timed.
+Outside the ladder: the turbo preset, which changes the method, and the fine-tuning step.
+
+One rung is in memory at a time. Its weights come from the seed and its queue is full of random
+features, the same for all. Its losses on the same frames must agree with those of the rung before;
+then its steps are timed. A full run goes through the rungs three times, so that a drift of the
+machine does not favour one of them. A rung that fails or disagrees is reported, and the others are
+measured. The time of a step includes the loader, DALI's for every rung (the published code decodes
+with Pillow between its steps). Without DALI all rungs get random frames on the device, and the
+share of waiting for data is not known. On a CPU --quick leaves rung e out: compiling takes too
+long.
+
 Times are medians; "CPU" is that of all threads, "x" how many times faster than rung a. "MB" is the
-most memory a step takes beside weights and optimisers. GFLOP are counted as the rung makes them,
-without the decomposition. MFU is their share of the peak of the rung's precision (peaks.py; of an
-H100 and H200 989 TFLOP/s in bfloat16, 67 in float32). The floor is their time at that peak, or, if
-that is longer, of reading and writing trained weights and both moments. "cores" is CPU time over
-wall time: well below the number of threads, the machine was busy with something else, and only the
-CPU times tell anything. On a CPU compiling takes longer than --quick has, which leaves rung e out.
-A rung that disagrees or fails is left out and told; the others go on. Without DALI all rungs have
-random frames that lie on the device, and nothing is said of waiting for data.
+most memory that a step takes beside weights and optimisers. GFLOP are those that the rung computes,
+without the decomposition; MFU is their share of the peak of its precision. The floor is their time
+at that peak or, if that is longer, the time to read and write weights and both moments. "cores" is
+CPU time over wall time: well below the number of threads, the machine was busy with something else.
 
     python -m bench --full --only training [--manifest FILE]      (else 64 pairs of the phantom)
 """
 
 from __future__ import annotations
 
-import argparse
+import gc
 import itertools
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import torch
 
 from bench.case import in_a_line
 from bench.memory import end_peak, start_peak
 from bench.peaks import LARGEST, bandwidth_of, flops_of, product
-from bench.rungs import Batch, Losses, Rung, disagreement, fine_tuning, ladder, losses_of
-from bench.timing import row_of
-from mics_fast import prepare
+from bench.rows import Options, Row
+from bench.rungs import Batch, Losses, Rung, Step, disagreement, fine_tuning, ladder, losses_of
+from bench.timing import percentiles
 from mics_fast.common.errors import InputError
+from mics_fast.data.batch import PairBatch
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import check_dali
-from mics_fast.data.loaders import PairBatch, TrainLoader
+from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Manifest, read_manifest
+from mics_fast.engine.capture import WARM_UP
 from mics_fast.models.sizes import SIZES
-from mics_fast.options.config import CacheConfig, DataConfig, TrainConfig
+from mics_fast.options.config import CacheConfig, DataConfig, ModelSize, TrainConfig
 
-BATCHES = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
-QUICK_BATCHES = {"vit_micro": 32, "vit_tiny": 4, "vit_small": 2, "vit_base": 16}
+BATCHES: dict[ModelSize, int] = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
 QUEUE = 4096
 PAYS = 1.5  # times float32's speed, for bfloat16 to be worth its rounding
-Turn = list[tuple[float, float, float]]
-"""Wall, CPU and data-wait seconds of each step."""
+CHECKED = WARM_UP + 2
+"""Steps whose losses are compared: a captured step is replayed in the last two of them."""
+LEAST = 3
+"""Steps to time per turn, also where they take longer than their share of the budget."""
 
 
-def table(manifest: Manifest, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Check and measure everything; one row for each rung."""
-    config = config_of(options)
-    device = torch.device(options.device)
+class Timing(NamedTuple):
+    """What one step took, in seconds."""
+
+    wall: float
+    cpu: float
+    waited: float  # for data
+
+
+@dataclass
+class Trial:
+    """What is known of a rung.
+
+    Attributes:
+        rung: what is measured.
+        losses: of the checked steps.
+        times: of the timed steps.
+        apart: largest difference from the losses it must agree with.
+        weights: bytes of the trained weights.
+        memory_mb: most memory of a checked step after the first; None: not known.
+        absent: why it was not measured.
+        failed: whether it failed or disagreed.
+    """
+
+    rung: Rung
+    losses: Losses = field(default_factory=list)
+    times: list[Timing] = field(default_factory=list)
+    apart: float = 0.0
+    weights: int = 0
+    memory_mb: float | None = None
+    absent: str = ""
+    failed: bool = False
+
+
+class Frames(NamedTuple):
+    """Batches of pre-training, decoded for each step or cached, and of fine-tuning."""
+
+    decoded: Iterator[Batch]
+    cached: Iterator[Batch]
+    tuning: Iterator[Batch]
+
+    def of(self, rung: Rung) -> Iterator[Batch]:
+        """The batches that a rung is timed on."""
+        if rung.kind == "fine-tuning":
+            return self.tuning
+        return self.cached if rung.way.cached else self.decoded
+
+
+def rows(options: Options) -> Iterator[Row]:
+    """A ladder per size of model: vit_base on a GPU; vit_micro and, if full, vit_tiny on a CPU."""
+    sizes: list[ModelSize] = ["vit_micro", "vit_tiny"] if options.full else ["vit_micro"]
+    if options.device.type == "cuda":
+        sizes = ["vit_base"]
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = read_manifest(options.manifest or phantom(Path(folder)))
+        for size in sizes:
+            yield from table(manifest, config_of(size, options.device), options)
+
+
+def phantom(folder: Path) -> Path:
+    """The manifest of 64 generated pairs."""
+    command = [sys.executable, "-m", "mics_fast.prepare", "phantom", "--pairs", "64"]
+    subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return folder / "manifest.csv"
+
+
+def table(manifest: Manifest, config: TrainConfig, options: Options) -> Iterator[Row]:
+    """Check and measure every rung; one row per rung."""
+    device = options.device
     single, half = (product(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     amp = half > PAYS * single
     reached = f"float32 {single / 1e12:.3g}, bfloat16 {half / 1e12:.3g}"
     print(f"products reach {reached} TFLOP/s; batch {config.pretrain.batch_size}, queue {QUEUE}")
-    compiles = device.type == "cuda" or not options.quick
-    torch._dynamo.config.recompile_limit = 64  # the compiled rungs share the code of their blocks
-    loaders = loaders_of(manifest, config, device)
-    pretraining = ladder(config, manifest.modalities, amp=amp, compiles=compiles)
-    classes = len(manifest.classes)
-    tuning = fine_tuning(config, manifest.modalities, classes, amp=amp, compiles=compiles)
-    count = 2 if options.quick else 4
-    kept = {name: list(itertools.islice(loader, count)) for name, loader in loaders.items()}
-    rungs: dict[str, Rung] = {}
+    compiles = device.type == "cuda" or options.full
+    rungs = [
+        *ladder(config, manifest, amp=amp, compiles=compiles),
+        *fine_tuning(config, manifest, amp=amp, compiles=compiles),
+    ]
+    frames = frames_of(manifest, config, device)
+    start, used = time.perf_counter(), time.process_time()
+    trials = measure(rungs, frames, options)
+    cores = (time.process_time() - used) / (time.perf_counter() - start)
+    for row in rows_of(trials, device, options.threads):
+        row |= {"shape": f"{config.model.size}, batch {config.pretrain.batch_size}", "cores": cores}
+        if not has_dali():
+            row |= {"data_wait": None, "frames": "random"}
+        print(line_of(row), flush=True)
+        yield row
+
+
+def measure(rungs: Sequence[Rung], frames: Frames, options: Options) -> list[Trial]:
+    """Go through the rungs, once or three times, with one of them in memory at a time."""
+    pairs, tuning = (
+        unrepeated(list(itertools.islice(own, CHECKED))) for own in (frames.decoded, frames.tuning)
+    )
+    trials = {rung.name: Trial(rung) for rung in rungs}
     losses: dict[str, Losses] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    kinds = {"ladder": pretraining, "fine-tuning": tuning}
-    built = [as_far_as_it_goes(kind, own, rows) for kind, own in kinds.items()]
-    for rung in itertools.chain(*built):
-        precision = "bf16" if rung.way.amp else "fp32"
-        row: dict[str, Any] = {"rung": rung.name, "precision": precision}
-        rows[rung.name] = row
+    turns, budget = (3, 120.0) if options.full else (1, 15.0)
+    for _, rung in itertools.product(range(turns), rungs):
+        trial = trials[rung.name]
+        if trial.absent:
+            continue
         if time.monotonic() > options.end:
-            row["absent"] = "no time was left"
+            trial.absent = "" if trial.times else "no time was left"
             continue
-        batches = unrepeated(kept["tuning" if rung.name.startswith("fine") else "decoded"])
+        batches = tuning if rung.kind == "fine-tuning" else pairs
         try:
-            found, row["memory_mb"] = losses_and_memory(rung, batches, device)
-            row["apart"] = disagreement(rung, losses | {rung.name: found})
-        except (Exception, SystemExit) as error:  # the other rungs go on
+            attempt(trial, losses, batches, frames.of(rung), budget / turns / len(rungs),
+                    options.device)  # fmt: skip
+        except Exception as error:  # the other rungs are still measured
             traceback.print_exc()
-            row |= {"absent": in_a_line(error), "failed": True}
-            # Those that were to be held against it are held against the one before it.
+            trial.absent, trial.failed = in_a_line(error), True
+            # Rungs that had to agree with this one are compared with the one before it.
             losses[rung.name] = losses.get(rung.like or "", [])
+    return list(trials.values())
+
+
+def attempt(
+    trial: Trial,
+    losses: dict[str, Losses],
+    batches: Sequence[Batch],
+    loader: Iterator[Batch],
+    budget: float,
+    device: torch.device,
+) -> None:
+    """Build a rung, compare its losses with those of others, and time it for ``budget`` seconds.
+
+    Raises:
+        ValueError: its losses disagree.
+    """
+    gc.collect()  # a rung that failed has left its step in the error's frames
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    step = trial.rung.build()
+    trial.losses = losses_of(step, batches[:1])
+    trial.weights = sum(p.nbytes for own in step.optimisers.values()
+                        for group in own.param_groups for p in group["params"])  # fmt: skip
+    step.release()
+    begin = start_peak(device)
+    for number, batch in enumerate(batches[1:], 1):
+        values = step(batch, number)
+        trial.losses.append({name: float(value) for name, value in values.items()})
+    trial.memory_mb = None if begin is None else end_peak(device) - begin
+    losses[trial.rung.name] = trial.losses
+    trial.apart = disagreement(trial.rung, losses)
+    times: list[Timing] = []
+    timed_step(step, loader, device, len(batches))  # the loader may have to start
+    while len(times) < LEAST or sum(one.wall for one in times) < budget:
+        times.append(timed_step(step, loader, device, len(batches) + len(times)))
+    trial.times += times
+
+
+def timed_step(step: Step, loader: Iterator[Batch], device: torch.device, number: int) -> Timing:
+    """One step on the loader's next batch. What the step before has kept is freed first."""
+    step.release()
+    begin, used = time.perf_counter(), time.process_time()
+    batch = next(loader)
+    waited = time.perf_counter() - begin
+    step(batch, number)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return Timing(time.perf_counter() - begin, time.process_time() - used, waited)
+
+
+def rows_of(trials: Sequence[Trial], device: torch.device, threads: int) -> list[Row]:
+    """One row per rung; ``ratio`` is its time over that of rung g."""
+    found = {trial.rung.name: row_of(trial, device, threads) for trial in trials}
+    first, second, last = (found.get(name, {}) for name in ("a", "b", "g"))
+    for row in found.values():
+        if "absent" in row:
             continue
-        losses[rung.name], rungs[rung.name] = found, rung
-        row |= {"loss_first": found[0], "loss_last": found[-1]}
-    print(f"losses agree over {count} steps; timing {len(rungs)} rungs")
-    left = options.end - time.monotonic()
-    times, cores = take_turns(rungs, loaders, device, min(15.0 if options.quick else 120.0, left))
-    print(f"cores {cores:.2f}")
-    threads = torch.get_num_threads()
-    bandwidth = bandwidth_of(device, LARGEST, threads)
-    for name, rung in rungs.items():
-        row = rows[name]
-        best = flops_of(device, torch.bfloat16 if rung.way.amp else torch.float32, threads)
-        row |= speeds(times[name], rung.flops, pairs_of(config, name), best)
-        row |= {"bytes": bytes_of(rung), "flops": rung.flops}
-        row["floor_ms"] = 1e3 * max(rung.flops / best, row["bytes"] / bandwidth)
-        row["share_of_floor"] = row["floor_ms"] / row["ms"]
-        for key in ("ms", "cpu_ms"):
-            first = rows.get("a", {}).get(key)
-            row[f"x_{key}"] = first / row[key] if first and row[key] else None
-        row |= {"rounds": len(times[name]), "cores": cores}
-        row |= {} if has_dali() else {"data_wait": None, "frames": "random"}
-        print(line(row), flush=True)
-    return list(rows.values())
+        row["x_ms"] = over(first, row, "ms")
+        row["x_cpu_ms"] = over(first, row, "cpu_ms")
+        row["times_b"] = over(second, row, "ms")
+        row["ratio"] = None if row["kind"] == "fine-tuning" else over(row, last, "ms")
+    return list(found.values())
 
 
-def as_far_as_it_goes(
-    kind: str, rungs: Iterator[Rung], rows: dict[str, dict[str, Any]]
-) -> Iterator[Rung]:
-    """The rungs up to one that cannot even be built, for want of memory, say: a row tells."""
-    last = "none"
-    try:
-        for rung in rungs:
-            last = rung.name
-            yield rung
-    except Exception as error:  # the other rungs go on
-        traceback.print_exc()
-        name = f"{kind}, after {last}"
-        rows[name] = {"rung": name, "absent": in_a_line(error), "failed": True}
+def row_of(trial: Trial, device: torch.device, threads: int) -> Row:
+    """The columns of one rung."""
+    rung = trial.rung
+    row: Row = {
+        "operator": "training step", "threads": threads, "implementation": rung.name,
+        "rung": rung.name, "kind": rung.kind, "precision": "bf16" if rung.way.amp else "fp32",
+        "ours": rung.name in ("g", "h") or rung.kind != "ladder",
+    }  # fmt: skip
+    if trial.absent:
+        row["absent"] = trial.absent
+        return row | {"failed": True} if trial.failed else row
+    peak = flops_of(device, torch.bfloat16 if rung.way.amp else torch.float32, threads)
+    moved = 6 * trial.weights  # weights and both moments, read and written
+    floor = max(rung.flops / peak, moved / bandwidth_of(device, LARGEST, threads))
+    row |= speeds(trial, peak)
+    row |= {
+        "apart": trial.apart, "loss_first": trial.losses[0], "loss_last": trial.losses[-1],
+        "memory_mb": trial.memory_mb, "bytes": moved, "flops": rung.flops,
+        "floor_ms": 1e3 * floor, "share_of_floor": 1e3 * floor / row["ms"],
+    }  # fmt: skip
+    return row
 
 
-def bytes_of(rung: Rung) -> int:
-    """What a step cannot but move: every trained weight and its two moments, read and written."""
-    groups = [group for own in rung.step.optimisers.values() for group in own.param_groups]
-    return sum(6 * weight.nbytes for group in groups for weight in group["params"])
+def speeds(trial: Trial, peak: float) -> Row:
+    """The columns of a rung's times; ``peak`` in FLOP/s."""
+    rung = trial.rung
+    times = percentiles([(one.wall, one.cpu) for one in trial.times])
+    wall = times["median_ms"] / 1e3
+    return {
+        "ms": times["median_ms"],
+        "min_ms": times["min_ms"],
+        "p20_ms": times["p20_ms"],
+        "p80_ms": times["p80_ms"],
+        "cpu_ms": times["cpu_ms"],
+        "rounds": len(trial.times),
+        "pairs_per_second": rung.pairs / wall,
+        "gflop_per_pair": rung.flops / rung.pairs / 1e9,
+        "tflops": rung.flops / wall / 1e12,
+        "mfu": rung.flops / wall / peak,
+        "data_wait": statistics.median(one.waited for one in trial.times) / wall,
+    }
 
 
-def config_of(options: argparse.Namespace) -> TrainConfig:
-    """The demo's small heads, defaults otherwise; no clipping, so that rungs do the same."""
-    config = TrainConfig(device=options.device)
-    config.model.size = options.size
-    batch = options.batch or (QUICK_BATCHES if options.quick else BATCHES)[options.size]
+def over(one: Row, other: Row, column: Literal["ms", "cpu_ms"]) -> float | None:
+    """The ratio of two rows in a column; None where one was not measured."""
+    if column not in one or not other.get(column):
+        return None
+    return one[column] / other[column]
+
+
+def line_of(row: Row) -> str:
+    """A row as it is printed."""
+    if "absent" in row:
+        outcome = "FAILED" if row.get("failed") else "not measured"
+        return f"{row['rung']:15} {outcome} ({row['absent']})"
+    memory, wait = row["memory_mb"], row["data_wait"]
+    return (
+        f"{row['rung']:15} {row['precision']}  {row['pairs_per_second']:8.2f} pairs/s "
+        f"{row['ms']:9.1f} ms (CPU {row['cpu_ms']:9.1f})  {row['x_ms'] or 0:5.2f}x "
+        f"(CPU {row['x_cpu_ms'] or 0:5.2f}x)  {row['gflop_per_pair']:8.2f} GFLOP/pair "
+        f"{row['tflops']:7.3f} TFLOP/s  MFU {row['mfu']:6.1%}  "
+        f"{'-' if memory is None else f'{memory:.0f}':>6} MB  wait {wait or 0:4.0%}  "
+        f"loss apart {row['apart']:.0e}  cores {row['cores']:.2f}"
+    )
+
+
+def config_of(size: ModelSize, device: torch.device) -> TrainConfig:
+    """The trainer's defaults, the demo's small heads, and no clipping, which would differ."""
+    config = TrainConfig(device="cuda" if device.type == "cuda" else "cpu")
+    config.model.size = size
+    batch = BATCHES[size]
     config.pretrain = replace(config.pretrain, batch_size=batch, queue_size=QUEUE, clip=0.0)
     labelled = max(1, batch // 4)
     config.finetune = replace(
@@ -161,13 +328,10 @@ def config_of(options: argparse.Namespace) -> TrainConfig:
     return config
 
 
-def loaders_of(
-    manifest: Manifest, config: TrainConfig, device: torch.device
-) -> dict[str, Iterator[Batch]]:
-    """Batches of pre-training, "decoded" or "cached", and of fine-tuning, from all rows; without
-    DALI random ones."""
+def frames_of(manifest: Manifest, config: TrainConfig, device: torch.device) -> Frames:
+    """Batches of all rows of the manifest; random ones without DALI."""
     if not has_dali():
-        return random_loaders(manifest, config, device)
+        return random_frames(manifest, config, device)
     rows, size = list(manifest.rows), SIZES[config.model.size]
     data = DataConfig(cache=CacheConfig("host"))
     cache = FrameCache(rows, manifest.modalities, data=data, image_size=size.image, device=device)
@@ -181,19 +345,19 @@ def loaders_of(
         )  # fmt: skip
 
     batch, tuning = config.pretrain.batch_size, config.finetune
-    return {
-        "decoded": zip(loader(batch, None)),
-        "cached": zip(loader(batch, cache)),
-        "tuning": zip(
+    return Frames(
+        decoded=zip(loader(batch, None)),
+        cached=zip(loader(batch, cache)),
+        tuning=zip(
             loader(tuning.labelled_batch, cache),
             loader(tuning.unlabelled_batch, cache, strong=True),
             strict=True,
         ),
-    }
+    )
 
 
 def has_dali() -> bool:
-    """Whether frames can be read."""
+    """Whether images can be read."""
     try:
         check_dali()
     except InputError:
@@ -201,10 +365,8 @@ def has_dali() -> bool:
     return True
 
 
-def random_loaders(
-    manifest: Manifest, config: TrainConfig, device: torch.device
-) -> dict[str, Iterator[Batch]]:
-    """The same batches of random frames over and over, each four of them, on the device."""
+def random_frames(manifest: Manifest, config: TrainConfig, device: torch.device) -> Frames:
+    """Four batches of random frames on the device, over and over."""
     generator = torch.Generator(device).manual_seed(config.seed)
     side, names = SIZES[config.model.size].image, manifest.modalities
 
@@ -224,15 +386,11 @@ def random_loaders(
         (batch(tuning.labelled_batch, number), batch(tuning.unlabelled_batch, number, strong=True))
         for number in range(4)
     ]
-    return {
-        "decoded": itertools.cycle(pairs),
-        "cached": itertools.cycle(pairs),
-        "tuning": itertools.cycle(both),
-    }
+    return Frames(itertools.cycle(pairs), itertools.cycle(pairs), itertools.cycle(both))
 
 
 def unrepeated(batches: Sequence[Batch]) -> list[Batch]:
-    """The same frames as rows that are all different: the published loss masks no repeats."""
+    """The same frames with ids that are all different: the published loss masks no repeats."""
     found, first = [], 0
     for batch in batches:
         parts = []
@@ -242,122 +400,3 @@ def unrepeated(batches: Sequence[Batch]) -> list[Batch]:
             first += len(ids)
         found.append(tuple(parts))
     return found
-
-
-def losses_and_memory(
-    rung: Rung, batches: Sequence[Batch], device: torch.device
-) -> tuple[Losses, float | None]:
-    """A rung's losses from its first step on, and the most memory, in MB, that the steps after the
-    first take beside what it keeps; None where that cannot be told."""
-    losses = losses_of(rung, batches[:1])
-    rung.step.release()
-    begin = start_peak(device)
-    for number, batch in enumerate(batches[1:], 1):
-        values = rung.step(batch, number)
-        losses.append({name: float(value) for name, value in values.items()})
-    memory = None if begin is None else end_peak(device) - begin
-    rung.step.release()
-    return losses, memory
-
-
-def take_turns(
-    rungs: dict[str, Rung], loaders: dict[str, Iterator[Batch]], device: torch.device, budget: float
-) -> tuple[dict[str, Turn], float]:
-    """The steps of each rung, and CPU time over wall time of it all; ``budget`` seconds, and three
-    rounds at least, or two where the time was over before it began."""
-    times: dict[str, Turn] = {name: [] for name in rungs}
-    start, used, rounds = time.perf_counter(), time.process_time(), 0
-    while rounds < (3 if budget > 0 else 2) or time.perf_counter() - start < budget:
-        rounds += 1
-        for name, rung in rungs.items():
-            way = "cached" if rung.way.cached else "decoded"
-            loader = loaders["tuning" if name.startswith("fine") else way]
-            first = timed_step(rung, loader, device, rounds)[0]
-            for _ in range(max(1, int(0.3 / first))):
-                times[name].append(timed_step(rung, loader, device, rounds))
-            rung.step.release()
-    return times, (time.process_time() - used) / (time.perf_counter() - start)
-
-
-def timed_step(
-    rung: Rung, loader: Iterator[Batch], device: torch.device, number: int
-) -> tuple[float, float, float]:
-    """Wall, CPU and data-wait seconds of one step on the loader's next batch."""
-    begin, used = time.perf_counter(), time.process_time()
-    batch = next(loader)
-    waited = time.perf_counter() - begin
-    rung.step(batch, number)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin, time.process_time() - used, waited
-
-
-def speeds(times: Turn, flops: float, pairs: int, best: float) -> dict[str, float]:
-    """What a row says of its steps; ``best`` in FLOP/s."""
-    wall, _, waited = (statistics.median(column) for column in zip(*times, strict=True))
-    row = row_of([(one, cpu) for one, cpu, _ in times])
-    return {
-        "ms": row.pop("median_ms"),
-        **row,
-        "pairs_per_second": pairs / wall,
-        "gflop_per_pair": flops / pairs / 1e9,
-        "tflops": flops / wall / 1e12,
-        "mfu": flops / wall / best,
-        "data_wait": waited / wall,
-    }
-
-
-def pairs_of(config: TrainConfig, name: str) -> int:
-    """Rows of the manifest in a step."""
-    tuning = config.finetune
-    fine = name.startswith("fine")
-    return tuning.labelled_batch + tuning.unlabelled_batch if fine else config.pretrain.batch_size
-
-
-def line(row: dict[str, Any]) -> str:
-    """A row as it is printed."""
-    memory = row["memory_mb"]
-    return (
-        f"{row['rung']:15} {row['precision']}  {row['pairs_per_second']:8.2f} pairs/s "
-        f"{row['ms']:9.1f} ms (CPU {row['cpu_ms']:9.1f})  {row['x_ms'] or 0:5.2f}x "
-        f"(CPU {row['x_cpu_ms'] or 0:5.2f}x)  {row['gflop_per_pair']:8.2f} GFLOP/pair "
-        f"{row['tflops']:7.3f} TFLOP/s  MFU {row['mfu']:6.1%}  "
-        f"{'-' if memory is None else f'{memory:.0f}':>6} MB  wait {row['data_wait'] or 0:4.0%}  "
-        f"loss apart {row['apart']:.0e}"
-    )
-
-
-def rows(device: torch.device, options: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """A ladder for each size of model: vit_base on a GPU; vit_micro and, but for --quick, vit_tiny
-    on a CPU.
-
-    Columns beside those of ``table``: ``ratio``, how many times as long as rung g a rung takes, and
-    ``times_b``, how many times faster than rung b it is.
-    """
-    sizes = ("vit_micro", "vit_tiny") if options.full else ("vit_micro",)
-    with tempfile.TemporaryDirectory() as folder:
-        if options.manifest is None:
-            prepare.main(["phantom", "--out", folder, "--pairs", "64"])
-        manifest = read_manifest(options.manifest or Path(folder) / "manifest.csv")
-        for size in ("vit_base",) if device.type == "cuda" else sizes:
-            given = argparse.Namespace(
-                device=device.type, size=size, batch=None, quick=not options.full, end=options.end
-            )
-            found = {row["rung"]: row for row in table(manifest, given)}
-            for name, row in found.items():
-                trains_likewise = not name.startswith("fine")
-                label = {
-                    "operator": "training step",
-                    "shape": f"{size}, batch {config_of(given).pretrain.batch_size}",
-                    "threads": options.threads,
-                    "implementation": name,
-                    "ours": name in ("g", "turbo") or not trains_likewise,
-                    "ratio": over(row, found.get("g", {})),
-                    "times_b": over(found.get("b", {}), row),
-                }
-                yield label | row if trains_likewise else label | row | {"ratio": None}
-
-
-def over(one: dict[str, Any], other: dict[str, Any]) -> float | None:
-    """How many times as long as another a rung takes, where both were measured."""
-    return one["ms"] / other["ms"] if "ms" in one and "ms" in other else None

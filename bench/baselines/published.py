@@ -1,22 +1,29 @@
 """The pre-training step as the published code makes it (LQH89757/MICS, ``Pretrain.py``), restated.
 
-Kept, because it is what the step costs: the whole model runs twice, once without gradients for the
-discriminator and once for itself; modality after modality; attention with its scores written out;
-all patches are embedded before three quarters are dropped, and the decoder's head runs on visible
-patches too; the discriminator judges four sequences one by one, each time with a full singular
-value decomposition in every block, and two more for the model's loss, whose backward pass fills
-gradients of its weights that nobody reads; the graph is retained into the next step; five numbers
-are read back; float32, optimisers of PyTorch's default kind, no compilation; the queue is copied
-behind the keys and no repeats are masked.
+Kept, because it is what the step costs:
 
-Mended, so that the step trains and its losses are those of ``mics_fast``, at no cost or a lower
-one: the model's loss reaches the model; fakes are reconstructions, of both modalities, pasted into
-true patches, and real ones are true patches; targets are normalised; the decoder has positions, the
-class token too; attention by distance prefers what is near, by squared distance of tied queries and
-keys (one matrix of twelve less); logits instead of sigmoids; teacher and queue advance once a step,
-not twice; weights are rescaled, not re-created, so that they learn. The decomposition is that of
-the queries' matrix (d x d; published: of queries, keys and values stacked, 3 d x d), the other
-matrices' norms come from power iteration (published: none). Both passes draw one mask.
+- the whole model runs twice, without gradients for the discriminator and then for its own loss;
+- one modality after the other, attention with its scores written out, in float32, not compiled,
+  with optimisers of PyTorch's default kind;
+- all patches are embedded before three quarters are dropped, and the decoder's head runs on visible
+  patches, too;
+- the discriminator judges four sequences one by one, each time with a full singular value
+  decomposition in every block, and two more for the model's loss, whose backward pass also fills
+  gradients of the discriminator's weights, which are not used;
+- the queue is copied behind the keys, repeats are not masked, five numbers are read back.
+
+Mended, at no cost or a lower one, so that the step trains and has the losses of ``mics_fast``:
+
+- the model's loss reaches the model; fakes are reconstructions of both modalities, pasted into true
+  patches, and real sequences are true patches; targets are normalised;
+- the decoder has positions and a class token; both passes draw one mask;
+- attention by distance prefers near tokens, by the squared distance of tied queries and keys (one
+  matrix of twelve less); logits instead of sigmoids;
+- teacher and queue advance once per step, not twice; weights are rescaled, not re-created, so that
+  they learn;
+- the decomposition is that of the queries' matrix (d x d; published: queries, keys and values
+  stacked, 3 d x d); the norms of the other matrices come from power iteration (published: none);
+- the retained graph is freed when the next step begins, not after its forward pass.
 """
 
 from __future__ import annotations
@@ -43,13 +50,13 @@ from mics_kernels import FeatureQueue
 
 
 class PublishedStep:
-    """One step after the other on the networks and queues of a stage.
+    """The published step on the networks and queues of a stage of two modalities.
 
     Args:
-        stage: its parameters, buffers and options; its own step is not used. Two modalities.
+        stage: its parameters, buffers and options are used, its own step is not.
         optimisers: "model" and "discriminator".
-        svd: norms of the queries' matrices by full decomposition in every forward of the
-            discriminator, as published; else by one power iteration a step, as all others.
+        svd: whether the norms of the queries' matrices come from a full decomposition in every
+            forward of the discriminator, as published; else from one power iteration per step.
     """
 
     def __init__(
@@ -60,6 +67,7 @@ class PublishedStep:
 
     def __call__(self, batch: tuple[PairBatch, ...], step: int) -> dict[str, float]:
         """Train on a batch of complete pairs; the losses by name."""
+        self.release()
         (pairs,) = batch
         masks = self._masks(pairs, step)
         with torch.no_grad():
@@ -94,7 +102,7 @@ class PublishedStep:
         }
 
     def release(self) -> None:
-        """Give back the memory of the retained graph and the gradients."""
+        """Free the retained graph and the gradients."""
         self.kept = None
         for optimiser in self.optimisers.values():
             optimiser.zero_grad()
@@ -115,7 +123,7 @@ class PublishedStep:
 
     @torch.no_grad()
     def _advance(self, teachers: list[Tensor], pairs: PairBatch) -> None:
-        """Teacher, parameter by parameter, queues and power iteration."""
+        """Advance the teacher, parameter by parameter, the queues and the power iteration."""
         self.stage.discriminator.advance_power_iteration()
         model, momentum = self.stage.model, self.stage.config.teacher_momentum
         for student, teacher in (
@@ -130,12 +138,11 @@ class PublishedStep:
 
 @dataclass
 class Forward:
-    """What a forward of the model gives: (B, P) teachers' features and (B, N, patch_dim) sequences
-    of each modality, and two losses."""
+    """The outputs of a forward of the model; lists hold one tensor per modality."""
 
-    teachers: list[Tensor]
-    real: list[Tensor]
-    fake: list[Tensor]
+    teachers: list[Tensor]  # (B, P) features
+    real: list[Tensor]  # (B, N, patch_dim)
+    fake: list[Tensor]  # (B, N, patch_dim)
     reconstruction: Tensor
     consistency: Tensor
 

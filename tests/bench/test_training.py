@@ -1,11 +1,13 @@
-"""The training ladder: its rungs do the same, and it would tell if they did not."""
+"""The training ladder: its rungs do the same, and one that did not would be reported."""
 
 from __future__ import annotations
 
-import argparse
+import gc
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import cycle, islice
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import rungs, training
-from mics_fast.data.loaders import PairBatch
+from bench.baselines.albef import albef_of_two
+from bench.rows import Options
+from mics_fast.common.errors import InputError
+from mics_fast.data.batch import PairBatch
+from mics_fast.engine.capture import WARM_UP
 from mics_fast.models.sizes import SIZES, Size
 from mics_fast.options.config import ModelConfig, PretrainConfig, TrainConfig
 
@@ -26,6 +32,7 @@ TINY = Size(
     discriminator_width=16, discriminator_depth=2, discriminator_heads=2,
 )  # fmt: skip
 MODALITIES = ("wli", "nbi")
+MANIFEST: Any = SimpleNamespace(modalities=MODALITIES, classes=("a", "b", "c"))
 
 
 @pytest.fixture(autouse=True)
@@ -59,13 +66,13 @@ def batches():
 
 
 def rungs_of(config, amp=False):
-    return rungs.ladder(config, MODALITIES, amp=amp, compiles=False)
+    return rungs.ladder(config, MANIFEST, amp=amp, compiles=False)
 
 
 def test_the_published_step_has_the_losses_of_this_project_s(config, batches):
     losses, apart = {}, {}
     for rung in rungs_of(config, amp=True):
-        losses[rung.name] = rungs.losses_of(rung, batches)
+        losses[rung.name] = rungs.losses_of(rung.build(), batches)
         apart[rung.name] = rungs.disagreement(rung, losses)
     assert list(losses) == ["a", "b", "c, alternating", "c", "d, float32", "d", "f", "g", "turbo"]
     assert max(apart[name] for name in ("c, alternating", "c", "d, float32")) < 1e-5
@@ -76,7 +83,7 @@ def test_a_decomposition_finds_what_the_power_iteration_has_converged_to(config,
     """As long as the discriminator's weights stand still."""
     config.pretrain.discriminator_lr = 1e-12
     first_two = islice(rungs_of(config), 2)
-    a, b = (rungs.losses_of(rung, batches[:2]) for rung in first_two)
+    a, b = (rungs.losses_of(rung.build(), batches[:2]) for rung in first_two)
     for own, other in zip(a, b, strict=True):
         assert own == pytest.approx(other, rel=1e-5)
 
@@ -84,93 +91,143 @@ def test_a_decomposition_finds_what_the_power_iteration_has_converged_to(config,
 def test_a_rung_that_computes_something_else_is_caught(config, batches):
     losses = {}
     for rung in rungs_of(config):
-        losses[rung.name] = rungs.losses_of(rung, batches[:2])
+        losses[rung.name] = rungs.losses_of(rung.build(), batches[:2])
         if rung.name == "c, alternating":
             break
     wrong = replace(config, pretrain=replace(config.pretrain, temperature=0.0701))
     spoilt = next(r for r in rungs_of(wrong) if r.name == "c, alternating")
-    losses[rung.name] = rungs.losses_of(spoilt, batches[:2])
-    with pytest.raises(SystemExit, match=r"c, alternating disagrees with b: the consistency loss"):
+    losses[rung.name] = rungs.losses_of(spoilt.build(), batches[:2])
+    with pytest.raises(ValueError, match=r"c, alternating disagrees with b: the consistency loss"):
         rungs.disagreement(rung, losses)
     losses[rung.name] = [{"consistency": float("nan")} for _ in range(2)]
-    with pytest.raises(SystemExit, match="has losses"):
+    with pytest.raises(ValueError, match="has losses"):
         rungs.disagreement(rung, losses)
     losses[rung.name] = [dict.fromkeys(losses["b"][0], float("nan")) for _ in range(2)]
-    with pytest.raises(SystemExit, match="is nan"):
+    with pytest.raises(ValueError, match="is nan"):
         rungs.disagreement(rung, losses)
 
 
 def test_the_published_step_costs_what_it_runs(config, batches):
     rung = next(rungs_of(config))
+    step = rung.build()
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        rung.step(batches[0], 0)
+        step(batches[0], 0)
     assert counter.get_total_flops() == pytest.approx(rung.flops, rel=1e-3)
 
 
 def test_the_published_step_trains_what_its_code_did_not(config, batches):
-    """Its discriminator's attention learns, and its alignment reaches the encoder (audit E)."""
+    """Its discriminator's attention learns, and its alignment reaches the encoder."""
     config.pretrain = replace(config.pretrain, consistency_weight=0.0, reconstruction_weight=0.0)
-    rung = next(rungs_of(config))
-    stage = rung.step.stage
+    step = next(rungs_of(config)).build()
+    stage = step.stage
     before = stage.discriminator.blocks[0].points.weight.clone()
-    rung.step(batches[0], 0)
+    step(batches[0], 0)
     assert (stage.discriminator.blocks[0].points.weight - before).abs().max() > 1e-4
     assert stage.model.encoder.blocks[0].attn.qkv.weight.grad.abs().max() > 0
 
 
 def test_fine_tuning_costs_and_trains(config, batches):
     config.finetune.labelled_batch = config.finetune.unlabelled_batch = 4
-    (rung,) = rungs.fine_tuning(config, MODALITIES, 3, amp=False, compiles=False)
+    (rung,) = rungs.fine_tuning(config, MANIFEST, amp=False, compiles=False)
     (unlabelled,) = batches[1]
     unlabelled = replace(unlabelled, strong=unlabelled.views)
-    (losses,) = rungs.losses_of(rung, [(*batches[0], unlabelled)])
+    (losses,) = rungs.losses_of(rung.build(), [(*batches[0], unlabelled)])
     assert losses["supervised"] > 0 and rung.flops > 0
 
 
-class Step:
-    """A step of nothing, with this loss; None: one that ends with an error."""
+@pytest.mark.parametrize(("name", "products"), [("c", "highest"), ("d", "high")])
+def test_a_rung_multiplies_float32_as_the_trainer_does(
+    name, products, config, batches, monkeypatch
+):
+    """Beside bfloat16 a GPU may round the discriminator's products to TF32."""
+    seen = []
 
-    def __init__(self, loss: float | None) -> None:
+    def spy(*arguments, **options):
+        seen.append(torch.get_float32_matmul_precision())
+        return albef_of_two(*arguments, **options)
+
+    monkeypatch.setattr(rungs, "albef_of_two", spy)
+    rung = next(rung for rung in rungs_of(config, amp=True) if rung.name == name)
+    rung.build()(batches[0], 0)
+    assert seen == [products] and torch.get_float32_matmul_precision() == "highest"
+
+
+class Step:
+    """A step of nothing.
+
+    Args:
+        loss: what it gives; None: it raises an error.
+        later: what it gives once a captured step is replayed.
+        gone: is called when the step is freed.
+    """
+
+    def __init__(self, loss: float | None, later: float | None, gone: Any) -> None:
         weight = torch.zeros(10, requires_grad=True)
-        self.loss, self.optimisers = loss, {"model": torch.optim.AdamW([weight])}
+        self.loss, self.later, self.optimisers = loss, later, {"model": torch.optim.AdamW([weight])}
+        self.kept = False
+        weakref.finalize(self, gone)
 
     def __call__(self, batch: Any, step: int) -> dict[str, float]:
         if self.loss is None:
             raise RuntimeError("out of memory")
-        return {"consistency": self.loss}
+        assert not self.kept or step < training.CHECKED, "the step before was not released"
+        self.kept = True
+        return {"consistency": self.loss if step <= WARM_UP else self.later or self.loss}
 
     def release(self) -> None:
-        pass
+        self.kept = False
 
 
 @pytest.fixture
 def ladder_of(monkeypatch, batches):
-    """Rows of a ladder of such steps, given their losses: each is held against the one before. One
-    of infinite loss cannot be built; after the ladder comes a fine-tuning step."""
+    """Rows of a ladder of such steps, by name; each is compared with the one before.
 
-    def rows(end: float = math.inf, **losses: float | None) -> dict[str, dict[str, Any]]:
-        names = list(losses)
+    A loss is given for each rung, or two: the second one for steps that would be replayed. A rung
+    of infinite loss cannot be built. A fine-tuning step comes after the ladder.
+    """
+    alive = [0]
 
+    def build(loss: Any) -> Step:
+        if loss == math.inf:
+            raise RuntimeError("no room for weights")
+        alive[0] += 1
+        assert alive[0] == 1, "two rungs are in memory"
+
+        def gone() -> None:
+            alive[0] -= 1
+
+        return Step(*(loss if isinstance(loss, tuple) else (loss, None)), gone)
+
+    def rows(end: float = math.inf, full: bool = False, **losses: Any) -> dict[str, dict[str, Any]]:
         def made(*arguments: object, **options: object) -> Iterator[rungs.Rung]:
-            for name, before in zip(names, [None, *names], strict=False):
-                if losses[name] == math.inf:
-                    raise RuntimeError("no room for weights")
-                yield rungs.Rung(name, Step(losses[name]), 1e6, like=before)  # type: ignore[arg-type]
+            for name, before in zip(losses, [None, *losses], strict=False):
+                yield rungs.Rung(name, partial(build, losses[name]), 1e6, 4, like=before)
 
+        tuning = rungs.Rung("fine-tuning", partial(build, 1.0), 1e6, 4, "fine-tuning")
         monkeypatch.setattr(training, "ladder", made)
-        tuning = rungs.Rung("fine-tuning", Step(1.0), 1e6)  # type: ignore[arg-type]
         monkeypatch.setattr(training, "fine_tuning", lambda *arguments, **options: iter([tuning]))
         monkeypatch.setattr(training, "product", lambda device, dtype: 1e12)
         monkeypatch.setattr(training, "flops_of", lambda device, dtype, threads: 1e9)
         monkeypatch.setattr(training, "bandwidth_of", lambda device, size, threads: 1e6)
-        streams = {name: cycle(batches) for name in ("decoded", "cached", "tuning")}
-        monkeypatch.setattr(training, "loaders_of", lambda *arguments: streams)
-        given = argparse.Namespace(device="cpu", size="vit_micro", batch=4, quick=True, end=end)
-        manifest = SimpleNamespace(modalities=MODALITIES, classes=("x", "y"))
-        monkeypatch.setattr(training, "take_turns", lambda rungs, *arguments: (
-            {name: [(0.002, 0.001, 0.0), (0.004, 0.001, 0.0)] for name in rungs}, 1.0))  # fmt: skip
-        return {row["rung"]: row for row in training.table(manifest, given)}  # type: ignore[arg-type]
+        frames = training.Frames(cycle(batches), cycle(batches), cycle(batches))
+        monkeypatch.setattr(training, "frames_of", lambda *arguments: frames)
+        device = torch.device("cpu")
+        options = Options(device, full=full, threads=1, budget=1.0, end=end)
+        config = training.config_of("vit_micro", device)
+        found = training.table(MANIFEST, config, options)
+        gc.disable()  # what is freed is freed by the ladder
+        try:
+            return {row["rung"]: dict(row) for row in found}
+        finally:
+            gc.enable()
 
+    def timed(step: Any, loader: Any, device: Any, number: int) -> training.Timing:
+        step.release()
+        step(next(loader), number)
+        return training.Timing(*next(seconds), 0.001, 0.0)
+
+    seconds = cycle([(6.0,), (8.0,)])
+    monkeypatch.setattr(training, "timed_step", timed)
     return rows
 
 
@@ -180,11 +237,14 @@ def test_the_floor_of_a_step_is_its_flops_over_the_peak_or_its_weights_over_the_
     row = ladder_of(a=1.0)["a"]
     assert row["bytes"] == 6 * 40 and row["flops"] == 1e6
     assert row["floor_ms"] == pytest.approx(1.0)  # 1e6 / 1e9 s; the weights take 0.24 ms
-    assert row["ms"] == pytest.approx(3.0) and row["share_of_floor"] == pytest.approx(1 / 3)
-    assert row["p20_ms"] < row["ms"] < row["p80_ms"]
+    assert 6e3 <= row["ms"] <= 8e3 and row["share_of_floor"] == pytest.approx(1.0 / row["ms"])
+    assert row["p20_ms"] <= row["ms"] <= row["p80_ms"]
+    assert row["pairs_per_second"] == pytest.approx(4e3 / row["ms"])
 
 
-def test_a_rung_that_fails_or_disagrees_is_left_out_and_those_after_it_are_still_held(ladder_of):
+def test_a_rung_that_fails_or_disagrees_is_left_out_and_those_after_it_are_still_compared(
+    ladder_of,
+):
     found = ladder_of(a=1.0, b=None, c=1.0, d=1.5, e=1.0, f=1.6)
     assert found["b"]["absent"] == "RuntimeError: out of memory"
     assert "rung d disagrees with c" in found["d"]["absent"]
@@ -193,14 +253,41 @@ def test_a_rung_that_fails_or_disagrees_is_left_out_and_those_after_it_are_still
     assert all(found[name]["failed"] for name in "bdf")
 
 
-def test_rungs_that_cannot_be_built_are_told_and_fine_tuning_goes_on(ladder_of):
+def test_one_rung_is_in_memory_at_a_time_through_all_turns_also_after_a_failure(ladder_of):
+    found = ladder_of(full=True, a=1.0, b=None, c=1.0, d=1.0)
+    assert [name for name, row in found.items() if "ms" in row] == ["a", "c", "d", "fine-tuning"]
+    assert found["a"]["rounds"] == 3 * training.LEAST
+
+
+def test_a_step_that_goes_wrong_when_it_is_replayed_is_caught_also_by_a_quick_run(ladder_of):
+    found = ladder_of(g=1.0, h=(1.0, 1.5))
+    assert "rung h disagrees with g" in found["h"]["absent"]
+    assert f"step {WARM_UP + 2}" in found["h"]["absent"]
+
+
+def test_a_rung_that_cannot_be_built_is_reported_and_the_others_are_measured(ladder_of):
     found = ladder_of(a=1.0, b=math.inf, c=1.0)
-    assert list(found) == ["a", "ladder, after a", "fine-tuning"]
-    untold = found["ladder, after a"]
-    assert untold["failed"] and untold["absent"] == "RuntimeError: no room for weights"
-    assert "ms" in found["fine-tuning"] and found["fine-tuning"]["x_ms"] == 1.0
+    assert found["b"]["failed"] and found["b"]["absent"] == "RuntimeError: no room for weights"
+    assert [name for name, row in found.items() if "ms" in row] == ["a", "c", "fine-tuning"]
+    assert found["fine-tuning"]["x_ms"] == pytest.approx(1, rel=0.4)
     assert ladder_of(a=math.inf)["fine-tuning"]["x_ms"] is None
 
 
 def test_a_rung_that_no_time_is_left_for_says_so(ladder_of):
     assert ladder_of(end=0.0, a=1.0)["a"]["absent"] == "no time was left"
+
+
+def test_without_dali_every_rung_has_random_frames(monkeypatch):
+    def missing() -> None:
+        raise InputError("DALI cannot be imported")
+
+    monkeypatch.undo()  # of the networks of 16 pixels
+    monkeypatch.setattr(training, "check_dali", missing)
+    device = torch.device("cpu")
+    frames = training.frames_of(MANIFEST, training.config_of("vit_micro", device), device)
+    (pairs,) = next(frames.decoded)
+    labelled, unlabelled = next(frames.tuning)
+    assert pairs.views["nbi"].shape == (32, 3, 64, 64) and pairs.strong is None
+    assert len(labelled.label) == 8 and unlabelled.strong is not None
+    assert set(pairs.label.tolist()) == {0, 1, 2} and len(set(pairs.sample_id.tolist())) == 32
+    assert next(frames.decoded)[0].sample_id[0] == 32
