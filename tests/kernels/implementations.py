@@ -28,9 +28,22 @@ def device_of(backend: str) -> str:
     return "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
 
 
+def on_device(x: Tensor, device: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A copy on a device with the strides of ``x`` and the alignment of its address.
+
+    ``Tensor.to`` starts the copy at an aligned address: no kernel would see a misaligned one.
+    """
+    if x.numel() == 0 or 0 in x.stride():
+        return x.to(device, dtype)
+    extent = 1 + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    offset = x.data_ptr() % 64 // x.element_size()
+    storage = torch.empty(offset + extent, device=device, dtype=dtype or x.dtype)
+    return storage.as_strided(x.shape, x.stride(), offset).copy_(x)
+
+
 def moved_to(device: str, values: dict[str, Any]) -> dict[str, Any]:
     """The tensors among named values on a device, the others as they are."""
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+    return {k: on_device(v, device) if isinstance(v, Tensor) else v for k, v in values.items()}
 
 
 def captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mics_kernels import consistency_loss, multimodal_consistency_loss
-from tests.kernels.implementations import GPU, INTERPRETED, captured, device_of
+from tests.kernels.implementations import GPU, INTERPRETED, captured, device_of, on_device
 from tests.kernels.properties import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -103,7 +103,7 @@ def solve(problem: Problem, backend: str, dtype: torch.dtype | None = None) -> l
     device = device_of(backend)
 
     def placed(values: list[Tensor] | None) -> list[Tensor] | None:
-        return None if values is None else [x.to(device=device, dtype=dtype) for x in values]
+        return None if values is None else [on_device(x, device, dtype) for x in values]
 
     features = [x.detach().requires_grad_() for x in placed(problem.features) or []]
     temperature = torch.tensor(problem.temperature, device=device, dtype=dtype, requires_grad=True)

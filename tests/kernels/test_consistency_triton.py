@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mics_kernels.consistency import reference, triton_kernels
 from mics_kernels.consistency.triton_kernels import Tile, losses_and_gradients
-from tests.kernels.implementations import GPU, INTERPRETED, captured
+from tests.kernels.implementations import GPU, INTERPRETED, captured, on_device
 from tests.kernels.properties import examples
 
 pytestmark = pytest.mark.skipif(
@@ -131,7 +131,7 @@ def solve(problem: Problem, want_gradient: bool = True) -> list[Tensor]:
     """Losses, counted, gradient and temperature gradient."""
 
     def there(x: Any) -> Any:
-        return x.to(DEVICE) if isinstance(x, Tensor) and GPU else x
+        return on_device(x, DEVICE) if isinstance(x, Tensor) and GPU else x
 
     results = losses_and_gradients(
         [there(x) for x in problem.queries],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mics_kernels import evidential_fusion_loss, evidential_loss, fuse_evidence
 from mics_kernels.backends import explain
-from tests.kernels.implementations import BACKENDS, GPU, INTERPRETED, captured, device_of
+from tests.kernels.implementations import BACKENDS, GPU, INTERPRETED, captured, device_of, on_device
 from tests.kernels.properties import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -76,7 +76,7 @@ def problems(draw: st.DrawFn) -> Problem:
 def solve(problem: Problem, backend: str, dtype: torch.dtype | None = None) -> list[Tensor]:
     """Loss, fused evidence and the gradient that arrives for a grad_out that is not 1."""
     device = device_of(backend)
-    logits = problem.logits.to(device=device, dtype=dtype).detach().requires_grad_()
+    logits = on_device(problem.logits.detach(), device, dtype).requires_grad_()
     loss, fused = evidential_fusion_loss(
         logits,
         problem.target.to(device),

@@ -16,7 +16,14 @@ from torch import Tensor
 
 from mics_kernels import shift_features
 from mics_kernels.philox import normals
-from tests.kernels.implementations import BACKENDS, INTERPRETED, ROUNDING, device_of, moved_to
+from tests.kernels.implementations import (
+    BACKENDS,
+    INTERPRETED,
+    ROUNDING,
+    device_of,
+    moved_to,
+    on_device,
+)
 from tests.kernels.properties import examples
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -61,7 +68,7 @@ def shifts(draw: st.DrawFn) -> Shift:
 def solve_shift(problem: Shift, backend: str, dtype: torch.dtype | None = None) -> Tensor:
     device = device_of(backend)
     arguments = moved_to(device, vars(problem))
-    features = problem.features.to(device=device, dtype=dtype)
+    features = on_device(problem.features, device, dtype)
     seed = torch.tensor(SEED, device=device)
     return shift_features(**{**arguments, "features": features}, seed=seed, backend=backend).cpu()
 
