@@ -1,15 +1,53 @@
-"""Tensors as the native module takes them: an address, and the name of a dtype."""
+"""Raw addresses for compiled kernels, which are for plain tensors with storage only."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where the first element lies; 0 for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+    """Address of the first element; 0 for None.
+
+    Raises:
+        RuntimeError: the tensor has elements but no memory.
+    """
+    if tensor is None:
+        return 0
+    start = tensor.data_ptr()
+    if start == 0 and tensor.numel() > 0:
+        raise RuntimeError(
+            f"a {type(tensor).__name__} without memory reached a compiled kernel: "
+            'use backend="reference"'
+        )
+    return start
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """As the native module spells it: "float32", "bfloat16" or "float16"."""
+    """Name of a dtype in the native module: "float32", "bfloat16" or "float16"."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the elements lie in memory as they are.
+
+    False for subclasses, lazily negated tensors, and tensors without storage (fake, batched, zero).
+    """
+    if type(tensor) not in _PLAIN or tensor.is_neg():
+        return False
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:  # wrappers of functorch and of the older vmap have none
+        return False
+
+
+def is_transformed() -> bool:
+    """Whether functorch (grad, vmap, jacrev, ...) transforms the code that runs now."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def is_intercepted() -> bool:
+    """Whether a dispatch mode (FakeTensorMode, make_fx, ...) or torch.jit.trace sees each call."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None

@@ -142,10 +142,16 @@ def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
     raise RuntimeError(f"no backend of {op} can run: {'; '.join(skipped)}")
 
 
-def implementation(op: str, tensor: Tensor, backend: str | None = None) -> ModuleType:
-    """The module whose functions serve ``tensor``; arguments and errors as ``explain``."""
-    chosen = explain(op, tensor, backend).backend
-    return _modules[next(row.module for row in IMPLEMENTATIONS[op] if row.backend == chosen)]
+def implementation(op: str, backend: str) -> ModuleType:
+    """The module of the backend that ``explain`` has chosen for an operator.
+
+    Raises:
+        RuntimeError: it cannot be imported in this process.
+    """
+    row = next(row for row in IMPLEMENTATIONS[op] if row.backend == backend)
+    if broken := _import(row.backend, row.module):
+        raise RuntimeError(f"the {backend} backend of {op} cannot be imported ({broken})")
+    return _modules[row.module]
 
 
 def _requested(op: str, tensor: Tensor, backend: str, source: str) -> Choice:
@@ -167,7 +173,6 @@ def _obstacle(row: Implementation, tensor: Tensor) -> str:
     return f"its import failed ({broken})" if broken else ""
 
 
-@torch.compiler.assume_constant_result  # torch.compile calls it, and does not trace the import
 def _import(backend: str, module: str) -> str:
     """Import an implementation once; why that failed, "" when it did not."""
     if module in _modules or module in _broken:
@@ -183,3 +188,8 @@ def _import(backend: str, module: str) -> str:
             stacklevel=2,
         )
     return _broken.get(module, "")
+
+
+# torch.compile calls it and does not trace the import. torch.compiler.assume_constant_result sets
+# the same mark, but imports the whole compiler, which takes seconds.
+_import._dynamo_marked_constant = True  # type: ignore[attr-defined]

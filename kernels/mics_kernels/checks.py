@@ -93,6 +93,16 @@ def check_whole(name: str, value: object, low: int, high: float = float("inf")) 
     check_number(name, value, low, high)
 
 
+def check_not_empty(name: str, value: Tensor, dimension: int, what: str) -> None:
+    """Check that a dimension holds at least one entry.
+
+    Raises:
+        ValueError: its size is 0.
+    """
+    if value.shape[dimension] < 1:
+        raise ValueError(f"{name} must hold at least one {what}, got shape {_shape(value.shape)}")
+
+
 def check_values(
     name: str,
     value: Tensor,

@@ -69,7 +69,7 @@ REFUSED = [
      "evidence must have shape (B, V, C), got (3,)"),
     (loss, {"evidence": -torch.ones(4, 3)}, ValueError, "evidence must be >= 0, got -1.0"),
     (loss, {"evidence": torch.ones(4, 3), "present": torch.ones(4, 1).bool()}, ValueError,
-     "present needs evidence of shape (B, V, C), got one opinion a row"),
+     "present needs evidence of shape (B, V, C), got one opinion per row"),
     (loss, {"target": LABELS.int()}, TypeError, "target must be int64, got int32"),
     (loss, {"target": LABELS[:3]}, ValueError, "target must have shape (4,), got (3,)"),
     (loss, {"target": torch.tensor([0, 3, 1, 1])}, ValueError,

@@ -337,7 +337,7 @@ def test_the_registered_losses_pass_opcheck(
         operator,
         (
             queries, *others, temperature, torch.tensor(0.4, device=device), lengths, ids, [],
-            present, [0, 1, 1, 0], backend, wanted,
+            present, [0, 1], [1, 0], backend, wanted,
         ),
     )  # fmt: skip
 

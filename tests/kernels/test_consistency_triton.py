@@ -17,8 +17,10 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from mics_kernels.consistency import reference, triton_kernels
+from mics_kernels.consistency.records import ConsistencyInputs
 from mics_kernels.consistency.triton_kernels import Tile, losses_and_gradients
 from tests.kernels.implementations import GPU, INTERPRETED, captured, on_device
 from tests.kernels.properties import examples
@@ -133,21 +135,28 @@ def solve(problem: Problem, want_gradient: bool = True) -> list[Tensor]:
     def there(x: Any) -> Any:
         return on_device(x, DEVICE) if isinstance(x, Tensor) and GPU else x
 
-    results = losses_and_gradients(
-        [there(x) for x in problem.queries],
-        [there(x) for x in problem.teachers],
-        [there(x) for x in problem.keys],
-        [there(x) for x in problem.queues],
-        there(problem.temperature),
-        there(problem.alpha),
-        [there(x) for x in problem.queue_lengths],
-        there(problem.key_ids),
-        [there(x) for x in problem.queue_ids],
-        there(problem.present),
-        problem.pairs,
-        want_gradient,
+    inputs = inputs_of(problem, want_gradient)
+    inputs = inputs._make(tree_map(there, tuple(inputs)))
+    return [x.cpu() for x in losses_and_gradients(inputs)]
+
+
+def inputs_of(problem: Problem, want_gradient: bool = True) -> ConsistencyInputs:
+    return ConsistencyInputs(
+        queries=problem.queries,
+        teachers=problem.teachers,
+        keys=problem.keys,
+        queues=problem.queues,
+        temperature=problem.temperature,
+        alpha=problem.alpha,
+        queue_lengths=problem.queue_lengths,
+        key_ids=problem.key_ids,
+        queue_ids=problem.queue_ids,
+        present=problem.present,
+        query_modalities=[a for a, _ in problem.pairs],
+        key_modalities=[b for _, b in problem.pairs],
+        backend="triton",
+        want_gradient=want_gradient,
     )
-    return [x.cpu() for x in results]
 
 
 def solve_by_reference(problem: Problem, dtype: torch.dtype | None = None) -> list[Tensor]:
@@ -155,26 +164,20 @@ def solve_by_reference(problem: Problem, dtype: torch.dtype | None = None) -> li
     results: list[list[Tensor]] = [[], [], [], []]
     for a, b in problem.pairs:
         query = problem.queries[a].to(dtype=dtype).clone().requires_grad_()
-        rows = len(query)
         inner = torch.float64 if query.dtype == torch.float64 else torch.float32
-        temperature = torch.as_tensor(problem.temperature).to(inner).expand(rows, 1).clone()
+        temperature = torch.as_tensor(problem.temperature).to(inner).expand(len(query), 1).clone()
         temperature.requires_grad_()
-        present = problem.present
-        losses, counted = reference.consistency_loss(
-            query,
-            problem.teachers[a],
-            problem.keys[b],
-            problem.queues[b] if problem.queues else None,
-            temperature,
-            float(problem.alpha),
-            problem.queue_lengths[b] if problem.queue_lengths else None,
-            problem.key_ids,
-            problem.queue_ids[b] if problem.queue_ids else None,
-            rows=None if present is None else present[:rows, a],
-            key_rows=None if present is None else present[:, b],
+        losses, counted = reference.losses_and_counted(
+            inputs_of(problem)._replace(
+                queries=[query if view == a else x for view, x in enumerate(problem.queries)],
+                temperature=temperature,
+                alpha=float(problem.alpha),
+                query_modalities=[a],
+                key_modalities=[b],
+            )
         )
         slopes = torch.autograd.grad(losses.sum(), (query, temperature))
-        found = (losses.detach(), counted, slopes[0], slopes[1].squeeze(1))
+        found = (losses[0].detach(), counted[0], slopes[0], slopes[1].squeeze(1))
         for result, value in zip(results, found, strict=True):
             result.append(value)
     return [torch.stack(x) for x in results]
@@ -453,10 +456,7 @@ def test_a_replayed_cuda_graph_follows_the_queue_and_the_temperature() -> None:
     problem.temperature = torch.tensor(0.07, device="cuda")
 
     def step() -> tuple[Tensor, ...]:
-        return losses_and_gradients(
-            problem.queries, problem.teachers, problem.keys, problem.queues, problem.temperature,
-            problem.alpha, problem.queue_lengths, None, (), None, problem.pairs, True,
-        )  # fmt: skip
+        return losses_and_gradients(inputs_of(problem))
 
     graph, replayed = captured(step)
     length.fill_(333)

@@ -12,6 +12,7 @@ from mics_kernels import checks
 from mics_kernels.backends import explain
 from mics_kernels.consistency import boundary, reference
 from mics_kernels.consistency.queue import FeatureQueue
+from mics_kernels.consistency.records import ConsistencyInputs
 from mics_kernels.reductions import REDUCTIONS, reduce
 
 __all__ = ["FeatureQueue", "consistency_loss", "multimodal_consistency_loss"]
@@ -67,26 +68,29 @@ def consistency_loss(
 
     Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
     """
-    checks.check_tensor("query", query, ("B", "D"))
-    rows, device = len(query), query.device
-    _check_features("teacher", teacher, query, rows)
+    _check_query("query", query)
+    _check_features("teacher", teacher, query, len(query))
     _check_keys("keys", keys, query, "K")
     _check_queue("", queue, queue_length, queue_ids, query, key_ids)
-    _check_ids("key_ids", key_ids, len(keys), device)
-    _check_scalars(temperature, alpha, device, reduction)
-    chosen = explain("consistency", query, backend).backend
-    if chosen == "reference":
-        losses, counted = reference.consistency_loss(
-            query, teacher, keys, queue, temperature, alpha, queue_length, key_ids, queue_ids
-        )
-    else:
-        losses, counted = boundary.losses_and_counted(
-            [query], [teacher], [keys], None if queue is None else [queue], temperature, alpha,
-            None if queue_length is None else [queue_length], key_ids,
-            None if queue_ids is None else [queue_ids], None, [(0, 0)], chosen,
-        )  # fmt: skip
-        losses, counted = losses[0], counted[0]
-    return reduce(losses, counted.sum(), reduction)
+    _check_ids("key_ids", key_ids, len(keys), query.device)
+    _check_scalars(temperature, alpha, query.device, reduction)
+    inputs = ConsistencyInputs(
+        queries=[query],
+        teachers=[teacher],
+        keys=[keys],
+        queues=[] if queue is None else [queue],
+        temperature=temperature,
+        alpha=alpha,
+        queue_lengths=[] if queue_length is None else [queue_length],
+        key_ids=key_ids,
+        queue_ids=[] if queue_ids is None else [queue_ids],
+        present=None,
+        query_modalities=[0],
+        key_modalities=[0],
+        backend=explain("consistency", query, backend).backend,
+    )
+    losses, counted = _losses_and_counted(inputs)
+    return reduce(losses[0], counted.sum(), reduction)
 
 
 def multimodal_consistency_loss(
@@ -138,7 +142,7 @@ def multimodal_consistency_loss(
     keys = teachers if keys is None else keys
     _check_lists(features, teachers, keys, queues, queue_lengths, queue_ids)
     query = features[0]
-    checks.check_tensor("features[0]", query, ("B", "D"))
+    _check_query("features[0]", query)
     for index in range(len(features)):
         checks.check_tensor(
             f"features[{index}]", features[index], query.shape, (query.dtype,), query.device
@@ -152,18 +156,35 @@ def multimodal_consistency_loss(
             None if queue_ids is None else queue_ids[index],
             query,
             key_ids,
+            len(queues[0]) if queues and index else "Q",
         )
     _check_ids("key_ids", key_ids, len(keys[0]), query.device)
     _check_scalars(temperature, alpha, query.device, reduction)
-    present = _present_keys(present, query, keys[0], len(features))
     pairs = list(permutations(range(len(features)), 2))
-    given = (features, teachers, keys, queues, temperature, alpha, queue_lengths, key_ids)
-    chosen = explain("consistency", query, backend).backend
-    if chosen == "reference":
-        losses, counted = reference.multimodal_consistency_loss(*given, queue_ids, present, pairs)
-    else:
-        losses, counted = boundary.losses_and_counted(*given, queue_ids, present, pairs, chosen)
+    inputs = ConsistencyInputs(
+        queries=list(features),
+        teachers=list(teachers),
+        keys=list(keys),
+        queues=list(queues or ()),
+        temperature=temperature,
+        alpha=alpha,
+        queue_lengths=list(queue_lengths or ()),
+        key_ids=key_ids,
+        queue_ids=list(queue_ids or ()),
+        present=_present_keys(present, query, keys[0], len(features)),
+        query_modalities=[a for a, _ in pairs],
+        key_modalities=[b for _, b in pairs],
+        backend=explain("consistency", query, backend).backend,
+    )
+    losses, counted = _losses_and_counted(inputs)
     return reduce(losses.sum(0) if reduction == "none" else losses, counted.sum(), reduction)
+
+
+def _losses_and_counted(inputs: ConsistencyInputs) -> tuple[Tensor, Tensor]:
+    if inputs.backend == "reference":
+        return reference.losses_and_counted(inputs)
+    results = boundary.losses_and_counted(inputs)
+    return results.losses, results.counted
 
 
 def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: int) -> Tensor | None:
@@ -209,6 +230,11 @@ def _check_lists(
         raise ValueError(f"features must hold at least two modalities, got {len(features)}")
 
 
+def _check_query(name: str, query: Tensor) -> None:
+    checks.check_tensor(name, query, ("B", "D"))
+    checks.check_not_empty(name, query, 1, "feature")
+
+
 def _check_features(name: str, value: Tensor, query: Tensor, rows: int | str) -> None:
     checks.check_tensor(name, value, (rows, query.shape[1]), checks.FLOATS, query.device)
     checks.check_constant(name, value)
@@ -229,8 +255,9 @@ def _check_queue(
     ids: Tensor | None,
     query: Tensor,
     key_ids: Tensor | None,
+    rows: int | str = "Q",
 ) -> None:
-    """``entry`` is "" for one queue, or which of the ``queues`` this is."""
+    """``entry`` is "" for one queue, or the index of this one of ``queues``."""
     plural = "s" if entry else ""
     length_name = f"queue_length{plural}{entry}"
     if queue is None:
@@ -238,7 +265,7 @@ def _check_queue(
             name = length_name if length is not None else f"queue_ids{entry}"
             raise ValueError(f"{name} needs a queue, got None")
         return
-    _check_features(f"queue{plural}{entry}", queue, query, "Q")
+    _check_features(f"queue{plural}{entry}", queue, query, rows)
     if isinstance(length, Tensor):
         checks.check_tensor(length_name, length, (), checks.LABELS, query.device)
         checks.check_values(length_name, length, 0, len(queue))

@@ -7,34 +7,30 @@ float dtype; losses are float32, or float64 for float64 queries. The logits are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from mics_kernels.consistency.records import ConsistencyInputs
 
-def consistency_loss(
-    query: Tensor,
-    teacher: Tensor,
-    keys: Tensor,
-    queue: Tensor | None,
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-    queue_length: int | Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-    rows: Tensor | None = None,
-    key_rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Loss of each query (B,), 0 where it does not count, and which queries count (B,) bool.
 
-    Args:
-        rows: (B,) bool; a query marked False does not count and is never read.
-        key_rows: (K,) bool; a key marked False is never read.
-        The others: see ``mics_kernels.consistency_loss``.
-    """
-    readable = _readable(keys, queue, queue_length, key_ids, queue_ids, key_rows)
-    counted = readable[: len(query)] if rows is None else readable[: len(query)] & rows
+def losses_and_counted(inputs: ConsistencyInputs) -> tuple[Tensor, Tensor]:
+    """Losses of P ordered pairs of modalities (P, B), and which of them count (P, B) bool."""
+    results = [_losses_of_pair(inputs, a, b) for a, b in inputs.pairs]
+    losses, counted = zip(*results, strict=True)
+    return torch.stack(losses), torch.stack(counted)
+
+
+def _losses_of_pair(inputs: ConsistencyInputs, a: int, b: int) -> tuple[Tensor, Tensor]:
+    """Losses (B,) of the queries of modality a against the keys of modality b, 0 where they do not
+    count, and which of them count (B,) bool."""
+    query, teacher, keys = inputs.queries[a], inputs.teachers[a], inputs.keys[b]
+    queue = inputs.queues[b] if inputs.queues else None
+    queue_ids = inputs.queue_ids[b] if inputs.queue_ids else None
+    rows, temperature = len(query), inputs.temperature
+    readable = _readable(inputs, b)
+    counted = readable[:rows]
+    if inputs.present is not None:
+        counted = counted & inputs.present[:rows, a]
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     pool = keys.to(dtype) if queue is None else torch.cat([keys.to(dtype), queue.to(dtype)])
     # Before the products: zero times NaN is NaN, also in the gradient.
@@ -42,75 +38,30 @@ def consistency_loss(
     query = torch.where(counted.unsqueeze(1), query.to(dtype), 0.0)
     teacher = torch.where(counted.unsqueeze(1), teacher.to(dtype), 0.0)
 
-    allowed = _allowed(readable, counted, key_ids, queue_ids, len(query))
+    allowed = _allowed(readable, counted, inputs.key_ids, queue_ids, rows)
     with torch.autocast(query.device.type, enabled=False):  # it would round the products
         logits = query @ pool.T / temperature  # scaled first, then masked: -inf / T has no gradient
         log_sum = logits.masked_fill(~allowed, -torch.inf).logsumexp(1)
-        targets = _targets(teacher, pool, allowed, temperature, alpha)
+        targets = _targets(teacher, pool, allowed, temperature, inputs.alpha)
         losses = log_sum - (targets * logits).sum(1)
     return torch.where(counted, losses, 0.0), counted
 
 
-def multimodal_consistency_loss(
-    features: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    queues: Sequence[Tensor] | None,
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-    queue_lengths: Sequence[int | Tensor] | None,
-    key_ids: Tensor | None,
-    queue_ids: Sequence[Tensor] | None,
-    present: Tensor | None,
-    pairs: Sequence[tuple[int, int]],
-) -> tuple[Tensor, Tensor]:
-    """Losses of P ordered pairs of modalities (P, B), and which of them count.
-
-    Args:
-        pairs: which modality's queries are held against which one's keys.
-        present: (K, V) bool, of the samples the keys belong to.
-        The others: see ``mics_kernels.multimodal_consistency_loss``.
-    """
-    losses, counted = [], []
-    for a, b in pairs:
-        pair_losses, pair_counted = consistency_loss(
-            features[a],
-            teachers[a],
-            keys[b],
-            None if queues is None else queues[b],
-            temperature,
-            alpha,
-            None if queue_lengths is None else queue_lengths[b],
-            key_ids,
-            None if queue_ids is None else queue_ids[b],
-            rows=None if present is None else present[: len(features[a]), a],
-            key_rows=None if present is None else present[:, b],
-        )
-        losses.append(pair_losses)
-        counted.append(pair_counted)
-    return torch.stack(losses), torch.stack(counted)
-
-
-def _readable(
-    keys: Tensor,
-    queue: Tensor | None,
-    queue_length: int | Tensor | None,
-    key_ids: Tensor | None,
-    queue_ids: Tensor | None,
-    key_rows: Tensor | None,
-) -> Tensor:
-    """(N,) bool: keys that are there, whoever asks."""
+def _readable(inputs: ConsistencyInputs, b: int) -> Tensor:
+    """(N,) bool: keys and queue rows of modality b that are there, for every query."""
+    keys = inputs.keys[b]
     readable = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
-    if key_rows is not None:
-        readable = readable & key_rows
-    if key_ids is not None:
-        readable = readable & (key_ids >= 0)
-    if queue is None:
+    if inputs.present is not None:
+        readable = readable & inputs.present[:, b]
+    if inputs.key_ids is not None:
+        readable = readable & (inputs.key_ids >= 0)
+    if not inputs.queues:
         return readable
-    queue_rows = torch.arange(len(queue), device=queue.device)
-    filled = queue_rows < (len(queue) if queue_length is None else queue_length)
-    if queue_ids is not None:
-        filled = filled & (queue_ids >= 0)
+    queue = inputs.queues[b]
+    length = inputs.queue_lengths[b] if inputs.queue_lengths else len(queue)
+    filled = torch.arange(len(queue), device=queue.device) < length
+    if inputs.queue_ids:
+        filled = filled & (inputs.queue_ids[b] >= 0)
     return torch.cat([readable, filled])
 
 
@@ -129,7 +80,7 @@ def _allowed(
     if key_ids is None:
         return allowed
     own_ids = key_ids[:rows].unsqueeze(1)
-    if queue_ids is None:  # nobody's repeats: a query that counts has no negative id
+    if queue_ids is None:  # equal to no query's id: a query that counts has none below 0
         queue_ids = key_ids.new_full((len(readable) - len(key_ids),), -1)
     repeats = own_ids == torch.cat([key_ids, queue_ids])
     positive = torch.eye(*repeats.shape, dtype=torch.bool, device=repeats.device)

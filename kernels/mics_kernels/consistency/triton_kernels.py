@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mics_kernels.consistency.records import ConsistencyInputs, ConsistencyResults
 from mics_kernels.triton_common import device_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -384,39 +385,27 @@ def splits_for(row_tiles: int, key_tiles: int, processors: int) -> int:
     return max(1, min(splits, key_tiles))
 
 
-def losses_and_gradients(
-    queries: Sequence[Tensor],
-    teachers: Sequence[Tensor],
-    keys: Sequence[Tensor],
-    queues: Sequence[Tensor],
-    temperature: float | Tensor,
-    alpha: float | Tensor,
-    queue_lengths: Sequence[int | Tensor],
-    key_ids: Tensor | None,
-    queue_ids: Sequence[Tensor],
-    present: Tensor | None,
-    pairs: Sequence[tuple[int, int]],
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Losses, which queries count, and gradients; arguments and results as in cpu.py."""
-    query = queries[0]
+def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
+    """Losses of the ordered pairs and their gradients, in one sweep over the keys."""
+    query, pairs, wanted = inputs.queries[0], inputs.pairs, inputs.want_gradient
     rows, width = query.shape
-    dtype = _widest([*queries, *teachers, *keys, *queues])
-    queue_dtype = _widest(queues) if queues else dtype
-    queries, teachers, keys = (_rows_of(x, dtype) for x in (queries, teachers, keys))
-    queues = _rows_of(queues, queue_dtype)  # the same tensors, but for queues of unlike dtypes
-    queue_ids = tuple(ids.contiguous() for ids in queue_ids)
-    key_ids, ids_step = _ids_of_views(key_ids, present)
+    shape = (len(pairs), rows)
+    results = ConsistencyResults(
+        query.new_empty(shape, dtype=torch.float32),
+        query.new_empty(shape, dtype=torch.bool),
+        query.new_empty((*shape, width) if wanted else 0, dtype=torch.float32),
+        query.new_empty(shape if wanted else 0, dtype=torch.float32),
+    )
+    if results.losses.numel() == 0:
+        return results
 
-    losses = query.new_empty((len(pairs), rows), dtype=torch.float32)
-    counted = query.new_empty((len(pairs), rows), dtype=torch.bool)
-    wanted = (len(pairs), rows) if want_gradient else (0,)
-    slopes = query.new_empty(wanted, dtype=torch.float32)
-    gradient = query.new_empty((*wanted, width) if want_gradient else 0, dtype=torch.float32)
-    if losses.numel() == 0:
-        return losses, counted, gradient, slopes
-
+    dtype = _widest([*inputs.queries, *inputs.teachers, *inputs.keys, *inputs.queues])
+    queue_dtype = _widest(inputs.queues) if inputs.queues else dtype
+    keys = _rows_of(inputs.keys, dtype)
+    queues = _rows_of(inputs.queues, queue_dtype)  # converted only where their dtypes differ
+    key_ids, ids_step = _ids_of_modalities(inputs.key_ids, inputs.present)
     key_rows, queue_rows = len(keys[0]), len(queues[0]) if queues else 0
+
     capability, processors = _chip(query.device)
     padded = max(16, triton.next_power_of_2(width))
     has_ids = key_ids is not None
@@ -425,36 +414,37 @@ def losses_and_gradients(
     row_tiles = triton.cdiv(2 * rows, tile.rows)
     key_tiles = triton.cdiv(key_rows, tile.keys) + triton.cdiv(queue_rows, tile.keys)
     splits = splits_for(row_tiles * len(pairs), key_tiles, processors)
-    sums = losses.new_empty((len(pairs), splits, 4, 2, rows))
-    pulls = losses.new_empty((len(pairs), splits, 2, rows, width) if want_gradient else 0)
-    lengths, lengths_in_memory = _lengths(queue_lengths, query)
+    sums = query.new_empty((len(pairs), splits, 4, 2, rows), dtype=torch.float32)
+    pulls = sums.new_empty((len(pairs), splits, 2, rows, width) if wanted else 0)
+    lengths, lengths_in_memory = _lengths(inputs.queue_lengths, query)
     flags = {
-        "A": tuple(a for a, _ in pairs),
-        "B": tuple(b for _, b in pairs),
+        "A": tuple(inputs.query_modalities),
+        "B": tuple(inputs.key_modalities),
         "D": width,
         "HAS_IDS": has_ids,
-        "TEMPERATURE_IN_MEMORY": isinstance(temperature, Tensor),
-        "GRADIENT": want_gradient,
+        "TEMPERATURE_IN_MEMORY": isinstance(inputs.temperature, Tensor),
+        "GRADIENT": wanted,
     }
     with device_of(query):
         sweep_kernel[(row_tiles, splits, len(pairs))](
-            queries, teachers, keys, queues, lengths, key_ids, queue_ids, sums, pulls,
-            temperature, ids_step, rows, key_rows, queue_rows, splits, **flags,
+            _rows_of(inputs.queries, dtype), _rows_of(inputs.teachers, dtype), keys, queues,
+            lengths, key_ids, tuple(ids.contiguous() for ids in inputs.queue_ids), sums, pulls,
+            inputs.temperature, ids_step, rows, key_rows, queue_rows, splits, **flags,
             DP=padded, M=tile.rows, N=tile.keys,
             HAS_QUEUE=queue_rows > 0, HAS_LENGTHS=len(lengths) > 0,
-            LENGTHS_IN_MEMORY=lengths_in_memory, HAS_QUEUE_IDS=len(queue_ids) > 0,
+            LENGTHS_IN_MEMORY=lengths_in_memory, HAS_QUEUE_IDS=len(inputs.queue_ids) > 0,
             PRECISION=_precision(), enable_fp_fusion=True,
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         columns = min(padded, 128)
-        join_kernel[(rows, len(pairs), triton.cdiv(width, columns) if want_gradient else 1)](
-            keys, key_ids, sums, pulls, losses, counted, gradient, slopes,
-            temperature, alpha, ids_step, rows, splits, **flags,
+        join_kernel[(rows, len(pairs), triton.cdiv(width, columns) if wanted else 1)](
+            keys, key_ids, sums, pulls, *results,
+            inputs.temperature, inputs.alpha, ids_step, rows, splits, **flags,
             C=columns, S=triton.next_power_of_2(splits), T=16,
-            ALPHA_IN_MEMORY=isinstance(alpha, Tensor), enable_fp_fusion=True,
+            ALPHA_IN_MEMORY=isinstance(inputs.alpha, Tensor), enable_fp_fusion=True,
             num_warps=4, num_stages=2,
         )  # fmt: skip
-    return losses, counted, gradient, slopes
+    return results
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
@@ -469,9 +459,10 @@ def _rows_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...
     return tuple(x.to(dtype).contiguous() for x in tensors)
 
 
-def _ids_of_views(key_ids: Tensor | None, present: Tensor | None) -> tuple[Tensor | None, int]:
-    """Ids of the keys of each view, -1 where a view is missing, and the step between views; keys
-    without ids are nobody's repeats."""
+def _ids_of_modalities(key_ids: Tensor | None, present: Tensor | None) -> tuple[Tensor | None, int]:
+    """Ids of the keys of each modality, -1 where it is missing, and the step between modalities.
+
+    Keys without ids get one each, so that none repeats another."""
     if present is None:
         return None if key_ids is None else key_ids.contiguous(), 0
     if key_ids is None:

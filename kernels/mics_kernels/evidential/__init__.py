@@ -10,7 +10,8 @@ from torch import Tensor
 from mics_kernels import checks
 from mics_kernels.backends import explain
 from mics_kernels.evidential import boundary, reference
-from mics_kernels.reductions import REDUCTIONS, reduce
+from mics_kernels.evidential.records import EvidentialInputs, FusionInputs
+from mics_kernels.reductions import REDUCTIONS
 
 ACTIVATIONS = ("softplus", "exp", "relu")
 
@@ -70,7 +71,7 @@ def fuse_evidence(
     chosen = explain("evidential", evidence, backend).backend
     if chosen == "reference":
         return reference.fuse_evidence(evidence, present)
-    return boundary.fused_evidence(evidence, present, chosen)
+    return boundary.fused_evidence(FusionInputs(evidence, present, chosen))
 
 
 def evidential_loss(
@@ -118,19 +119,25 @@ def evidential_loss(
         checks.check_tensor("evidence", evidence, ("B", "C"))
         _check_classes("evidence", evidence)
         if present is not None:
-            raise ValueError("present needs evidence of shape (B, V, C), got one opinion a row")
+            raise ValueError("present needs evidence of shape (B, V, C), got one opinion per row")
     else:
         _check_views("evidence", evidence, present)
     _check_evidence(evidence, present)
-    _check_loss(evidence, target, kl_weight, weight, ignore_index, reduction)
-    chosen = explain("evidential", evidence, backend).backend
-    if chosen != "reference":
-        loss, _ = boundary.reduced_loss(
-            evidence, target, kl_weight, None, present, weight, ignore_index, reduction, chosen
-        )
-        return loss
-    losses = reference.evidential_loss(evidence, target, kl_weight, present, weight, ignore_index)
-    return reduce(losses, reference.counted_rows(target, ignore_index).sum(), reduction)
+    inputs = EvidentialInputs(
+        values=evidence,
+        target=target,
+        kl_weight=kl_weight,
+        activation=None,
+        present=present,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=explain("evidential", evidence, backend).backend,
+    )
+    _check_loss(inputs)
+    if inputs.backend == "reference":
+        return reference.evidential_loss(inputs)
+    return boundary.reduced_loss(inputs).loss
 
 
 def evidential_fusion_loss(
@@ -179,27 +186,22 @@ def evidential_fusion_loss(
     """
     _check_views("logits", logits, present)
     checks.check_choice("activation", activation, ACTIVATIONS)
-    _check_loss(logits, target, kl_weight, weight, ignore_index, reduction)
-    chosen = explain("evidential", logits, backend).backend
-    if chosen != "reference":
-        return FusionOutput(
-            *boundary.reduced_loss(
-                logits,
-                target,
-                kl_weight,
-                activation,
-                present,
-                weight,
-                ignore_index,
-                reduction,
-                chosen,
-            )
-        )
-    losses, fused = reference.evidential_fusion_loss(
-        logits, target, kl_weight, activation, present, weight, ignore_index
+    inputs = EvidentialInputs(
+        values=logits,
+        target=target,
+        kl_weight=kl_weight,
+        activation=activation,
+        present=present,
+        weight=weight,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        backend=explain("evidential", logits, backend).backend,
     )
-    count = reference.counted_rows(target, ignore_index).sum()
-    return FusionOutput(reduce(losses, count, reduction), fused)
+    _check_loss(inputs)
+    if inputs.backend == "reference":
+        return FusionOutput(*reference.evidential_fusion_loss(inputs))
+    results = boundary.reduced_loss(inputs)
+    return FusionOutput(results.loss, results.fused)
 
 
 def opinion(evidence: Tensor) -> Opinion:
@@ -272,18 +274,12 @@ def _check_evidence(evidence: Tensor, present: Tensor | None) -> None:
     checks.check_values("evidence", evidence, 0.0, where=where)
 
 
-def _check_loss(
-    values: Tensor,
-    target: Tensor,
-    kl_weight: float | Tensor,
-    weight: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-) -> None:
-    rows, classes, device = values.shape[0], values.shape[-1], values.device
-    checks.check_target("target", target, rows, classes, device, ignore_index)
-    checks.check_scalar("kl_weight", kl_weight, 0.0, math.inf, device)
-    if weight is not None:
-        checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
-        checks.check_constant("weight", weight)
-    checks.check_choice("reduction", reduction, REDUCTIONS)
+def _check_loss(inputs: EvidentialInputs) -> None:
+    rows, classes, device = inputs.values.shape[0], inputs.values.shape[-1], inputs.values.device
+    checks.check_whole("ignore_index", inputs.ignore_index, -(2**63), 2**63 - 1)
+    checks.check_target("target", inputs.target, rows, classes, device, inputs.ignore_index)
+    checks.check_scalar("kl_weight", inputs.kl_weight, 0.0, math.inf, device)
+    if inputs.weight is not None:
+        checks.check_tensor("weight", inputs.weight, (rows,), checks.FLOATS, device)
+        checks.check_constant("weight", inputs.weight)
+    checks.check_choice("reduction", inputs.reduction, REDUCTIONS)

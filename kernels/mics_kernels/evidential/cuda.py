@@ -6,65 +6,52 @@ import torch
 from torch import Tensor
 
 from mics_kernels import _native
-from mics_kernels.evidential.native import prepare_fusion, prepare_rows
+from mics_kernels.addresses import address
+from mics_kernels.evidential.native import prepare_fusion, prepare_fusion_gradient, prepare_rows
+from mics_kernels.evidential.records import (
+    EvidentialInputs,
+    EvidentialResults,
+    FusionGradientInputs,
+    FusionInputs,
+)
 
 if not _native.build_info()["cuda"]:
     raise ImportError("the native module was built without CUDA (MICS_CUDA=1 asks for it)")
 
 
-def loss_and_gradient(
-    values: Tensor,
-    target: Tensor,
-    kl_weight: float | Tensor,
-    activation: str | None,
-    present: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    mean: bool,
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, fused evidence and gradient; arguments and results as in cpu.py."""
-    with torch.cuda.device(values.device):
+def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
+    """Losses, fused evidence and the gradient of the losses' sum, in one sweep."""
+    with torch.cuda.device(inputs.values.device):
         stream = torch.cuda.current_stream().cuda_stream
-        count = _count(target.contiguous(), ignore_index, stream) if mean else None
-        prepared = prepare_rows(
-            values,
-            target,
-            kl_weight,
-            activation,
-            present,
-            weight,
-            ignore_index,
-            count,
-            want_gradient,
-        )
+        count = _count(inputs, stream) if inputs.reduction == "mean" else None
+        prepared = prepare_rows(inputs, count)
         _native.evidential_cuda(prepared.call, stream)
-    return prepared.losses, prepared.fused, prepared.gradient
+    return prepared.results
 
 
-def fuse_evidence(evidence: Tensor, present: Tensor | None) -> Tensor:
-    """Dempster's rule: (B, V, C) -> (B, C) float32."""
-    prepared = prepare_fusion(evidence, present, None, None)
-    with torch.cuda.device(evidence.device):
+def fuse_evidence(inputs: FusionInputs) -> Tensor:
+    """Fused evidence (B, C) float32, by Dempster's rule."""
+    prepared = prepare_fusion(inputs)
+    with torch.cuda.device(inputs.evidence.device):
         _native.fuse_evidence_cuda(prepared.call, torch.cuda.current_stream().cuda_stream)
     return prepared.output
 
 
-def fuse_evidence_gradient(
-    evidence: Tensor, present: Tensor | None, fused: Tensor, outer: Tensor
-) -> Tensor:
-    """Gradient of ``fuse_evidence``, given that of its result: like ``evidence``."""
-    prepared = prepare_fusion(evidence, present, fused, outer)
-    with torch.cuda.device(evidence.device):
+def fuse_evidence_gradient(inputs: FusionGradientInputs) -> Tensor:
+    """Gradient of the evidence, given that of the fused evidence."""
+    prepared = prepare_fusion_gradient(inputs)
+    with torch.cuda.device(inputs.evidence.device):
         _native.fuse_evidence_gradient_cuda(prepared.call, torch.cuda.current_stream().cuda_stream)
     return prepared.output
 
 
-def _count(target: Tensor, ignore_index: int, stream: int) -> Tensor:
+def _count(inputs: EvidentialInputs, stream: int) -> Tensor:
+    """Number of rows that count, at least 1: 1 float32 on the device."""
+    target = inputs.target.contiguous()
     count = target.new_empty(1, dtype=torch.float32)
     if target.dim() == 2:
         return count.fill_(max(len(target), 1))
     _native.count_labels_cuda(
-        target.data_ptr(), len(target), ignore_index, count.data_ptr(), stream
+        address(target), len(target), inputs.ignore_index, address(count), stream
     )
     return count

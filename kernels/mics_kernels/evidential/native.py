@@ -14,68 +14,66 @@ from torch import Tensor
 
 from mics_kernels import _native
 from mics_kernels.addresses import address, dtype_name
+from mics_kernels.evidential.records import (
+    EvidentialInputs,
+    EvidentialResults,
+    FusionGradientInputs,
+    FusionInputs,
+)
 
 
 class NativeRows(NamedTuple):
     """A prepared call of the loss: its outputs, and the inputs it reads."""
 
     call: _native.EvidentialCall
-    losses: Tensor
-    fused: Tensor
-    gradient: Tensor
+    results: EvidentialResults
     inputs: tuple[object, ...]
 
 
-def prepare_rows(
-    values: Tensor,
-    target: Tensor,
-    kl_weight: float | Tensor,
-    activation: str | None,
-    present: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    count: Tensor | None,
-    want_gradient: bool,
-) -> NativeRows:
-    """Allocate outputs and describe a call; arguments as ``cpu.loss_and_gradient``.
+def prepare_rows(inputs: EvidentialInputs, count: Tensor | None) -> NativeRows:
+    """Allocate outputs and describe a call.
 
     Args:
+        inputs: the record.
         count: 1 float32 that losses and gradients are divided by; None: by 1.
     """
+    target, kl_weight = inputs.target, inputs.kl_weight
+    values = inputs.values.contiguous()
     rows, classes = values.shape[0], values.shape[-1]
     views = values.shape[1] if values.dim() == 3 else 1
-    values = values.contiguous()
     labels = target.contiguous() if target.dim() == 1 else None
     targets = target.to(torch.float32).contiguous() if target.dim() == 2 else None
-    present = None if present is None else present.contiguous()
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
-    fuse = activation is not None
-    losses_shape = (rows,) if fuse else values.shape[:-1]
-    losses = values.new_empty(losses_shape, dtype=torch.float32)
-    fused = values.new_empty((rows, classes) if fuse else 0, dtype=torch.float32)
-    gradient = values.new_empty(values.shape if want_gradient else 0)
-    on_gpu = kl_weight if isinstance(kl_weight, Tensor) and kl_weight.is_cuda else None
+    present = None if inputs.present is None else inputs.present.contiguous()
+    weight = None if inputs.weight is None else inputs.weight.to(torch.float32).contiguous()
+    fuse = inputs.activation is not None
+    results = EvidentialResults(
+        values.new_empty((rows,) if fuse else values.shape[:-1], dtype=torch.float32),
+        values.new_empty((rows, classes) if fuse else 0, dtype=torch.float32),
+        values.new_empty(values.shape if inputs.want_gradient else 0),
+    )
+    on_gpu = None
+    if isinstance(kl_weight, Tensor) and kl_weight.is_cuda:
+        on_gpu = kl_weight.to(torch.float32)
     call = _native.EvidentialCall(
-        input=values.data_ptr(),
+        input=address(values),
         dtype=dtype_name(values),
         labels=address(labels),
         targets=address(targets),
         present=address(present),
         weight=address(weight),
         count=address(count),
-        losses=losses.data_ptr(),
-        fused=fused.data_ptr(),
-        gradient=gradient.data_ptr(),
+        losses=address(results.loss),
+        fused=address(results.fused),
+        gradient=address(results.gradient),
         rows=rows,
         views=views,
         classes=classes,
-        activation=activation or "identity",
+        activation=inputs.activation or "identity",
         kl_weight=float(kl_weight) if on_gpu is None else 0.0,
         kl_weight_on_gpu=address(on_gpu),
-        ignore_index=ignore_index,
+        ignore_index=inputs.ignore_index,
     )
-    inputs = (values, labels, targets, present, weight, count, kl_weight)
-    return NativeRows(call, losses, fused, gradient, inputs)
+    return NativeRows(call, results, (values, labels, targets, present, weight, count, on_gpu))
 
 
 class NativeFusion(NamedTuple):
@@ -86,34 +84,38 @@ class NativeFusion(NamedTuple):
     inputs: tuple[object, ...]
 
 
-def prepare_fusion(
-    evidence: Tensor, present: Tensor | None, fused: Tensor | None, outer: Tensor | None
-) -> NativeFusion:
-    """Allocate the output and describe a call.
+def prepare_fusion(inputs: FusionInputs) -> NativeFusion:
+    """Allocate the fused evidence (B, C) and describe the call that computes it."""
+    rows, _, classes = inputs.evidence.shape
+    fused = inputs.evidence.new_empty((rows, classes), dtype=torch.float32)
+    return _fusion_call(inputs, fused, None, None)
 
-    Args:
-        evidence: (B, V, C).
-        present: (B, V) bool, or None.
-        fused: (B, C) the result, where the gradient is wanted; else None.
-        outer: (B, C) its gradient, where that of ``evidence`` is wanted; else None.
-    """
-    rows, views, classes = evidence.shape
-    evidence = evidence.contiguous()
-    present = None if present is None else present.contiguous()
-    outer = None if outer is None else outer.contiguous()
-    if fused is None:
-        output = fused = evidence.new_empty((rows, classes), dtype=torch.float32)
-    else:
-        output, fused = evidence.new_empty(evidence.shape), fused.contiguous()
+
+def prepare_fusion_gradient(inputs: FusionGradientInputs) -> NativeFusion:
+    """Allocate the gradient of the evidence (B, V, C) and describe the call that computes it."""
+    gradient = inputs.evidence.new_empty(inputs.evidence.shape)
+    return _fusion_call(inputs, inputs.fused.contiguous(), inputs.outer.contiguous(), gradient)
+
+
+def _fusion_call(
+    inputs: FusionInputs | FusionGradientInputs,
+    fused: Tensor,
+    outer: Tensor | None,
+    gradient: Tensor | None,
+) -> NativeFusion:
+    rows, views, classes = inputs.evidence.shape
+    evidence = inputs.evidence.contiguous()
+    present = None if inputs.present is None else inputs.present.contiguous()
     call = _native.FusionCall(
-        evidence=evidence.data_ptr(),
+        evidence=address(evidence),
         dtype=dtype_name(evidence),
         present=address(present),
-        fused=fused.data_ptr(),
+        fused=address(fused),
         outer=address(outer),
-        gradient=0 if outer is None else output.data_ptr(),
+        gradient=address(gradient),
         rows=rows,
         views=views,
         classes=classes,
     )
+    output = fused if gradient is None else gradient
     return NativeFusion(call, output, (evidence, present, fused, outer))

@@ -12,6 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mics_kernels.evidential.records import EvidentialInputs
+from mics_kernels.reductions import reduce
+
 _FAR = 1000.0  # from here on the series of h
 
 
@@ -25,49 +28,24 @@ def fuse_evidence(evidence: Tensor, present: Tensor | None) -> Tensor:
     return fused
 
 
-def evidential_loss(
-    evidence: Tensor,
-    target: Tensor,
-    kl_weight: float | Tensor,
-    present: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-) -> Tensor:
-    """Weighted loss of each opinion, 0 where none counts: (B, C) -> (B,), (B, V, C) -> (B, V)."""
-    counted = counted_rows(target, ignore_index)
-    if evidence.dim() == 3:
-        counted = counted.unsqueeze(1)
-        counted = counted.expand(evidence.shape[:2]) if present is None else counted & present
-    # Before the formulas: a NaN nobody asked for must reach neither the loss nor the gradient.
-    evidence = _keep(_wide(evidence), counted)
-    probability = _probabilities(target, evidence.shape[-1])
-    if evidence.dim() == 3:
-        probability = probability.unsqueeze(1)
-    losses = _opinion_loss(evidence, probability, kl_weight)
-    if weight is not None:
-        losses = losses * (weight if losses.dim() == 1 else weight.unsqueeze(1))
-    return torch.where(counted, losses, 0.0).to(evidence.dtype)
+def evidential_loss(inputs: EvidentialInputs) -> Tensor:
+    """Reduced loss of every opinion, of evidence (B, C) or (B, V, C)."""
+    losses = _losses(inputs, inputs.values, inputs.present)
+    return reduce(losses, _counted(inputs).sum(), inputs.reduction)
 
 
-def evidential_fusion_loss(
-    logits: Tensor,
-    target: Tensor,
-    kl_weight: float | Tensor,
-    activation: str,
-    present: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:
-    """Weighted loss of each row over its views and their fusion (B,), and fused evidence (B, C)."""
+def evidential_fusion_loss(inputs: EvidentialInputs) -> tuple[Tensor, Tensor]:
+    """Reduced loss of the rows over their views and their fusion, and fused evidence (B, C)."""
+    logits, present = inputs.values, inputs.present
     # Twice: the activation of a missing view is not zero, and its derivative at NaN is NaN.
-    evidence = _keep(_activate(_keep(_wide(logits), present), activation), present)
+    evidence = _keep(_activate(_keep(_wide(logits), present), inputs.activation), present)
     fused = fuse_evidence(evidence, None)
     if present is None:
         present = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
     opinions = torch.cat([evidence, fused.unsqueeze(1)], dim=1)
-    counted = torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)
-    losses = evidential_loss(opinions, target, kl_weight, counted, weight, ignore_index)
-    return losses.sum(dim=1), fused.detach()
+    held = torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)
+    losses = _losses(inputs, opinions, held).sum(dim=1)
+    return reduce(losses, _counted(inputs).sum(), inputs.reduction), fused.detach()
 
 
 def opinion(evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,11 +64,28 @@ def conflict(evidence: Tensor, present: Tensor | None) -> Tensor:
     return (1.0 - agreed.sum(-1) - silent).clamp(0.0, 1.0)
 
 
-def counted_rows(target: Tensor, ignore_index: int) -> Tensor:
-    """Rows with a target: (B,) bool. Rows of probabilities all have one."""
-    if target.dim() == 2:
-        return torch.ones(len(target), dtype=torch.bool, device=target.device)
-    return target != ignore_index
+def _losses(inputs: EvidentialInputs, evidence: Tensor, present: Tensor | None) -> Tensor:
+    """Weighted loss of each opinion, 0 where none counts: (B, C) -> (B,), (B, V, C) -> (B, V)."""
+    counted, probability = _counted(inputs), _probabilities(inputs.target, evidence.shape[-1])
+    weight = inputs.weight
+    if evidence.dim() == 3:
+        counted = counted.unsqueeze(1).expand(evidence.shape[:2])
+        counted = counted if present is None else counted & present
+        probability = probability.unsqueeze(1)
+        weight = None if weight is None else weight.unsqueeze(1)
+    # Before the formulas: a NaN in a row that does not count must reach neither loss nor gradient.
+    evidence = _keep(_wide(evidence), counted)
+    losses = _opinion_loss(evidence, probability, inputs.kl_weight)
+    if weight is not None:
+        losses = losses * weight
+    return torch.where(counted, losses, 0.0).to(evidence.dtype)
+
+
+def _counted(inputs: EvidentialInputs) -> Tensor:
+    """Rows with a target: (B,) bool. All rows of probabilities have one."""
+    if inputs.target.dim() == 2:
+        return torch.ones(len(inputs.target), dtype=torch.bool, device=inputs.target.device)
+    return inputs.target != inputs.ignore_index
 
 
 def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float | Tensor) -> Tensor:
@@ -134,7 +129,7 @@ def _h(alpha: Tensor) -> Tensor:
     return torch.where(alpha < _FAR, exact, far)
 
 
-def _activate(logits: Tensor, activation: str) -> Tensor:
+def _activate(logits: Tensor, activation: str | None) -> Tensor:
     if activation == "softplus":
         return F.softplus(logits, threshold=40.0)  # torch's 20 is an error of 2e-9
     if activation == "exp":

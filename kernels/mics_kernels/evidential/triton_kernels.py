@@ -17,6 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from mics_kernels import coefficients
+from mics_kernels.evidential.records import (
+    EvidentialInputs,
+    EvidentialResults,
+    FusionGradientInputs,
+    FusionInputs,
+)
 from mics_kernels.triton_common import constant, device_of, polynomial
 
 _H_REST = constant(coefficients.H_REST)
@@ -210,7 +216,7 @@ def evidential_rows_kernel(
     if HAS_COUNT:
         scale = scale / tl.load(count)
     if KL_IN_MEMORY:
-        kl_weight = tl.load(kl_weight)
+        kl_weight = tl.load(kl_weight).to(tl.float32)
 
     evidence = tl.zeros((R, VP), tl.float32)
     misleading = tl.zeros((R, VP), tl.float32)
@@ -338,73 +344,63 @@ def blocks(views: int, classes: int) -> dict[str, int]:
     }
 
 
-def loss_and_gradient(
-    values: Tensor,
-    target: Tensor,
-    kl_weight: float | Tensor,
-    activation: str | None,
-    present: Tensor | None,
-    weight: Tensor | None,
-    ignore_index: int,
-    mean: bool,
-    want_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses, fused evidence and gradient; arguments and results as in cpu.py."""
-    values = values.contiguous()
+def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
+    """Losses, fused evidence and the gradient of the losses' sum."""
+    values, kl_weight = inputs.values.contiguous(), inputs.kl_weight
     rows, classes = values.shape[0], values.shape[-1]
     views = values.shape[1] if values.dim() == 3 else 1
-    fuse, soft = activation is not None, target.dim() == 2
-    target = target.to(torch.float32 if soft else torch.int64).contiguous()
-    present = None if present is None else present.contiguous()
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
-    losses = values.new_empty((rows,) if fuse else values.shape[:-1], dtype=torch.float32)
-    fused = values.new_empty((rows, classes) if fuse else 0, dtype=torch.float32)
-    gradient = values.new_empty(values.shape if want_gradient else 0)
+    fuse, soft = inputs.activation is not None, inputs.target.dim() == 2
+    target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
+    present = None if inputs.present is None else inputs.present.contiguous()
+    weight = None if inputs.weight is None else inputs.weight.to(torch.float32).contiguous()
+    results = EvidentialResults(
+        values.new_empty((rows,) if fuse else values.shape[:-1], dtype=torch.float32),
+        values.new_empty((rows, classes) if fuse else 0, dtype=torch.float32),
+        values.new_empty(values.shape if inputs.want_gradient else 0),
+    )
     if rows == 0:
-        return losses, fused, gradient
+        return results
     tile = blocks(views, classes)
     with device_of(values):
-        count = _count(target, ignore_index) if mean else None
+        count = _count(target, inputs.ignore_index) if inputs.reduction == "mean" else None
         evidential_rows_kernel[(triton.cdiv(rows, tile["R"]),)](
-            values, target, target, present, weight, count, losses, fused, gradient,
-            kl_weight, ignore_index, rows, **tile,
-            ACT=_ACTIVATIONS[activation], SOFT=soft, FUSE=fuse, GRADIENT=want_gradient,
+            values, target, target, present, weight, count, *results,
+            kl_weight, inputs.ignore_index, rows, **tile,
+            ACT=_ACTIVATIONS[inputs.activation], SOFT=soft, FUSE=fuse,
+            GRADIENT=inputs.want_gradient,
             HAS_PRESENT=present is not None, HAS_WEIGHT=weight is not None,
             HAS_COUNT=count is not None, KL_IN_MEMORY=isinstance(kl_weight, Tensor),
             enable_fp_fusion=True,
         )  # fmt: skip
-    return losses, fused, gradient
+    return results
 
 
-def fuse_evidence(evidence: Tensor, present: Tensor | None) -> Tensor:
-    """Dempster's rule: (B, V, C) -> (B, C) float32."""
-    evidence = evidence.contiguous()
-    fused = evidence.new_empty((evidence.shape[0], evidence.shape[2]), dtype=torch.float32)
-    _launch_fuse(evidence, present, fused, None, None)
+def fuse_evidence(inputs: FusionInputs) -> Tensor:
+    """Fused evidence (B, C) float32, by Dempster's rule."""
+    rows, _, classes = inputs.evidence.shape
+    fused = inputs.evidence.new_empty((rows, classes), dtype=torch.float32)
+    _launch_fuse(inputs, fused, None, None)
     return fused
 
 
-def fuse_evidence_gradient(
-    evidence: Tensor, present: Tensor | None, fused: Tensor, outer: Tensor
-) -> Tensor:
-    """Gradient of ``fuse_evidence``, given that of its result: like ``evidence``."""
-    evidence = evidence.contiguous()
-    gradient = evidence.new_empty(evidence.shape)
-    _launch_fuse(evidence, present, None, outer.contiguous(), gradient)
+def fuse_evidence_gradient(inputs: FusionGradientInputs) -> Tensor:
+    """Gradient of the evidence, given that of the fused evidence."""
+    gradient = inputs.evidence.new_empty(inputs.evidence.shape)
+    _launch_fuse(inputs, None, inputs.outer.contiguous(), gradient)
     return gradient
 
 
 def _launch_fuse(
-    evidence: Tensor,
-    present: Tensor | None,
+    inputs: FusionInputs | FusionGradientInputs,
     fused: Tensor | None,
     outer: Tensor | None,
     gradient: Tensor | None,
 ) -> None:
-    rows, views, classes = evidence.shape
+    rows, views, classes = inputs.evidence.shape
     if rows == 0:
         return
-    present = None if present is None else present.contiguous()
+    evidence = inputs.evidence.contiguous()
+    present = None if inputs.present is None else inputs.present.contiguous()
     tile = blocks(views, classes)
     grid = (triton.cdiv(rows, tile["R"]), triton.cdiv(classes, tile["K"]))
     with device_of(evidence):

@@ -9,12 +9,8 @@ from mics_kernels import checks
 from mics_kernels.backends import explain
 from mics_kernels.reductions import REDUCTIONS, reduce
 from mics_kernels.shift import boundary, reference
-from mics_kernels.shift.statistics import (
-    ClassMoments,
-    ClassStatistics,
-    class_moments,
-    merge_moments,
-)
+from mics_kernels.shift.records import ClassMoments, ShiftedLossInputs, ShiftInputs
+from mics_kernels.shift.statistics import ClassStatistics, class_moments, merge_moments
 
 __all__ = [
     "ClassMoments",
@@ -77,14 +73,19 @@ def shift_features(
     checks.check_tensor("seed", seed, (2,), checks.LABELS, device)
     if row_ids is not None:
         checks.check_tensor("row_ids", row_ids, (rows,), checks.LABELS, device)
-    chosen = explain("shift", features, backend).backend
-    if chosen == "reference":
-        return reference.shift_features(
-            features, target, variance, strength, seed, row_ids, directions
-        )
-    return boundary.shifted_features(
-        features, target, variance, strength, seed, row_ids, directions, chosen
+    inputs = ShiftInputs(
+        features=features,
+        target=target,
+        variance=variance,
+        strength=strength,
+        seed=seed,
+        row_ids=row_ids,
+        directions=directions,
+        backend=explain("shift", features, backend).backend,
     )
+    if inputs.backend == "reference":
+        return reference.shift_features(inputs)
+    return boundary.shifted_features(inputs)
 
 
 def shifted_cross_entropy(
@@ -136,9 +137,13 @@ def shifted_cross_entropy(
     chosen = explain("shift", logits, backend).backend
     table = reference.spread_table(weight, variance, directions)
     if chosen == "reference":
-        losses = reference.shifted_losses(logits, target, table, strength)
+        losses = reference.shifted_losses(
+            ShiftedLossInputs(logits, target, table, strength, chosen)
+        )
     else:
-        losses = boundary.shifted_losses(logits, target, table.float(), strength, chosen)
+        losses = boundary.shifted_losses(
+            ShiftedLossInputs(logits, target, table.float(), strength, chosen)
+        ).losses
     return reduce(losses, (target >= 0).sum(), reduction)
 
 

@@ -11,45 +11,33 @@ import torch
 from torch import Tensor
 
 from mics_kernels.philox import normals
+from mics_kernels.shift.records import ClassMoments, MomentsInputs, ShiftedLossInputs, ShiftInputs
 
 
-def class_moments(
-    features: Tensor, target: Tensor, num_classes: int, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def class_moments(inputs: MomentsInputs) -> ClassMoments:
     """Count (C,) float64, mean and sum of squared deviations (C, D), in two passes."""
-    shares = _shares(target, num_classes)
-    if weight is not None:
-        shares = shares * weight.double().unsqueeze(1)
+    features, shares = inputs.features, _shares(inputs)
     # A skipped row may hold anything, and zero times NaN is NaN.
     rows = torch.where((shares > 0).any(1, keepdim=True), features.double(), 0.0)
     count = shares.sum(0)
     mean = (shares.T @ rows) / torch.where(count > 0, count, 1.0).unsqueeze(1)
-    m2 = torch.zeros_like(mean)
-    for label in range(num_classes):
-        m2[label] = shares[:, label] @ (rows - mean[label]).square()
+    m2 = [own @ (rows - centre).square() for own, centre in zip(shares.T, mean, strict=True)]
     dtype = _result_dtype(features)
-    return count, mean.to(dtype), m2.to(dtype)
+    return ClassMoments(count, mean.to(dtype), torch.stack(m2).to(dtype))
 
 
-def shift_features(
-    features: Tensor,
-    target: Tensor,
-    variance: Tensor | None,
-    strength: float | Tensor,
-    seed: Tensor,
-    row_ids: Tensor | None,
-    directions: Tensor | None,
-) -> Tensor:
+def shift_features(inputs: ShiftInputs) -> Tensor:
     """``features + strength * noise``, in the dtype of the features."""
+    features, row_ids, strength = inputs.features, inputs.row_ids, inputs.strength
     dtype = _result_dtype(features)
     if row_ids is None:
         row_ids = torch.arange(len(features), device=features.device)
-    if directions is not None:
-        noise = _combination(target, directions.double(), seed, row_ids)
+    if inputs.directions is not None:
+        noise = _combination(inputs.target, inputs.directions.double(), inputs.seed, row_ids)
     else:
-        assert variance is not None
-        deviation = _row_variance(target, variance.double()).sqrt()
-        noise = deviation * normals(seed, row_ids, features.shape[1])
+        assert inputs.variance is not None
+        deviation = _row_variance(inputs.target, inputs.variance.double()).sqrt()
+        noise = deviation * normals(inputs.seed, row_ids, features.shape[1])
     if isinstance(strength, Tensor):
         strength = strength.to(dtype).reshape(-1, 1)
     return (features.to(dtype) + strength * noise.to(dtype)).to(features.dtype)
@@ -72,14 +60,13 @@ def spread_table(weight: Tensor, variance: Tensor | None, directions: Tensor | N
     return variance @ weight.square().T - 2.0 * cross + cross.diagonal().unsqueeze(1)
 
 
-def shifted_losses(
-    logits: Tensor, target: Tensor, table: Tensor, strength: float | Tensor
-) -> Tensor:
+def shifted_losses(inputs: ShiftedLossInputs) -> Tensor:
     """(B,) cross-entropy of ``logits + strength**2 / 2 * table[target]``; 0 for a label -1."""
-    is_class, label = _class_of(target, logits.shape[1])
+    logits, strength = inputs.logits, inputs.strength
+    is_class, label = _class_of(inputs.target, logits.shape[1])
     if isinstance(strength, Tensor):
         strength = strength.double().reshape(-1, 1)
-    moved = logits.double() + 0.5 * strength**2 * table[label]
+    moved = logits.double() + 0.5 * strength**2 * inputs.table[label]
     moved = torch.where(is_class.unsqueeze(1), moved, 0.0)
     right = moved.gather(1, label.unsqueeze(1)).squeeze(1)
     losses = torch.where(is_class, moved.logsumexp(1) - right, 0.0)
@@ -117,12 +104,15 @@ def _class_of(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return (target >= 0) & (target < classes), target.clamp(0, classes - 1)
 
 
-def _shares(target: Tensor, num_classes: int) -> Tensor:
-    """(B, C) float64 share of each class in each row; a label that is no class has none."""
-    if target.dim() == 2:
-        return target.double()
-    classes = torch.arange(num_classes, device=target.device)
-    return (target.unsqueeze(1) == classes).double()
+def _shares(inputs: MomentsInputs) -> Tensor:
+    """(B, C) float64 weight of each row in each class; 0 for a label that is no class."""
+    shares = inputs.target.double()
+    if inputs.target.dim() == 1:
+        classes = torch.arange(inputs.num_classes, device=inputs.target.device)
+        shares = (inputs.target.unsqueeze(1) == classes).double()
+    if inputs.weight is not None:
+        shares = shares * inputs.weight.double().unsqueeze(1)
+    return shares
 
 
 def _result_dtype(features: Tensor) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,7 @@ from mics_kernels import checks
 from mics_kernels.backends import explain
 from mics_kernels.shift import boundary, reference
 from mics_kernels.shift.recent import RecentRows, append_rows, centred_directions, latest_rows
-
-
-class ClassMoments(NamedTuple):
-    """Weighted first and second moments of each class.
-
-    Args:
-        count: (C,) float64, sum of weights.
-        mean: (C, D), 0 for a class without rows.
-        m2: (C, D), weighted sum of squared deviations from the mean.
-    """
-
-    count: Tensor  # type: ignore[assignment]  # the field's name, and a tuple's method
-    mean: Tensor
-    m2: Tensor
+from mics_kernels.shift.records import ClassMoments, MomentsInputs
 
 
 def class_moments(
@@ -68,11 +55,10 @@ def class_moments(
             checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
             checks.check_values("weight", weight, 0.0)
         chosen = explain("moments", features, backend).backend
+        inputs = MomentsInputs(features.detach(), target, num_classes, weight, chosen)
         if chosen == "reference":
-            moments = reference.class_moments(features, target, num_classes, weight)
-        else:
-            moments = boundary.moments(features, target, num_classes, weight, chosen)
-        return ClassMoments(*moments)
+            return reference.class_moments(inputs)
+        return boundary.moments(inputs)
 
 
 def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:

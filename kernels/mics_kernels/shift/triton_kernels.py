@@ -17,6 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mics_kernels import coefficients
+from mics_kernels.shift.records import (
+    ClassMoments,
+    MomentsInputs,
+    ShiftedLossInputs,
+    ShiftedLossResults,
+    ShiftInputs,
+)
 from mics_kernels.triton_common import constant, device_of, polynomial
 
 _LOG = constant(coefficients.LOG_SHORT)
@@ -389,95 +396,91 @@ def loss_blocks(classes: int) -> dict[str, int]:
     return {"C": classes, "R": 1024 // block, "K": block}
 
 
-def class_moments(
-    features: Tensor, target: Tensor, num_classes: int, weight: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and sum of squared deviations; arguments and results as in cpu.py."""
+def class_moments(inputs: MomentsInputs) -> ClassMoments:
+    """Count (C,) float64, mean and sum of squared deviations (C, D) float32, in one read."""
+    features, classes, soft = inputs.features.contiguous(), inputs.num_classes, _is_soft(inputs)
     rows, dim = features.shape
-    features, soft = features.contiguous(), target.dim() == 2
-    target = target.to(torch.float32 if soft else torch.int64).contiguous()
-    weight = None if weight is None else weight.to(torch.float32).contiguous()
-    count = features.new_empty(num_classes, dtype=torch.float64)
-    mean = features.new_empty((num_classes, dim), dtype=torch.float32)
-    m2 = torch.empty_like(mean)
-    tile = moments_blocks(rows, dim, num_classes)
+    target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
+    weight = None if inputs.weight is None else inputs.weight.to(torch.float32).contiguous()
+    count = features.new_empty(classes, dtype=torch.float64)
+    mean = features.new_empty((classes, dim), dtype=torch.float32)
+    moments = ClassMoments(count, mean, torch.empty_like(mean))
+    tile = moments_blocks(rows, dim, classes)
     parts, columns = tile["S"], triton.cdiv(dim, tile["K"])
-    counts = features.new_empty((parts, columns, num_classes), dtype=torch.float64)
-    means = features.new_empty((parts, num_classes, dim), dtype=torch.float64)
+    counts = features.new_empty((parts, columns, classes), dtype=torch.float64)
+    means = features.new_empty((parts, classes, dim), dtype=torch.float64)
     m2s = torch.empty_like(means)
     with device_of(features):
         moments_kernel[(parts, columns)](
             features, target, weight, counts, means, m2s, rows, tile["segment"],
-            D=dim, C=num_classes, R=tile["R"], K=tile["K"], SOFT=soft,
+            D=dim, C=classes, R=tile["R"], K=tile["K"], SOFT=soft,
             HAS_WEIGHT=weight is not None,
         )  # fmt: skip
-        merge_kernel[(num_classes, triton.cdiv(dim, 32))](
-            counts, means, m2s, count, mean, m2,
-            D=dim, C=num_classes, S=parts, SP=triton.next_power_of_2(parts), T=columns, K=32,
+        merge_kernel[(classes, triton.cdiv(dim, 32))](
+            counts, means, m2s, *moments,
+            D=dim, C=classes, S=parts, SP=triton.next_power_of_2(parts), T=columns, K=32,
         )  # fmt: skip
-    return count, mean, m2
+    return moments
 
 
-def shift_features(
-    features: Tensor,
-    target: Tensor,
-    variance: Tensor | None,
-    strength: float | Tensor,
-    seed: Tensor,
-    row_ids: Tensor | None,
-    directions: Tensor | None,
-) -> Tensor:
-    """``features + strength * noise``; arguments as in cpu.py."""
+def shift_features(inputs: ShiftInputs) -> Tensor:
+    """``features + strength * noise``."""
+    features, directions, soft = inputs.features.contiguous(), inputs.directions, _is_soft(inputs)
     rows, dim = features.shape
-    features, soft = features.contiguous(), target.dim() == 2
-    target = target.to(torch.float32 if soft else torch.int64).contiguous()
+    target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
     moved = features.new_empty(features.shape)
     if moved.numel() == 0:
         return moved
     tile = shift_blocks(dim)
     grid = (triton.cdiv(rows, tile["R"]), triton.cdiv(dim, tile["K"]))
-    row_ids = None if row_ids is None else row_ids.contiguous()
-    options = {**_strength_options(strength), "SOFT": soft, "HAS_IDS": row_ids is not None}
+    seed = inputs.seed.contiguous()
+    row_ids = None if inputs.row_ids is None else inputs.row_ids.contiguous()
+    options = {**_strength_options(inputs.strength), "SOFT": soft, "HAS_IDS": row_ids is not None}
     with device_of(features):
         if directions is not None:
             directions = directions.to(torch.float32).contiguous()
             classes, rank, _ = directions.shape
             combine_kernel[grid](
-                features, target, directions, seed.contiguous(), row_ids, moved, rows, rank**-0.5,
+                features, target, directions, seed, row_ids, moved, rows, rank**-0.5,
                 C=classes, RANK=rank, **tile, **options,
             )  # fmt: skip
         else:
-            assert variance is not None
-            spread = variance.to(torch.float32).contiguous()
-            spread = spread if soft else spread.sqrt()  # once a class, not once a row
+            assert inputs.variance is not None
+            spread = inputs.variance.to(torch.float32).contiguous()
+            spread = spread if soft else spread.sqrt()  # once per class, not once per row
             shift_kernel[grid](
-                features, target, spread, seed.contiguous(), row_ids, moved, rows,
-                C=len(variance), **tile, **options,
+                features, target, spread, seed, row_ids, moved, rows,
+                C=len(spread), **tile, **options,
             )  # fmt: skip
     return moved
 
 
-def shifted_losses(
-    logits: Tensor, target: Tensor, table: Tensor, strength: float | Tensor, want_gradient: bool
-) -> tuple[Tensor, Tensor]:
-    """Losses and gradient; arguments and results as in cpu.py."""
+def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
+    """Losses and the gradient of each in its logits, in one sweep."""
+    logits, strength = inputs.logits.contiguous(), _strength_options(inputs.strength)
     rows, classes = logits.shape
-    logits = logits.contiguous()
-    losses = logits.new_empty(rows, dtype=torch.float32)
-    gradient = logits.new_empty(logits.shape if want_gradient else 0)
+    results = ShiftedLossResults(
+        logits.new_empty(rows, dtype=torch.float32),
+        logits.new_empty(logits.shape if inputs.want_gradient else 0),
+    )
     if rows == 0:
-        return losses, gradient
+        return results
     tile = loss_blocks(classes)
     with device_of(logits):
         losses_kernel[(triton.cdiv(rows, tile["R"]),)](
-            logits, target.contiguous(), table.contiguous(), losses, gradient, rows,
-            GRADIENT=want_gradient, **tile, **_strength_options(strength),
+            logits, inputs.target.contiguous(), inputs.table.contiguous(), *results, rows,
+            GRADIENT=inputs.want_gradient, **tile, **strength,
         )  # fmt: skip
-    return losses, gradient
+    return results
+
+
+def _is_soft(inputs: ShiftInputs | MomentsInputs) -> bool:
+    """Whether the target holds posteriors, not labels."""
+    return inputs.target.dim() == 2
 
 
 def _strength_options(strength: float | Tensor) -> dict[str, bool | int | float | Tensor]:
-    """A number, a tensor with one for all rows, or a tensor with one a row."""
+    """Arguments of a kernel for a number, a tensor that holds one, or a tensor with one per row."""
     if isinstance(strength, Tensor):
         return {"strength": strength.contiguous(), "IN_MEMORY": True, "STRIDE": strength.dim()}
     return {"strength": strength, "IN_MEMORY": False, "STRIDE": 0}

@@ -1,0 +1,102 @@
+"""Inputs and results of shift, moments and shifted cross-entropy, as every backend takes them.
+
+Shapes: B rows, D feature width, C classes, r directions per class. The public functions fill a
+record once; arguments and ranges: ``mics_kernels.shift_features``, ``mics_kernels.class_moments``,
+``mics_kernels.shifted_cross_entropy``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mics_kernels.registration import Number
+
+
+class ShiftInputs(NamedTuple):
+    """Inputs of ``shift_features``.
+
+    Args:
+        features: (B, D).
+        target: (B,) int64 labels, or (B, C) posteriors.
+        variance: (C, D), or None where there are directions.
+        strength: number, or tensor, 0-d or (B,).
+        seed: (2,) int64.
+        row_ids: (B,) int64, or None: 0 .. B - 1.
+        directions: (C, r, D), or None.
+        backend: name of the implementation.
+    """
+
+    features: Tensor
+    target: Tensor
+    variance: Tensor | None
+    strength: Number
+    seed: Tensor
+    row_ids: Tensor | None
+    directions: Tensor | None
+    backend: str
+
+
+class MomentsInputs(NamedTuple):
+    """Inputs of ``class_moments``.
+
+    Args:
+        features: (B, D).
+        target: (B,) int64 labels, or (B, C) posteriors.
+        num_classes: C.
+        weight: (B,), or None.
+        backend: name of the implementation.
+    """
+
+    features: Tensor
+    target: Tensor
+    num_classes: int
+    weight: Tensor | None
+    backend: str
+
+
+class ClassMoments(NamedTuple):
+    """Weighted first and second moments of each class.
+
+    Args:
+        count: (C,) float64, sum of weights.
+        mean: (C, D), 0 for a class without rows.
+        m2: (C, D), weighted sum of squared deviations from the mean.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # the name of a method of tuple, too
+    mean: Tensor
+    m2: Tensor
+
+
+class ShiftedLossInputs(NamedTuple):
+    """Inputs of the losses of ``shifted_cross_entropy``.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64 labels.
+        table: (C, C), what a shift of strength sqrt(2) adds to each logit of a row of each class.
+        strength: number, or tensor, 0-d or (B,).
+        backend: name of the implementation.
+        want_gradient: whether to compute the gradient.
+    """
+
+    logits: Tensor
+    target: Tensor
+    table: Tensor
+    strength: Number
+    backend: str
+    want_gradient: bool = False
+
+
+class ShiftedLossResults(NamedTuple):
+    """Results of the losses of ``shifted_cross_entropy``.
+
+    Args:
+        losses: (B,) float32.
+        gradient: (B, C), of each loss in its own logits, like them; empty where not wanted.
+    """
+
+    losses: Tensor
+    gradient: Tensor
