@@ -20,7 +20,6 @@ from mics_fast.data.augmentation import BLUR, Augmentation
 from mics_fast.data.decoding import PairGraph, to_torch
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import blurred, resized_square
-from mics_fast.data.shards import Member
 from mics_fast.data.views import Changes, colours_of, make_view
 
 
@@ -68,8 +67,8 @@ class PairBatch:
         ]
 
 
-Image = np.ndarray | Tensor | Member
-"""An encoded image, a kept frame, or where an encoded image lies in a shard."""
+Image = np.ndarray | Tensor
+"""An encoded image or a kept frame."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ class Sample:
     Args:
         row: of the manifest; None: none.
         present: (M,) bool, which modalities it has.
-        images: of each modality, encoded, kept, or where it lies in a shard; where there is none,
-            another image, whose view is made black.
+        images: of each modality, encoded or kept; where there is none, another image, whose view is
+            made black.
         numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
         crop: (4,) float32, what is decoded of the encoded images.
         region: (4,) float32, what of a decoded or kept frame becomes the square.

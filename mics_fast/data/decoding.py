@@ -34,19 +34,6 @@ Source = Callable[[int], Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True)
-class ShardIndices:
-    """What DALI's webdataset reader is to read.
-
-    Args:
-        shards: tar files, in the order of reading.
-        indices: an index file for each, whose components are named as the modalities.
-    """
-
-    shards: Sequence[str]
-    indices: Sequence[str]
-
-
-@dataclass(frozen=True)
 class PairGraph:
     """What becomes of a pair of images, whatever files and numbers they come with.
 
@@ -124,14 +111,14 @@ class PairGraph:
         configs = (self.augment.weak, self.augment.strong)
         return [view for view in range(self.views) if configs[view].blur]
 
-    def build(self, images: Source | ShardIndices, numbers: Source, batch_size: int) -> Any:
+    def build(self, images: Source, numbers: Source, batch_size: int) -> Any:
         """A running pipeline of (H, W, 3) uint8 frames.
 
         They are squares where the graph resizes, and ``frames_of`` says which are whose; where it
         does not, there is one a modality, each sample of its own size.
 
         Args:
-            images: gives the images of each modality, or says where in shards they are.
+            images: gives the images of each modality.
             numbers: gives what ``numbers`` returns, transposed; unused where nothing is augmented.
             batch_size: largest number of samples in a batch.
         """
@@ -159,16 +146,10 @@ class PairGraph:
         outputs = squares if len(self.blurred) < self.views else []
         return outputs + [_blur(x, own[i]) for own in sigmas for i, x in enumerate(squares)]
 
-    def _images(self, source: Source | ShardIndices) -> Sequence[Any]:
+    def _images(self, source: Source) -> Sequence[Any]:
         """The image of each modality as it comes."""
         from nvidia.dali import fn
 
-        if isinstance(source, ShardIndices):
-            names = list(self.modalities)
-            read: Any = fn.readers.webdataset(
-                paths=source.shards, index_paths=source.indices, ext=names
-            )
-            return read if len(names) > 1 else [read]
         kept_on_gpu = self.kept is not None and self.kept.type == "cuda"
         images = fn.external_source(
             source=source,

@@ -19,8 +19,9 @@ import torch
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.decoding import decoded, new_pipeline
+from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Row
-from mics_fast.data.shards import Member, find_member, read_image
+from mics_fast.data.shards import read_image
 
 WHOLE = np.array([0, 0, 1, 1], np.float32)
 """The crop that is the whole frame: left, top, width, height as fractions of it."""
@@ -60,34 +61,17 @@ class ImageFiles:
             encoded = read_image(path)
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
+        except RefusedImage as error:
+            problem = str(error)
         else:
-            if not len(encoded):
-                problem = "is empty"
-            elif (row.index, modality) in self._suspects and not self._decodes(encoded, crop):
+            if (row.index, modality) in self._suspects and not self._decodes(encoded, crop):
                 problem = "cannot be decoded"
         if not problem:
             return encoded, ""
-        sentence = f"{path} {problem}, wanted the {modality} image of sample {row.id!r}"
+        sentence = f"{path} {problem}; it is the {modality} image of sample {row.id!r}"
         if self.policy == "error":
             raise InputError(sentence)
         return None, sentence
-
-    def locate(
-        self, row: Row, modality: str, crop: np.ndarray = WHOLE
-    ) -> tuple[Member | None, str]:
-        """Where in its shard an image lies that ``read`` would give; unread, unless it is suspect.
-
-        Raises:
-            InputError: as ``read``.
-        """
-        path = row.files[modality]
-        if path is not None and (row.index, modality) not in self._suspects:
-            try:
-                return find_member(path), ""
-            except OSError:
-                pass  # reading it will say why
-        encoded, sentence = self.read(row, modality, crop)
-        return (None if path is None or encoded is None else find_member(path)), sentence
 
     def suspect(self, images: Iterable[Image]) -> bool:
         """Decode the images of batches that failed one by one; whether any fails is returned.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import renamed
+from mics_fast.data.image_header import RefusedImage
+from mics_fast.data.shards import read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; what training decodes
@@ -29,17 +32,19 @@ def decode(path: Path) -> np.ndarray:
         InputError: the file is missing, no image, or a broken one.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        encoded = read_image(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except RefusedImage as error:
+        raise InputError(f"{path} {error}") from None
+    try:
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)  # as the image pipeline does
             if upright.mode.startswith("I"):  # 16 bits, which convert() would clip
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return np.asarray(upright.convert("RGB"))
-    except UnidentifiedImageError:
-        raise InputError(f"{path} is no image, or none of {', '.join(FORMATS)}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # An error of the file system names the path itself.
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be decoded as an image: {reason}") from None
+    except Exception as error:  # Pillow raises whatever broken metadata make of its code
+        raise InputError(f"{path} cannot be decoded as an image: {error}") from None
 
 
 def save(image: np.ndarray, target: Path) -> None:

@@ -29,7 +29,6 @@ from mics_fast.data.stream import (
     Prepared,
     Stream,
     encoded_sample,
-    located_sample,
     sample_of,
 )
 from mics_fast.options.config import AugmentConfig, DataConfig
@@ -119,7 +118,6 @@ class TrainLoader:
                 self._share,
                 self.step,
                 self._dtype,
-                sharded=self._located(),
             )
         batch = next(self._stream)
         before, self.step = self.epoch, self.step + 1
@@ -199,10 +197,6 @@ class TrainLoader:
             )
         return self._orders[epoch]
 
-    def _located(self) -> bool:
-        """Whether images are read from shards by DALI."""
-        return bool(self._shards) and self._cache is None
-
     def _sample(self, number: int) -> Sample:
         """A sample of the stream; the next one that has an image, where it has none."""
         problems: list[str] = []
@@ -223,8 +217,6 @@ class TrainLoader:
             modalities=len(names),
         )
         how = (graph.numbers(drawn), drawn.crop(), graph.region(drawn), drawn)
-        if self._located():
-            return located_sample(self._files, row, names, *how)
         if self._cache is None:
             return encoded_sample(self._files, row, names, *how)
         self._cache.fill([row])

@@ -6,9 +6,8 @@ lies an index in the format of DALI's ``wds2idx``. The manifest names an image a
 a folder: ``shards/train-000000.tar/000123.wli.jpg``. Shards may lie anywhere as long as the
 manifest, or a link, leads to them.
 
-Training reads shards by DALI's webdataset reader. What it reads, and in which order, is decided by
-index files that are written for it, some batches at a time; so order and resume are as exact as
-those of single files.
+Members are read one by one, as single files are, and not by a reader of DALI's: their bytes are
+checked before a decoder gets them, and a shard that is cut short costs its last rows alone.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ import errno
 import io
 import json
 import os
+import stat
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -28,6 +28,9 @@ import numpy as np
 
 from mics_fast.common.files import renamed
 from mics_fast.data.augmentation import epoch_order
+from mics_fast.data.image_header import LARGEST_FILE, RefusedImage, check_image
+
+_LARGEST_INDEX = 1 << 28  # bytes
 
 
 @dataclass(frozen=True)
@@ -131,52 +134,95 @@ def find_member(path: Path) -> Member:
     """Where the image lies that a path into a shard names.
 
     Raises:
-        OSError: the shard or its index cannot be read, or has no such member.
+        OSError: the shard or its index cannot be read, or has no such member, or one that lies
+            beyond the shard's end.
     """
-    try:
-        offset, size = read_index(path.parent)[path.name]
-    except (KeyError, ValueError):
-        raise FileNotFoundError(errno.ENOENT, "not in the shard's index", str(path)) from None
+    members, end = read_index(path.parent)
+    if path.name not in members:
+        raise FileNotFoundError(errno.ENOENT, "not in the shard's index", str(path))
+    offset, size = members[path.name]
+    if offset + size > end:
+        problem = f"bytes {offset} to {offset + size} of a shard of {end}: is it a whole copy?"
+        raise OSError(errno.EINVAL, problem, str(path))
     return Member(path.parent, offset, size)
 
 
 @cache
-def read_index(shard: Path) -> dict[str, tuple[int, int]]:
-    """Name -> offset and size of the members of a shard.
+def read_index(shard: Path) -> tuple[dict[str, tuple[int, int]], int]:
+    """Name -> offset and size of the members of a shard, as its index says; size of the shard.
 
     Raises:
         OSError: the shard is not there, or its index cannot be read.
     """
-    shard.stat()
-    _, *lines = shard.with_suffix(".idx").read_text().splitlines()
+    index = shard.with_suffix(".idx")
+    about = index.stat()
+    if not stat.S_ISREG(about.st_mode) or about.st_size > _LARGEST_INDEX:
+        raise OSError(errno.EINVAL, "its index is no regular file, or too large", str(index))
     members = {}
-    for line in lines:
-        words = line.split()
-        for offset, size, name in zip(words[1::4], words[2::4], words[3::4], strict=True):
-            members[name] = (int(offset), int(size))
-    return members
+    try:
+        _, *lines = index.read_text(encoding="utf-8").splitlines()
+        for line in lines:
+            words = line.split()
+            for offset, size, name in zip(words[1::4], words[2::4], words[3::4], strict=True):
+                members[name] = (int(offset), int(size))
+    except ValueError:
+        raise OSError(errno.EINVAL, "its index is broken", str(index)) from None
+    if any(offset < 0 or size < 0 for offset, size in members.values()):
+        raise OSError(errno.EINVAL, "its index is broken", str(index))
+    return members, shard.stat().st_size
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The bytes of an image, in a shard or a file of its own.
+    """The bytes of an image, in a shard or a file of its own, fit for a decoder.
 
     Raises:
         OSError: it cannot be read.
+        RefusedImage: it is no regular file, too large, or ``check_image`` refuses it.
     """
-    if shard_of(path) is None:
-        return np.fromfile(path, dtype=np.uint8)
-    member = find_member(path)
-    return np.fromfile(member.shard, dtype=np.uint8, count=member.size, offset=member.offset)
+    member = None if shard_of(path) is None else find_member(path)
+    data = _bytes_of(path if member is None else member.shard, member)
+    check_image(data)
+    return np.frombuffer(data, dtype=np.uint8)
+
+
+def _bytes_of(file: Path, member: Member | None) -> bytes:
+    """The bytes of a file, or of a member of a shard; never more than ``LARGEST_FILE``."""
+    about = file.stat()  # before it is opened: opening a pipe waits, opening a device may act
+    if not stat.S_ISREG(about.st_mode):
+        raise RefusedImage(f"is {_kind_of(about.st_mode)}, wanted a regular file")
+    size = about.st_size if member is None else member.size
+    with open(file, "rb", opener=_open_without_waiting) as stream:
+        if size <= LARGEST_FILE:
+            stream.seek(0 if member is None else member.offset)
+            data = stream.read(LARGEST_FILE + 1 if member is None else size)
+            if len(data) <= LARGEST_FILE:
+                return data
+    wanted = f"wanted an image of at most {LARGEST_FILE >> 20} MiB"
+    raise RefusedImage(f"has {size / 2**20:.0f} MiB, {wanted}")
+
+
+def _open_without_waiting(file: str, flags: int) -> int:
+    return os.open(file, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _kind_of(mode: int) -> str:
+    kinds = (
+        (stat.S_ISDIR, "a folder"),
+        (stat.S_ISFIFO, "a named pipe"),
+        (stat.S_ISSOCK, "a socket"),
+    )
+    return next((name for test, name in kinds if test(mode)), "a device")
 
 
 def image_exists(path: Path) -> bool:
-    """Whether there is such a file, or such a member of a shard."""
+    """Whether there is such a file, or such a member of a shard, whole."""
     if shard_of(path) is None:
         return path.is_file()
     try:
-        return os.path.getsize(path.parent) > find_member(path).offset
+        find_member(path)
     except OSError:
         return False
+    return True
 
 
 # Reading batches
@@ -194,35 +240,3 @@ def shard_order(seed: int, epoch: int, shards: Sequence[Path]) -> np.ndarray:
     place = dict(zip(names, rank, strict=True))
     rows = epoch_order(seed, epoch, len(shards))
     return rows[np.argsort([place[shards[row]] for row in rows], kind="stable")]
-
-
-def write_indices(
-    samples: Sequence[Sequence[Member]], modalities: Sequence[str], folder: Path
-) -> tuple[list[str], list[str]]:
-    """Index files that make DALI's webdataset reader read these samples in this order.
-
-    Args:
-        samples: an image for each modality, those of a sample in one shard.
-        modalities: names; the reader's component names.
-        folder: where the index files are written.
-
-    Returns:
-        The shards and their index files; a shard comes as often as the order returns to it.
-    """
-    shards: list[str] = []
-    indices: list[str] = []
-    for shard, part in groupby(samples, key=lambda members: members[0].shard):
-        lines = list(_index_lines(part, modalities))
-        index = folder / f"{len(indices):06d}.idx"
-        index.write_text("\n".join([f"v1.2 {len(lines)}", *lines, ""]))
-        shards.append(str(shard))
-        indices.append(str(index))
-    return shards, indices
-
-
-def _index_lines(samples: Iterator[Sequence[Member]], modalities: Sequence[str]) -> Iterator[str]:
-    for number, members in enumerate(samples):
-        yield " ".join(
-            f"{name} {member.offset} {member.size} {number}.{name}"
-            for name, member in zip(modalities, members, strict=True)
-        )

@@ -7,10 +7,8 @@ that cannot be decoded: the graph is built anew at the same batch, once it is kn
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,13 @@ import torch
 
 from mics_fast.data.augmentation import Augmentation
 from mics_fast.data.batch import Image, PairBatch, Sample, batch_of
-from mics_fast.data.decoding import PairGraph, ShardIndices, consumer
+from mics_fast.data.decoding import PairGraph, consumer
 from mics_fast.data.image_files import WHOLE, ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
-from mics_fast.data.shards import Member, write_indices
 
 # What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
 _PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
-_NOWHERE = Member(Path(), 0, 0)  # of a row that is replaced
-_WINDOW = 64  # batches
 
 
 @dataclass(frozen=True)
@@ -81,26 +76,8 @@ def encoded_sample(
     return sample_of(row, found, _PLACEHOLDER, numbers, crop, region, drawn)
 
 
-def located_sample(
-    files: ImageFiles,
-    row: Row,
-    names: Sequence[str],
-    numbers: tuple[np.ndarray, ...],
-    crop: np.ndarray,
-    region: np.ndarray,
-    drawn: Augmentation | None,
-) -> Sample:
-    """A sample whose images DALI reads from a shard; in the place of one that is missing, another
-    of the same row."""
-    found = [files.locate(row, name, crop) for name in names]
-    there = [member for member, _ in found if member is not None]
-    return sample_of(row, found, there[0] if there else _NOWHERE, numbers, crop, region, drawn)
-
-
 class Stream:
     """Batches step, step + 1, ... without end; built anew, at the same place, after a bad file.
-
-    Of samples in shards the graph is told ``_WINDOW`` batches at a time, and then built anew.
 
     Args:
         graph: what becomes of the images.
@@ -109,7 +86,6 @@ class Stream:
         batch_size: most samples in a batch.
         step: number of the first batch.
         dtype: of the views.
-        sharded: the images of the samples are members of shards.
     """
 
     def __init__(
@@ -120,12 +96,9 @@ class Stream:
         batch_size: int,
         step: int,
         dtype: torch.dtype = torch.float32,
-        *,
-        sharded: bool = False,
     ) -> None:
         self._graph, self._files, self._prepare = graph, files, prepare
         self._batch_size, self._step, self._dtype = batch_size, step, dtype
-        self._sharded, self._end = sharded, step
         self._in_flight: dict[int, Prepared] = {}
         self._pipeline: Any = None
         self._workers = image_workers(graph.data.threads)
@@ -144,7 +117,7 @@ class Stream:
     def _run(self) -> tuple[Sequence[Sample], Sequence[Any]]:
         """The samples of the batch, and what the graph made of them, valid until it runs again."""
         while True:
-            if self._pipeline is None or (self._sharded and self._step == self._end):
+            if self._pipeline is None:
                 self._build()
             try:
                 outputs = self._pipeline.run(consumer(self._graph.device))
@@ -172,15 +145,7 @@ class Stream:
         def numbers(iteration: int) -> list[list[np.ndarray]]:
             return prepared(iteration).numbers()
 
-        if not self._sharded:
-            self._pipeline = self._graph.build(images, numbers, self._batch_size)
-            return
-        self._end = first + _WINDOW
-        samples: list[Any] = [s.images for k in range(_WINDOW) for s in prepared(k).samples]
-        with tempfile.TemporaryDirectory() as folder:
-            written = write_indices(samples, self._graph.modalities, Path(folder))
-            indices = ShardIndices(*written)
-            self._pipeline = self._graph.build(indices, numbers, self._batch_size)
+        self._pipeline = self._graph.build(images, numbers, self._batch_size)
 
     def _encoded_in_flight(self) -> Iterator[tuple[Row, str, np.ndarray]]:
         """The images that the graph may have stumbled on."""

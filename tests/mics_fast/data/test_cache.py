@@ -15,6 +15,7 @@ from mics_fast.data.augmentation import draw_augmentation
 from mics_fast.data.cache import FrameCache, check_memory, free_host_memory
 from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Row
+from mics_fast.data.shards import read_image
 from mics_fast.options.config import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
@@ -85,11 +86,11 @@ def test_ranks_share_the_batches_of_one_process_from_memory_too(rows):
 def test_no_file_is_opened_after_the_first_epoch(rows, monkeypatch):
     opened = []
 
-    def fromfile(path, whole=np.fromfile, **options):
+    def watched(path):
         opened.append(path)
-        return whole(path, **options)
+        return read_image(path)
 
-    monkeypatch.setattr("mics_fast.data.image_files.np.fromfile", fromfile)
+    monkeypatch.setattr("mics_fast.data.image_files.read_image", watched)
     take(train(rows), 12)
     assert len(opened) == len(set(opened)) == 2 * len(rows) - 1
 
@@ -97,7 +98,7 @@ def test_no_file_is_opened_after_the_first_epoch(rows, monkeypatch):
 def test_loaders_of_both_stages_share_the_frames(rows, monkeypatch):
     kept = keep(rows)
     take(train(rows, kept=kept), 5)
-    monkeypatch.setattr("mics_fast.data.image_files.np.fromfile", None)
+    monkeypatch.setattr("mics_fast.data.image_files.read_image", None)
     take(train(rows[3:9], kept=kept), 3)
 
 

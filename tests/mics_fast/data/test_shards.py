@@ -13,7 +13,6 @@ from PIL import Image
 
 from mics_fast import prepare
 from mics_fast.common.errors import InputError
-from mics_fast.data import stream
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.loaders import EvalLoader, TrainLoader
@@ -95,21 +94,13 @@ def test_an_order_takes_shard_after_shard_and_mixes_both(manifests):
     assert len({of[order[0]] for order in (shard_order(0, e, of) for e in range(20))}) > 1
 
 
-@pytest.mark.parametrize("window", [3, 64])
-def test_dalis_reader_gives_what_single_files_give(manifests, window, monkeypatch):
-    """In the order of the shards, over the ends of windows and epochs, absent images included."""
-    monkeypatch.setattr(stream, "_WINDOW", window)
+def test_training_takes_one_shard_after_the_other(manifests):
     _, shards = manifests
-    rows = shards.select("train")
-    by_reader = take(train(rows), 9)
-    monkeypatch.setattr(TrainLoader, "_located", lambda _: False)  # images one by one
-    assert all(map(same, by_reader, take(train(rows), 9)))
-
-
-def test_dalis_reader_reads_the_shards(manifests, monkeypatch):
-    _, shards = manifests
-    monkeypatch.setattr("mics_fast.data.image_files.read_image", None)
-    take(train(shards.select("train")), 5)
+    rows = {row.index: row for row in shards.select("train")}
+    order = torch.cat([batch.sample_id for batch in take(train(list(rows.values())), 3)]).tolist()
+    of = [next(filter(None, rows[index].files.values())).parent for index in order]
+    changes = [name for name, _ in itertools.groupby(of[: len(rows)])]
+    assert len(changes) == len(set(changes)) > 1
 
 
 @pytest.mark.parametrize("mode", ["none", "host"])
@@ -160,7 +151,7 @@ def test_evaluation_reads_shards_too(manifests):
 
 def spoil(row, name):
     """Overwrite the second half of an image within its shard."""
-    offset, size = read_index(row.files[name].parent)[row.files[name].name]
+    offset, size = read_index(row.files[name].parent)[0][row.files[name].name]
     with open(row.files[name].parent, "r+b") as file:
         file.seek(offset + size // 2)
         file.write(bytes(size - size // 2))
@@ -196,10 +187,60 @@ def test_a_member_that_a_shard_does_not_have_is_told(manifests):
         read_manifest(manifest)
     lost = read_manifest(manifest, files_exist=False).rows[0]
     with pytest.raises(InputError, match=r"999999\.wli\.jpg cannot be read \(not in the shard"):
-        ImageFiles("error", CPU).locate(lost, "wli")
+        ImageFiles("error", CPU).read(lost, "wli")
 
 
 def test_shards_and_folds_do_not_go_together(tmp_path):
     for options in (["--to-shards", "0"], ["--to-shards", "5", "--folds", "3"]):
         with pytest.raises(InputError, match="--to-shards"):
             prepare.main(["phantom", "--out", str(tmp_path / "out"), *options])
+
+
+# Shards that are not whole, or not honest
+
+
+def cut(shards, share=0.6):
+    """Cut the end off the shard of the first train row; return its rows."""
+    path = next(filter(None, shards.select("train")[0].files.values())).parent
+    with open(path, "r+b") as file:
+        file.truncate(int(share * path.stat().st_size))
+    read_index.cache_clear()
+    own = [row for row in shards.rows if any(p and p.parent == path for p in row.files.values())]
+    return path, own
+
+
+def test_a_shard_cut_short_costs_the_rows_beyond_its_end_alone(manifests):
+    _, shards = manifests
+    path, own = cut(shards)
+    data = DataConfig(on_bad_file="skip")
+    loader = EvalLoader(own, NAMES, data=data, image_size=16, batch_size=8, device=CPU)
+    read = torch.cat([batch.sample_id for batch in loader]).tolist()
+    assert 0 < len(read) < len(own)
+    with pytest.raises(
+        InputError, match=f"{path}.* of a shard of .*: is it a whole copy"
+    ) as caught:
+        list(EvalLoader(own, NAMES, data=DataConfig(), image_size=16, batch_size=8, device=CPU))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_manifest_that_leads_into_a_shard_cut_short_is_refused(manifests):
+    _, shards = manifests
+    cut(shards)
+    with pytest.raises(InputError, match="does not exist"):
+        read_manifest(shards.path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    ["", "v1.2 1\nwli 0 5", "v1.2 1\nwli zero 5 000000.wli.jpg", "v1.2 1\nwli -9 5 000000.wli.jpg",
+     "v1.2 1\nwli 0 99999999999999999999 000000.wli.jpg", b"\xff\xfe\x00"],
+)  # fmt: skip
+def test_a_broken_index_is_one_sentence(manifests, index):
+    _, shards = manifests
+    row = next(row for row in shards.rows if row.files["wli"])
+    target = row.files["wli"].parent.with_suffix(".idx")
+    target.write_bytes(index if isinstance(index, bytes) else index.encode())
+    read_index.cache_clear()
+    with pytest.raises(InputError) as caught:
+        ImageFiles("error", CPU).read(row, "wli")
+    assert str(row.files["wli"]) in str(caught.value) and "\n" not in str(caught.value)
