@@ -111,8 +111,8 @@ def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, missing=False):
             present[number % len(modalities)] = number > 1
             present &= number > 0
         row = SimpleNamespace(label=number % 3, labelled=True, index=number, group=number)
-        numbers, colours = graph.numbers(drawn), (drawn.weak, drawn.strong)
-        sample = Sample(row, present, [], numbers, drawn.crop(), graph.region(drawn), colours, [])
+        numbers = graph.numbers(drawn)
+        sample = Sample(row, present, [], numbers, drawn.crop(), graph.region(drawn), drawn, [])
         samples.append(sample)
     pipeline = Pipeline(len(modalities) * len(graph.blurred), rows, side)
 
