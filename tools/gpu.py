@@ -1,15 +1,23 @@
 """``make gpu``: build, test and time on a machine with an NVIDIA GPU and no network.
 
-Uses the tools that are installed (nvcc, a C++ compiler, CMake, Ninja, pybind11, PyTorch) and a
-scratch folder; the checkout is left alone. What lacks a package is named, and the rest goes on.
-Prints a short table last, whatever failed; writes gpu.json after every step, and the benchmarks'
-results row by row, to $OUT when it is set. Each step has a limit, after which all that it has
-started is killed, and all of them together end within 9 minutes. The training ladder comes last and
-gets what is left; `python -m bench --quick --only training` runs it alone.
+    python -m tools.gpu [tests] [operators] [training]
+
+Each part ends within ten minutes, needs no other one and can be run alone (``make gpu
+PART=tests``):
+
+- tests: of the operators, of their stability over a thousand runs, of a step captured as a CUDA graph
+- operators: times of our own operators at every size first, then beside their rivals
+- training: the training ladder
+
+Uses the tools that are installed (nvcc, a C++ compiler, CMake, Ninja, pybind11, PyTorch) and writes
+to build/gpu alone. What lacks a package is named and left out. Every step has a limit, after which
+it is killed with all that it started. Results are written as they come to $OUT if it is set, else
+to build/gpu/results; a short table comes last, whatever failed.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -17,114 +25,190 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from bench.rows import Row
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 520
-"""For everything; a step gets what its own limit and the steps before leave."""
-SUBJECTS = ("evidential", "consistency", "shift", "training")
+BUILD = ROOT / "build" / "gpu"
+SECONDS = 570
+"""For each part; a step gets what the steps before it have left."""
+PARTS = ("tests", "operators", "training")
+OPERATORS = ("consistency", "evidential", "shift")
 TRAINER = ("PIL", "rich", "tensorboard")
-"""What the ladder imports; without DALI its frames are random."""
+"""Packages that the ladder imports; without DALI its frames are random."""
 GRACE = 25
 """Seconds before its limit at which a benchmark begins nothing new."""
 
 
-def main() -> int:
-    """Run the steps; exit status 0 when none failed."""
-    if importlib.util.find_spec("torch") is None:
-        print("make gpu needs PyTorch, and it is not installed", file=sys.stderr)
+@dataclass(frozen=True)
+class Outcome:
+    """How a step ended."""
+
+    step: str
+    status: Literal["ok", "left out", "failed"]
+    detail: str = ""
+
+
+class Runner:
+    """Runs the commands of one part within its time.
+
+    Args:
+        seconds: for all of them.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds
+        path = os.pathsep.join([str(BUILD / "kernels"), str(ROOT)])
+        self.environment = {**os.environ, "PYTHONPATH": path}
+
+    def left(self) -> float:
+        """Seconds until the part has to end."""
+        return self.end - time.monotonic()
+
+    def run(self, step: str, command: list[str], limit: float = SECONDS) -> Outcome:
+        """Run a command within ``limit`` seconds and within the time that is left."""
+        limit = min(limit, self.left())
+        if limit < 1:
+            return Outcome(step, "left out", "no time was left")
+        start = time.monotonic()
+        try:
+            process = subprocess.Popen(
+                command, env=self.environment, cwd=ROOT, start_new_session=True
+            )
+        except OSError as error:
+            return Outcome(step, "failed", str(error))
+        try:
+            status = process.wait(limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # with the compilers and tests that it started
+            process.wait()
+            return Outcome(step, "failed", f"stopped after {limit:.0f} s")
+        took = f"{time.monotonic() - start:.0f} s"
+        if status == 0:
+            return Outcome(step, "ok", took)
+        return Outcome(step, "failed", f"exit status {status}, {took}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the parts that are asked for; exit status 0 where nothing failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.gpu", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
+    parts = parser.parse_args(arguments).parts or PARTS
+    if not installed("torch"):
+        print("make gpu needs PyTorch, which is not installed", file=sys.stderr)
         return 2
     import torch
 
     if not torch.cuda.is_available():
-        print(
-            "make gpu needs an NVIDIA GPU that PyTorch can use, and there is none", file=sys.stderr
-        )
+        print("make gpu needs an NVIDIA GPU that PyTorch can use; there is none", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as name:
-        out = Path(os.environ.get("OUT") or name).resolve()
-        out.mkdir(parents=True, exist_ok=True)
-        kernels = Path(name) / "kernels"
-        shutil.copytree(ROOT / "kernels", kernels, ignore=shutil.ignore_patterns("*.so"))
-        head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-        outcomes: dict[str, str] = {}
+    out = Path(os.environ.get("OUT") or BUILD / "results").resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    head = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    outcomes: list[Outcome] = []
+    for part in parts:
         try:
-            for step, outcome in steps(Path(name), out):
-                outcomes[step] = outcome
-                text = json.dumps({"on": head, "steps": outcomes}, indent=1)
-                (out / "gpu.json").write_text(text)
-        except Exception as error:  # what was measured is told all the same
+            for outcome in steps(part, Runner(SECONDS), out):
+                outcomes.append(outcome)
+                found = {"on": head, "steps": [asdict(one) for one in outcomes]}
+                (out / "gpu.json").write_text(json.dumps(found, indent=1))
+        except Exception as error:  # the other parts still run
             traceback.print_exc()
-            outcomes["this program"] = f"{type(error).__name__}: {error}"
-        report(head, outcomes, out)
-    failed = [
-        step for step, outcome in outcomes.items() if not outcome.startswith(("ok", "left out"))
-    ]
-    return 1 if failed else 0
+            outcomes.append(Outcome(part, "failed", f"{type(error).__name__}: {error}"))
+    report(head, outcomes, out)
+    return int(any(outcome.status == "failed" for outcome in outcomes))
 
 
-def report(head: str, outcomes: dict[str, str], out: Path) -> None:
-    """What became of each step, and the results that there are."""
-    print(f"\n{head}")
-    for step, outcome in outcomes.items():
-        print(f"{step:18} {outcome}")
-    for subject in SUBJECTS:
-        try:
-            print_result(out / f"{subject}.json")
-        except Exception:  # the other tables are wanted, too
-            traceback.print_exc(limit=1)
+def steps(part: str, runner: Runner, out: Path) -> Iterator[Outcome]:
+    """The steps of one part. Triton needs no native module: without one they run all the same."""
+    yield from build(runner)
+    yield from {"tests": tests, "operators": operators, "training": training}[part](runner, out)
 
 
-def steps(scratch: Path, out: Path) -> Iterator[tuple[str, str]]:
-    """Each step and "ok", "left out" and why, or what became of it. Without the native module
-    later steps still run: Triton needs none."""
-    path = os.pathsep.join([str(scratch / "kernels"), str(ROOT)])
-    environment = {**os.environ, "PYTHONPATH": path}
-    end = time.monotonic() + SECONDS
-
-    def run(command: list[str], limit: int) -> str:
-        return outcome_of(command, min(limit, end - time.monotonic()), environment)
-
+def build(runner: Runner) -> Iterator[Outcome]:
+    """Copy the package and build its native module there; what is built already stays."""
+    kernels = BUILD / "kernels"
+    for file in kernels.rglob("*.py"):
+        file.unlink()
+    shutil.copytree(ROOT / "kernels", kernels, ignore=shutil.ignore_patterns("*.so"),
+                    dirs_exist_ok=True)  # fmt: skip
     missing = [tool for tool in ("cmake", "ninja", "nvcc") if not shutil.which(tool)]
     missing += [] if installed("pybind11") else ["pybind11"]
     if missing:
-        yield "native module", f"left out: no {', '.join(missing)}"
-    else:
-        yield "configure", run(configure(scratch), 40)
-        yield "build", run(["cmake", "--build", str(scratch / "build")], 100)
-    yield from tests(run)
-    for subject in SUBJECTS:
-        missing = [name for name in TRAINER if not installed(name)] if subject == "training" else []
-        if missing:
-            yield subject, f"left out: no {', '.join(missing)}"
-            continue
-        stored = str(out / f"{subject}.json")
-        command = [sys.executable, "-m", "bench", "--quick", "--only", subject, "--json", stored]
-        limit = int(min(SECONDS if subject == "training" else 85, end - time.monotonic()))
-        # A rung of the ladder takes longer to build, and all are timed at its end.
-        grace = 3 * GRACE if subject == "training" else GRACE
-        yield subject, run([*command, "--limit", str(max(1, limit - grace))], limit)
+        yield Outcome("native module", "left out", f"no {', '.join(missing)}")
+        return
+    yield runner.run("configure", configure(), 60)
+    yield runner.run("build", ["cmake", "--build", str(BUILD / "native")], 150)
 
 
-def tests(run: Callable[[list[str], int], str]) -> Iterator[tuple[str, str]]:
-    """The operators' tests, and those of a captured step; files that import a package which is not
-    here are left out."""
+def configure() -> list[str]:
+    """CMake for the GPU that is there, with the module beside the copied package."""
+    import pybind11
+
+    return [
+        "cmake", "-S", str(ROOT), "-B", str(BUILD / "native"), "-G", "Ninja",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DMICS_MODULE_DIR={BUILD / 'kernels' / 'mics_kernels'}",
+    ]  # fmt: skip
+
+
+def tests(runner: Runner, out: Path) -> Iterator[Outcome]:
+    """The operators' tests and those of a captured step.
+
+    Files that import a package which is not installed are left out.
+    """
     if not installed("pytest"):
-        yield "tests", "left out: no pytest"
+        yield Outcome("tests", "left out", "no pytest")
         return
     missing = [name for name in ("hypothesis", "mpmath") if not installed(name)]
-    files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
-    files.append(ROOT / "tests" / "mics_fast" / "engine" / "test_capture.py")
-    chosen = [str(file) for file in files if not needs(file, missing)]
-    command = [sys.executable, "-m", "pytest", "-q", "--maxfail", "20", *chosen]
-    command += ["-n", "8"] if installed("xdist") else []  # most of the time is compilation
-    left = f", without tests that need {', '.join(missing)}" if missing else ""
-    yield "tests", run(command, 150) + left
+    stress = ROOT / "tests" / "kernels" / "test_consistency_stress.py"
+    files = set((ROOT / "tests" / "kernels").glob("test_*.py")) - {stress}
+    files.add(ROOT / "tests" / "mics_fast" / "engine" / "test_capture.py")
+    chosen = [str(file) for file in sorted(files) if not needs(file, missing)]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--maxfail", "20"]
+    yield runner.run("stress test", [*pytest, str(stress)], 120)
+    parallel = ["-n", "8"] if installed("xdist") else []  # most of the time is compilation
+    outcome = runner.run("tests", [*pytest, *chosen, *parallel])
+    without = f", without tests that need {', '.join(missing)}" if missing else ""
+    yield Outcome(outcome.step, outcome.status, outcome.detail + without)
+
+
+def operators(runner: Runner, out: Path) -> Iterator[Outcome]:
+    """Our operators alone, which need no compilation by torch, then each subject with rivals."""
+    yield benchmark(runner, out, "ours", ["--ours", "--only", *OPERATORS], 150)
+    for place, subject in enumerate(OPERATORS):
+        share = runner.left() / (len(OPERATORS) - place)
+        yield benchmark(runner, out, subject, ["--only", subject], share)
+
+
+def training(runner: Runner, out: Path) -> Iterator[Outcome]:
+    """The training ladder."""
+    missing = [name for name in TRAINER if not installed(name)]
+    if missing:
+        yield Outcome("training", "left out", f"no {', '.join(missing)}")
+        return
+    # A rung takes longer to build than a case of an operator.
+    yield benchmark(runner, out, "training", ["--only", "training"], SECONDS, grace=3 * GRACE)
+
+
+def benchmark(
+    runner: Runner, out: Path, name: str, options: list[str], limit: float, grace: float = GRACE
+) -> Outcome:
+    """A quick benchmark, which stores its rows as they come."""
+    limit = min(limit, runner.left())
+    command = [sys.executable, "-m", "bench", "--quick", *options]
+    command += ["--json", str(out / f"{name}.json"), "--limit", str(max(1, int(limit - grace)))]
+    return runner.run(name, command, limit)
 
 
 def installed(name: str) -> bool:
@@ -138,40 +222,26 @@ def needs(file: Path, packages: list[str]) -> bool:
     return any(f"import {name}" in text or f"from {name}" in text for name in packages)
 
 
-def configure(scratch: Path) -> list[str]:
-    """CMake for the GPU that is there, with the module beside the copied package."""
-    import pybind11
-
-    return [
-        "cmake", "-S", str(ROOT), "-B", str(scratch / "build"), "-G", "Ninja",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-        f"-DMICS_MODULE_DIR={scratch / 'kernels' / 'mics_kernels'}",
-    ]  # fmt: skip
-
-
-def outcome_of(command: list[str], limit: float, environment: dict[str, str]) -> str:
-    """Run with a limit in seconds: "ok" and how long, or one line that says what went wrong."""
-    if limit < 1:
-        return "left out: no time was left"
-    start = time.monotonic()
-    try:
-        process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
-    except OSError as error:
-        return str(error)
-    try:
-        status = process.wait(limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # with the compilers and tests that it started
-        return f"stopped after {limit:.0f} s"
-    return f"{'ok' if status == 0 else f'exit status {status}'}, {time.monotonic() - start:.0f} s"
+def report(head: str, outcomes: list[Outcome], out: Path) -> None:
+    """Print how each step ended, and the results that there are."""
+    print(f"\n{head}")
+    for outcome in outcomes:
+        print(f"{outcome.step:18} {outcome.status}{f', {outcome.detail}' * bool(outcome.detail)}")
+    for name in (*OPERATORS, "training"):
+        try:
+            complete = print_result(out / f"{name}.json")
+            if not complete and name in OPERATORS:
+                print_result(out / "ours.json", subject=name)
+        except Exception:  # the other tables are still printed
+            traceback.print_exc(limit=1)
 
 
-def print_result(path: Path) -> None:
-    """Our own rows of a benchmark's result, with the best of the others beside each."""
+def print_result(path: Path, subject: str = "") -> bool:
+    """Print our own rows of a result, the best rival beside each; whether there were any."""
     if not path.exists():
-        return
-    found = json.loads(path.read_text())["rows"]
+        return False
+    found: list[Row] = json.loads(path.read_text())["rows"]
+    found = [row for row in found if subject in ("", row["subject"])]
     rows = [row for row in found if "absent" not in row]
     for row in rows:
         if "pairs_per_second" in row:
@@ -181,18 +251,22 @@ def print_result(path: Path) -> None:
             print(line_of(row, rows))
     for row in found:
         if row.get("failed"):
-            what = [row.get(key, "") for key in ("operator", "shape", "implementation")]
-            print(f"FAILED: {' '.join(what)}: {row['absent'][:160]}")
+            what = (
+                f"{row.get('operator', '')} {row.get('shape', '')} {row.get('implementation', '')}"
+            )
+            print(f"FAILED: {what}: {row['absent'][:160]}")
+    return bool(rows)
 
 
-def line_of(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    """One of our rows: time, share of the floor, and the fastest of the others."""
+def line_of(row: Row, rows: list[Row]) -> str:
+    """One of our rows: replayed and ordinary call, share of the floor, the fastest rival."""
     same = [r for r in rows if (r["operator"], r["shape"]) == (row["operator"], row["shape"])]
     others = [r for r in same if not r["ours"] and r["implementation"] != "copy"]
     best = min(others, key=lambda other: other["median_ms"], default=None)
     line = (
         f"{row['operator']:28} {row['shape']:22} {row['implementation']:7} "
-        f"{1e3 * row['median_ms']:9.1f} us {100 * row['share_of_floor']:4.0f} % of the floor"
+        f"{1e3 * row['median_ms']:9.1f} us replayed {1e3 * row['called_ms']:9.1f} us as called "
+        f"{100 * (row['share_of_floor'] or 0):4.0f} % of the floor"
     )
     if best is None:
         return line
