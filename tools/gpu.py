@@ -5,7 +5,7 @@
 Each part ends within ten minutes, needs no other one and can be run alone (``make gpu
 PART=tests``):
 
-- tests: of the operators, of their stability over a thousand runs, of a step captured as a CUDA graph
+- tests: of the operators, their stability over a thousand runs, and a captured step
 - operators: times of our own operators at every size first, then beside their rivals
 - training: the training ladder
 
@@ -98,11 +98,14 @@ class Runner:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts that are asked for; exit status 0 where nothing failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m tools.gpu", description=__doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog="python -m tools.gpu")
+    parser.add_argument(
+        "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all"
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
     parts = parser.parse_args(arguments).parts or PARTS
+    for part in parts:
+        if part not in PARTS:
+            parser.error(f"there is no part {part!r}, only {', '.join(PARTS)}")
     if not installed("torch"):
         print("make gpu needs PyTorch, which is not installed", file=sys.stderr)
         return 2
@@ -251,10 +254,8 @@ def print_result(path: Path, subject: str = "") -> bool:
             print(line_of(row, rows))
     for row in found:
         if row.get("failed"):
-            what = (
-                f"{row.get('operator', '')} {row.get('shape', '')} {row.get('implementation', '')}"
-            )
-            print(f"FAILED: {what}: {row['absent'][:160]}")
+            what = [row.get("operator", ""), row.get("shape", ""), row.get("implementation", "")]
+            print(f"FAILED: {' '.join(what)}: {row['absent'][:160]}")
     return bool(rows)
 
 
