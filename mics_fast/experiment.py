@@ -26,7 +26,7 @@ from rich.markdown import Markdown
 from mics_fast.common.errors import InputError, run_command
 from mics_fast.common.files import write_json, write_text
 from mics_fast.options.config import ExperimentConfig, TrainConfig, check_config, check_experiment
-from mics_fast.study.experiment import make_cells, missing_tasks
+from mics_fast.study.experiment import draws, make_cells, missing_tasks
 from mics_fast.study.processes import run_tasks
 from mics_fast.study.summary import markdown, tabulate
 from mics_fast.training.run import parse_options
@@ -38,12 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = Path(train.out).resolve()
     began = time.monotonic()
     cells = make_cells(train, grid, out)
-    for tasks in missing_tasks(train, cells, out):
+    for tasks in missing_tasks(cells):
         if not run_tasks(tasks, grid.processes):
             print(f"stopped and saved: the same command goes on, --out {train.out}")
             return
     results = [json.loads(cell.file.read_text()) for cell in cells]
-    table = tabulate(results, grid.label_fractions, grid.variants)
+    table = tabulate(results, [str(labels) for labels in draws(grid)], grid.variants)
     write_json(out / "results.json", table)
     text = markdown(table)
     write_text(out / "results.md", text)

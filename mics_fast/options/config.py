@@ -332,7 +332,11 @@ class TrainConfig:
     finetune: FinetuneConfig = field(default_factory=FinetuneConfig)
 
 
-Variant = Literal["supervised", "pretraining", "pseudo-labels", "shift", "full"]
+Variant = Literal[
+    "supervised", "supervised-long", "reconstruction", "pretraining", "pseudo-labels",
+    "without-pretraining", "full", "without-consistency", "without-adversary", "without-shift",
+    "without-modality-consistency", "fixmatch", "freematch",
+]  # fmt: skip
 
 
 @dataclass
@@ -342,17 +346,18 @@ class ExperimentConfig:
     Args:
         seeds: one run each; of the label draw, the weights, the order, masks and shifts.
         label_fractions: of the train rows of each class.
-        variants: each adds to those before it: supervised (the labelled rows alone, from
-            scratch), pretraining, pseudo-labels, shift, and full (also modality consistency).
+        label_counts: labelled train rows of each class, beside those fractions.
+        variants: as in ``study/variants.py``; the first is what the others are compared with.
         out_of_distribution: a manifest of images that the models should be unsure of; "" = none.
         processes: runs at a time, each with its share of the CPU threads. Small networks do not
             use two threads well: as many processes as cores, where memory allows.
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
-    label_fractions: list[float] = field(default_factory=lambda: [0.05])
+    label_fractions: list[float] = field(default_factory=list)
+    label_counts: list[int] = field(default_factory=list)
     variants: list[Variant] = field(
-        default_factory=lambda: ["supervised", "pretraining", "pseudo-labels", "shift", "full"]
+        default_factory=lambda: ["supervised-long", "pretraining", "without-pretraining", "full"]
     )
     out_of_distribution: str = ""
     processes: int = 1
@@ -366,10 +371,18 @@ def check_experiment(config: ExperimentConfig) -> None:
     """
     if config.processes < 1:
         raise InputError(f"option experiment.processes is {config.processes}, wanted at least 1")
-    for name in ("seeds", "label_fractions", "variants"):
+    for name in ("seeds", "label_fractions", "label_counts", "variants"):
         values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
+        may_be_empty = name.startswith("label_")
+        if len(set(values)) < len(values) or not (values or may_be_empty):
             raise InputError(f"option experiment.{name} is {values}, wanted each value once")
+    if not config.label_fractions and not config.label_counts:
+        raise InputError(
+            "experiment.label_fractions and experiment.label_counts are empty, wanted either"
+        )
+    for count in config.label_counts:
+        if count < 1:
+            raise InputError(f"option experiment.label_counts holds {count}, wanted at least 1")
     for fraction in config.label_fractions:
         if not 0 < fraction <= 1:
             raise InputError(

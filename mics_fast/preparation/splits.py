@@ -100,7 +100,12 @@ def split_fold(
 
 
 def label_rows(
-    labels: Sequence[str], groups: Sequence[str], fraction: float, seed: int
+    labels: Sequence[str],
+    groups: Sequence[str],
+    fraction: float,
+    seed: int,
+    *,
+    count: int | None = None,
 ) -> list[bool]:
     """Choose whole groups of train rows that keep their label.
 
@@ -110,13 +115,15 @@ def label_rows(
         fraction: of the rows of each class: max(1, round(fraction * n)) of them, and no more
             than the last whole group adds.
         seed: of the draw.
+        count: rows of each class to label, in place of a fraction.
 
     Returns:
         For each row, whether training may use its label.
     """
     labelled = [False] * len(labels)
     for label, members in _shuffled_groups(labels, groups, seed, purpose=1).items():
-        wanted = max(1, round(fraction * sum(len(group) for group in members))) if label else 0
+        share = max(1, round(fraction * sum(len(group) for group in members)))
+        wanted = (count or share) if label else 0
         for group in members:
             if wanted <= 0:
                 break

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 import os
@@ -10,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mics_fast.common.files import make_folder, write_json
 from mics_fast.data.manifest import RESERVED, Manifest, read_manifest, write_manifest
 from mics_fast.engine.checkpoint import load_checkpoint
+from mics_fast.engine.log import read_log
 from mics_fast.evaluation.metrics import risks_at, view_metrics
 from mics_fast.inference.evaluated import all_views, evaluate, labelled_rows, out_of_distribution
 from mics_fast.options.config import (
@@ -25,11 +25,24 @@ from mics_fast.options.config import (
 from mics_fast.preparation.splits import label_rows
 from mics_fast.study.processes import Task
 from mics_fast.study.summary import COVERAGES
+from mics_fast.study.variants import RECIPES, finetuning_of, pretraining_of
 from mics_fast.training.run import Run, read_config, refuse_changes
 from mics_fast.training.trainer import Trainer
 
-# Each variant adds a part, and keeps those of the variants before it.
-LADDER = get_args(Variant)
+
+@dataclass(frozen=True)
+class Labels:
+    """How many train rows of each class keep their label: a fraction of them, or a number."""
+
+    fraction: float = 0.0
+    count: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.count} per class" if self.count else f"{self.fraction:.1%}"
+
+    @property
+    def file_name(self) -> str:
+        return f"labels-{self.count}-per-class" if self.count else f"labels-{self.fraction:g}"
 
 
 @dataclass(frozen=True)
@@ -37,15 +50,17 @@ class Cell:
     """One run of the grid.
 
     Args:
-        seed, fraction, variant: where it is in the grid.
+        seed, labels, variant: where it is in the grid.
         config: of its fine-tuning.
+        pretraining: of the pre-training that it starts from; None: from scratch.
         other: path of the out-of-distribution manifest; "" = none.
     """
 
     seed: int
-    fraction: float
-    variant: str
+    labels: Labels
+    variant: Variant
     config: TrainConfig
+    pretraining: TrainConfig | None
     other: str
 
     @property
@@ -68,25 +83,30 @@ def make_cells(train: TrainConfig, grid: ExperimentConfig, out: Path) -> list[Ce
         read_manifest(Path(other), manifest.modalities)
     cells = []
     for seed in grid.seeds:
-        for fraction in grid.label_fractions:
-            file = out / f"seed-{seed}" / f"labels-{fraction:g}.csv"
-            draw_labels(manifest, file, fraction, seed)
+        for labels in draws(grid):
+            file = out / f"seed-{seed}" / f"{labels.file_name}.csv"
+            draw_labels(manifest, file, labels, seed)
             for variant in grid.variants:
-                config = copy.deepcopy(train)
-                config.seed, config.stage = seed, "finetune"
-                config.finetune.init = (
-                    str(pretraining_folder(out, seed)) if pretrained(variant) else "none"
-                )
+                config = finetuning_of(train, variant, manifest)
+                pretraining = pretraining_of(train, variant)
+                config.seed, config.finetune.init = seed, "none"
+                if pretraining is not None:
+                    folder = pretraining_folder(out, seed, variant)
+                    pretraining.seed, pretraining.out = seed, str(folder)
+                    config.finetune.init = str(folder)
                 config.data.manifest = str(file)
                 config.out = str(file.with_suffix("") / variant)
-                leave_out(config, variant)
-                cells.append(Cell(seed, fraction, variant, config, other))
+                cells.append(Cell(seed, labels, variant, config, pretraining, other))
     return cells
 
 
-def missing_tasks(
-    train: TrainConfig, cells: Sequence[Cell], out: Path
-) -> tuple[list[Task], list[Task]]:
+def draws(grid: ExperimentConfig) -> list[Labels]:
+    """Every amount of labels, fractions first."""
+    counts = [Labels(count=count) for count in grid.label_counts]
+    return [Labels(fraction) for fraction in grid.label_fractions] + counts
+
+
+def missing_tasks(cells: Sequence[Cell]) -> tuple[list[Task], list[Task]]:
     """What is still to be done: first all that waits for nothing, then what needs pre-training.
 
     Raises:
@@ -94,24 +114,30 @@ def missing_tasks(
     """
     first: list[Task] = []
     second: list[Task] = []
-    for seed in dict.fromkeys(cell.seed for cell in cells if pretrained(cell.variant)):
-        config = copy.deepcopy(train)
-        config.seed, config.stage, config.out = seed, "pretrain", str(pretraining_folder(out, seed))
-        refuse_other_options(config)
-        if not all(is_done(cell) for cell in cells if cell.seed == seed):
-            first.append(Task(f"seed {seed}, pre-training", partial(pretrain, config)))
+    shared: dict[str, Cell] = {}
     for cell in cells:
         refuse_other_options(cell.config)
-        if not is_done(cell):
-            name = f"seed {cell.seed}, {cell.fraction:.1%} of the labels, {cell.variant}"
-            tasks = second if pretrained(cell.variant) else first
-            tasks.append(Task(name, partial(run_cell, cell)))
-    return first, second
+        if cell.pretraining is not None:
+            refuse_other_options(cell.pretraining)
+        if is_done(cell):
+            continue
+        name = f"seed {cell.seed}, labels {cell.labels}, {cell.variant}"
+        tasks = first if cell.pretraining is None else second
+        tasks.append(Task(name, partial(run_cell, cell)))
+        if cell.pretraining is not None:
+            shared.setdefault(cell.pretraining.out, cell)
+    before = [
+        Task(f"seed {cell.seed}, {Path(folder).name}", partial(pretrain, cell.pretraining))
+        for folder, cell in shared.items()
+        if cell.pretraining is not None
+    ]
+    return [*before, *first], second
 
 
-def pretraining_folder(out: Path, seed: int) -> Path:
-    """The run folder of the pre-training that all cells of a seed share."""
-    return out / f"seed-{seed}" / "pretraining"
+def pretraining_folder(out: Path, seed: int, variant: Variant) -> Path:
+    """The run folder of a pre-training; cells of a seed share it where its options are the same."""
+    off = "-".join(name.removesuffix("_weight") for name in RECIPES[variant].pretrain)
+    return out / f"seed-{seed}" / (f"pretraining-without-{off}" if off else "pretraining")
 
 
 def refuse_other_options(config: TrainConfig) -> None:
@@ -142,28 +168,13 @@ def run_cell(cell: Cell) -> bool:
     return True
 
 
-def pretrained(variant: str) -> bool:
-    """Whether a variant starts from pre-training."""
-    return variant != "supervised"
-
-
-def leave_out(config: TrainConfig, variant: str) -> None:
-    """Switch off the terms of fine-tuning that a variant does not have yet."""
-    has = LADDER.index(variant)
-    if has < LADDER.index("pseudo-labels"):
-        config.finetune.unlabelled_weight = 0.0
-    if has < LADDER.index("shift"):
-        config.finetune.shift_weight = 0.0
-    if has < LADDER.index("full"):
-        config.finetune.modality_consistency_weight = 0.0
-
-
-def draw_labels(manifest: Manifest, file: Path, fraction: float, seed: int) -> None:
+def draw_labels(manifest: Manifest, file: Path, labels: Labels, seed: int) -> None:
     """Write the same rows and splits with other labelled ones, drawn by the seed as ``prepare``
     does."""
     train = manifest.select("train")
     names = ["" if row.label < 0 else manifest.classes[row.label] for row in train]
-    chosen = label_rows(names, [str(row.group) for row in train], fraction, seed)
+    groups = [str(row.group) for row in train]
+    chosen = label_rows(names, groups, labels.fraction, seed, count=labels.count)
     labelled = {row.index for row, keeps in zip(train, chosen, strict=True) if keeps}
     make_folder(file.parent)
     with open(manifest.path, newline="", encoding="utf-8-sig") as source:
@@ -193,19 +204,26 @@ def assess(run: Run, manifest: Manifest, cell: Cell) -> dict[str, Any]:
         for name, area in areas.items():
             views[name]["out_of_distribution_auroc"] = area
     seconds = training_seconds(run, "finetune")
-    if pretrained(cell.variant):
-        seconds += training_seconds(Run.open(Path(run.config.finetune.init)), "pretrain")
+    if cell.pretraining is not None:
+        seconds += training_seconds(Run.open(Path(cell.pretraining.out)), "pretrain")
     return {
         "seed": cell.seed,
-        "label_fraction": cell.fraction,
+        "labels": str(cell.labels),
         "variant": cell.variant,
         "labelled": len(manifest.select("train", labelled=True)),
         "n": len(evaluated.rows),
         "n_other": count,
         "other": cell.other,
         "views": views,
+        "curve": validation_curve(run),
         "seconds": seconds,
     }
+
+
+def validation_curve(run: Run) -> list[tuple[float, float]]:
+    """Step and accuracy of the fused opinion on the val rows, as they were logged."""
+    lines = read_log(run.folder).get("finetune", [])
+    return [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line]
 
 
 def training_seconds(run: Run, stage: str) -> float:

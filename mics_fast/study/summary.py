@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from mics_fast.evaluation.intervals import LEVEL
 from mics_fast.evaluation.tables import markdown_table
 
+FULL = "full"  # the variant that ablations are compared with
 # The risk-coverage table, in % of the samples.
 COVERAGES = (50, 60, 70, 80, 90, 100)
 # Metrics in the tables: title and factor; the JSON holds every metric of every view.
@@ -38,53 +39,73 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def tabulate(
-    results: Sequence[dict[str, Any]], fractions: Sequence[float], variants: Sequence[str]
+    results: Sequence[dict[str, Any]], labels: Sequence[str], variants: Sequence[str]
 ) -> dict[str, Any]:
-    """All metrics of all views for every label fraction and variant.
+    """All metrics of all views for every amount of labels and variant.
 
     Args:
-        results: of every run: "seed", "label_fraction", "variant", "views", "labelled", "n",
-            "n_other", "seconds".
-        fractions, variants: in the order of the rows.
+        results: of every run: "seed", "labels", "variant", "views", "labelled", "n", "n_other",
+            "curve", "seconds".
+        labels, variants: in the order of the rows.
 
     Returns:
-        "rows": each with means, and differences paired by seed: to the variant in the row above,
-        to the first one of its label fraction, and of the fused opinion to every other view.
+        "rows": each with means, and differences paired by seed: to the first variant of its
+        labels, to the full method, and of the fused opinion to every other view.
     """
     rows = []
-    for fraction in fractions:
+    for amount in labels:
         by_variant = {
             variant: sorted(
-                (x for x in results if (x["label_fraction"], x["variant"]) == (fraction, variant)),
+                (x for x in results if (x["labels"], x["variant"]) == (amount, variant)),
                 key=lambda result: result["seed"],
             )
             for variant in variants
         }
-        for position, variant in enumerate(variants):
+        rivals = {"minus_first": variants[0], "minus_full": FULL}
+        for variant in variants:
             own = by_variant[variant]
-            row = {
-                "label_fraction": fraction,
-                "variant": variant,
-                "seeds": [result["seed"] for result in own],
-                "labelled": [result["labelled"] for result in own],
-                "n": own[0]["n"],
-                "n_other": own[0]["n_other"],
-                "seconds": statistics.fmean(result["seconds"] for result in own),
-                "views": {view: over_seeds(own, view) for view in own[0]["views"]},
-                "fused_minus": {
-                    view: over_seeds(own, "fused", own, view)
-                    for view in own[0]["views"]
-                    if view != "fused"
-                },
-            }
-            if position:
-                for name, rival in (("minus_previous", position - 1), ("minus_first", 0)):
-                    others = by_variant[variants[rival]]
+            row = describe(own)
+            for name, rival in rivals.items():
+                if rival in by_variant and rival != variant:
                     row[name] = {
-                        view: over_seeds(own, view, others, view) for view in own[0]["views"]
+                        view: over_seeds(own, view, by_variant[rival], view)
+                        for view in own[0]["views"]
                     }
             rows.append(row)
     return {"level": LEVEL, "rows": rows}
+
+
+def describe(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The row of one variant and amount of labels, from its runs sorted by seed."""
+    views = results[0]["views"]
+    row = {
+        "labels": results[0]["labels"],
+        "variant": results[0]["variant"],
+        "seeds": [result["seed"] for result in results],
+        "labelled": [result["labelled"] for result in results],
+        "n": results[0]["n"],
+        "n_other": results[0]["n_other"],
+        "seconds": statistics.fmean(result["seconds"] for result in results),
+        "views": {view: over_seeds(results, view) for view in views},
+        "fused_minus": {
+            view: over_seeds(results, "fused", results, view) for view in views if view != "fused"
+        },
+    }
+    curves = [result["curve"] for result in results]
+    if all(curves):
+        row["val"] = {
+            "last": mean_interval([curve[-1][1] for curve in curves]),
+            "fall": mean_interval([max(a for _, a in c) - c[-1][1] for c in curves]),
+            "curve": mean_curve(curves),
+        }
+    return row
+
+
+def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
+    """Step and mean accuracy over seeds, at the steps that all of them have."""
+    by_step = [dict(map(tuple, curve)) for curve in curves]
+    shared = sorted(set.intersection(*(set(own) for own in by_step)))
+    return [[step, statistics.fmean(own[step] for own in by_step)] for step in shared]
 
 
 def over_seeds(
@@ -116,6 +137,7 @@ def markdown(table: dict[str, Any]) -> str:
     parts = [
         introduction(rows),
         fused_table(rows),
+        *([curve_table(rows)] if all("val" in row for row in rows) else []),
         "**Fused against each modality alone**, accuracy in %; the differences are paired.",
         view_table(rows, modalities, [f"{name} alone" for name in modalities]),
         "**One modality missing** from every test sample, accuracy of the fused opinion in %. Of "
@@ -156,9 +178,11 @@ def introduction(rows: Sequence[dict[str, Any]]) -> str:
 def fused_table(rows: Sequence[dict[str, Any]]) -> str:
     """The fused opinion of each variant, and what it gains over the others."""
     first = rows[0]["variant"]
-    differences = {"minus_previous": "- row above", "minus_first": f"- {first}"}
-    if len({row["variant"] for row in rows}) < 3:
-        differences.pop("minus_previous")  # the row above is the first
+    differences = {"minus_first": f"- {first}", "minus_full": f"- {FULL}"}
+    if first == FULL or not any("minus_full" in row for row in rows):
+        differences.pop("minus_full")
+    if first != FULL and {row["variant"] for row in rows} == {first, FULL}:
+        differences.pop("minus_full")  # the same numbers with the other sign
     head = ["accuracy, %", *differences.values(), *(title for title, _ in FUSED.values())]
     lines = [
         [
@@ -174,9 +198,33 @@ def fused_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     caption = (
         '**The fused opinion.** "trained": mean wall time, shared pre-training included; the '
-        "variants are not matched in time."
+        'variants are not matched in time, but for "supervised-long", which has as many '
+        'floating-point operations as "full".'
     )
     return f"{caption}\n\n{labelled_table(rows, [*head, 'trained'], lines)}"
+
+
+def curve_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Accuracy on the val rows along each variant's fine-tuning."""
+    quarters = (25, 50, 75, 100)
+    lines = []
+    for row in rows:
+        curve = row["val"]["curve"]
+        end = curve[-1][0]
+        along = [min(curve, key=lambda at: abs(at[0] - end * share / 100)) for share in quarters]
+        lines.append(
+            [
+                f"{end:.0f}",
+                *(f"{100 * accuracy:.1f}" for _, accuracy in along),
+                cell(row["val"]["fall"], 100),
+            ]
+        )
+    caption = (
+        "**Learning curves**: mean accuracy in % on the val rows, which choose nothing here, after "
+        "a quarter, half, three quarters and all of the steps; how far the end lies below the best."
+    )
+    head = ["steps", *(f"{share} %" for share in quarters), "fall from the best"]
+    return f"{caption}\n\n{labelled_table(rows, head, lines)}"
 
 
 def view_table(rows: Sequence[dict[str, Any]], views: Sequence[str], titles: Sequence[str]) -> str:
@@ -212,12 +260,12 @@ def other_table(rows: Sequence[dict[str, Any]], views: Sequence[str]) -> str:
 def labelled_table(
     rows: Sequence[dict[str, Any]], head: Sequence[str], lines: Sequence[Sequence[str]]
 ) -> str:
-    """A Markdown table whose lines begin with the label fraction and the variant."""
+    """A Markdown table whose lines begin with the amount of labels and the variant."""
     return markdown_table(
         ["labels", "variant", *head],
         [
             [
-                f"{row['label_fraction']:.1%} ({statistics.fmean(row['labelled']):.0f})",
+                f"{row['labels']} ({statistics.fmean(row['labelled']):.0f})",
                 row["variant"],
                 *line,
             ]

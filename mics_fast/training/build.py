@@ -45,7 +45,7 @@ def build_pretraining(
     """Stage 1 over so many train rows, its weights drawn from the seed, and its plan."""
     options, model = config.pretrain, config.model
     steps_per_epoch = max(1, rows // options.batch_size)
-    queue_size = options.queue_size or max(1, min(65536, rows // 4))
+    queue = queue_size(options, rows)
     torch.manual_seed(config.seed)
     stage = PretrainStage(
         options,
@@ -53,7 +53,7 @@ def build_pretraining(
         manifest.modalities,
         pool=model.pool,
         projection=model.projection,
-        queue_size=queue_size,
+        queue_size=queue,
         steps_per_epoch=steps_per_epoch,
         seed=config.seed,
         autocast=precision.autocast,
@@ -62,7 +62,7 @@ def build_pretraining(
     plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
     plan.final_lr = {"model": options.lr_final / options.lr}
     plan.choose_best = False
-    plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue_size)
+    plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue)
     return stage, plan
 
 
@@ -140,9 +140,14 @@ def build_finetuning(
     return stage, plan
 
 
+def queue_size(options: PretrainConfig, rows: int) -> int:
+    """Rows of each queue: those asked for, or a quarter of the train rows."""
+    return options.queue_size or max(1, min(65536, rows // 4))
+
+
 def stage_steps(options: PretrainConfig | FinetuneConfig, steps_per_epoch: int) -> int:
-    """The optimiser steps of a stage: those given, or those of its epochs."""
-    return options.steps or options.epochs * steps_per_epoch
+    """The optimiser steps of a stage: those asked for, or those of its epochs."""
+    return options.steps or options.epochs * max(1, steps_per_epoch)
 
 
 def make_plan(

@@ -17,7 +17,7 @@ import yaml
 from mics_fast import experiment
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import read_manifest
-from mics_fast.study.experiment import leave_out
+from mics_fast.study.experiment import Labels, draw_labels, make_cells, pretraining_folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -93,20 +93,40 @@ def test_seeds_draw_other_labels_of_the_same_splits(finished, phantom_manifest):
     assert labelled[0] != labelled[1]
 
 
-@pytest.mark.parametrize(
-    ("variant", "weights"),
-    [
-        ("supervised", (0, 0, 0)), ("pretraining", (0, 0, 0)), ("pseudo-labels", (1, 0, 0)),
-        ("shift", (1, 0.5, 0)), ("full", (1, 0.5, 0.1)),
-    ],
-)  # fmt: skip
-def test_each_variant_adds_to_the_one_before(options, variant, weights):
-    config, _ = experiment.parse([*options, "--out", "x"])
-    leave_out(config, variant)
-    stage = config.finetune
-    assert weights == (
-        stage.unlabelled_weight, stage.shift_weight, stage.modality_consistency_weight
+def test_a_number_of_labels_per_class_is_drawn_as_a_fraction_is(phantom_manifest, tmp_path):
+    manifest = read_manifest(phantom_manifest)
+    files = tmp_path / "fraction.csv", tmp_path / "count.csv"
+    for file, labels in zip(files, (Labels(0.5), Labels(count=2)), strict=True):
+        draw_labels(manifest, file, labels, seed=3)
+    # Half of four train rows of each class are two.
+    assert files[0].read_text() == files[1].read_text()
+    draw_labels(manifest, files[1], Labels(count=1), seed=3)
+    few = read_manifest(files[1]).select("train", labelled=True)
+    assert sorted(row.label for row in few) == list(range(6))
+
+
+def test_labels_are_named_alike_in_folders_and_tables():
+    assert (str(Labels(0.05)), Labels(0.05).file_name) == ("5.0%", "labels-0.05")
+    assert (str(Labels(count=2)), Labels(count=2).file_name) == (
+        "2 per class", "labels-2-per-class"
     )  # fmt: skip
+
+
+def test_variants_share_a_pre_training_where_its_options_are_the_same(options, tmp_path):
+    names = ["full", "fixmatch", "without-adversary", "reconstruction", "without-pretraining"]
+    asked = ["--experiment.variants", f"[{', '.join(names)}]", "--out", str(tmp_path)]
+    train, grid = experiment.parse([*options, *asked])
+    cells = [cell for cell in make_cells(train, grid, tmp_path) if cell.seed == 1]
+    folders = {c.variant: c.pretraining and Path(c.pretraining.out).name for c in cells}
+    assert folders == {
+        "full": "pretraining", "fixmatch": "pretraining",
+        "without-adversary": "pretraining-without-adversarial",
+        "reconstruction": "pretraining-without-consistency-adversarial",
+        "without-pretraining": None,
+    }  # fmt: skip
+    for cell in cells:
+        init = pretraining_folder(tmp_path, 1, cell.variant) if cell.pretraining else "none"
+        assert cell.config.finetune.init == str(init)
 
 
 def test_a_killed_experiment_goes_on_as_if_it_had_never_stopped(finished, options, tmp_path):
@@ -168,6 +188,8 @@ def test_an_experiment_does_not_go_on_with_other_options(finished, options):
     [
         ("experiment.seeds", "[]", r"experiment\.seeds is \[\], wanted each value once"),
         ("experiment.seeds", "[1, 1]", r"experiment\.seeds is \[1, 1\], wanted each value once"),
+        ("experiment.label_fractions", "[]", "label_fractions and .*label_counts are empty"),
+        ("experiment.label_counts", "[0]", r"label_counts holds 0, wanted at least 1"),
         ("experiment.label_fractions", "[2]", r"label_fractions holds 2\.0, wanted above 0"),
         ("experiment.variants", "[magic]", "magic"),
         ("experiment.processes", "0", r"experiment\.processes is 0, wanted at least 1"),
@@ -185,15 +207,6 @@ def test_a_folder_that_cannot_be_written_is_named(options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         experiment.main([*options, "--out", str(tmp_path / "file" / "grid")])
-
-
-def test_the_study_is_the_grid_that_its_document_describes():
-    configs = Path(__file__).parents[3] / "configs"
-    files = [f"--config={configs / name}" for name in ("demo.yaml", "study.yaml")]
-    train, grid = experiment.parse([*files, "--data.manifest", "x", "--out", "y"])
-    assert [len(grid.label_fractions), len(grid.variants), len(grid.seeds)] == [2, 2, 5]
-    assert 1800 // train.finetune.unlabelled_batch * train.finetune.epochs == 336
-    assert 1800 // train.pretrain.batch_size * train.pretrain.epochs == 112
 
 
 def test_another_manifest_to_be_unsure_of_needs_no_training(

@@ -9,13 +9,14 @@ from scipy import stats
 from mics_fast.study.summary import markdown, mean_interval, tabulate
 
 
-def result(seed, variant, accuracy, fraction=0.05):
+def result(seed, variant, accuracy, labels="5.0%"):
     metrics = {"accuracy": accuracy, "macro_f1": accuracy, "macro_auroc": None, "ece": 0.1,
                "aurc": 0.2, "risk_at_50_coverage": 0.125, "coverage_at_5_risk": 0.25}  # fmt: skip
     alone = {"accuracy": accuracy - 0.1 - 0.01 * seed, "ece": 0.3}
     return {
-        "seed": seed, "label_fraction": fraction, "variant": variant, "labelled": 6, "n": 40,
+        "seed": seed, "labels": labels, "variant": variant, "labelled": 6, "n": 40,
         "n_other": 0, "seconds": 10.0 * (seed + 1),
+        "curve": [(10, accuracy + 0.1), (20, accuracy - 0.01 * seed)],
         "views": {"fused": metrics, "wli": alone, "without nbi": alone},
     }  # fmt: skip
 
@@ -27,7 +28,7 @@ BEFORE, AFTER = [0.50, 0.61, 0.55], [0.58, 0.66, 0.70]
 def table():
     results = [result(s, "supervised", x) for s, x in enumerate(BEFORE)]
     results += [result(s, "full", x) for s, x in enumerate(AFTER)]
-    return tabulate(results[::-1], [0.05], ["supervised", "full"])
+    return tabulate(results[::-1], ["5.0%"], ["supervised", "full"])
 
 
 def test_the_interval_of_a_mean_is_student_s():
@@ -51,7 +52,9 @@ def test_differences_are_paired_by_seed(table):
     wanted = stats.ttest_rel(AFTER, BEFORE).confidence_interval(0.95)
     assert difference["interval"] == pytest.approx(list(wanted))
     assert difference["values"] == pytest.approx([0.08, 0.05, 0.15])
-    assert second["minus_previous"] == second["minus_first"]
+    assert first["minus_full"]["fused"]["accuracy"]["values"] == pytest.approx(
+        [-0.08, -0.05, -0.15]
+    )
 
 
 def test_the_fused_opinion_is_compared_with_each_other_view_of_the_same_seed(table):
@@ -69,7 +72,7 @@ def test_a_metric_that_is_not_defined_everywhere_has_no_mean(table):
 
 
 def test_one_seed_has_no_interval():
-    table = tabulate([result(0, "full", 0.5)], [0.05], ["full"])
+    table = tabulate([result(0, "full", 0.5)], ["5.0%"], ["full"])
     assert table["rows"][0]["views"]["fused"]["accuracy"]["interval"] is None
     text = markdown(table)
     assert "| 50.0 |" in text and "One seed: no interval" in text and " ± " not in text
@@ -87,7 +90,7 @@ def half(interval):
 
 def test_the_markdown_shows_means_half_intervals_and_differences(table):
     head, first, second = lines_of(table, "The fused opinion")
-    # Of two variants the row above is the first one: one column says it.
+    # Of two variants one difference says both.
     assert head[2:4] == ["accuracy, %", "- supervised"] and first[3] == ""
     error = half(stats.ttest_rel(AFTER, BEFORE).confidence_interval(0.95))
     assert second[3] == f"+9.3 ± {100 * error:.1f}"
@@ -95,12 +98,26 @@ def test_the_markdown_shows_means_half_intervals_and_differences(table):
     assert second[2].startswith("64.7 ± ")
 
 
-def test_more_than_two_variants_are_also_compared_with_the_row_above():
-    names = ["supervised", "pretraining", "full"]
+def test_ablations_are_compared_with_the_first_variant_and_with_the_full_method():
+    names = ["supervised", "full", "without-shift"]
     results = [result(s, name, 0.5 + 0.1 * i) for i, name in enumerate(names) for s in (0, 1)]
-    head, *_, last = lines_of(tabulate(results, [0.05], names), "The fused opinion")
-    assert head[3:5] == ["- row above", "- supervised"]
-    assert [cell.split(" ± ")[0] for cell in last[3:5]] == ["+10.0", "+20.0"]
+    head, first, _, last = lines_of(tabulate(results, ["5.0%"], names), "The fused opinion")
+    assert head[3:5] == ["- supervised", "- full"]
+    assert [cell.split(" ± ")[0] for cell in last[3:5]] == ["+20.0", "+10.0"]
+    assert first[3] == "" and first[4].startswith("-10.0")
+
+
+def test_learning_curves_show_quarters_and_the_fall_from_the_best(table):
+    head, first, _ = lines_of(table, "Learning curves")
+    assert head[2:] == ["steps", "25 %", "50 %", "75 %", "100 %", "fall from the best"]
+    assert first[2] == "20" and first[4] == "65.3" and first[6] == "54.3"
+    assert first[7].startswith("11.0 ± "), "peaks 0.1 above, ends 0, 0.01 and 0.02 below"
+
+
+def test_runs_without_val_rows_have_no_learning_curve():
+    one = result(0, "full", 0.5)
+    one["curve"] = []
+    assert "Learning curves" not in markdown(tabulate([one], ["5.0%"], ["full"]))
 
 
 def test_every_question_has_a_table_of_its_own(table):
@@ -118,7 +135,7 @@ def test_the_area_out_of_distribution_has_a_table_where_it_was_asked_for():
     for seed, one in enumerate(results):
         one["n_other"] = 7
         one["views"]["fused"]["out_of_distribution_auroc"] = 0.8 + 0.1 * seed
-    table = tabulate(results, [0.05], ["full"])
+    table = tabulate(results, ["5.0%"], ["full"])
     head, line = lines_of(table, "Out of distribution")
     assert head[2:] == ["fused", "wli"] and line[2].startswith("0.850 ± ")
     assert "7 samples" in markdown(table)
