@@ -8,8 +8,10 @@ they depend on no worker, rank, thread or resume point, and raw words, unlike th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import numpy as np
 
@@ -19,8 +21,12 @@ from mics_fast.options.config import AugmentConfig, ColourConfig
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 """Columns of ``Augmentation.weak`` and ``Augmentation.strong``."""
 
-_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS, _DISTORT = range(5)  # what numbers are for
+_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS, _DISTORT, _TEACHER = range(6)  # what numbers are for
 _GEOMETRY_NUMBERS, _COLOUR_NUMBERS, _BOX_NUMBERS = 6, 5, 4
+
+View = Literal["weak", "strong", "teacher"]
+"""What an image is made into: the weak view (in evaluation, the only one, it is the whole frame),
+the strong view of the same crop, or the weak view of another crop for the teacher."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,9 @@ class Augmentation:
     affine: np.ndarray
     boxes: np.ndarray
 
-    def colours(self, view: int) -> np.ndarray:
-        """(M, 5) colour numbers of the weak view, 0, or of the strong one, 1."""
-        return (self.weak, self.strong)[view]
+    def colours(self, view: View) -> np.ndarray:
+        """(M, 5) colour numbers of a view."""
+        return self.strong if view == "strong" else self.weak
 
     def crop(self) -> np.ndarray:
         """(4,) float32: left, top, width and height of the crop."""
@@ -65,9 +71,20 @@ class Augmentation:
         flips = self.flips()
         return np.tile(self.anchor[::-1], 2) + flips * np.tile(self.shape[::-1], 2)
 
+    def region_in(self, crop: np.ndarray) -> np.ndarray:
+        """(4,) float32: the same region as fractions of a larger crop, (4,) as ``crop`` gives."""
+        corner, shape = np.tile(crop[1::-1], 2), np.tile(crop[:1:-1], 2)
+        return (self.region() - corner) / shape
+
 
 def draw_augmentation(
-    config: AugmentConfig, *, seed: int, epoch: int, sample_id: int, modalities: int
+    config: AugmentConfig,
+    *,
+    seed: int,
+    epoch: int,
+    sample_id: int,
+    modalities: int,
+    teacher: bool = False,
 ) -> Augmentation:
     """The changes of one pair: one crop and one flip for all, colour for each modality.
 
@@ -84,9 +101,11 @@ def draw_augmentation(
         sample_id: manifest row.
         modalities: M, in a fixed order; a modality keeps its numbers when others are added after
             it, whether its image exists or not and whether the strong view is used or not.
+        teacher: draw the crop, flip and colour of the teacher's view, independent of the others.
     """
     words = _GEOMETRY_NUMBERS + 2 * _COLOUR_NUMBERS * modalities
-    uniform = (_raw(seed, _AUGMENT, epoch, sample_id, words) >> np.uint64(11)) * 2.0**-53
+    purpose = _TEACHER if teacher else _AUGMENT
+    uniform = (_raw(seed, purpose, epoch, sample_id, words) >> np.uint64(11)) * 2.0**-53
     area = _between(config.crop_scale, uniform[0])
     ratio = np.exp(_between(tuple(np.log(config.crop_ratio)), uniform[1]))
     shape = np.minimum(np.sqrt([area * ratio, area / ratio]), 1.0)
@@ -103,6 +122,13 @@ def draw_augmentation(
         affine=affine_of(angle, shear),
         boxes=boxes_of(config.erasing, distort[2:].reshape(modalities, _BOX_NUMBERS)),
     )
+
+
+def union(crops: Sequence[np.ndarray]) -> np.ndarray:
+    """(4,) float32: the smallest crop that holds some crops; left, top, width and height."""
+    corners = np.array([np.concatenate([crop[:2], crop[:2] + crop[2:]]) for crop in crops])
+    start, end = corners[:, :2].min(0), corners[:, 2:].max(0)
+    return np.concatenate([start, end - start])
 
 
 @lru_cache(maxsize=4)

@@ -7,7 +7,7 @@ here, sample by sample, in threads that share a batch; DALI decodes the next one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mics_fast.data.augmentation import BLUR, Augmentation
-from mics_fast.data.decoding import PairGraph, to_torch
+from mics_fast.data.augmentation import BLUR, Augmentation, View
+from mics_fast.data.decoding import WHOLE, PairGraph, to_torch
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import blurred, resized_square
 from mics_fast.data.views import Changes, colours_of, make_view
@@ -36,6 +36,7 @@ class PairBatch:
         labelled: (B,) bool, may training use the label.
         sample_id: (B,) int64 manifest row.
         group_id: (B,) int64 contrastive id.
+        teacher: a weak view of other crops, for the teacher of pre-training, where asked for.
     """
 
     views: dict[str, Tensor]
@@ -45,6 +46,7 @@ class PairBatch:
     labelled: Tensor
     sample_id: Tensor
     group_id: Tensor
+    teacher: dict[str, Tensor] | None = None
 
     def split(self, parts: int) -> list[PairBatch]:
         """Equal parts of B / ``parts`` rows, in order; they share this batch's memory."""
@@ -82,8 +84,7 @@ class Sample:
             made black.
         numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
         crop: (4,) float32, what is decoded of the encoded images.
-        region: (4,) float32, what of a decoded or kept frame becomes the square.
-        drawn: how it is augmented; None: not at all.
+        drawn: how each view is augmented; empty: not at all.
         problems: a sentence on each bad image that it goes without.
     """
 
@@ -92,14 +93,12 @@ class Sample:
     images: Sequence[Image]
     numbers: tuple[np.ndarray, ...]
     crop: np.ndarray
-    region: np.ndarray
-    drawn: Augmentation | None
+    drawn: Mapping[View, Augmentation]
     problems: Sequence[str]
 
 
-Views = list[dict[str, Tensor]]
-"""The views, weak or evaluation first, of each modality: (B, 3, H, W)."""
-STRONG = 1  # its place among them
+Views = dict[View, dict[str, Tensor]]
+"""The views of each modality: (B, 3, H, W)."""
 
 
 def batch_of(
@@ -136,8 +135,9 @@ def batch_of(
         return _on_device(values, graph.device)
 
     return PairBatch(
-        views=views[0],
-        strong=views[1] if graph.strong else None,
+        views=views["weak"],
+        strong=views.get("strong"),
+        teacher=views.get("teacher"),
         present=on_device(torch.from_numpy(present)),
         label=on_device(torch.tensor([row.label for row in rows], dtype=torch.int64)),
         labelled=on_device(torch.tensor([row.labelled for row in rows], dtype=torch.bool)),
@@ -150,18 +150,18 @@ def _of_squares(
     graph: PairGraph, samples: Sequence[Sample], squares: Sequence[Tensor], dtype: torch.dtype
 ) -> Views:
     """The views of the graph's (B, side, side, 3) uint8 squares."""
-    views: Views = []
-    for number, own in enumerate(graph.frames_of(squares)):
-        views.append({})
+    views: Views = {}
+    for kind, own in graph.frames_of(squares).items():
+        views[kind] = {}
         for column, name in enumerate(graph.modalities):
             planes = own[column].permute(0, 3, 1, 2)
             planes = planes.to(torch.float32, memory_format=torch.contiguous_format)
-            changes = _changes(graph, samples, number, column)
+            changes = _changes(graph, samples, kind, column)
             view = make_view(planes, name, graph.data, changes)
             there = np.array([sample.present[column] for sample in samples], bool)
             if not there.all():
                 view *= _on_device(torch.from_numpy(there), graph.device)[:, None, None, None]
-            views[-1][name] = view.to(dtype)
+            views[kind][name] = view.to(dtype)
     return views
 
 
@@ -174,30 +174,33 @@ def _of_frames(
 ) -> Views:
     """The views of (H, W, 3) uint8 frames, decoded or kept, a list a modality."""
     shape = (len(samples), 3, graph.image_size, graph.image_size)
-    views: Views = [
-        {name: torch.empty(shape, dtype=dtype) for name in graph.modalities}
-        for _ in range(graph.views)
-    ]
-    changes = [
-        [_changes(graph, samples, number, column) for column in range(len(graph.modalities))]
-        for number in range(graph.views)
-    ]
+    views: Views = {
+        kind: {name: torch.empty(shape, dtype=dtype) for name in graph.modalities}
+        for kind in graph.views
+    }
+    changes = {
+        kind: [_changes(graph, samples, kind, column) for column in range(len(graph.modalities))]
+        for kind in graph.views
+    }
 
     def make(k: int) -> None:
         """All views of a sample."""
         sample = samples[k]
         for column, name in enumerate(graph.modalities):
             if not sample.present[column]:
-                for view in views:
+                for view in views.values():
                     view[name][k] = 0
                 continue
             frame = torch.from_numpy(np.asarray(frames[column][k]))
-            square = resized_square(frame, graph.image_size, sample.region)
-            for number, view in enumerate(views):
+            for kind, view in views.items():
+                if kind in graph.crops:  # else it shares the square of the view before
+                    drawn = sample.drawn.get(kind)
+                    region = WHOLE if drawn is None else graph.region(drawn, sample.crop)
+                    square = resized_square(frame, graph.image_size, region)
                 own = square
-                if sample.drawn is not None and number in graph.blurred:
-                    own = blurred(square, float(sample.drawn.colours(number)[column, BLUR]))
-                of = changes[number][column]
+                if kind in graph.blurred:
+                    own = blurred(square, float(sample.drawn[kind].colours(kind)[column, BLUR]))
+                of = changes[kind][column]
                 change = None if of is None else of.of_sample(k)
                 view[name][k] = make_view(own.contiguous()[None], name, graph.data, change)[0]
 
@@ -206,9 +209,11 @@ def _of_frames(
     return views
 
 
-def _changes(graph: PairGraph, samples: Sequence[Sample], view: int, column: int) -> Changes | None:
+def _changes(
+    graph: PairGraph, samples: Sequence[Sample], view: View, column: int
+) -> Changes | None:
     """How a view of a modality is changed; None where nothing is augmented."""
-    drawn = [sample.drawn for sample in samples if sample.drawn is not None]
+    drawn = [sample.drawn[view] for sample in samples if sample.drawn]
     if graph.augment is None or not drawn:
         return None
 
@@ -216,8 +221,8 @@ def _changes(graph: PairGraph, samples: Sequence[Sample], view: int, column: int
         return _on_device(torch.from_numpy(np.array(values)), graph.device)
 
     matrix, offset = colours_of(np.array([own.colours(view)[column] for own in drawn]))
-    distorts = view == STRONG and bool(graph.augment.rotation or graph.augment.shear)
-    erases = view == STRONG and graph.augment.erasing > 0
+    distorts = view == "strong" and bool(graph.augment.rotation or graph.augment.shear)
+    erases = view == "strong" and graph.augment.erasing > 0
     return Changes(
         on_device(matrix),
         on_device(offset),

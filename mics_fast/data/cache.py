@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.decoding import (
+    WHOLE,
     check_dali,
     consumer,
     decoded,
@@ -24,7 +25,7 @@ from mics_fast.data.decoding import (
     resized,
     to_torch,
 )
-from mics_fast.data.image_files import WHOLE, ImageFiles
+from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import resized_square

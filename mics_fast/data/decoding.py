@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,14 @@ import torch
 from torch import Tensor
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.augmentation import BLUR, Augmentation
+from mics_fast.data.augmentation import BLUR, Augmentation, View, union
 from mics_fast.data.views import IMAGENET_STD
 from mics_fast.engine.threads import available_threads, share_threads
 from mics_fast.options.config import AugmentConfig, DataConfig
+
+WHOLE = np.array([0, 0, 1, 1], np.float32)
+"""The crop that is the whole frame (left, top, width, height as fractions of it), and its region
+(top, left, bottom, right)."""
 
 # DALI refuses a standard deviation of 0; this one changes nothing.
 _SMALLEST_BLUR = 1e-3
@@ -45,6 +49,7 @@ class PairGraph:
         augment: how pairs are changed; None: the evaluation view.
         strong: also make the strong view.
         kept: where frames are that come decoded, as (H, W, 3) uint8; None: images come encoded.
+        teacher: also make the teacher's view, of a crop of its own.
 
     Raises:
         InputError: DALI is not installed, or a standard deviation is not positive.
@@ -57,6 +62,7 @@ class PairGraph:
     augment: AugmentConfig | None = None
     strong: bool = False
     kept: torch.device | None = None
+    teacher: bool = False
 
     def __post_init__(self) -> None:
         check_dali()
@@ -75,41 +81,76 @@ class PairGraph:
         """Whether there is anything for a graph to do."""
         return self.kept is None or self.resizes
 
-    def region(self, drawn: Augmentation) -> np.ndarray:
-        """(4,) float32: which part of a frame, as the resize gets it, becomes the square."""
-        # Encoded images are cropped by the decoder, kept ones by the resize.
-        return drawn.flips() if self.kept is None else drawn.region()
-
-    def numbers(self, drawn: Augmentation) -> tuple[np.ndarray, ...]:
-        """What an augmenting graph reads of one sample beside its images."""
-        crop = (drawn.crop(),) if self.kept is None else ()
-        if not self.resizes:
-            return crop
-        blurs = [drawn.colours(view)[:, BLUR].copy() for view in self.blurred]
-        return (*crop, self.region(drawn), *blurs)
-
-    def frames_of(self, outputs: Sequence[Any]) -> list[Sequence[Any]]:
-        """The outputs of a graph that resizes that each view, weak first, is made of: one a
-        modality."""
-        blurred, count = self.blurred, len(self.modalities)
-        # Views that are not blurred share the frames that come first.
-        shared = len(blurred) < self.views
-        place = {view: shared + number for number, view in enumerate(blurred)}
-        starts = [count * place.get(view, 0) for view in range(self.views)]
-        return [outputs[start : start + count] for start in starts]
+    @property
+    def views(self) -> list[View]:
+        """The views of each image, the weak (or evaluation) view first."""
+        wanted: list[tuple[View, bool]] = [("strong", self.strong), ("teacher", self.teacher)]
+        return ["weak", *(view for view, made in wanted if made)]
 
     @property
-    def views(self) -> int:
-        """How many views a sample has: weak or evaluation view, and strong view."""
-        return 2 if self.strong else 1
+    def crops(self) -> list[View]:
+        """The views that have a crop of their own: the strong view has that of the weak one."""
+        return ["weak", "teacher"] if self.teacher else ["weak"]
 
     @property
-    def blurred(self) -> list[int]:
-        """The views that are blurred: 0 weak, 1 strong."""
+    def blurred(self) -> list[View]:
+        """The views that are blurred."""
         if self.augment is None:
             return []
-        configs = (self.augment.weak, self.augment.strong)
-        return [view for view in range(self.views) if configs[view].blur]
+        weak, strong = self.augment.weak.blur, self.augment.strong.blur
+        return [view for view in self.views if (strong if view == "strong" else weak)]
+
+    def crop(self, drawn: Mapping[View, Augmentation]) -> np.ndarray:
+        """(4,) float32: the part of an encoded image that is decoded, which holds every crop."""
+        if not self.teacher:
+            return drawn["weak"].crop()
+        return union([drawn[view].crop() for view in self.crops])
+
+    def region(self, drawn: Augmentation, crop: np.ndarray) -> np.ndarray:
+        """(4,) float32: which part of a frame, as the resize gets it, becomes the square.
+
+        Args:
+            drawn: of the view.
+            crop: of the image, as ``crop`` gives it.
+        """
+        # Encoded images are cropped by the decoder, kept ones by the resize.
+        if self.kept is not None:
+            return drawn.region()
+        return drawn.region_in(crop) if self.teacher else drawn.flips()
+
+    def numbers(
+        self, drawn: Mapping[View, Augmentation], crop: np.ndarray
+    ) -> tuple[np.ndarray, ...]:
+        """What an augmenting graph reads of one sample beside its images."""
+        decoded = (crop,) if self.kept is None else ()
+        if not self.resizes:
+            return decoded
+        regions = [self.region(drawn[view], crop) for view in self.crops]
+        blurs = [drawn[view].colours(view)[:, BLUR].copy() for view in self.blurred]
+        return (*decoded, *regions, *blurs)
+
+    def frames_of(self, outputs: Sequence[Any]) -> dict[View, Sequence[Any]]:
+        """The outputs of a graph that resizes that each view is made of: one per modality."""
+        count, made = len(self.modalities), self._outputs()
+        return {
+            view: outputs[count * place : count * (place + 1)]
+            for view in self.views
+            for place, own in enumerate(made)
+            if view in own
+        }
+
+    def _outputs(self) -> list[list[View]]:
+        """The views that each group of outputs serves: sharp squares, which views of one crop
+        share, then those that are blurred."""
+        sharp = [
+            [view for view in self.views if view not in self.blurred and self._crop_of(view) == own]
+            for own in self.crops
+        ]
+        return [views for views in sharp if views] + [[view] for view in self.blurred]
+
+    def _crop_of(self, view: View) -> View:
+        """The view whose crop a view has."""
+        return view if view in self.crops else "weak"
 
     def build(self, images: Source, numbers: Source, batch_size: int) -> Any:
         """A running pipeline of (H, W, 3) uint8 frames.
@@ -128,7 +169,8 @@ class PairGraph:
         with pipeline:
             drawn: list[Any] = []
             if self.augment is not None:
-                count = int(self.kept is None) + (1 + len(self.blurred) if self.resizes else 0)
+                count = int(self.kept is None)
+                count += len(self.crops) + len(self.blurred) if self.resizes else 0
                 drawn = list(fn.external_source(source=numbers, num_outputs=count))
             frames = self._images(images)
             if self.kept is None:
@@ -140,11 +182,20 @@ class PairGraph:
         return pipeline
 
     def _squares(self, frames: Sequence[Any], drawn: Sequence[Any]) -> list[Any]:
-        """The outputs of a graph that resizes, of frames, region and blurs."""
-        region, *sigmas = drawn or [None]
-        squares = [resized(frame, self.image_size, region) for frame in frames]
-        outputs = squares if len(self.blurred) < self.views else []
-        return outputs + [_blur(x, own[i]) for own in sigmas for i, x in enumerate(squares)]
+        """The outputs of a graph that resizes, of frames, regions and blurs."""
+        regions: Sequence[Any] = drawn[: len(self.crops)] or [None]
+        sigmas = dict(zip(self.blurred, drawn[len(self.crops) :], strict=True))
+        squares = {
+            view: [resized(frame, self.image_size, region) for frame in frames]
+            for view, region in zip(self.crops, regions, strict=True)
+        }
+        outputs: list[Any] = []
+        for view, *_ in self._outputs():
+            own = squares[self._crop_of(view)]
+            if view in sigmas:
+                own = [_blur(square, sigmas[view][i]) for i, square in enumerate(own)]
+            outputs += own
+        return outputs
 
     def _images(self, source: Source) -> Sequence[Any]:
         """The image of each modality as it comes."""

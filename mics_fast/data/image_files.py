@@ -18,13 +18,10 @@ import numpy as np
 import torch
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.decoding import decoded, new_pipeline
+from mics_fast.data.decoding import WHOLE, decoded, new_pipeline
 from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Row
 from mics_fast.data.shards import read_image
-
-WHOLE = np.array([0, 0, 1, 1], np.float32)
-"""The crop that is the whole frame: left, top, width, height as fractions of it."""
 
 Image = tuple[Row, str, np.ndarray]
 """Row, modality, and the crop of this time."""

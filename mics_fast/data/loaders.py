@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.augmentation import draw_augmentation, epoch_order
+from mics_fast.data.augmentation import Augmentation, View, draw_augmentation, epoch_order
 from mics_fast.data.batch import PairBatch, Sample
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import PairGraph
@@ -61,6 +61,7 @@ class TrainLoader:
         world_size: processes that share each batch.
         parts: equal parts of a batch that are worked on one after the other.
         cache: keeps the decoded frames of these rows; None: decode anew each time.
+        teacher: also make the teacher's view, whose crop, flip and colour are drawn for itself.
 
     Raises:
         InputError: no rows, a batch that the ranks cannot share, no DALI, a standard deviation
@@ -85,6 +86,7 @@ class TrainLoader:
         world_size: int = 1,
         parts: int = 1,
         cache: FrameCache | None = None,
+        teacher: bool = False,
     ) -> None:
         if not rows:
             raise InputError("there are no rows to train on, wanted at least one")
@@ -96,7 +98,9 @@ class TrainLoader:
         self.rows, self.batch_size, self.seed, self.step = rows, batch_size, seed, step
         self._augment, self._cache = augment, cache
         kept = None if cache is None else cache.device
-        self._graph = PairGraph(modalities, data, image_size, device, augment, strong, kept)
+        self._graph = PairGraph(
+            modalities, data, image_size, device, augment, strong, kept, teacher
+        )
         self._files = ImageFiles(data.on_bad_file, device)
         self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
         self._rank, self._parts = rank, parts
@@ -209,19 +213,29 @@ class TrainLoader:
 
     def _sample_of(self, row: Row, epoch: int) -> Sample:
         graph, names = self._graph, self._graph.modalities
-        drawn = draw_augmentation(
-            self._augment,
-            seed=self.seed,
-            epoch=epoch,
-            sample_id=row.index,
-            modalities=len(names),
-        )
-        how = (graph.numbers(drawn), drawn.crop(), graph.region(drawn), drawn)
+        drawn = self._draw(row.index, epoch)
+        crop = graph.crop(drawn)
+        how = (graph.numbers(drawn, crop), crop, drawn)
         if self._cache is None:
             return encoded_sample(self._files, row, names, *how)
         self._cache.fill([row])
         found = [self._cache.frame(row, name) for name in names]
         return sample_of(row, found, self._cache.blank(), *how)
+
+    def _draw(self, sample_id: int, epoch: int) -> dict[View, Augmentation]:
+        """How each view of a sample is augmented: the strong view has the crop of the weak one."""
+        drawn = {
+            view: draw_augmentation(
+                self._augment,
+                seed=self.seed,
+                epoch=epoch,
+                sample_id=sample_id,
+                modalities=len(self._graph.modalities),
+                teacher=view == "teacher",
+            )
+            for view in self._graph.crops
+        }
+        return {view: drawn.get(view, drawn["weak"]) for view in self._graph.views}
 
 
 class EvalLoader:

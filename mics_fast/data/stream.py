@@ -7,22 +7,23 @@ that cannot be decoded: the graph is built anew at the same batch, once it is kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from mics_fast.data.augmentation import Augmentation
+from mics_fast.data.augmentation import Augmentation, View
 from mics_fast.data.batch import Image, PairBatch, Sample, batch_of
-from mics_fast.data.decoding import PairGraph, consumer
-from mics_fast.data.image_files import WHOLE, ImageFiles
+from mics_fast.data.decoding import WHOLE, PairGraph, consumer
+from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 
 # What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
 _PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
+NOT_AUGMENTED: Mapping[View, Augmentation] = {}
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ def sample_of(
     blank: Image,
     numbers: tuple[np.ndarray, ...],
     crop: np.ndarray,
-    region: np.ndarray,
-    drawn: Augmentation | None,
+    drawn: Mapping[View, Augmentation],
 ) -> Sample:
     """A sample of what was found of each modality: an image, or nothing and perhaps a sentence."""
     return Sample(
@@ -56,7 +56,6 @@ def sample_of(
         images=[blank if image is None else image for image, _ in found],
         numbers=numbers,
         crop=crop,
-        region=region,
         drawn=drawn,
         problems=[sentence for _, sentence in found if sentence],
     )
@@ -68,12 +67,11 @@ def encoded_sample(
     names: Sequence[str],
     numbers: tuple[np.ndarray, ...] = (),
     crop: np.ndarray = WHOLE,
-    region: np.ndarray = WHOLE,
-    drawn: Augmentation | None = None,
+    drawn: Mapping[View, Augmentation] = NOT_AUGMENTED,
 ) -> Sample:
     """A sample whose images are read from files; of no row, one without images."""
     found = [files.read(row, name, crop) if row else (None, "") for name in names]
-    return sample_of(row, found, _PLACEHOLDER, numbers, crop, region, drawn)
+    return sample_of(row, found, _PLACEHOLDER, numbers, crop, drawn)
 
 
 class Stream:

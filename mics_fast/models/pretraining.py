@@ -29,7 +29,8 @@ LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 class PretrainOutput:
     """What the losses of the first stage need, each keyed by modality.
 
-    float32, or float64 after ``.double()``.
+    float32, or float64 after ``.double()``. Features and teachers are empty where no contrast was
+    asked for.
 
     Args:
         features: (B, P), L2-normalised, of the student.
@@ -115,32 +116,45 @@ class PretrainModel(nn.Module):
         return LOWEST_TEMPERATURE + TEMPERATURE_RANGE * self.theta.sigmoid()
 
     def forward(
-        self, views: dict[str, Tensor], masks: dict[str, tuple[Tensor, Tensor]]
+        self,
+        views: dict[str, Tensor],
+        masks: dict[str, tuple[Tensor, Tensor]],
+        teacher_views: dict[str, Tensor] | None = None,
+        *,
+        contrast: bool = True,
     ) -> PretrainOutput:
-        """Encode every view, masked, whole where asked to, and by the teacher; changes no state.
+        """Encode every view, masked, whole, and by the teacher; changes no state.
 
         Args:
             views: for each modality (B, 3, image, image), normalised. A missing modality's rows
                 hold any finite numbers; the losses leave them out.
             masks: for each modality (visible, hidden) as from ``random_mask``.
+            teacher_views: what the teacher sees instead, of the same shapes; None: the same.
+            contrast: also make the contrastive features; without them the whole views are not
+                encoded.
         """
         images = torch.cat([views[name] for name in self.modalities])
         visible = torch.cat([masks[name][0] for name in self.modalities])
         hidden = torch.cat([masks[name][1] for name in self.modalities])
+        targets = patch_targets(images, self.patch_size)
         tokens = self.encoder(images, visible)
-        seen = visible if self.visible_only else None
-        wanted = tokens_read(self.pool)
-        whole = tokens if self.visible_only else self.encoder(images, wanted=wanted)
-        features = self._features(whole, self.projection_head)
-        with torch.no_grad():
-            taught = self.teacher_encoder(images, seen, wanted=wanted)
-            teachers = self._features(taught, self.teacher_projection)
+        features, teachers = {}, {}
+        if contrast:
+            seen = visible if self.visible_only else None
+            wanted = tokens_read(self.pool)
+            whole = tokens if self.visible_only else self.encoder(images, wanted=wanted)
+            features = self._by_modality(self._features(whole, self.projection_head))
+            with torch.no_grad():
+                if teacher_views is not None:
+                    images = torch.cat([teacher_views[name] for name in self.modalities])
+                taught = self.teacher_encoder(images, seen, wanted=wanted)
+                teachers = self._by_modality(self._features(taught, self.teacher_projection))
         predictions = at_least_float32(self.decoder(tokens, visible, hidden))
         return PretrainOutput(
-            features=self._by_modality(features),
-            teachers=self._by_modality(teachers),
+            features=features,
+            teachers=teachers,
             predictions=self._by_modality(predictions),
-            targets=self._by_modality(patch_targets(images, self.patch_size)),
+            targets=self._by_modality(targets),
             hidden=self._by_modality(hidden),
         )
 

@@ -169,6 +169,8 @@ class PretrainConfig:
             through it as it is then, by a forward and backward of its own [code].
         alpha: share of the teacher's soft target, ramped over the first epoch [ALBEF].
         temperature: at the start; learned within [0.001, 0.5] [ALBEF].
+        teacher_views: "independent": the teacher sees another crop, flip and colour of each image
+            than the student; "shared": the same image [ours].
         teacher_momentum: of the momentum encoder, a step [ALBEF].
         queue_size: negatives a modality; default min(65536, train rows / 4) [ours].
         mask_ratio: share of patches hidden [MAE].
@@ -192,6 +194,7 @@ class PretrainConfig:
     adversarial: Literal["simultaneous", "alternating"] = "simultaneous"
     alpha: float = 0.4
     temperature: float = 0.07
+    teacher_views: Literal["shared", "independent"] = "independent"
     teacher_momentum: float = 0.995
     queue_size: int | None = None
     mask_ratio: float = 0.75

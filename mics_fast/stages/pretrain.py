@@ -96,6 +96,7 @@ class PretrainStage(nn.Module):
             size.discriminator_heads,
         )
         self.queues = nn.ModuleList(FeatureQueue(queue_size, projection) for _ in self.modalities)
+        self.contrasts = config.consistency_weight > 0 and len(modalities) > 1
         self._keys: list[Keys] = []
 
     def losses(self, batch: tuple[PairBatch], step: Tensor) -> Iterator[Losses]:
@@ -106,8 +107,10 @@ class PretrainStage(nn.Module):
         (pairs,) = batch
         config = self.config
         output, sequences = self._forward(pairs, step)
-        keys = self._gather(output, pairs)
-        self._keys.append(keys)
+        keys = None
+        if self.contrasts:
+            keys = self._gather(output, pairs)
+            self._keys.append(keys)
         terms: dict[str, Tensor] = {}
         weights: dict[str, float] = {}
         metrics: dict[str, Tensor | float] = {}
@@ -172,7 +175,7 @@ class PretrainStage(nn.Module):
         }
         device = pairs.label.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            output = self.model(pairs.views, masks)
+            output = self.model(pairs.views, masks, pairs.teacher, contrast=self.contrasts)
         if not self.config.adversarial_weight:
             return output, None
         return output, self._sequences(output, pairs, step)
@@ -218,14 +221,14 @@ class PretrainStage(nn.Module):
         return fool_by_gradient(sequences, gradient, logits)
 
     def _model_losses(
-        self, output: PretrainOutput, present: Tensor, keys: Keys, alpha: Tensor
+        self, output: PretrainOutput, present: Tensor, keys: Keys | None, alpha: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
         """The model's own terms, those that are on, and what else to log."""
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor | float] = {"temperature": self.model.temperature().detach()}
         if self.config.reconstruction_weight:
             terms["reconstruction"] = self._reconstruction(output, present)
-        if self.config.consistency_weight and len(self.modalities) > 1:
+        if keys is not None:
             terms["consistency"] = self._consistency(output, keys, alpha)
             metrics |= self._health(output, present, keys)
         return terms, metrics

@@ -131,7 +131,9 @@ class Trainer:
             say(load_initial_weights(Path(init), encoders))
 
         def batches(step: int) -> Batches:
-            return zip(self._loader(self.rows, options.batch_size, options, step))
+            teacher = options.consistency_weight > 0 and options.teacher_views == "independent"
+            loader = self._loader(self.rows, options.batch_size, options, step, teacher=teacher)
+            return zip(loader)
 
         return self._run(stage, plan, batches, self._neighbours(stage))
 
@@ -230,6 +232,7 @@ class Trainer:
         *,
         strong: bool = False,
         balanced: bool = False,
+        teacher: bool = False,
     ) -> TrainLoader:
         loader = TrainLoader(
             rows,
@@ -247,6 +250,7 @@ class Trainer:
             world_size=world_size(),
             parts=options.accumulate,
             cache=self.cache,
+            teacher=teacher,
         )
         self.loaders.append(loader)
         return loader

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from mics_fast.data import cache
+from mics_fast.data import cache, decoding
 from mics_fast.data.augmentation import draw_augmentation
 from mics_fast.data.batch import Sample
 from mics_fast.data.cache import FrameCache
@@ -96,24 +96,27 @@ class Pipeline:
         return torch.empty(self.shape, dtype=torch.uint8, device=device)
 
 
-def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, missing=False):
+def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, teacher=False, missing=False):
     """The loader's stream of so many samples on a GPU, and what stands there for DALI."""
     augment = AugmentConfig(weak=ColourConfig(blur=1.0))
     side = SIZES["vit_micro"].image
-    graph = PairGraph(modalities, DataConfig(), side, GPU, augment, strong)
+    graph = PairGraph(modalities, DataConfig(), side, GPU, augment, strong, teacher=teacher)
     samples = []
     for number in range(rows):
-        drawn = draw_augmentation(
-            augment, seed=0, epoch=0, sample_id=number, modalities=len(modalities)
-        )
+        drawn = {
+            view: draw_augmentation(
+                augment, seed=0, epoch=0, sample_id=number, modalities=len(modalities),
+                teacher=view == "teacher",
+            )
+            for view in graph.views
+        }  # fmt: skip
         present = np.ones(len(modalities), bool)
         if missing:  # an image of the second row, and all of the first, which is left out
             present[number % len(modalities)] = number > 1
             present &= number > 0
         row = SimpleNamespace(label=number % 3, labelled=True, index=number, group=number)
-        numbers = graph.numbers(drawn)
-        sample = Sample(row, present, [], numbers, drawn.crop(), graph.region(drawn), drawn, [])
-        samples.append(sample)
+        crop = graph.crop(drawn)
+        samples.append(Sample(row, present, [], graph.numbers(drawn, crop), crop, drawn, []))
     pipeline = Pipeline(len(modalities) * len(graph.blurred), rows, side)
 
     def build(self, images, numbers, batch_size):
@@ -207,6 +210,23 @@ def test_dali_takes_the_graph_of_a_gpu(gpu, monkeypatch, kept):
     graph = PairGraph(("wli", "nbi"), DataConfig(threads=1), 8, GPU, AugmentConfig(), True, kept)
     graph.build(lambda batch: [], lambda batch: [], 4)
     assert [node.device for node in outputs] == ["gpu"] * 4  # two modalities, plain and blurred
+
+
+@pytest.mark.parametrize("blur", [0.0, 1.0])
+def test_the_teacher_s_view_is_resized_from_the_frames_of_the_student_s(gpu, monkeypatch, blur):
+    outputs, decodes = [], []
+    monkeypatch.setattr(dali.Pipeline, "set_outputs", lambda self, *nodes: outputs.extend(nodes))
+    monkeypatch.setattr(dali.Pipeline, "build", lambda self: None)
+    original = decoding.decoded
+    monkeypatch.setattr(decoding, "decoded", lambda *a: decodes.append(a) or original(*a))
+    augment = AugmentConfig(weak=ColourConfig(blur=blur))
+    graph = PairGraph(("wli", "nbi"), DataConfig(threads=1), 8, GPU, augment, teacher=True)
+    graph.build(lambda batch: [], lambda batch: [], 4)
+    assert len(decodes) == 2
+    frames = graph.frames_of(outputs)
+    found = [n.name.strip("_").split("_")[0] for v in ("weak", "teacher") for n in frames[v]]
+    assert found == ["GaussianBlur" if blur else "Resize"] * 4
+    assert len({id(node) for view in frames.values() for node in view}) == 4
 
 
 def test_a_gpu_makes_the_pixels_of_a_jpeg_that_a_cpu_makes(gpu):

@@ -75,7 +75,8 @@ def tensors(batch):
     plain = ("present", "label", "labelled", "sample_id", "group_id")
     found = {name: getattr(batch, name) for name in plain}
     found |= {f"weak {name}": view for name, view in batch.views.items()}
-    return found | {f"strong {name}": view for name, view in (batch.strong or {}).items()}
+    found |= {f"strong {name}": view for name, view in (batch.strong or {}).items()}
+    return found | {f"teacher {name}": view for name, view in (batch.teacher or {}).items()}
 
 
 def same(a, b):

@@ -12,7 +12,8 @@ from PIL import Image, ImageOps
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.image_files import WHOLE, ImageFiles
+from mics_fast.data.decoding import WHOLE
+from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import Row
 from mics_fast.options.config import AugmentConfig, CacheConfig

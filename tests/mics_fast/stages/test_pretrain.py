@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,15 +174,36 @@ def test_terms_that_are_off_are_not_computed(make_stage, make_batch):
     assert set(seen) == {"model"} and set(seen["model"].terms) == {"reconstruction"}
 
 
-def test_alpha_grows_over_the_first_epoch(make_stage, make_batch, monkeypatch):
+def test_the_teacher_sees_its_own_views_where_there_are_any(make_stage, make_batch):
+    shared, other = make_batch(4), make_batch(4, seed=1)
+    independent = replace(shared, teacher=other.views)
+    outputs = [make_stage()._forward(b, torch.tensor(0))[0] for b in (shared, independent, other)]
+    for name in ("wli", "nbi"):
+        assert torch.equal(outputs[1].teachers[name], outputs[2].teachers[name])
+        for field in ("features", "predictions", "targets"):
+            student, alone = getattr(outputs[1], field)[name], getattr(outputs[0], field)[name]
+            assert torch.equal(student, alone)
+
+
+def test_without_consistency_only_masked_views_are_encoded(make_stage, make_batch):
+    stage = make_stage(consistency_weight=0.0, adversarial_weight=0.0)
+    lengths = []
+    stage.model.encoder.blocks[0].register_forward_hook(lambda m, x, y: lengths.append(x[0].shape))
+    stage.model.teacher_encoder.register_forward_hook(lambda *_: lengths.append("teacher"))
+    run_step(stage, make_batch(4))
+    assert lengths == [(8, 5, 16)]  # class token and 4 of 16 patches
+    assert all(queue.length == 0 for queue in stage.queues)
+
+
+def test_alpha_grows_over_the_first_epoch(make_stage, make_batch):
     alphas = []
 
     def spy(*_, alpha, **__):
         alphas.append(alpha)
         return torch.zeros((), requires_grad=True)
 
-    monkeypatch.setattr("mics_fast.stages.pretrain.multimodal_consistency_loss", spy)
     stage = make_stage()
+    stage.contrastive_loss = spy
     for step in (0, 2, 4, 9):
         run_step(stage, make_batch(4), step)
     assert alphas == [0.0, 0.2, 0.4, 0.4]
