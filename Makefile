@@ -35,7 +35,7 @@ drill: $(INSTALLED)
 bench: $(INSTALLED)
 	$(PY) -m bench --quick
 
-# Tables and plots of README.md and docs/, from bench/results.
+# Tables and plots of docs/, from bench/results.
 tables: $(INSTALLED)
 	$(PY) -m bench.publish
 

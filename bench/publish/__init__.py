@@ -1,4 +1,4 @@
-"""Tables and plots of README.md and docs/, written from the stored results.
+"""Tables and plots of docs/, written from the stored results.
 
     python -m bench.publish [--check]
 

@@ -1,4 +1,4 @@
-"""Write the tables of README.md and docs/, and the plots, from the stored results.
+"""Write the tables of docs/, and the plots, from the stored results.
 
     python -m bench.publish            writes them
     python -m bench.publish --check    fails where one differs from the results
@@ -20,7 +20,7 @@ from bench.publish import reports, summaries
 from bench.publish.plots import draw, stale_plots
 from bench.publish.results import Result, stored
 
-FILES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+FILES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"(<!-- bench: (?!end)([\w -]+) -->\n).*?(<!-- bench: end -->)", re.DOTALL)
 BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
     "evidential": summaries.evidential,

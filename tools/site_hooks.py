@@ -1,0 +1,100 @@
+"""What ``mkdocs.yml`` adds to the pages of docs/: files from elsewhere, and the table of options.
+
+A page may hold ``<!-- include: PATH -->``, which the file of that path, relative to the
+repository, replaces, and ``<!-- options -->``, which a table of every option replaces. Links are
+written for a reader of the repository, so those to files outside docs/ are led to the page that
+includes the file, or become plain text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from griffe import Docstring
+
+ROOT = Path(__file__).parents[1]
+INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
+OPTIONS = "<!-- options -->"
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
+# Files outside docs/ and the pages that include them.
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The text of a page with what it asks for, called by mkdocs."""
+    place = page.file.src_uri
+    markdown = relink(markdown, f"docs/{place}", place)
+
+    def include(match: re.Match[str]) -> str:
+        text = (ROOT / match[1]).read_text(encoding="utf-8")
+        if posixpath.dirname(match[1]):
+            text = re.sub(r"^#", "##", text, flags=re.MULTILINE)  # below the page's own heading
+        return relink(text, match[1], place)
+
+    markdown = INCLUDE.sub(include, markdown)
+    if OPTIONS in markdown:
+        markdown = markdown.replace(OPTIONS, option_tables())
+    return markdown
+
+
+def relink(text: str, source: str, place: str) -> str:
+    """The text with its relative links as they must be on the page at ``place`` below docs/.
+
+    Args:
+        text: Markdown.
+        source: the file it is from, relative to the repository.
+        place: the page it is for, relative to docs/.
+    """
+
+    def link(match: re.Match[str]) -> str:
+        mark, words, target, anchor = match[1], match[2], match[3], match[4] or ""
+        if not target or ":" in target:
+            return match[0]
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        if path in PAGES:
+            path = f"docs/{PAGES[path]}"
+        if not path.startswith("docs/"):
+            return words
+        relative = posixpath.relpath(path, posixpath.join("docs", posixpath.dirname(place)))
+        return f"{mark}[{words}]({relative}{anchor})"
+
+    return LINK.sub(link, text)
+
+
+def option_tables() -> str:
+    """A table of the options for each part of the configuration."""
+    from mics_fast.options.config import ExperimentConfig, TrainConfig
+
+    tables = [*option_table(TrainConfig(), ""), *option_table(ExperimentConfig(), "experiment")]
+    return "\n\n".join(tables)
+
+
+def option_table(config: Any, part: str) -> Iterator[str]:
+    """The options of a dataclass, then of those within it; meanings from its docstring."""
+    parsed = Docstring(inspect.getdoc(type(config)) or "").parse("google")
+    parameters = next(section.value for section in parsed if section.kind.value == "parameters")
+    meaning = {own.name: " ".join(own.description.split()) for own in parameters}
+    within, lines = [], []
+    for field in dataclasses.fields(config):
+        name = f"{part}.{field.name}".lstrip(".")
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            within.append((value, name))
+            continue
+        default = json.dumps(value)
+        lines.append(f"| `{name}` | `{default}` | {meaning[field.name]} |")
+    head = "| option | default | meaning |\n| --- | --- | --- |\n"
+    yield f"## {part or 'The run'}\n\n{head}" + "\n".join(lines)
+    for value, name in within:
+        yield from option_table(value, name)
