@@ -70,17 +70,51 @@ def write_json(file: Path, value: Any) -> None:
     write_text(file, json.dumps(finite(value), indent=1))
 
 
-def write_csv(file: Path, records: Sequence[Mapping[str, Any]]) -> None:
-    """Write records as a table; the columns are the keys of all records, in order of appearance.
+def write_csv(
+    file: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+) -> None:
+    """Write records as a table whose texts no spreadsheet executes.
+
+    Args:
+        file: CSV file.
+        records: column -> cell; a missing cell is empty.
+        columns: in this order; default: the keys of all records, in order of appearance.
 
     Raises:
         InputError: as ``write_text``.
     """
-    columns = list(dict.fromkeys(name for record in records for name in record))
+    names = columns or list(dict.fromkeys(name for record in records for name in record))
     with whole_file(file) as handle:
-        writer = csv.DictWriter(handle, columns)
+        writer = csv.DictWriter(handle, names)
         writer.writeheader()
-        writer.writerows(records)
+        for record in records:
+            writer.writerow({name: inert_cell(cell) for name, cell in record.items()})
+
+
+def inert_cell(cell: Any) -> Any:
+    """A cell that no spreadsheet executes: a text that begins like a formula gets an apostrophe.
+
+    ``restored_cell`` takes it away again: every text survives the way there and back.
+
+    Example:
+        >>> inert_cell("=1+1"), restored_cell("'=1+1"), inert_cell("polyp"), inert_cell(-1.5)
+        ("'=1+1", '=1+1', 'polyp', -1.5)
+    """
+    return f"'{cell}" if isinstance(cell, str) and _like_a_formula(cell) else cell
+
+
+def restored_cell(cell: str) -> str:
+    """The text that ``inert_cell`` was given."""
+    return cell[1:] if cell.startswith("'") and _like_a_formula(cell) else cell
+
+
+def _like_a_formula(cell: str) -> bool:
+    return cell.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r"))
+
+
+def printable(text: str) -> str:
+    """A name as a terminal may show it: control characters become question marks."""
+    return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def finite(value: Any) -> Any:

@@ -1,8 +1,12 @@
-"""The manifest: a CSV in which every row is a sample and every further column a modality."""
+"""The manifest: a CSV in which every row is a sample and every further column a modality.
+
+A spreadsheet may open it: a cell that begins like a formula (``=``, ``+``, ``-``, ``@``) is written
+with an apostrophe in front, which reading takes away. Cells are read without the blanks around
+them, so a label is never a class of its own for a blank behind it.
+"""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -10,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mics_fast.common.errors import InputError
-from mics_fast.common.files import whole_file
+from mics_fast.common.files import restored_cell, write_csv
 from mics_fast.data.shards import image_exists
+from mics_fast.data.tables import read_table
 
 RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
 SPLITS = ("train", "val", "test")
@@ -123,25 +128,18 @@ def read_manifest(
     """
     path = Path(path)
     folder = path.parent.absolute()
-    try:
-        # utf-8-sig: spreadsheets put a byte order mark in front.
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            columns = tuple(reader.fieldnames or ())
-            records = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"manifest {path} cannot be read: {why}") from None
-    for column in columns:
-        if not column or columns.count(column) > 1:
-            problem = f"{column} twice" if column else "without a name"
-            raise InputError(f"manifest {path} has a column {problem}, wanted each name once")
+    table = read_table(path, f"manifest {path}")
+    columns = table.columns
     for column in RESERVED:
         if column not in columns:
             raise InputError(
                 f"manifest {path} has no column {column}, wanted {', '.join(RESERVED)} and one for "
-                "each modality"
+                f"each modality, {table.found}"
             )
+    records = [
+        (line, {name: restored_cell(cell) for name, cell in record.items()})
+        for line, record in table.lines
+    ]
     available = tuple(name for name in columns if name not in RESERVED)
     chosen = available if modalities is None else tuple(modalities)
     for name in chosen:
@@ -151,12 +149,12 @@ def read_manifest(
         raise InputError(f"manifest {path} has no modality: no column beside {', '.join(RESERVED)}")
     if not records:
         raise InputError(f"manifest {path} has no row")
-    classes = tuple(sorted({record["label"] for record in records if record["label"]}))
+    classes = tuple(sorted({record["label"] for _, record in records if record["label"]}))
     groups: dict[str, int] = {}
     seen: set[str] = set()
     rows = []
-    for index, record in enumerate(records):
-        where = f"manifest {path}, line {index + 2}"
+    for index, (line, record) in enumerate(records):
+        where = f"manifest {path}, line {line}"
         _check(record, where, seen)
         if not any(record[name] for name in available):
             raise InputError(f"{where}: no image in any of {', '.join(available)}")
@@ -194,16 +192,11 @@ def write_manifest(
     Raises:
         InputError: the file cannot be written.
     """
-    with whole_file(path) as file:
-        writer = csv.DictWriter(file, [*RESERVED, *modalities])
-        writer.writeheader()
-        writer.writerows(records)
+    write_csv(path, records, [*RESERVED, *modalities])
 
 
-def _check(record: Mapping[str, str | None], where: str, seen: set[str]) -> None:
+def _check(record: Mapping[str, str], where: str, seen: set[str]) -> None:
     """Refuse a row whose reserved columns cannot be used."""
-    if None in record.values() or None in record:
-        raise InputError(f"{where}: another number of cells than the header")
     name = record["id"]
     if not name or name in seen:
         raise InputError(f"{where}: id {name!r} is {'used twice' if name else 'empty'}")

@@ -8,6 +8,7 @@ import pytest
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import RESERVED, digest_difference, read_manifest, write_manifest
+from mics_fast.data.manifest_checks import check_manifest
 
 HEADER = "id,label,labelled,group,split,virtual,wli,nbi"
 
@@ -183,6 +184,82 @@ def test_a_missing_reserved_column_is_named(write, column):
 def test_a_modality_that_is_no_column_is_named(write):
     with pytest.raises(InputError, match=r"no modality depth.*wli.*nbi"):
         read_manifest(write(GOOD), ["wli", "depth"])
+
+
+# What people and spreadsheets do to a table
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_semicolons_and_tabs_separate_cells_as_commas_do(write, separator):
+    lines = [line.replace(",", separator) for line in (HEADER, "1,polyp,1,,train,,a.png,b.png")]
+    (row,) = read_manifest(write(lines[1], header=lines[0])).rows
+    assert row.id == "1" and set(row.files) == {"wli", "nbi"}
+
+
+def test_blanks_around_a_cell_are_no_part_of_it(write):
+    path = write(
+        "1,polyp,1,,train,, a.png,b.png", "2,polyp ,0,,train,,a.png ,", "3, polyp,0,,val,,,b.png"
+    )
+    manifest = read_manifest(path)
+    assert manifest.classes == ("polyp",) and [row.label for row in manifest.rows] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["=1+1", "+x", "-x", "@x", "'=1", "''-", "'plain", "=", "x=1"])
+def test_a_name_like_a_formula_is_written_inert_and_read_back(tmp_path, write, name):
+    path = write()
+    write_manifest(path, [record(id=name, label=name, group=name)], ["wli", "nbi"])
+    cells = path.read_text().splitlines()[1].split(",")
+    assert not any(cell.strip('"').startswith(("=", "+", "-", "@")) for cell in cells)
+    manifest = read_manifest(path)
+    assert manifest.rows[0].id == name and manifest.classes == (name,)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("id,label\n".encode("utf-16"), "wanted text in UTF-8"),
+        (b'id,label,labelled,group,split,virtual,wli\n"1,x', "line 2: no CSV"),
+        (b"", "has no column id"),
+        (b"\0" * 50, "no column"),
+    ],
+)
+def test_what_is_no_table_is_one_sentence(tmp_path, content, complaint):
+    (tmp_path / "x.csv").write_bytes(content)
+    with pytest.raises(InputError, match=complaint) as caught:
+        read_manifest(tmp_path / "x.csv")
+    assert str(tmp_path / "x.csv") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_column_is_named_with_how_the_table_was_read(write):
+    with pytest.raises(InputError, match=r"no column split.*only id, label.*UTF-8.*semicolons"):
+        read_manifest(write("1;x;0;", header="id;label;labelled;group"))
+
+
+# Checks before training
+
+
+def check(write, *lines):
+    return check_manifest(read_manifest(write(*lines)))
+
+
+def test_labels_that_differ_in_case_or_blanks_are_refused(write):
+    for other in ("Polyp", "po lyp"):
+        with pytest.raises(InputError, match="differ only in case or blanks"):
+            check(write, "1,polyp,1,,train,,a.png,", f"2,{other},0,,val,,a.png,")
+
+
+def test_a_group_in_two_splits_is_refused(write):
+    with pytest.raises(InputError, match=r"'1' \(train\) and '3' \(test\) are of one group"):
+        check(write, "1,a,1,g,train,,a.png,", "2,a,0,,val,,a.png,", "3,a,0,g,test,,a.png,")
+
+
+def test_empty_splits_and_classes_without_rows_in_one_are_warned_about(write):
+    warnings = check(write, "1,a,1,,train,,a.png,", "2,b,1,,train,,a.png,", "3,a,0,,test,,a.png,")
+    assert [text.split(": ")[1] for text in warnings] == [
+        "no row is in the split val",
+        "no test row of b",
+    ]
+    assert not check(write, *(f"{s},a,0,,{s},,a.png," for s in ("train", "val", "test")))
 
 
 # Digest

@@ -1,0 +1,94 @@
+"""Tables of text: comma, semicolon or tab, UTF-8; every refusal names the file and the line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from mics_fast.common.errors import InputError
+
+_LARGEST = 1 << 28  # bytes
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table with a header.
+
+    Args:
+        separator: in words.
+        columns: names, as the header has them.
+        lines: line number in the file and cells of each row, stripped; every row has a cell for
+            every column.
+    """
+
+    separator: str
+    columns: tuple[str, ...]
+    lines: list[tuple[int, dict[str, str]]]
+
+    @property
+    def found(self) -> str:
+        """The columns, and how they were read, for a sentence on one that is missing."""
+        return f"only {', '.join(self.columns)} (read as UTF-8, separated by {self.separator})"
+
+
+def read_table(file: Path, what: str) -> Table:
+    """Read a table; the separator is the one that is most frequent in the header.
+
+    Args:
+        file: CSV or TSV.
+        what: the table in the sentence of a refusal, such as "manifest x.csv".
+
+    Raises:
+        InputError: the file cannot be read, is no such table, or a line has another number of cells
+            than the header.
+    """
+    text = _text_of(file, what)
+    header = text[: text.find("\n")] if "\n" in text else text
+    separator = max(_SEPARATORS, key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    lines = []
+    columns: tuple[str, ...] | None = None
+    try:
+        for cells in reader:
+            stripped = [cell.strip() for cell in cells]
+            if not cells:
+                continue
+            if columns is None:
+                columns = _checked(stripped, what)
+            elif len(cells) != len(columns):
+                raise InputError(
+                    f"{what}, line {reader.line_num}: another number of cells than the header, "
+                    f"{len(cells)} instead of {len(columns)}"
+                )
+            else:
+                lines.append((reader.line_num, dict(zip(columns, stripped, strict=True))))
+    except csv.Error as error:
+        raise InputError(f"{what}, line {reader.line_num}: no CSV: {error}") from None
+    return Table(_SEPARATORS[separator], columns or (), lines)
+
+
+def _checked(columns: list[str], what: str) -> tuple[str, ...]:
+    for column in columns:
+        if not column or columns.count(column) > 1:
+            problem = f"{column} twice" if column else "without a name"
+            raise InputError(f"{what} has a column {problem}, wanted each name once")
+    return tuple(columns)
+
+
+def _text_of(file: Path, what: str) -> str:
+    try:
+        about = file.stat()
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError(f"{what} cannot be read: it is no regular file")
+        if about.st_size > _LARGEST:
+            raise InputError(f"{what} cannot be read: it has more than {_LARGEST >> 20} MiB")
+        # utf-8-sig: spreadsheets put a byte order mark in front.
+        return file.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{what} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{what} cannot be read: wanted text in UTF-8 (CSV UTF-8)") from None
