@@ -1,7 +1,8 @@
 """Checks of arguments: every refusal is one sentence with the argument, what it is, what is wanted.
 
-Shape, dtype and device are always checked. Values are checked on CPU tensors and Python numbers
-always; on a GPU, where a look costs a synchronisation, with ``MICS_KERNELS_CHECK=1``.
+Shape, dtype, layout and device are always checked. Values are checked on Python numbers and CPU
+tensors; on a GPU, where a look costs a synchronisation, with ``MICS_KERNELS_CHECK=1``. They cannot
+be checked while code is traced or transformed (torch.compile, make_fx, vmap, ...).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from mics_kernels.addresses import is_intercepted, is_plain, is_transformed
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LABELS = (torch.int64,)
@@ -39,6 +42,9 @@ def check_tensor(
     """
     if not isinstance(value, Tensor) or type(value).__name__ == "DTensor":
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else _plain(value.layout)
+        raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
     fits = value.dim() == len(shape) and all(
         isinstance(wanted, str) or wanted == given
         for wanted, given in zip(shape, value.shape, strict=True)
@@ -188,7 +194,9 @@ def looks_at_values(value: Tensor) -> bool:
     """Whether the values of this tensor are checked: no synchronisation, no graph break."""
     if torch.compiler.is_compiling():
         return False
-    return value.device.type == "cpu" or os.environ.get("MICS_KERNELS_CHECK") == "1"
+    if value.device.type != "cpu" and os.environ.get("MICS_KERNELS_CHECK") != "1":
+        return False
+    return not is_transformed() and not is_intercepted() and is_plain(value)
 
 
 def _all_inside(value: Tensor, low: float, high: float, above: bool = False) -> bool:

@@ -257,8 +257,7 @@ def conflict(evidence: Tensor, *, present: Tensor | None = None) -> Tensor:
 def _check_views(name: str, values: Tensor, present: Tensor | None) -> None:
     checks.check_tensor(name, values, ("B", "V", "C"))
     rows, views, _ = values.shape
-    if views < 1:
-        raise ValueError(f"{name} must hold at least one view, got shape {tuple(values.shape)}")
+    checks.check_not_empty(name, values, 1, "view")
     _check_classes(name, values)
     if present is not None:
         checks.check_tensor("present", present, (rows, views), checks.FLAGS, values.device)

@@ -36,16 +36,18 @@ def evidential_loss(inputs: EvidentialInputs) -> Tensor:
 
 def evidential_fusion_loss(inputs: EvidentialInputs) -> tuple[Tensor, Tensor]:
     """Reduced loss of the rows over their views and their fusion, and fused evidence (B, C)."""
-    logits, present = inputs.values, inputs.present
-    # Twice: the activation of a missing view is not zero, and its derivative at NaN is NaN.
-    evidence = _keep(_activate(_keep(_wide(logits), present), inputs.activation), present)
-    fused = fuse_evidence(evidence, None)
+    present, counted = inputs.present, _counted(inputs)
     if present is None:
-        present = torch.ones(logits.shape[:2], dtype=torch.bool, device=logits.device)
-    opinions = torch.cat([evidence, fused.unsqueeze(1)], dim=1)
+        present = torch.ones(inputs.values.shape[:2], dtype=torch.bool, device=counted.device)
+    with torch.no_grad():
+        fused = fuse_evidence(_evidence(inputs, present), None)
+    # Ignored rows have fused evidence, but no part in loss and gradient.
+    present = present & counted.unsqueeze(1)
+    evidence = _evidence(inputs, present)
+    opinions = torch.cat([evidence, fuse_evidence(evidence, None).unsqueeze(1)], dim=1)
     held = torch.cat([present, present.any(dim=1, keepdim=True)], dim=1)
     losses = _losses(inputs, opinions, held).sum(dim=1)
-    return reduce(losses, _counted(inputs).sum(), inputs.reduction), fused.detach()
+    return reduce(losses, counted.sum(), inputs.reduction), fused
 
 
 def opinion(evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +64,12 @@ def conflict(evidence: Tensor, present: Tensor | None) -> Tensor:
     silent = uncertainty.prod(dim=1)
     agreed = (belief + uncertainty.unsqueeze(-1)).prod(dim=1) - silent.unsqueeze(-1)
     return (1.0 - agreed.sum(-1) - silent).clamp(0.0, 1.0)
+
+
+def _evidence(inputs: EvidentialInputs, present: Tensor) -> Tensor:
+    """Evidence of the views that are there, 0 for the others: (B, V, C)."""
+    # Masked twice: the activation of 0 is not 0, and its derivative at NaN is NaN.
+    return _keep(_activate(_keep(_wide(inputs.values), present), inputs.activation), present)
 
 
 def _losses(inputs: EvidentialInputs, evidence: Tensor, present: Tensor | None) -> Tensor:

@@ -66,6 +66,7 @@ def shift_features(
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.2 (sampled).
     """
     checks.check_tensor("features", features, ("B", "D"))
+    checks.check_not_empty("features", features, 1, "feature")
     (rows, dim), device = features.shape, features.device
     classes = _check_spread(variance, directions, "C", dim, device)
     checks.check_target("target", target, rows, classes, device, ignored=-1)
@@ -127,10 +128,12 @@ def shifted_cross_entropy(
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, proposition 1.
     """
     checks.check_tensor("logits", logits, ("B", "C"))
+    checks.check_not_empty("logits", logits, 1, "class")
     (rows, classes), device = logits.shape, logits.device
     checks.check_tensor("target", target, (rows,), checks.LABELS, device)
     checks.check_target("target", target, rows, classes, device, ignored=-1)
     checks.check_tensor("weight", weight, (classes, "D"), checks.FLOATS, device)
+    checks.check_not_empty("weight", weight, 1, "feature")
     _check_spread(variance, directions, classes, weight.shape[1], device)
     _check_strength(strength, rows, device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
@@ -159,12 +162,13 @@ def _check_spread(
         checks.check_tensor("variance", variance, (classes, dim), checks.FLOATS, device)
         checks.check_values("variance", variance, 0.0)
         checks.check_constant("variance", variance)
+        checks.check_not_empty("variance", variance, 0, "class")
         classes = len(variance)
     if directions is not None:
         checks.check_tensor("directions", directions, (classes, "r", dim), checks.FLOATS, device)
         checks.check_constant("directions", directions)
-        if directions.shape[1] < 1:
-            raise ValueError("directions must hold at least one direction a class, got none")
+        checks.check_not_empty("directions", directions, 0, "class")
+        checks.check_not_empty("directions", directions, 1, "direction per class")
         classes = len(directions)
     if isinstance(classes, str):
         raise ValueError("variance must be given where directions are not, got None for both")

@@ -40,7 +40,10 @@ def shift_features(inputs: ShiftInputs) -> Tensor:
         noise = deviation * normals(inputs.seed, row_ids, features.shape[1])
     if isinstance(strength, Tensor):
         strength = strength.to(dtype).reshape(-1, 1)
-    return (features.to(dtype) + strength * noise.to(dtype)).to(features.dtype)
+    moved = (features.to(dtype) + strength * noise.to(dtype)).to(features.dtype)
+    if inputs.target.dim() == 2:
+        return moved
+    return torch.where((inputs.target >= 0).unsqueeze(1), moved, features)
 
 
 def spread_table(weight: Tensor, variance: Tensor | None, directions: Tensor | None) -> Tensor:
@@ -66,6 +69,7 @@ def shifted_losses(inputs: ShiftedLossInputs) -> Tensor:
     is_class, label = _class_of(inputs.target, logits.shape[1])
     if isinstance(strength, Tensor):
         strength = strength.double().reshape(-1, 1)
+        strength = torch.where(is_class.unsqueeze(1), strength, 0.0)
     moved = logits.double() + 0.5 * strength**2 * inputs.table[label]
     moved = torch.where(is_class.unsqueeze(1), moved, 0.0)
     right = moved.gather(1, label.unsqueeze(1)).squeeze(1)
@@ -111,7 +115,8 @@ def _shares(inputs: MomentsInputs) -> Tensor:
         classes = torch.arange(inputs.num_classes, device=inputs.target.device)
         shares = (inputs.target.unsqueeze(1) == classes).double()
     if inputs.weight is not None:
-        shares = shares * inputs.weight.double().unsqueeze(1)
+        weighted = shares * inputs.weight.double().unsqueeze(1)
+        shares = torch.where(shares == 0, 0.0, weighted)  # a skipped row may weigh NaN
     return shares
 
 

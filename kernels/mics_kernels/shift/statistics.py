@@ -47,6 +47,7 @@ def class_moments(
     variances, 1979 (two-pass form).
     """
     checks.check_tensor("features", features, ("B", "D"))
+    checks.check_not_empty("features", features, 1, "feature")
     checks.check_whole("num_classes", num_classes, 1)
     rows, device = len(features), features.device
     with torch.no_grad():

@@ -150,13 +150,16 @@ def shift_kernel(
         spread = tl.sqrt(total)
     else:
         label = tl.load(target + row, mask=inside, other=-1)
-        there = mask & ((label >= 0) & (label < C))[:, None]
+        is_class = (label >= 0) & (label < C)
+        there = mask & is_class[:, None]
         spread = tl.load(spread + label[:, None] * D + column[None, :], mask=there, other=0.0)
     scale = _strength(strength, row, inside, IN_MEMORY, STRIDE)
     place = row[:, None] * D + column[None, :]
     x = tl.load(features + place, mask=mask, other=0.0)
-    out = x.to(tl.float32) + (scale[:, None] * spread) * normal
-    tl.store(moved + place, out.to(moved.dtype.element_ty), mask=mask)
+    out = (x.to(tl.float32) + (scale[:, None] * spread) * normal).to(moved.dtype.element_ty)
+    if not SOFT:
+        out = tl.where(is_class[:, None], out, x)
+    tl.store(moved + place, out, mask=mask)
 
 
 @triton.jit
