@@ -1,16 +1,22 @@
 """Compile the GPU kernels for sm_80, 90, 100 and 120, and refuse register spills.
 
-Needs no GPU: Triton makes cubins for any target, nvcc likewise. What else must hold of the code
-(shared memory, tensor cores, loads of 16 bytes, bytes and FLOPs of bench/roofline.py) is asserted
-where it is met. A short table comes last; --json keeps it for docs/performance.md.
+No GPU is needed: Triton makes cubins for any target, and so does nvcc. What else must hold of the
+code (shared memory, tensor cores, registers of asynchronous products, loads of 16 bytes, bytes and
+FLOPs of bench/roofline.py) is asserted kernel by kernel. A short table comes last; --json keeps it
+for docs/performance.md.
 
-    python -m tools.check_kernels [--json bench/results/kernels.json]
+    python -m tools.check_kernels [--only sweep] [--triton 3.6.0 installed] [--json FILE]
+
+--triton names versions, each of which is installed into build/triton-VERSION and compiles all
+kernels; "installed" is the one of this environment.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from collections import defaultdict
 from multiprocessing import Pool
@@ -21,51 +27,99 @@ import triton
 from tools.check_kernels import consistency, evidential, shift
 from tools.check_kernels.compiled import Check, Usage
 
+ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = (80, 90, 100, 120)
-
-
-def measured(check: Check) -> Usage:
-    """Compile; in a process of its own."""
-    return check.measure(*check.arguments)
+INSTALLED = "installed"
+Table = dict[str, dict[int, Usage]]
+"""Kind of kernel -> chip -> the most that any kernel of the kind uses there."""
 
 
 def main() -> int:
-    """Print a table; exit status 1 where a kernel spills."""
+    """Check with each version of Triton; exit status 1 where one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="keep the short table here")
     parser.add_argument("--only", default="", help="kernels with this in their name")
+    parser.add_argument("--triton", nargs="+", default=[INSTALLED], metavar="VERSION")
     options = parser.parse_args()
+    failed = 0
+    for version in options.triton:
+        if version == INSTALLED:
+            failed |= check(options.only, options.json)
+        else:
+            failed |= check_with(version, options.only)
+    return failed
+
+
+def check_with(version: str, only: str) -> int:
+    """Check in a process that imports another version of Triton; its exit status."""
+    folder = ROOT / "build" / f"triton-{version}"
+    if not folder.exists():
+        new = folder.with_suffix(".new")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--target", str(new), f"triton=={version}"], check=True)
+        new.rename(folder)
+    path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
+    cache = str(ROOT / "build" / f"triton-cache-{version}")
+    return subprocess.run(
+        [sys.executable, "-m", "tools.check_kernels", "--only", only],
+        env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": cache}, cwd=ROOT,
+    ).returncode  # fmt: skip
+
+
+def check(only: str, kept: Path | None) -> int:
+    """Compile every kernel with this Triton and print what each uses; 1 where one fails."""
     rows = [
-        (capability, check)
+        (capability, row)
         for capability in CAPABILITIES
         for module in (evidential, shift, consistency)
-        for check in module.checks(capability)
-        if options.only in check.name
+        for row in module.checks(capability)
+        if only in row.name
     ]
     kinds: dict[str, dict[int, list[Usage]]] = defaultdict(lambda: defaultdict(list))
+    wrong = 0
     with Pool() as pool:
-        checks = [check for _, check in rows]
-        for (capability, check), usage in zip(rows, pool.imap(measured, checks), strict=True):
-            print(f"sm_{capability}  {check.name:50} {in_words(usage)}", flush=True)
-            kinds[check.name.split(",")[0]][capability].append(usage)
-    table = {
-        kind: {n: most_of(found) for n, found in chips.items()} for kind, chips in kinds.items()
+        found = pool.imap(measured, [row for _, row in rows])
+        for (capability, row), (usage, error) in zip(rows, found, strict=True):
+            words = f"FAILED: {error}" if usage is None else in_words(usage)
+            print(f"sm_{capability}  {row.name:50} {words}", flush=True)
+            if usage is not None:
+                kinds[row.kind][capability].append(usage)
+            wrong += usage is None
+    table: Table = {
+        kind: {chip: most_of(usages) for chip, usages in chips.items()}
+        for kind, chips in kinds.items()
     }
     spilled = sum(usage.stack for chips in kinds.values() for n in chips for usage in chips[n])
-    print(f"\nMost of each kind, with Triton {triton.__version__}:")
+    print_table(table)
+    print(f"Triton {triton.__version__}: {len(rows)} kernels, {wrong} wrong, "
+          f"{spilled} bytes spilled")  # fmt: skip
+    if kept:
+        text = json.dumps(
+            {"triton": triton.__version__, "count": len(rows), "kinds": table}, indent=1
+        )
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(text + "\n")
+    return int(bool(spilled or wrong))
+
+
+def measured(check: Check) -> tuple[Usage | None, str]:
+    """Compile, in a process of its own; the usage, or what is wrong with the kernel."""
+    try:
+        return check.measure(*check.arguments), ""
+    except Exception as error:  # the other kernels are still compiled
+        return None, f"{type(error).__name__}: {error}"
+
+
+def print_table(table: Table) -> None:
+    """The most that each kind of kernel uses on each chip."""
+    print("\nMost of each kind:")
     for kind, chips in table.items():
         for capability, usage in chips.items():
             print(f"sm_{capability:<4} {kind:24} {in_words(usage)}")
-    print(f"{len(rows)} kernels compiled, {spilled} bytes spilled")
-    if options.json:
-        kept = {"triton": triton.__version__, "count": len(rows), "kinds": table}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(kept, indent=1) + "\n")
-    return 1 if spilled else 0
 
 
 def most_of(found: list[Usage]) -> Usage:
-    """The most of each that any kernel takes."""
+    """The maximum of each number."""
     return Usage(*(max(column) for column in zip(*found, strict=True)))
 
 

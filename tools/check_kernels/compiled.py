@@ -1,4 +1,4 @@
-"""A GPU kernel compiled without a GPU: what it takes of a chip."""
+"""Compile a GPU kernel without a GPU, and read how much of a chip it uses."""
 
 from __future__ import annotations
 
@@ -16,19 +16,25 @@ ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives addresses
 
 
 class Usage(NamedTuple):
-    """Registers a thread, bytes of its stack (above 0 where it spills), bytes of shared memory."""
+    """How much of a chip a kernel uses."""
 
-    registers: int
-    stack: int
-    shared: int
+    registers: int  # per thread
+    stack: int  # bytes per thread; above 0 where registers spill
+    shared: int  # bytes of shared memory per program
 
 
 class Check(NamedTuple):
-    """One row of the table: a name, and what to call for its usage."""
+    """One kernel in one configuration."""
 
-    name: str
-    measure: Callable[..., Usage]
+    kind: str  # of kernel; the short table has the most of each kind
+    detail: str  # the configuration
+    measure: Callable[..., Usage]  # raises AssertionError where something else is wrong
     arguments: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """Kind and configuration."""
+        return f"{self.kind}, {self.detail}" if self.detail else self.kind
 
 
 def compile_for(
@@ -39,12 +45,12 @@ def compile_for(
     aligned: Iterable[tuple[int, ...]],
     **options: int,
 ) -> Any:
-    """A Triton kernel as a cubin for a chip (90 for compute capability 9.0).
+    """Compile a Triton kernel for a chip (90 for compute capability 9.0).
 
     Args:
         signature: argument -> Triton's name of its type; "constexpr" where ``constants`` holds it.
         constants: argument -> value.
-        aligned: places of pointers that are multiples of 16: argument, and element of a tuple.
+        aligned: pointers that are multiples of 16: index of the argument, and of its element.
         options: num_warps, num_stages.
     """
     source = ASTSource(
@@ -55,7 +61,7 @@ def compile_for(
 
 
 def usage_of(compiled: Any) -> Usage:
-    """What a compiled kernel takes."""
+    """How much of a chip a compiled kernel uses."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -72,7 +78,7 @@ def simply_compiled(
     signature: dict[str, Any],
     constants: dict[str, Any],
 ) -> Any:
-    """A kernel of four warps whose arrays are all aligned."""
+    """Compile a kernel with four warps and aligned arrays."""
     arrays = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     places = [(i,) for i in arrays]
     return compile_for(capability, kernel, signature, constants, places, num_warps=4)

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the consistency losses take of a chip."""
+"""Checks of the consistency losses' Triton kernels."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from bench import roofline
 from mics_kernels.consistency import triton_kernels
 from tools.check_kernels.compiled import Check, Usage, compile_for, usage_of
 from tools.check_kernels.counts import operations, total, wide
+from tools.check_kernels.sass import disassembled, overwritten
 
 
 def checks(capability: int) -> list[Check]:
-    """Every width, precision and tile for a chip; of D = 256 the forward pass alone, too."""
+    """Every width, precision and tile for a chip; for D = 256 also the forward pass alone."""
     rows = []
     for width, precision, has_ids, tile in sweep_tiles(capability):
         for gradient in (True, False) if width == 256 and precision == "half" else (True,):
-            name = (
-                f"sweep, D={width} {precision}{', ids' * has_ids}{', loss only' * (not gradient)}"
-            )
+            name = f"D={width} {precision}{', ids' * has_ids}{', loss only' * (not gradient)}"
             given = (capability, width, precision, has_ids, tile, gradient)
-            rows.append(Check(f"{name}, {tuple(tile)}", sweep_usage, given))
-    return [*rows, Check("join, D=256", join_usage, (capability,))]
+            rows.append(Check("sweep", f"{name}, {tuple(tile)}", sweep_usage, given))
+    return [*rows, Check("join", "D=256", join_usage, (capability,))]
 
 
 def sweep_tiles(capability: int) -> list[tuple[int, str, bool, triton_kernels.Tile]]:
-    """Every width, precision, use of ids and tile that the consistency losses run with: of half
-    precision, and of float32 up to 256 features, as TensorFloat-32 and exact."""
+    """Every width, precision, use of ids and tile that the consistency losses run with.
+
+    Half precision, and up to 256 features float32, as TensorFloat-32 and exact.
+    """
     cases = []
     for width in (32, 64, 128, 256, 512, 1024):
         for precision in ("half", "tf32", "ieee") if width <= 256 else ("half",):
@@ -46,9 +47,13 @@ def sweep_usage(
     tile: triton_kernels.Tile,
     gradient: bool,
 ) -> Usage:
-    """Of the sweep over keys and queues of two views; also refuses a program that does not fit on
-    the chip, makes no use of tensor cores or asynchronous copies, reads keys other than 16 bytes at
-    a time, or moves or computes other than the roofline model counts."""
+    """Usage of the sweep over keys and queues of two views.
+
+    Raises:
+        AssertionError: it does not fit on the chip, does not use tensor cores or asynchronous
+            copies, overwrites registers that a product still reads, does not read keys 16 bytes at
+            a time, or moves or computes other amounts than the roofline model counts.
+    """
     kernel = triton_kernels.sweep_kernel
     features = "*bf16" if precision == "half" else "*fp32"
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
@@ -86,6 +91,8 @@ def sweep_usage(
     if precision != "tf32":
         assert "cp.async" in code, (capability, width, tile)
     assert wide(code, "ld"), (capability, width, tile)
+    if capability == 90:
+        assert not (bad := overwritten(disassembled(compiled))), (width, tile, bad)
     check_counts(compiled.asm["ttir"], width, 2 if precision == "half" else 4, tile, gradient)
     return usage_of(compiled)
 
@@ -93,8 +100,11 @@ def sweep_usage(
 def check_counts(
     ttir: str, width: int, size: int, tile: triton_kernels.Tile, gradient: bool
 ) -> None:
-    """A step of either loop, over keys or queue, reads its keys once, and takes the products of its
-    queries with them that the model counts; the loss alone takes half of them."""
+    """Check a step of either loop, over keys or queue, against the roofline model.
+
+    It reads its keys once and multiplies its queries with them as often as the model counts; for
+    the loss alone half as often.
+    """
     found = list(operations(ttir))
     queries = tile.rows // 2
     less, more = (roofline.consistency(queries, width, n, size) for n in (0, tile.keys))
@@ -105,7 +115,7 @@ def check_counts(
 
 
 def join_usage(capability: int) -> Usage:
-    """Of the join of 8 splits, D = 256."""
+    """Usage of the join of 8 splits, D = 256."""
     kernel = triton_kernels.join_kernel
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("sums", "pulls", "losses", "gradient", "slopes"), "*fp32")

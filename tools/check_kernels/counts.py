@@ -1,7 +1,7 @@
-"""What a compiled Triton kernel loads, stores and computes, counted in its code.
+"""Count what a compiled Triton kernel loads, stores and computes.
 
-TTIR is the compiler's first form: every load, store and product is there once, with its shape. A
-loop's body counts once, so that counts are those of one pass.
+TTIR is the compiler's first form: it holds every load, store and product once, with its shape. The
+body of a loop counts once, so counts are those of one pass.
 """
 
 from __future__ import annotations
@@ -19,19 +19,16 @@ FLOAT = re.compile(r"(?:arith\.(?:add|sub|mul|div)f|math\.\w+) .*: tensor<([\dx]
 
 
 class Operation(NamedTuple):
-    """A load, store, product or elementwise operation, and how many loops stand around it.
+    """A load, store, product or elementwise operation."""
 
-    ``amount``: bytes loaded or stored, or FLOPs; ``shape``: of what is moved or computed.
-    """
-
-    kind: str
-    shape: tuple[int, ...]
-    amount: int
-    depth: int
+    kind: str  # load, store, dot or float
+    shape: tuple[int, ...]  # of the tensor moved or computed
+    amount: int  # bytes moved, or FLOPs
+    depth: int  # loops around it
 
 
 def operations(ttir: str) -> Iterator[Operation]:
-    """Every operation that counts, in the order of the code."""
+    """The operations in the order of the code."""
     ends: list[int] = []  # indentation of the loops that are open
     for line in ttir.splitlines():
         indent = len(line) - len(line.lstrip())
@@ -56,11 +53,11 @@ def sides(shape: str | None) -> tuple[int, ...]:
 
 
 def total(found: list[Operation], kind: str, *, rank: int = 0, depth: int | None = None) -> int:
-    """Sum of what operations of a kind move or compute.
+    """Sum of the amounts of operations of a kind.
 
     Args:
-        rank: of these dimensions at least.
-        depth: inside so many loops alone.
+        rank: least number of dimensions.
+        depth: number of loops around them; None: any.
     """
     return sum(
         one.amount
@@ -70,8 +67,10 @@ def total(found: list[Operation], kind: str, *, rank: int = 0, depth: int | None
 
 
 def wide(ptx: str, kind: str) -> int:
-    """Loads ("ld") or stores ("st") of 16 bytes at a time in global memory; asynchronous copies
-    count as loads."""
+    """Number of 16-byte loads ("ld") or stores ("st") in global memory.
+
+    Asynchronous copies count as loads.
+    """
     found = len(re.findall(rf"{kind}\.global[.\w:]*\.v4\.b32", ptx))
     if kind == "ld":
         found += len(

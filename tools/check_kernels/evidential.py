@@ -1,4 +1,4 @@
-"""What the evidential GPU kernels take of a chip, and every CUDA kernel."""
+"""Checks of the evidential Triton kernel and of every CUDA kernel."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ SHAPES = ((1, 2), (3, 8), (8, 8), (3, 64))  # views, classes; spills are refused
 def checks(capability: int) -> list[Check]:
     """Every kernel for a chip."""
     rows = [
-        Check(f"{source.name}, most of all", cuda_usage, (capability, source.name))
+        Check(source.name, "most of all", cuda_usage, (capability, source.name))
         for source in sorted(CSRC.glob("*.cu"))
     ]
     for views, classes in SHAPES:
-        name = f"evidential, V={views} C={classes}"
-        rows.append(Check(name, triton_usage, (capability, views, classes, False)))
-    # Probabilities, in a loop over classes: what Triton 3.6 once could not compile.
-    rows.append(Check("evidential, V=3 C=300 soft", triton_usage, (capability, 3, 300, True)))
+        detail = f"V={views} C={classes}"
+        rows.append(Check("evidential", detail, triton_usage, (capability, views, classes, False)))
+    # Probabilities, in a loop over classes, which Triton 3.6 once could not compile.
+    rows.append(Check("evidential", "V=3 C=300 soft", triton_usage, (capability, 3, 300, True)))
     return rows
 
 
 def triton_usage(capability: int, views: int, classes: int, soft: bool) -> Usage:
-    """Of the loss kernel in Triton; also refuses one that moves or computes other than the roofline
-    model counts of labels: logits are read once more, from the cache, for the gradient."""
+    """Usage of the loss kernel in Triton.
+
+    Raises:
+        AssertionError: for labels, it moves or computes other amounts than the roofline model
+            counts; logits are read once more, from the cache, for the gradient.
+    """
     kernel = triton_kernels.evidential_rows_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("values", "gradient", "targets", "weight"), "*fp32")

@@ -1,4 +1,4 @@
-"""What the Triton kernels of the shift take of a chip."""
+"""Checks of the shift's Triton kernels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools.check_kernels.counts import operations, total, wide
 
 def checks(capability: int) -> list[Check]:
     """Every kernel for a chip."""
-    rows = [Check("merge of moments", merge_usage, (capability,))]
+    rows = [Check("merge of moments", "", merge_usage, (capability,))]
     for dtype in ("bf16", "fp32"):
         for soft in (False, True):
             name, given = (
@@ -18,19 +18,23 @@ def checks(capability: int) -> list[Check]:
                 (capability, dtype, soft),
             )
             rows += [
-                Check(f"shift, {name}", shift_usage, given),
-                Check(f"directions, {name}", combine_usage, given),
-                Check(f"moments, {name}", moments_usage, given),
+                Check("shift", name, shift_usage, given),
+                Check("directions", name, combine_usage, given),
+                Check("moments", name, moments_usage, given),
             ]
         for classes in (8, 1000):
-            name = f"shifted loss, {dtype}, C={classes}"
-            rows.append(Check(name, shifted_loss_usage, (capability, dtype, classes)))
+            sizes = (capability, dtype, classes)
+            rows.append(Check("shifted loss", f"{dtype}, C={classes}", shifted_loss_usage, sizes))
     return rows
 
 
 def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Of the shift, D = 768; also refuses one that does not move features 16 bytes at a time, or
-    moves or computes other than the roofline model counts."""
+    """Usage of the shift, D = 768.
+
+    Raises:
+        AssertionError: it does not move features 16 bytes at a time, or moves or computes other
+            amounts than the roofline model counts.
+    """
     kernel = shift_kernels.shift_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "moved": f"*{dtype}", "spread": "*fp32"}
@@ -47,8 +51,11 @@ def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
 
 
 def check_shift_counts(ttir: str, elements: int, dtype: str) -> None:
-    """A program of so many features reads and writes each once, and its deviation from a table
-    that stays in the cache; its FLOPs are at least those of the model, and less than twice."""
+    """Check a program of so many features against the roofline model.
+
+    It reads and writes each feature once, and reads its deviation from a table that stays in the
+    cache. Its FLOPs are at least the model's, and less than twice as many.
+    """
     size = 2 if dtype == "bf16" else 4
     more, less = (roofline.shift(batch, 768, 8, size) for batch in (2, 1))
     found = list(operations(ttir))
@@ -59,7 +66,7 @@ def check_shift_counts(ttir: str, elements: int, dtype: str) -> None:
 
 
 def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Of the shift along 64 directions."""
+    """Usage of the shift along 64 directions."""
     kernel = shift_kernels.combine_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "moved": f"*{dtype}", "directions": "*fp32"}
@@ -71,7 +78,11 @@ def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
 
 
 def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Of the moments of 8 classes; also refuses one that reads its features more than once."""
+    """Usage of the moments of 8 classes, D = 768.
+
+    Raises:
+        AssertionError: it reads its features more than once.
+    """
     kernel = shift_kernels.moments_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "target": "*fp32" if soft else "*i64"}
@@ -89,7 +100,7 @@ def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
 
 
 def merge_usage(capability: int) -> Usage:
-    """Of the merge of 64 segments."""
+    """Usage of the merge of 64 segments."""
     kernel = shift_kernels.merge_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("counts", "means", "m2s", "count"), "*fp64")
@@ -99,7 +110,7 @@ def merge_usage(capability: int) -> Usage:
 
 
 def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:
-    """Of the shifted cross-entropy."""
+    """Usage of the shifted cross-entropy."""
     kernel = shift_kernels.losses_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"logits": f"*{dtype}", "gradient": f"*{dtype}", "target": "*i64"}
