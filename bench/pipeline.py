@@ -60,7 +60,7 @@ from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Row, read_manifest
 from mics_fast.data.shards import read_image
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
-from mics_fast.options.config import AugmentConfig, CacheConfig, DataConfig
+from mics_fast.options import AugmentConfig, CacheConfig, DataConfig
 
 BATCH, SEED = 32, 0
 CORES = len(os.sched_getaffinity(0))

@@ -24,7 +24,7 @@ from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.precision import Precision, pick_precision
 from mics_fast.engine.update import Update
 from mics_fast.models.sizes import SIZES
-from mics_fast.options.config import TrainConfig
+from mics_fast.options import TrainConfig
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.build import (
     build_classifier,

@@ -61,7 +61,7 @@ from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Manifest, read_manifest
 from mics_fast.engine.capture import WARM_UP
 from mics_fast.models.sizes import SIZES
-from mics_fast.options.config import CacheConfig, DataConfig, ModelSize, TrainConfig
+from mics_fast.options import CacheConfig, DataConfig, ModelSize, TrainConfig
 
 BATCHES: dict[ModelSize, int] = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
 QUEUE = 4096

@@ -19,22 +19,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from jsonargparse import ActionConfigFile, ArgumentParser
 from rich.console import Console
 from rich.markdown import Markdown
 
-from mics_fast.common.errors import InputError, run_command
+from mics_fast.common.errors import run_command
 from mics_fast.common.files import write_json, write_text
-from mics_fast.options.config import ExperimentConfig, TrainConfig, check_config, check_experiment
+from mics_fast.options.commands import parse_experiment
 from mics_fast.study.experiment import draws, make_cells, missing_tasks
 from mics_fast.study.processes import run_tasks
 from mics_fast.study.summary import markdown, tabulate
-from mics_fast.training.run import parse_options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing of the grid, then write and print the tables."""
-    train, grid = parse(arguments)
+    train, grid = parse_experiment(arguments, __doc__)
     out = Path(train.out).resolve()
     began = time.monotonic()
     cells = make_cells(train, grid, out)
@@ -50,33 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Console().print(Markdown(text))
     minutes = (time.monotonic() - began) / 60
     print(f"wrote {train.out}/results.md and results.json; this call took {minutes:.1f} min")
-
-
-def parse(arguments: Sequence[str] | None) -> tuple[TrainConfig, ExperimentConfig]:
-    """The options of every run, and the grid.
-
-    Raises:
-        InputError: an unknown or ill-typed option, or one out of range.
-    """
-    parser = ArgumentParser(
-        prog="python -m mics_fast.experiment",
-        description="Train variants of the method over seeds and label fractions; compare them.",
-        usage="%(prog)s --config FILE --data.manifest FILE --out DIR [--OPTION VALUE]...",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
-    parser.add_class_arguments(TrainConfig, nested_key=None)
-    parser.add_class_arguments(ExperimentConfig, "experiment")
-    values = parse_options(parser, arguments)
-    grid = values.pop("experiment")
-    train = TrainConfig(**values)
-    check_config(train)
-    check_experiment(grid)
-    for name, value in (("--data.manifest", train.data.manifest), ("--out", train.out)):
-        if not value:
-            raise InputError(f"option {name} is missing")
-    return train, grid
 
 
 if __name__ == "__main__":

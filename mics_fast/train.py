@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mics_fast.common.errors import InputError, run_command
+from mics_fast.common.errors import run_command
 from mics_fast.engine.distributed import joined
+from mics_fast.options.commands import parse_train, require
 from mics_fast.training.build import pick_device
-from mics_fast.training.run import parse_config
 from mics_fast.training.trainer import train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run the stages it asks for."""
-    config, resume = parse_config(arguments)
-    if not config.data.manifest or not config.out:
-        missing = "--out" if config.data.manifest else "--data.manifest"
-        raise InputError(f"option {missing} is missing")
+    config, resume = parse_train(arguments, __doc__)
+    require(config)
     with joined(pick_device(config.device)):
         train(config, resume=resume)
 

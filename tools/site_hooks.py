@@ -74,7 +74,7 @@ def relink(text: str, source: str, place: str) -> str:
 
 def option_tables() -> str:
     """A table of the options for each part of the configuration."""
-    from mics_fast.options.config import ExperimentConfig, TrainConfig
+    from mics_fast.options import ExperimentConfig, TrainConfig
 
     tables = [*option_table(TrainConfig(), ""), *option_table(ExperimentConfig(), "experiment")]
     return "\n\n".join(tables)

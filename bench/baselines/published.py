@@ -43,7 +43,7 @@ from mics_fast.models.discriminator import Discriminator, L2Block
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets, random_mask
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Attention, Block, VisionTransformer, pool_tokens, take_rows
-from mics_fast.options.config import TrainConfig
+from mics_fast.options import TrainConfig
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.flops import block, contrastive, dense, distance_block, embedding, encoder
 from mics_kernels import FeatureQueue

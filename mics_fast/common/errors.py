@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from typing import Any, NoReturn
 
 
@@ -29,8 +30,27 @@ class SentenceParser(argparse.ArgumentParser):
             **settings,
         )
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            unknown = next((own for own in rest if own.startswith("-")), rest[0]).split("=")[0]
+            kind = "option" if unknown.startswith("-") else "argument"
+            hint = did_you_mean(unknown, self._option_string_actions)
+            raise InputError(f"{kind} {unknown} is unknown{hint}")
+        return found
+
     def error(self, message: str) -> NoReturn:
         raise InputError(message)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: "; did you mean ...?", or nothing."""
+    last = {other: other.lstrip("-").rpartition(".")[2] for other in known}
+    own = name.lstrip("-").rpartition(".")[2]
+    near = [other for other, end in last.items() if end == own]
+    near = near or get_close_matches(name, last, 3, 0.75)
+    near = near or [other for other, end in last.items() if get_close_matches(own, [end], 1, 0.75)]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
 def run_command(main: Callable[[], None]) -> None:

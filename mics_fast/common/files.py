@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,35 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {folder} cannot be written: {error.strerror}") from None
+
+
+def read_small(file: Path, largest: int) -> str:
+    """The text of a file that other people may have written.
+
+    Args:
+        file: a regular file; devices, pipes and folders are refused without being read.
+        largest: bytes that it may hold.
+
+    Raises:
+        InputError: no such file, no regular one, a larger one, or not UTF-8.
+    """
+    try:
+        # Opening a pipe would wait for a writer.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as opened:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise InputError(f"{file} is no regular file")
+            content = opened.read(largest + 1)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{str(file)!r} is no file name") from None
+    if len(content) > largest:
+        raise InputError(f"{file} holds more than {largest} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is not UTF-8 text") from None
 
 
 @contextmanager

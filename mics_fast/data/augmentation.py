@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from mics_fast.data.distortions import affine_of, boxes_of
-from mics_fast.options.config import AugmentConfig, ColourConfig
+from mics_fast.options import AugmentConfig, ColourConfig
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 """Columns of ``Augmentation.weak`` and ``Augmentation.strong``."""

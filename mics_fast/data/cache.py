@@ -29,7 +29,7 @@ from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import resized_square
-from mics_fast.options.config import DataConfig
+from mics_fast.options import DataConfig
 
 _LARGEST_BATCH = 64  # frames decoded at a time
 _UNKNOWN, _KEPT, _ABSENT = range(3)

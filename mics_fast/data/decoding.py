@@ -24,7 +24,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.augmentation import BLUR, Augmentation, View, union
 from mics_fast.data.views import IMAGENET_STD
 from mics_fast.engine.threads import available_threads, share_threads
-from mics_fast.options.config import AugmentConfig, DataConfig
+from mics_fast.options import AugmentConfig, DataConfig
 
 WHOLE = np.array([0, 0, 1, 1], np.float32)
 """The crop that is the whole frame (left, top, width, height as fractions of it), and its region

@@ -31,7 +31,7 @@ from mics_fast.data.stream import (
     encoded_sample,
     sample_of,
 )
-from mics_fast.options.config import AugmentConfig, DataConfig
+from mics_fast.options import AugmentConfig, DataConfig
 
 
 class TrainLoader:

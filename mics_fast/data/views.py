@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mics_fast.data.augmentation import BRIGHTNESS, CONTRAST, HUE, SATURATION
 from mics_fast.data.distortions import erased, warped
-from mics_fast.options.config import DataConfig
+from mics_fast.options import DataConfig
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -1,4 +1,4 @@
-"""What a stage of the method and the loop agree on: losses, and how they are minimised."""
+"""The contract between a stage of the method and the loop: losses, and how they are minimised."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ class Stage(Protocol):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """How long a stage runs and how its optimisers behave.
+    """Length of a stage, its optimisers, and when to log and save.
 
     Args:
         name: of the stage.
@@ -86,7 +86,7 @@ class Plan:
         profile: steps to profile.
         cuda_graph: whether the step is recorded and replayed.
         choose_best: whether the first score names the best checkpoint; else the latest counts.
-        shards: what of the stage is dealt out over the ranks; None: nothing.
+        shards: the parts of the stage that are sharded over the ranks; None: nothing is.
     """
 
     name: str

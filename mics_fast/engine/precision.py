@@ -1,4 +1,4 @@
-"""What an option ``precision`` means on a device: autocast, loss scaling, TF32."""
+"""The option ``precision`` on a device: autocast, loss scaling, TF32."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch.amp import GradScaler
 
-from mics_fast.options.config import PrecisionName
+from mics_fast.options import PrecisionName
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,13 @@ class Precision:
 
     autocast: torch.dtype | None
     tf32: bool
+
+    @property
+    def name(self) -> str:
+        """Of the encoders' arithmetic: "fp32", "bf16" or "fp16"."""
+        return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(
+            self.autocast or torch.float32, "fp32"
+        )
 
     def scaler(self, device: torch.device) -> GradScaler | None:
         """Keeps gradients within float16's range; None where nothing is computed in it."""

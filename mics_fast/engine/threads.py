@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from mics_fast.options.config import DataConfig, TrainConfig
+from mics_fast.options import DataConfig, TrainConfig
 
 _MOST_TO_LAUNCH = 4
 

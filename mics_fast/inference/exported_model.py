@@ -17,7 +17,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.opinions import Opinions, assemble
-from mics_fast.options.config import DataConfig
+from mics_fast.options import DataConfig
 
 PROGRAM, ONNX, SIDECAR, CARD = "model.pt2", "model.onnx", "model.json", "MODEL_CARD.md"
 OUTPUTS = ("belief", "uncertainty", "probability", "conflict", "evidence", "view_present")

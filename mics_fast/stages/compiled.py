@@ -9,7 +9,7 @@ from torch import nn
 
 from mics_fast.models.discriminator import L2Block
 from mics_fast.models.vit import Block
-from mics_fast.options.config import CompileScope
+from mics_fast.options import CompileScope
 
 
 def compile_parts(stage: nn.Module, scope: CompileScope, methods: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from mics_fast.data.batch import PairBatch
 from mics_fast.engine.distributed import gather_rows
 from mics_fast.engine.plan import Losses
 from mics_fast.models.classifier import FUSION, Classifier, ClassifierOutput
-from mics_fast.options.config import CompileScope, FinetuneConfig
+from mics_fast.options import CompileScope, FinetuneConfig
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings
@@ -321,8 +321,3 @@ def gather_parts(values: Tensor, sizes: list[int]) -> Tensor:
     """Labelled and unlabelled rows of all ranks in the order of the whole batch, as one rank has
     them: the statistics come out the same everywhere."""
     return torch.cat([gather_rows(part) for part in values.split(sizes)])
-
-
-def wants_unlabelled(config: FinetuneConfig) -> bool:
-    """Whether any term of the stage reads unlabelled rows."""
-    return config.unlabelled_weight > 0 or config.modality_consistency_weight > 0

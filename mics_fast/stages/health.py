@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from mics_fast.options.config import FinetuneConfig, PretrainConfig
+from mics_fast.options import FinetuneConfig, PretrainConfig
 
 # Negatives at a cosine of 0.95 leave the softmax at most exp(0.05 / 0.07) = 2 between a positive
 # and any one of them: the loss cannot tell rows apart.

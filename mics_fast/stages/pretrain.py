@@ -20,7 +20,7 @@ from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import Pool, take_rows
-from mics_fast.options.config import CompileScope, PretrainConfig
+from mics_fast.options import CompileScope, PretrainConfig
 from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judge
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.health import pretrain_warnings
@@ -53,7 +53,7 @@ class PretrainStage(nn.Module):
         config: options of the stage.
         size: of the networks.
         modalities: names, in the order of ``PairBatch.present``.
-        pool, projection: see ``config.ModelConfig``.
+        pool, projection: see ``options.ModelConfig``.
         queue_size: rows of each modality's queue of negatives.
         steps_per_epoch: the teacher's share ``alpha`` grows over the first epoch.
         seed: of the masks.

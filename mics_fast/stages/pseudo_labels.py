@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from mics_fast.models.classifier import ClassifierOutput
-from mics_fast.options.config import FinetuneConfig
+from mics_fast.options import FinetuneConfig
 from mics_fast.stages.means import masked_mean
 from mics_kernels import fuse_evidence, opinion
 

@@ -17,16 +17,13 @@ from mics_fast.engine.checkpoint import load_checkpoint
 from mics_fast.engine.log import read_log
 from mics_fast.evaluation.metrics import risks_at, view_metrics
 from mics_fast.inference.evaluated import all_views, evaluate, labelled_rows, out_of_distribution
-from mics_fast.options.config import (
-    ExperimentConfig,
-    TrainConfig,
-    Variant,
-)
+from mics_fast.options import ExperimentConfig, TrainConfig, Variant
+from mics_fast.options.commands import read_config
 from mics_fast.preparation.splits import label_rows
 from mics_fast.study.processes import Task
 from mics_fast.study.summary import COVERAGES
 from mics_fast.study.variants import RECIPES, finetuning_of, pretraining_of
-from mics_fast.training.run import Run, read_config, refuse_changes
+from mics_fast.training.run import Run, refuse_changes
 from mics_fast.training.trainer import Trainer
 
 

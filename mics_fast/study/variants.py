@@ -26,7 +26,7 @@ from typing import Any
 
 from mics_fast.data.manifest import Manifest
 from mics_fast.models.sizes import SIZES, Size
-from mics_fast.options.config import TrainConfig, Variant
+from mics_fast.options import TrainConfig, Variant
 from mics_fast.training.build import queue_size, stage_steps
 from mics_fast.training.flops import finetune_flops, pretrain_flops
 

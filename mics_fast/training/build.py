@@ -1,6 +1,8 @@
-"""What a stage is made of, from the options: networks, optimisers, plan."""
+"""Build a stage from the options: networks, optimisers, plan."""
 
 from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -14,7 +16,7 @@ from mics_fast.engine.plan import Plan
 from mics_fast.engine.precision import Precision
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
-from mics_fast.options.config import FinetuneConfig, PretrainConfig, TrainConfig
+from mics_fast.options import FinetuneConfig, PretrainConfig, TrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.flops import finetune_flops, pretrain_flops
@@ -59,10 +61,17 @@ def build_pretraining(
         autocast=precision.autocast,
     ).to(built_on(config, device))
     optimisers = pretrain_optimisers(stage)
-    plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
-    plan.final_lr = {"model": options.lr_final / options.lr}
-    plan.choose_best = False
-    plan.flops = pretrain_flops(config, stage.size, len(manifest.modalities), queue)
+    plan = make_plan(
+        config,
+        "pretrain",
+        optimisers,
+        steps_per_epoch,
+        precision,
+        device,
+        final_lr={"model": options.lr_final / options.lr},
+        choose_best=False,
+        flops=pretrain_flops(config, stage.size, len(manifest.modalities), queue),
+    )
     return stage, plan
 
 
@@ -132,11 +141,18 @@ def build_finetuning(
         autocast=precision.autocast,
     ).to(built_on(config, device))
     optimisers = finetune_optimisers(model, options)
-    plan = make_plan(config, options, optimisers, steps_per_epoch, precision, device)
-    plan.final_lr = {"model": FINAL_FINETUNE_LR}
-    plan.choose_best = options.select == "best"
     sizes = len(manifest.modalities), len(manifest.classes)
-    plan.flops = finetune_flops(config, SIZES[config.model.size], *sizes)
+    plan = make_plan(
+        config,
+        "finetune",
+        optimisers,
+        steps_per_epoch,
+        precision,
+        device,
+        final_lr={"model": FINAL_FINETUNE_LR},
+        choose_best=options.select == "best",
+        flops=finetune_flops(config, SIZES[config.model.size], *sizes),
+    )
     return stage, plan
 
 
@@ -152,16 +168,28 @@ def stage_steps(options: PretrainConfig | FinetuneConfig, steps_per_epoch: int) 
 
 def make_plan(
     config: TrainConfig,
-    options: PretrainConfig | FinetuneConfig,
+    stage: Literal["pretrain", "finetune"],
     optimisers: dict[str, Optimizer],
     steps_per_epoch: int,
     precision: Precision,
     device: torch.device,
+    **own: Any,
 ) -> Plan:
-    """The plan of the stage whose options these are, but for what only that stage knows."""
+    """The plan of a stage.
+
+    Args:
+        config: of the run.
+        stage: its name.
+        optimisers: of the stage, the main one first.
+        steps_per_epoch: for schedules and log.
+        precision: of the encoders, which may need a loss scaler.
+        device: the stage trains on.
+        own: fields of ``Plan`` that each stage fills in its own way.
+    """
+    options: PretrainConfig | FinetuneConfig = getattr(config, stage)
     steps = stage_steps(options, steps_per_epoch)
     return Plan(
-        name="pretrain" if options is config.pretrain else "finetune",
+        name=stage,
         steps=steps,
         steps_per_epoch=steps_per_epoch,
         optimisers=optimisers,
@@ -175,4 +203,5 @@ def make_plan(
         peak_tflops=config.peak_tflops or peak_tflops(device),
         profile=config.profile,
         cuda_graph=config.cuda_graph,
+        **own,
     )

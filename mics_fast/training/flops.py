@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import tokens_read
-from mics_fast.options.config import ModelConfig, TrainConfig
+from mics_fast.options import ModelConfig, TrainConfig
 from mics_fast.stages.pretrain import TURBO_SHARE
 
 LONGEST_QUEUE = 65536

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
-
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import make_folder, write_text
 from mics_fast.data.manifest import Manifest
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.log import read_log
-from mics_fast.options.config import TrainConfig, check_config
+from mics_fast.options import TrainConfig
+from mics_fast.options.commands import read_config
+from mics_fast.options.parsing import as_yaml
 
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
@@ -55,7 +51,7 @@ class Run:
         if file.exists():
             refuse_changes(read_config(file), config, folder)
         make_folder(folder)
-        write_text(file, yaml.safe_dump(json.loads(json.dumps(asdict(config)))))
+        write_text(file, as_yaml(asdict(config)))
         return Run(folder, config)
 
     @staticmethod
@@ -140,78 +136,6 @@ def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, A
         "modalities": list(manifest.modalities),
         "classes": list(manifest.classes),
     }
-
-
-def config_parser() -> ArgumentParser:
-    """The options of ``TrainConfig`` as a YAML file and a command line."""
-    parser = ArgumentParser(
-        prog="python -m mics_fast.train",
-        description="Train a classifier of paired images from few labels (MICS).",
-        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] "
-        "[--OPTION VALUE]...",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with options")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    parser.add_class_arguments(TrainConfig, nested_key=None)
-    return parser
-
-
-def parse_config(arguments: Sequence[str] | None = None) -> tuple[TrainConfig, bool]:
-    """Options from a command line, and whether it asks to resume.
-
-    Raises:
-        InputError: an unknown or ill-typed option, or a value out of range.
-    """
-    values = parse_options(config_parser(), arguments)
-    resume = values.pop("resume")
-    config = TrainConfig(**values)
-    check_config(config)
-    return config, resume
-
-
-def parse_options(parser: ArgumentParser, arguments: Sequence[str] | None) -> dict[str, Any]:
-    """What a command line and the YAML files it names say, as instances of the dataclasses.
-
-    Raises:
-        InputError: an unknown or ill-typed option.
-    """
-    try:
-        values = vars(parser.instantiate(parser.parse_args(arguments)))
-    except argparse.ArgumentError as error:
-        raise InputError(in_a_sentence(str(error))) from None
-    values.pop("config", None)
-    return values
-
-
-def in_a_sentence(message: str) -> str:
-    """What jsonargparse says of an option, without its class names; other messages on one line."""
-    text = " ".join(message.split())
-    said = re.fullmatch(r'Parser key "(.+?)":? (.+)', text)
-    if said is None:
-        return text
-    name, problem = said.groups()
-    types = re.search(r"Subtypes: \[(.+)\] Errors: ", problem) or re.search(
-        r"Expected a (.+)\. Got value: ", problem
-    )
-    value = re.search(r"(?:Got|Given) value: (.+)", problem)
-    if types is None or value is None:
-        return f"option {name}: {problem}"
-    wanted = re.sub(r"<class '(\w+)'>", r"\1", types[1])
-    wanted = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", wanted)
-    wanted = re.sub(r"\b(tuple|list)\b(\[.+?\])?", "a list such as [a, b]", wanted)
-    wanted = wanted.replace(", NoneType", " or null")
-    return f"option {name} is {value[1]}, wanted {wanted}"
-
-
-def read_config(file: Path) -> TrainConfig:
-    """The options stored in a YAML file.
-
-    Raises:
-        InputError: as ``parse_config``.
-    """
-    return parse_config(["--config", str(file)])[0]
 
 
 def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:

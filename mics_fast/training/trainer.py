@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter
+from dataclasses import replace
 from pathlib import Path
-
-import torch
 
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.data.cache import FrameCache
@@ -24,7 +22,7 @@ from mics_fast.engine.distributed import (
 from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop, Plan
-from mics_fast.engine.precision import Precision, pick_precision
+from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
 from mics_fast.evaluation.metrics import view_metrics
@@ -33,8 +31,17 @@ from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.initial_weights import load_initial_weights
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import checkpoint_activations
-from mics_fast.options.config import FinetuneConfig, PretrainConfig, TrainConfig
-from mics_fast.stages.finetune import FinetuneStage, wants_unlabelled
+from mics_fast.options import FinetuneConfig, PretrainConfig, TrainConfig, wants_unlabelled
+from mics_fast.options.checks import (
+    check_batches,
+    check_cuda_graph,
+    check_dtype,
+    check_modality_options,
+    check_pretraining,
+    check_sharding,
+    check_shares,
+)
+from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.build import (
     build_classifier,
@@ -90,18 +97,13 @@ class Trainer:
         if not self.rows:
             raise InputError(f"{manifest.path} has no row with split train")
         check_modality_names(manifest.modalities)
-        for name in (*config.data.mean, *config.data.std):
-            if name not in manifest.modalities:
-                raise InputError(
-                    f"option data.mean or data.std names {name}, wanted modalities of the run: "
-                    f"{', '.join(manifest.modalities)}"
-                )
-        check_shares(config)
+        check_modality_options(config, manifest.modalities)
+        check_shares(config, world_size())
         check_batches(config, len(self.rows))
         if config.stage != "pretrain":
             check_labels(manifest)
         self.device = pick_device(config.device)
-        check_cuda_graph(config, self.device)
+        check_cuda_graph(config, self.device.type, world_size())
         self.size = SIZES[config.model.size]
         if self.device.type == "cpu" and self.size.width >= SIZES["vit_base"].width:
             say(
@@ -109,11 +111,8 @@ class Trainer:
                 "tens of GB; --config configs/demo.yaml has a network for a CPU"
             )
         self.precision = pick_precision(config.precision, self.device)
-        if config.data.dtype == "bf16" and self.precision.autocast is not torch.bfloat16:
-            raise InputError(
-                "option data.dtype is bf16, wanted fp32 as the encoders do not run in bf16"
-            )
-        check_sharding(config, self.precision)
+        check_dtype(config, self.precision.name)
+        check_sharding(config, self.precision.name, world_size())
         self.data = use_threads(config, self.device)
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
@@ -122,7 +121,10 @@ class Trainer:
     def pretrain(self) -> bool:
         """Stage 1 over all train rows; False where it was asked to stop before its end."""
         options, init = self.config.pretrain, self.config.model.init
-        check_modalities(options, self.manifest.modalities)
+        check_pretraining(options, self.manifest.modalities)
+        if len(self.manifest.modalities) == 1 and options.consistency_weight:
+            name = self.manifest.modalities[0]
+            say(f"{name} alone: without consistency, which takes two modalities")
         stage, plan = build_pretraining(
             self.config, self.manifest, len(self.rows), self.precision, self.device
         )
@@ -172,7 +174,8 @@ class Trainer:
         if self.config.model.activation_checkpointing:
             checkpoint_activations(stage)
         if self.config.shard_parameters:
-            plan.shards = Shards(stage, stage.networks(), plan.optimisers, self.device)
+            shards = Shards(stage, stage.networks(), plan.optimisers, self.device)
+            plan = replace(plan, shards=shards)
         if self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
@@ -316,65 +319,6 @@ def say(sentence: str) -> None:
         print(sentence, flush=True)
 
 
-def check_shares(config: TrainConfig) -> None:
-    """Refuse a batch that the ranks cannot share.
-
-    Raises:
-        InputError: names the option.
-    """
-    for name in ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelled_batch"):
-        stage = name.split(".")[0]
-        rows, parts = attrgetter(name)(config), getattr(config, stage).accumulate
-        if config.stage in (stage, "both") and rows % (parts * world_size()):
-            times = f" times {stage}.accumulate, {parts}" if parts > 1 else ""
-            raise InputError(
-                f"option {name} is {rows}, wanted a multiple of {parts * world_size()}, the number "
-                f"of processes that share it{times}"
-            )
-
-
-def check_batches(config: TrainConfig, rows: int) -> None:
-    """Refuse a batch that would hold a row twice.
-
-    Raises:
-        InputError: names the option.
-    """
-    sizes = {"pretrain.batch_size": config.pretrain.batch_size}
-    if wants_unlabelled(config.finetune):
-        sizes["finetune.unlabelled_batch"] = config.finetune.unlabelled_batch
-    for name, size in sizes.items():
-        if config.stage in (name.split(".")[0], "both") and size > rows:
-            raise InputError(f"option {name} is {size}, wanted at most {rows}, the train rows")
-
-
-def check_cuda_graph(config: TrainConfig, device: torch.device) -> None:
-    """Refuse to record a step where that is not possible.
-
-    Raises:
-        InputError: names the option.
-    """
-    if config.cuda_graph and (device.type != "cuda" or world_size() > 1):
-        where = f"{world_size()} processes" if world_size() > 1 else f"a {device.type.upper()}"
-        raise InputError(f"option cuda_graph is true, wanted false on {where}: it takes one GPU")
-
-
-def check_sharding(config: TrainConfig, precision: Precision) -> None:
-    """Refuse what cannot be done in parts.
-
-    Raises:
-        InputError: names the option.
-    """
-    if not config.shard_parameters:
-        return
-    if world_size() == 1:
-        raise InputError("option shard_parameters is on, wanted several processes (torchrun)")
-    if config.compile != "off" and config.compile_scope == "step":
-        raise InputError("option compile_scope is step, wanted blocks with shard_parameters")
-    if precision.autocast is torch.float16:
-        # Each rank's loss scaler would look for overflows among its own gradients alone.
-        raise InputError("option precision is fp16, wanted another with shard_parameters")
-
-
 def check_labels(manifest: Manifest) -> None:
     """Refuse, before hours of pre-training, what no classifier can be fine-tuned on.
 
@@ -388,21 +332,3 @@ def check_labels(manifest: Manifest) -> None:
             f"{manifest.path} has one class, {manifest.classes[0]}, wanted at least two in the "
             "column label"
         )
-
-
-def check_modalities(options: PretrainConfig, modalities: Sequence[str]) -> None:
-    """Refuse pre-training that has no loss; say which losses one modality alone leaves out.
-
-    Raises:
-        InputError: every weight is 0 but those that need two modalities.
-    """
-    several = len(modalities) > 1
-    own = options.reconstruction_weight or options.adversarial_weight
-    if not own and not (several and options.consistency_weight):
-        raise InputError(
-            "pre-training has no loss: wanted pretrain.reconstruction_weight or "
-            "pretrain.adversarial_weight above 0"
-            + (", or pretrain.consistency_weight" if several else f", with {modalities[0]} alone")
-        )
-    if not several and options.consistency_weight:
-        say(f"{modalities[0]} alone: without consistency, which takes two modalities")

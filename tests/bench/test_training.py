@@ -24,7 +24,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.batch import PairBatch
 from mics_fast.engine.capture import WARM_UP
 from mics_fast.models.sizes import SIZES, Size
-from mics_fast.options.config import ModelConfig, PretrainConfig, TrainConfig
+from mics_fast.options import ModelConfig, PretrainConfig, TrainConfig
 
 TINY = Size(
     image=16, patch=4, width=16, depth=2, heads=2,

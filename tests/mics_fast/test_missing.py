@@ -11,7 +11,7 @@ import torch
 
 from mics_fast import evaluate, predict
 from mics_fast.models.classifier import Classifier
-from mics_fast.options.config import FinetuneConfig, PretrainConfig
+from mics_fast.options import FinetuneConfig, PretrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 from mics_kernels import conflict, fuse_evidence, opinion

@@ -10,8 +10,8 @@ import pytest
 
 from mics_fast import evaluate, predict, train
 from mics_fast.common.errors import InputError
-from mics_fast.options.config import PretrainConfig
-from mics_fast.training.trainer import check_modalities
+from mics_fast.options import PretrainConfig
+from mics_fast.options.checks import check_pretraining
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_one_modality_has_nothing_to_be_consistent_with(few_steps, manifest, tmp
 
 
 def test_no_loss_at_all_is_refused():
-    check_modalities(PretrainConfig(**ONLY_CONSISTENCY), ["wli", "nbi"])
+    check_pretraining(PretrainConfig(**ONLY_CONSISTENCY), ["wli", "nbi"])
     nothing = PretrainConfig(**ONLY_CONSISTENCY, consistency_weight=0.0)
     with pytest.raises(InputError, match=r"or pretrain\.consistency_weight$"):
-        check_modalities(nothing, ["wli", "nbi"])
+        check_pretraining(nothing, ["wli", "nbi"])

@@ -30,7 +30,7 @@ from mics_fast.evaluation.opinions import state_opinions
 from mics_fast.models.discriminator import SpectralLinear
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import Attention, checkpoint_activations
-from mics_fast.options.config import (
+from mics_fast.options import (
     AugmentConfig,
     CacheConfig,
     ColourConfig,

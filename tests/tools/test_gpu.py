@@ -15,7 +15,7 @@ import torch
 from tools import gpu
 from tools.gpu import Outcome, Runner
 
-FORBIDDEN = ("nvidia", "jsonargparse", "safetensors", "matplotlib", "scipy", "torchmetrics")
+FORBIDDEN = ("nvidia", "yaml", "safetensors", "matplotlib", "scipy", "torchmetrics")
 
 
 @pytest.fixture

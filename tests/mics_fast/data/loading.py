@@ -11,7 +11,7 @@ from PIL import Image
 
 from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import Row
-from mics_fast.options.config import AugmentConfig, ColourConfig, DataConfig
+from mics_fast.options import AugmentConfig, ColourConfig, DataConfig
 
 CPU = torch.device("cpu")
 NAMES = ("wli", "nbi")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mics_fast.data.augmentation import BLUR, HUE, draw_augmentation, epoch_order
-from mics_fast.options.config import AugmentConfig, ColourConfig
+from mics_fast.options import AugmentConfig, ColourConfig
 
 
 def draw(config=None, seed=0, epoch=0, sample_id=0, modalities=2):

@@ -16,7 +16,7 @@ from mics_fast.data.decoding import WHOLE
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import Row
-from mics_fast.options.config import AugmentConfig, CacheConfig
+from mics_fast.options import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
 SKIP = replace(GREY_LEVELS, on_bad_file="skip")

@@ -16,7 +16,7 @@ from mics_fast.data.cache import FrameCache, check_memory, free_host_memory
 from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Row
 from mics_fast.data.shards import read_image
-from mics_fast.options.config import AugmentConfig, CacheConfig
+from mics_fast.options import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR, same, take
 
 

@@ -13,7 +13,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.augmentation import draw_augmentation
 from mics_fast.data.distortions import affine_of, boxes_of, erased, warped
 from mics_fast.data.views import Changes, make_view
-from mics_fast.options.config import AugmentConfig, DataConfig, TrainConfig, check_config
+from mics_fast.options import AugmentConfig, DataConfig, TrainConfig, check_config
 from tests.mics_fast.data.loading import NAMES, NO_COLOUR, WHOLE_FRAME, noise, row, save, train
 
 STILL = AugmentConfig(**WHOLE_FRAME, weak=NO_COLOUR, strong=NO_COLOUR)

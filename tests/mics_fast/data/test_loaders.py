@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mics_fast.data.loaders import TrainLoader
-from mics_fast.options.config import AugmentConfig, DataConfig
+from mics_fast.options import AugmentConfig, DataConfig
 from tests.mics_fast.data.loading import (
     CPU,
     NAMES,

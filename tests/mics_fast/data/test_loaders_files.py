@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mics_fast.common.errors import InputError
-from mics_fast.options.config import AugmentConfig
+from mics_fast.options import AugmentConfig
 from tests.mics_fast.data.loading import WHOLE_FRAME, evaluate, noise, row, save, take, train
 
 

@@ -10,7 +10,7 @@ import torch
 
 from mics_fast.data.augmentation import draw_augmentation
 from mics_fast.data.cache import FrameCache
-from mics_fast.options.config import AugmentConfig, CacheConfig
+from mics_fast.options import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import (
     CPU,
     EVERYTHING,

@@ -11,7 +11,7 @@ from scipy.ndimage import gaussian_filter
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.augmentation import BLUR, draw_augmentation
-from mics_fast.options.config import AugmentConfig, ColourConfig, DataConfig
+from mics_fast.options import AugmentConfig, ColourConfig, DataConfig
 from tests.mics_fast.data.loading import (
     EVERYTHING,
     NAMES,

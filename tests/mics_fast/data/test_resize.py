@@ -17,7 +17,7 @@ from mics_fast.data.image_threads import image_workers
 from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import Row
 from mics_fast.data.resize import blurred, resized_square
-from mics_fast.options.config import AugmentConfig, CacheConfig
+from mics_fast.options import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import CPU, GREY_LEVELS, NAMES, NO_COLOUR
 
 WHOLE = (0.0, 0.0, 1.0, 1.0)

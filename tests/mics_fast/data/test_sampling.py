@@ -13,7 +13,7 @@ from mics_fast import prepare
 from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Row, read_manifest
 from mics_fast.data.sampling import BalancedOrder
-from mics_fast.options.config import AugmentConfig, DataConfig
+from mics_fast.options import AugmentConfig, DataConfig
 
 LABELS = [0] * 90 + [2] * 9 + [5]  # one class of ninety rows, one of nine, one of a single row
 

@@ -18,7 +18,7 @@ from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import read_manifest
 from mics_fast.data.shards import read_image, read_index, shard_order
-from mics_fast.options.config import AugmentConfig, CacheConfig, DataConfig
+from mics_fast.options import AugmentConfig, CacheConfig, DataConfig
 from tests.mics_fast.data.loading import CPU, NAMES, same, take
 
 

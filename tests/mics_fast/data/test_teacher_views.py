@@ -12,7 +12,7 @@ from mics_fast.data import decoding
 from mics_fast.data.augmentation import draw_augmentation
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.image_files import ImageFiles
-from mics_fast.options.config import AugmentConfig, CacheConfig
+from mics_fast.options import AugmentConfig, CacheConfig
 from tests.mics_fast.data.loading import (
     CPU,
     GREY_LEVELS,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mics_fast.engine.plan import Plan
 from mics_fast.models.classifier import Classifier
-from mics_fast.options.config import FinetuneConfig, PretrainConfig
+from mics_fast.options import FinetuneConfig, PretrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 

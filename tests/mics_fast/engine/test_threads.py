@@ -11,7 +11,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.decoding import new_pipeline
 from mics_fast.engine import threads
 from mics_fast.engine.threads import available_threads, share_threads, use_threads
-from mics_fast.options.config import DataConfig, TrainConfig, check_config
+from mics_fast.options import DataConfig, TrainConfig, check_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 pytestmark = pytest.mark.usefixtures("set_threads")  # tests elsewhere keep the number they had

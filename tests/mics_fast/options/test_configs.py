@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from mics_fast import experiment, train
-from mics_fast.options.config import TrainConfig
-from mics_fast.stages.finetune import wants_unlabelled
+from mics_fast import train
+from mics_fast.options import TrainConfig, wants_unlabelled
+from mics_fast.options.commands import parse_experiment, parse_train
 from mics_fast.study.experiment import leave_out
-from mics_fast.training.run import parse_config
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SUPERVISED = ["--config", str(CONFIGS / "supervised.yaml")]
@@ -21,13 +20,13 @@ SUPERVISED = ["--config", str(CONFIGS / "supervised.yaml")]
 def test_every_configuration_is_understood(file):
     arguments = ["--config", str(file), "--data.manifest", "manifest.csv", "--out", "out"]
     if "experiment:" in file.read_text():
-        experiment.parse(arguments)
+        parse_experiment(arguments)
     else:
-        parse_config(arguments)
+        parse_train(arguments)
 
 
 def test_the_baseline_is_the_supervised_variant_of_an_experiment():
-    config, _ = parse_config(SUPERVISED)
+    config, _ = parse_train(SUPERVISED)
     assert config.stage == "finetune" and config.finetune.init == "none"
     wanted = TrainConfig()
     leave_out(wanted, "supervised")
@@ -38,7 +37,7 @@ def test_the_baseline_is_the_supervised_variant_of_an_experiment():
 
 def test_the_baseline_changes_nothing_of_the_network_before_it():
     demo = ["--config", str(CONFIGS / "demo.yaml")]
-    alone, both = parse_config(demo)[0], parse_config([*demo, *SUPERVISED])[0]
+    alone, both = parse_train(demo)[0], parse_train([*demo, *SUPERVISED])[0]
     assert both.model == alone.model and both.data == alone.data
     assert both.finetune.epochs == alone.finetune.epochs
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mics_fast.options.config import FinetuneConfig
-from mics_fast.stages.finetune import NO_LABEL, Scalars, join_rows, wants_unlabelled
+from mics_fast.options import FinetuneConfig, wants_unlabelled
+from mics_fast.stages.finetune import NO_LABEL, Scalars, join_rows
 from mics_fast.stages.ramp import ramp
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mics_fast.options.config import FinetuneConfig, PretrainConfig
+from mics_fast.options import FinetuneConfig, PretrainConfig
 from mics_fast.stages.health import finetune_warnings, pretrain_warnings
 
 HEALTHY_PRETRAINING = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mics_fast.models.classifier import ClassifierOutput
-from mics_fast.options.config import FinetuneConfig
+from mics_fast.options import FinetuneConfig
 from mics_fast.stages.pseudo_labels import NO_LABEL, AdaptiveLimits, pooled_softmax, propose
 
 CLASSES = 3

@@ -17,7 +17,7 @@ from mics_fast.data.loaders import PairBatch
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import Size
-from mics_fast.options.config import FinetuneConfig, PretrainConfig
+from mics_fast.options import FinetuneConfig, PretrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 

@@ -61,7 +61,7 @@ def run(case, stage, batches, folder, *, steps=STEPS, sharded=False):
     torch.manual_seed(0)  # a checkpoint holds the generator's state
     plan = make_plan(case, stage, steps)
     if sharded:
-        plan.shards = Shards(stage, stage.networks(), plan.optimisers, CPU)
+        plan = replace(plan, shards=Shards(stage, stage.networks(), plan.optimisers, CPU))
         if case.endswith("in parts"):
             checkpoint_activations(stage)
         if case.endswith("compiled"):

@@ -8,7 +8,7 @@ import pytest
 
 from mics_fast.data.manifest import read_manifest
 from mics_fast.models.sizes import SIZES
-from mics_fast.options.config import TrainConfig, Variant
+from mics_fast.options import TrainConfig, Variant
 from mics_fast.study.variants import RECIPES, finetuning_of, pretraining_of
 from mics_fast.training.flops import finetune_flops, pretrain_flops
 

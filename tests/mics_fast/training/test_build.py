@@ -7,7 +7,7 @@ import torch
 
 from mics_fast.data.manifest import read_manifest
 from mics_fast.engine.precision import pick_precision
-from mics_fast.options.config import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
+from mics_fast.options import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
 from mics_fast.training.build import build_classifier, build_finetuning, build_pretraining
 
 CPU = torch.device("cpu")

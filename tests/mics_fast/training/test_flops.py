@@ -12,7 +12,7 @@ from mics_fast.models.classifier import Classifier
 from mics_fast.models.discriminator import Discriminator, SpectralLinear
 from mics_fast.models.sizes import SIZES
 from mics_fast.models.vit import VisionTransformer
-from mics_fast.options.config import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
+from mics_fast.options import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.flops import discriminator, encoder, finetune_flops, pretrain_flops

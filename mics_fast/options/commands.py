@@ -1,0 +1,96 @@
+"""The command lines of ``train`` and ``experiment``, and the options that a run folder keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from mics_fast.common.errors import InputError
+from mics_fast.options.checks import check_config
+from mics_fast.options.experiment import ExperimentConfig, check_experiment
+from mics_fast.options.parsing import ConfigParser
+from mics_fast.options.train import TrainConfig
+
+CONFIG = "config.yaml"  # in a run folder
+
+
+def parse_train(
+    arguments: Sequence[str] | None = None, description: str | None = None
+) -> tuple[TrainConfig, bool]:
+    """Options of a run from a command line, and whether it asks to resume.
+
+    ``--resume`` without ``--config`` starts from the options of the run in ``--out``.
+
+    Raises:
+        InputError: an unknown or ill-typed option, or a value out of range.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    parser = ConfigParser(
+        {"": TrainConfig},
+        prog="python -m mics_fast.train",
+        description=description,
+        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] "
+        "[--OPTION VALUE]...",
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    found, settings = parser.read(arguments)
+    base = None
+    from_file = any(name == "config" for name, _ in found.given)
+    out = next((own.value for own in reversed(settings) if own.name == "out"), "")
+    if found.resume and out and not from_file and (Path(out) / CONFIG).is_file():
+        base = read_config(Path(out) / CONFIG)
+    (config,) = parser.configs(settings, base)
+    check_config(config)
+    if found.print_config:
+        parser.print_config([config])
+        raise SystemExit(0)
+    return config, found.resume
+
+
+def parse_experiment(
+    arguments: Sequence[str] | None = None, description: str | None = None
+) -> tuple[TrainConfig, ExperimentConfig]:
+    """The options of every run of a grid, and the grid.
+
+    Raises:
+        InputError: an unknown or ill-typed option, one out of range, or one that is missing.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    parser = ConfigParser(
+        {"": TrainConfig, "experiment": ExperimentConfig},
+        prog="python -m mics_fast.experiment",
+        description=description,
+        usage="%(prog)s --config FILE --data.manifest FILE --out DIR [--OPTION VALUE]...",
+    )
+    found, settings = parser.read(arguments)
+    train, grid = parser.configs(settings)
+    check_config(train)
+    check_experiment(grid)
+    if found.print_config:
+        parser.print_config([train, grid])
+        raise SystemExit(0)
+    require(train)
+    return train, grid
+
+
+def require(config: TrainConfig) -> None:
+    """Refuse to start without a manifest or a place for the results.
+
+    Raises:
+        InputError: names what is missing.
+    """
+    for name, value in (("--data.manifest", config.data.manifest), ("--out", config.out)):
+        if not value:
+            raise InputError(f"option {name} is missing")
+
+
+def read_config(file: Path) -> TrainConfig:
+    """The options that a YAML file holds, on the defaults.
+
+    Raises:
+        InputError: as ``parse_train``.
+    """
+    parser = ConfigParser({"": TrainConfig}, description=None)
+    (config,) = parser.configs(parser.read(["--config", str(file)])[1])
+    check_config(config)
+    return config

@@ -1,0 +1,209 @@
+"""Declare options with range, source and meaning beside the field; check and describe them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from mics_fast.common.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that an option may take.
+
+    Args:
+        low, high: bounds; infinite: none.
+        open_low, open_high: whether the bound itself is excluded.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies inside; NaN and what 64 bits cannot count never do."""
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return -(2**63) <= value < 2**63 and above and below
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            if self.low == -math.inf:
+                return "a finite number"
+            return f"a number {'above' if self.open_low else 'of at least'} {self.low:g}"
+        if self.open_low and self.open_high:
+            return f"a number between {self.low:g} and {self.high:g}"
+        if self.open_low:
+            return f"a number above {self.low:g} and up to {self.high:g}"
+        return f"a number from {self.low:g} to {self.high:g}"
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    factory: Any = dataclasses.MISSING,
+    source: str = "ours",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    rising: bool = False,
+) -> Any:
+    """A field of an options dataclass.
+
+    Args:
+        default: its value where nothing is given.
+        help: what it means, with its unit.
+        factory: makes the default, where that is mutable.
+        source: the work that the default comes from: "paper" (arXiv 2509.17492), "code" (its
+            published pre-training code), "ALBEF", "MAE", "TMC", "EDL", "ISDA", "FixMatch";
+            "ours": a decision of this project.
+        least, above: lower bound, included or excluded; of each number, where it is a list.
+        most, below: upper bound, included or excluded.
+        rising: two numbers of which the second may not be the smaller one.
+    """
+    own = Range(
+        low=above if above is not None else -math.inf if least is None else least,
+        high=below if below is not None else math.inf if most is None else most,
+        open_low=above is not None,
+        open_high=below is not None,
+    )
+    about = {"help": help, "source": source, "range": own, "rising": rising}
+    return dataclasses.field(default=default, default_factory=factory, metadata=about)
+
+
+class Option(NamedTuple):
+    """One option, as documentation and ``--help`` show it.
+
+    Args:
+        name: dotted, as on the command line.
+        type: in words, such as "int or null".
+        default: as YAML reads it.
+        range: in words; "" where any value of the type will do.
+        source: of the default.
+        text: what it means.
+    """
+
+    name: str
+    type: str
+    default: str
+    range: str
+    source: str
+    text: str
+
+
+def describe(options: type | None = None, prefix: str = "") -> list[Option]:
+    """Every option, in the order of declaration.
+
+    Args:
+        options: a dataclass of options; default: those of ``train``, then those of ``experiment``.
+        prefix: before every name, as in "experiment.".
+    """
+    if options is None:
+        from mics_fast.options import ExperimentConfig, TrainConfig
+
+        return describe(TrainConfig) + describe(ExperimentConfig, "experiment.")
+    return [
+        Option(
+            name,
+            type_in_words(kind),
+            value_in_words(value),
+            range_in_words(kind, field.metadata),
+            field.metadata["source"],
+            field.metadata["help"],
+        )
+        for name, kind, value, field in walk(options(), prefix)
+    ]
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, dataclasses.Field]]:
+    """(dotted name, type, value, field) of every option below a dataclass of options."""
+    types_of = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from walk(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", types_of[field.name], value, field
+
+
+def check_ranges(config: Any, prefix: str = "") -> None:
+    """Refuse the first value that is out of its range.
+
+    Args:
+        config: a dataclass of options.
+        prefix: before every name.
+
+    Raises:
+        InputError: names the option, its value and what is wanted.
+    """
+    for name, kind, value, field in walk(config, prefix):
+        own = field.metadata["range"]
+        if any(not own.holds(number) for number in numbers_in(value)):
+            held = "holds" if isinstance(value, list) else "is"
+            shown = value if held == "is" else next(x for x in value if not own.holds(x))
+            raise InputError(
+                f"option {name} {held} {shown}, wanted {range_in_words(kind, field.metadata)}"
+            )
+        if field.metadata["rising"] and value[0] > value[1]:
+            raise InputError(
+                f"option {name} is {value}, wanted {range_in_words(kind, field.metadata)}"
+            )
+
+
+def numbers_in(value: Any) -> list[float]:
+    """The numbers that a value consists of; none where it is text, a choice or null."""
+    if isinstance(value, bool):
+        return []
+    if isinstance(value, int | float):
+        return [value]
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return []
+    return [number for own in value for number in numbers_in(own)]
+
+
+def range_in_words(kind: Any, about: Any) -> str:
+    """The range of an option; "" where any value of its type will do."""
+    own: Range = about["range"]
+    if own == Range() and not about["rising"]:
+        return ""
+    if about["rising"]:
+        return f"{own.low:g} < low <= high" + (f" <= {own.high:g}" if own.high < math.inf else "")
+    return f"{own} or null" if type(None) in get_args(kind) else str(own)
+
+
+def type_in_words(kind: Any) -> str:
+    """A type as a person would write it, such as "int or null"."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        names = [type_in_words(own) for own in inner if own is not type(None)]
+        return " or ".join(names + ["null"] * (type(None) in inner))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}"
+    if origin in (list, tuple):
+        return f"a list such as [{', '.join('abc'[: len(inner) if origin is tuple else 2])}]"
+    if origin is dict:
+        return "a mapping such as {wli: [a, b, c]}"
+    return {"str": "text", "bool": "true or false"}.get(kind.__name__, kind.__name__)
+
+
+def value_in_words(value: Any) -> str:
+    """A default as YAML writes it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(value_in_words, value))}]"
+    return '""' if value == "" else str(value)

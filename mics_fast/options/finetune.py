@@ -1,0 +1,111 @@
+"""Options of stage 2, fine-tuning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mics_fast.options.data import AugmentConfig
+from mics_fast.options.fields import option
+
+PseudoLabelRule = Literal["vacuity", "adaptive", "fixmatch", "freematch"]
+ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
+
+
+@dataclass
+class FinetuneConfig:
+    """Stage 2: few labels, evidential fusion, distribution shift, pseudo-labels."""
+
+    init: str = option(
+        "",
+        "run folder or checkpoint whose pre-trained encoder to start from; default: this run's "
+        'pre-training if there is one; "none": from scratch',
+    )
+    epochs: int = option(50, "passes over the train rows", above=0)
+    steps: int | None = option(
+        None, "optimiser steps; where given, finetune.epochs is not read", above=0
+    )
+    select: Literal["best", "last"] = option(
+        "best",
+        'the checkpoint that evaluation and prediction read: "best", by the fused macro-F1 on the '
+        'val rows, whose labels are then used, too; or "last"',
+    )
+    labelled_batch: int = option(16, "labelled pairs per step", above=0, most=2**20)
+    unlabelled_batch: int = option(48, "unlabelled pairs per step", above=0)
+    accumulate: int = option(
+        1,
+        "parts of both batches that are worked on one after the other, for less memory; the "
+        "agreement of modalities is a mean over one part's complete pairs",
+        above=0,
+    )
+    sampling: Literal["natural", "balanced"] = option(
+        "natural",
+        'of the labelled rows: "natural", each row once per epoch; "balanced", each class equally '
+        "often, for data in which some are rare",
+    )
+    lr: float = option(
+        1e-4, "peak learning rate of the encoders (AdamW, cosine to 1 % of it)", above=0
+    )
+    head_lr_factor: float = option(
+        10.0, "learning rate of fusion encoder and heads, relative to finetune.lr", above=0
+    )
+    warmup: float = option(0.05, "share of all steps with a linear warm-up", least=0, most=1)
+    weight_decay: float = option(0.05, "of matrices only", least=0)
+    clip: float = option(1.0, "largest gradient norm; 0 = no clipping", least=0)
+    ema_momentum: float = option(
+        0.999, "of the averaged weights, per step; they evaluate and pseudo-label", least=0, most=1
+    )
+    kl_weight: float = option(1.0, "weight of the KL term after annealing", source="EDL", least=0)
+    kl_anneal: float = option(
+        0.2, "share of all steps over which that weight grows from 0", source="TMC", least=0, most=1
+    )
+    unlabelled_weight: float = option(1.0, "weight of the pseudo-label loss; 0 = off", least=0)
+    unlabelled_ramp: float = option(
+        0.2, "share of all steps over which that weight grows from 0", least=0, most=1
+    )
+    pseudo_labels: PseudoLabelRule = option(
+        "vacuity",
+        'the rule of acceptance, as in stages/pseudo_labels.py: "vacuity", "adaptive", "fixmatch" '
+        'or "freematch"',
+    )
+    confidence: float = option(
+        0.95, 'softmax probability that "fixmatch" asks for', source="FixMatch", least=0, most=1
+    )
+    max_uncertainty: float = option(
+        0.3, "largest fused vacuity at which a pseudo-label is accepted", least=0, most=1
+    )
+    min_probability: float = option(
+        0.8, "least class probability at which a pseudo-label is accepted", least=0, most=1
+    )
+    modality_consistency_weight: float = option(
+        0.1, "weight of the agreement of the modalities' opinions; 0 = off", least=0
+    )
+    modality_dropout: float = option(
+        0.1,
+        "probability with which the student must do without a modality of a row, never without its "
+        "last; evaluation and pseudo-labels see all",
+        least=0, most=1,
+    )  # fmt: skip
+    shift: ShiftForm = option(
+        "diagonal",
+        'augmentation of fusion features: "none"; "diagonal": moved at random by their class\'s '
+        'variance; "low-rank": moved along the latest rows of their class; both under the '
+        'evidential loss; "closed-form": not moved, but a cross-entropy that bounds the expected '
+        "one of the diagonal shift",
+        source="ISDA",
+    )
+    shift_weight: float = option(0.5, "weight of that loss; 0 = off", source="ISDA", least=0)
+    shift_strength: float = option(
+        0.7, "of the shift at the end of training, ramped from 0 (0.7: ISDA's 0.5)",
+        source="ISDA", least=0,
+    )  # fmt: skip
+    shift_momentum: float = option(0.01, "of the class statistics, per row", above=0, below=1)
+    shift_rank: int = option(
+        32, "rows kept per class for the low-rank shift", above=0, most=4096
+    )  # fmt: skip
+    augment: AugmentConfig = option(factory=AugmentConfig)
+
+
+def wants_unlabelled(config: FinetuneConfig) -> bool:
+    """Whether any term of the stage reads unlabelled rows."""
+    return config.unlabelled_weight > 0 or config.modality_consistency_weight > 0

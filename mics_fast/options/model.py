@@ -1,0 +1,40 @@
+"""Options of the networks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mics_fast.options.fields import option
+
+ModelSize = Literal["vit_nano", "vit_micro", "vit_tiny", "vit_small", "vit_base"]
+
+
+@dataclass
+class ModelConfig:
+    """The encoder; decoder and discriminator scale with it (table in ``models/sizes.py``)."""
+
+    size: ModelSize = option(
+        "vit_base",
+        "of the encoder: vit_nano (64 px / 16), vit_micro (64 / 8), vit_tiny, vit_small (224 / "
+        "16), vit_base (384 / 16)",
+        source="paper",
+    )
+    pool: Literal["cls", "mean"] = option(
+        "cls", "input of a head: the class token, or the mean of the patch tokens"
+    )
+    projection: int = option(
+        256, "width of the contrastive feature", source="ALBEF", above=0, most=65536
+    )
+    fusion_depth: int = option(4, "blocks of the fusion encoder", above=0, most=64)
+    init: str = option(
+        "",
+        "weights file of a vision transformer in timm's naming, from which the encoders start: in "
+        "pre-training, or in a fine-tuning without one (data.mean and data.std should be those it "
+        "was trained with)",
+    )
+    activation_checkpointing: bool = option(
+        False,
+        "computes each block's activations once more in the backward pass instead of keeping them: "
+        "less memory, a third more arithmetic, the same result",
+    )
