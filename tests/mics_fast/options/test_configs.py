@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mics_fast import train
-from mics_fast.options import TrainConfig, wants_unlabelled
+from mics_fast.options import FinetuneConfig, wants_unlabelled
 from mics_fast.options.commands import parse_experiment, parse_train
-from mics_fast.study.experiment import leave_out
+from mics_fast.study.variants import RECIPES
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 SUPERVISED = ["--config", str(CONFIGS / "supervised.yaml")]
@@ -28,10 +29,8 @@ def test_every_configuration_is_understood(file):
 def test_the_baseline_is_the_supervised_variant_of_an_experiment():
     config, _ = parse_train(SUPERVISED)
     assert config.stage == "finetune" and config.finetune.init == "none"
-    wanted = TrainConfig()
-    leave_out(wanted, "supervised")
-    wanted.finetune.init = "none"
-    assert config.finetune == wanted.finetune
+    wanted = replace(FinetuneConfig(), init="none", **RECIPES["supervised"].finetune)
+    assert config.finetune == wanted
     assert not wants_unlabelled(config.finetune)
 
 

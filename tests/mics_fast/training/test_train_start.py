@@ -17,7 +17,7 @@ STILL = ["--pretrain.lr", "1e-30", "--pretrain.lr_final", "1e-30", "--finetune.l
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(5)
-    size = SIZES["vit_micro"]
+    size = SIZES["vit_nano"]
     return VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
 
 
