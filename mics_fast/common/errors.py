@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 
 class InputError(Exception):
@@ -53,13 +55,59 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's ``main``; of what ends it in a sentence, print the sentence alone.
+class OutlivingStream:
+    """A standard stream that outlives its reader: once a pipe is closed, writes go nowhere.
 
-    Exit status: 2 for an ``InputError``, 1 for a ``RunFailed`` (and, by Python, for anything else).
+    Args:
+        stream: What to write to.
     """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except BrokenPipeError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._drop()
+
+    def _drop(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command line's ``main``, and end with a sentence instead of a traceback.
+
+    Trouble with the output is no trouble of the command: characters that the terminal lacks are
+    escaped, and a reader that goes away (``| head``) changes nothing.
+
+    Exit status: 2 for an ``InputError``, 1 for a ``RunFailed`` (and, by Python, for anything else),
+    130 for Ctrl-C.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+            setattr(sys, name, OutlivingStream(stream))
     try:
         main()
     except (InputError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        sys.stdout.flush()

@@ -1,0 +1,47 @@
+"""Commands end in a sentence, and trouble with their output costs nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAD = "from mics_fast.common.errors import InputError, run_command\n"
+
+
+def run(body, *, environment=None, stdout=subprocess.PIPE):
+    """Run ``body`` as the main function of a command in a process of its own."""
+    code = f"{HEAD}def main():\n" + "".join(f"    {line}\n" for line in body) + "run_command(main)"
+    return subprocess.run(
+        [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True,
+        env=environment, encoding="utf-8",
+    )  # fmt: skip
+
+
+def test_bad_input_is_one_sentence_and_status_2():
+    done = run(["raise InputError('a is b, wanted c')"])
+    assert (done.returncode, done.stderr) == (2, "error: a is b, wanted c\n")
+
+
+def test_ctrl_c_is_no_traceback_and_status_130():
+    done = run(["raise KeyboardInterrupt"])
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+def test_a_reader_that_goes_away_stops_nothing(tmp_path):
+    body = ["for n in range(20000): print('a line', n)", f"open({str(tmp_path / 'done')!r}, 'w')"]
+    code = f"{HEAD}def main():\n" + "".join(f"    {line}\n" for line in body) + "run_command(main)"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 0
+    assert said == b"" and (tmp_path / "done").exists()
+
+
+def test_a_terminal_without_umlauts_gets_escapes():
+    import os
+
+    done = run(["print('Geschw\\u00fcr')"], environment={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stdout, done.stderr) == (0, "Geschw\\xfcr\n", "")
