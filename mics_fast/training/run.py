@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -44,7 +45,7 @@ class Run:
             InputError: there is a run already and ``resume`` is False; it was started with other
                 options; the folder cannot be written.
         """
-        folder = Path(config.out)
+        folder, config = Path(config.out), with_absolute_paths(config)
         file = folder / "config.yaml"
         if file.exists() and not resume:
             raise InputError(f"{folder} holds a run; add --resume to go on, or name another --out")
@@ -91,6 +92,20 @@ class Run:
             scores = {n[4:]: v for n, v in scored.items() if n.startswith("val_")}
             result |= {"best_step": best, "val": scores}
         return result
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Make the paths of a run independent of the folder that it was started in."""
+
+    def absolute(path: str) -> str:
+        return os.path.abspath(path) if path not in ("", "none") else path
+
+    return replace(
+        config,
+        data=replace(config.data, manifest=absolute(config.data.manifest)),
+        model=replace(config.model, init=absolute(config.model.init)),
+        finetune=replace(config.finetune, init=absolute(config.finetune.init)),
+    )
 
 
 def pretraining_of(run: Run) -> Path | None:
@@ -144,7 +159,7 @@ def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
     Raises:
         InputError: names the first such option and both its values, and counts the others.
     """
-    old, new = flatten(asdict(before)), flatten(asdict(now))
+    old, new = flatten(asdict(before)), flatten(asdict(with_absolute_paths(now)))
     free = FREE_ON_RESUME | {"out"}
     changed = [name for name in new if name not in free and old.get(name) != new[name]]
     if changed:
