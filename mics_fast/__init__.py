@@ -1,1 +1,50 @@
-"""Semi-supervised classification of paired medical images (MICS, arXiv 2509.17492)."""
+"""Semi-supervised classification of paired medical images (MICS, arXiv 2509.17492).
+
+``mics_fast.load(folder)`` loads a trained classifier; ``mics-fast --help`` lists the commands.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mics_fast.inference.predictor import Predictor
+
+__all__ = ["load"]
+
+
+def load(folder: str | os.PathLike[str]) -> Predictor:
+    """Load a trained classifier.
+
+    Args:
+        folder: Run folder of ``mics_fast.train``, or folder of ``mics_fast.export``.
+
+    Returns:
+        A predictor with ``classes``, ``modalities`` and ``predict(source)``, where the source is a
+        manifest, a folder of images, files or arrays.
+
+    Raises:
+        mics_fast.common.errors.InputError: no classifier there, or a damaged one.
+
+    Example:
+        >>> import mics_fast
+        >>> model = mics_fast.load("runs/demo")  # doctest: +SKIP
+        >>> (answer,) = model.predict({"wli": "a.png", "nbi": "b.png"})  # doctest: +SKIP
+        >>> answer["class"], answer["uncertainty"]  # doctest: +SKIP
+        ('plaque-green', 0.12)
+    """
+    # Here, so that importing the package stays light.
+    from pathlib import Path
+
+    from mics_fast.inference.predictor import Predictor
+
+    return Predictor.load(Path(folder))
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("mics-fast")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

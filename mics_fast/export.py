@@ -1,8 +1,8 @@
-"""``python -m mics_fast.export``: a run's classifier as files that need none of this code.
+"""``python -m mics_fast.export``: write the classifier of a run to files that need no mics-fast.
 
 model.pt2       ``torch.export`` program
 model.onnx      the same for ONNX Runtime, where the [export] extra is installed
-model.json      names of inputs and outputs, preprocessing, how exactly they agree
+model.json      names of inputs and outputs, preprocessing, agreement with the original
 MODEL_CARD.md   data, metrics with intervals, limits
 """
 
@@ -15,9 +15,9 @@ from mics_fast.common.errors import SentenceParser, run_command
 from mics_fast.common.files import make_folder, write_json, write_text
 from mics_fast.evaluation.intervals import RESAMPLES
 from mics_fast.inference.export import export_model, sidecar
-from mics_fast.inference.exported_model import CARD, SIDECAR
+from mics_fast.inference.exported_classifier import CARD, SIDECAR
 from mics_fast.inference.model_card import model_card
-from mics_fast.inference.run_model import load_trained
+from mics_fast.inference.run_classifier import load_run
 from mics_fast.training.run import Run
 
 
@@ -30,11 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="of the bootstrap behind the model card's intervals")  # fmt: skip
     options = parser.parse_args(arguments)
     run = Run.open(options.run)
-    trained = load_trained(run)
+    classifier = load_run(run)
     make_folder(options.out)
-    agreement = export_model(trained, options.out)
-    write_json(options.out / SIDECAR, sidecar(trained, agreement))
-    write_text(options.out / CARD, model_card(trained, agreement, options.resamples))
+    agreement = export_model(classifier, options.out)
+    write_json(options.out / SIDECAR, sidecar(classifier, agreement))
+    write_text(options.out / CARD, model_card(classifier, agreement, options.resamples))
     for name, largest in agreement.items():
         print(f"wrote {options.out / name}: differs from the original by at most {largest:.1e}")
 

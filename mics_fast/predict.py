@@ -1,60 +1,72 @@
-"""``python -m mics_fast.predict``: what a trained model says of images it is given.
+"""``python -m mics_fast.predict``: what a trained model says about images.
 
-For every sample: the class, the belief in each class, how uncertain that is, what each modality
-says alone, and how much the modalities contradict each other. One modality alone is enough.
+For every sample: the class and its probability, how uncertain that is, what each modality says
+alone, and how much the modalities contradict each other. One modality alone is enough. A sample
+whose image cannot be read is skipped and gets a record of the failure.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
-from mics_fast.inference.prediction import (
-    REFER,
-    ROWS_SHOWN,
-    find_rows,
-    json_lines,
-    json_list,
-    open_model,
-    predict,
-    print_answers,
-    table_file,
-)
+from mics_fast.common.files import STANDARD_OUTPUT
+from mics_fast.data.manifest import Row, read_manifest
+from mics_fast.inference.predictor import Predictor
+from mics_fast.inference.samples import folder_rows, named_rows
+from mics_fast.inference.writers import Summary, Write, json_lines, json_list, table_file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Open the model, find the images, write and show what the model says of them."""
+    """Load the model, find the images, write and print the answers."""
     options, images = parse(arguments)
-    model = open_model(options.model)
+    model = Predictor.load(options.model)
     rows = find_rows(options, images, model.modalities)
-    shown: list[dict[str, Any]] = []
-    answers: Counter[str] = Counter()
+    summary = Summary()
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(writer(file, *context))
-            for file, writer, context in (
-                (options.json, json_list, ()),
-                (options.jsonl, json_lines, ()),
-                (options.csv, table_file, (model, options.refer_above is not None)),
-            )
-            if file is not None
-        ]
-        for record in predict(model, rows, options.refer_above):
+        writers: list[Write] = [summary.add]
+        if options.json:
+            writers.append(stack.enter_context(json_list(options.json)))
+        if options.jsonl:
+            writers.append(stack.enter_context(json_lines(options.jsonl)))
+        if options.csv:
+            writers.append(stack.enter_context(table_file(options.csv, model.classifier)))
+        for record in model.answers(rows, refer_above=options.refer_above):
             for write in writers:
                 write(record)
-            answers[record["class"]] += 1
-            if len(shown) < ROWS_SHOWN:
-                shown.append(record)
-    print_answers(shown, answers, model.modalities)
+    if STANDARD_OUTPUT not in (options.json, options.jsonl, options.csv):
+        summary.print(model.modalities)
+    summary.report_failures()
+
+
+def find_rows(
+    options: argparse.Namespace, images: dict[str, Path], modalities: Sequence[str]
+) -> Sequence[Row]:
+    """Find the rows of a manifest or a folder, or make the one of the sample that is named.
+
+    Raises:
+        InputError: a file or folder is missing, empty, or of a modality unknown to the model.
+    """
+    if options.manifest:
+        return read_manifest(options.manifest, modalities, files_exist=False).rows
+    if options.folder:
+        return folder_rows(options.folder, modalities)
+    for name, file in images.items():
+        if name not in modalities:
+            raise InputError(
+                f"option --{name} is unknown: the modalities of {options.model} are "
+                f"{', '.join(modalities)}"
+            )
+        if not file.exists():
+            raise InputError(f"--{name} {file} does not exist, wanted an image")
+    return named_rows([images], modalities)
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Path]]:
-    """The command line, and the images it names: modality -> file.
+    """Read the command line, and the images it names: modality -> file.
 
     Raises:
         InputError: an option is unknown or out of range, or there is not one source of images.
@@ -62,18 +74,19 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     parser = SentenceParser(
         prog="python -m mics_fast.predict",
         description=__doc__,
-        epilog="One sample: an option for each modality there is, as in --wli a.png --nbi b.png.",
+        epilog="One sample: one option per modality, as in --wli a.png --nbi b.png.",
     )
     parser.add_argument("model", type=Path, help="run folder, or folder of mics_fast.export")
-    parser.add_argument("--manifest", type=Path, help="all rows of this manifest")
+    parser.add_argument("--manifest", type=Path, help="predict every row of this manifest")
     parser.add_argument("--folder", type=Path,
-                        help="holds a folder of images for each modality: wli/ or x_wli/, ...; "
-                        "files of the same stem are one sample")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write a list of answers to this file")
-    parser.add_argument("--jsonl", type=Path, help="write an answer a line to this file")
-    parser.add_argument("--csv", type=Path, help="write a table to this file")
+                        help="predict the images of a folder that holds one folder per modality: "
+                        "wli/ or x_wli/, ...; files of the same stem are one sample")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE",
+                        help="write a list of answers; - is standard output")  # fmt: skip
+    parser.add_argument("--jsonl", type=Path, metavar="FILE", help="write one answer per line")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table")
     parser.add_argument("--refer-above", type=float, metavar="U",
-                        help=f'answer "{REFER}" where the uncertainty is above this')  # fmt: skip
+                        help="refer to a person where the uncertainty is above this")  # fmt: skip
     options, rest = parser.parse_known_args(arguments)
     if len(rest) % 2 or not all(name.startswith("--") for name in rest[::2]):
         raise InputError(f"{' '.join(rest)} is not understood, wanted --<modality> FILE")

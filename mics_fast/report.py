@@ -9,8 +9,9 @@ from mics_fast.common.errors import SentenceParser, run_command
 from mics_fast.common.files import make_folder, write_text
 from mics_fast.data.manifest import read_manifest
 from mics_fast.evaluation.intervals import RESAMPLES
-from mics_fast.inference.evaluated import compare, evaluate, summarise
-from mics_fast.inference.run_model import run_manifest
+from mics_fast.evaluation.opinions import FUSED
+from mics_fast.inference.assessment import assess, compare, summarise
+from mics_fast.inference.run_classifier import run_manifest
 from mics_fast.reporting.page import page
 from mics_fast.reporting.parts import Subject
 from mics_fast.training.run import Run
@@ -29,20 +30,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     run = Run.open(options.run)
     manifest = run_manifest(run, options.manifest)
-    evaluated = evaluate(run, manifest, "test")
-    result = summarise(evaluated, "test", options.resamples)
+    assessment = assess(run, manifest, "test")
+    evaluation = summarise(assessment, options.resamples)
     rival = None
     if options.against:
         other = Run.open(options.against)
-        rival = evaluate(other, run_manifest(other, manifest.path), "test")
-        result["against"] = compare(evaluated, rival, options.resamples)
+        rival = assess(other, run_manifest(other, manifest.path), "test")
+        evaluation.against = compare(assessment, rival, options.resamples)
     outside = None
     if options.out_of_distribution:
         rows = read_manifest(options.out_of_distribution, manifest.modalities).rows
-        outside = evaluated.trained.opinions(rows, "out of distribution").fused().uncertainty
+        opinions = assessment.classifier.opinions(rows, "out of distribution")
+        outside = assessment.predictions(opinions)[FUSED].uncertainty
     out = options.out or run.folder / "report" / "report.html"
     make_folder(out.parent)
-    write_text(out, page(Subject(run, evaluated, result, rival, outside)))
+    write_text(out, page(Subject(run, assessment, evaluation, rival, outside)))
     print(f"wrote {out}")
 
 

@@ -14,6 +14,9 @@ from typing import Any, TextIO
 
 from mics_fast.common.errors import InputError
 
+STANDARD_OUTPUT = Path("-")
+"""Stands for standard output where a command takes the name of a file."""
+
 
 def make_folder(folder: Path) -> None:
     """Make a folder, and those it lies in, where they are not there yet.

@@ -40,6 +40,8 @@ class ImageFiles:
         self._decodes = DecodeCheck(device)
         self._suspects: set[tuple[int, str]] = set()
         self._skipped: Counter[str] = Counter()
+        self.problems: dict[int, str] = {}
+        """Row number -> sentence on its latest bad image, under "skip"."""
         self._told: set[str] = set()
 
     def read(
@@ -68,6 +70,7 @@ class ImageFiles:
         sentence = f"{path} {problem}; it is the {modality} image of sample {row.id!r}"
         if self.policy == "error":
             raise InputError(sentence)
+        self.problems[row.index] = sentence
         return None, sentence
 
     def suspect(self, images: Iterable[Image]) -> bool:

@@ -269,6 +269,11 @@ class EvalLoader:
         self._graph = PairGraph(modalities, data, image_size, device)
         self._files = ImageFiles(data.on_bad_file, device)
 
+    @property
+    def problems(self) -> Mapping[int, str]:
+        """Number of a row -> sentence on its bad image, where bad files are skipped."""
+        return self._files.problems
+
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 

@@ -1,19 +1,21 @@
-"""One factor that makes a view's probabilities honest, fitted on the val rows.
+"""Calibration: one factor per opinion, fitted on val rows, that makes probabilities match reality.
 
 - "temperature" divides the logarithms of the expected probabilities (Guo et al., ICML 2017) and
-  leaves the vacuity as it is;
-- "evidence" multiplies the evidence, so that probabilities and vacuity change together [ours].
+  keeps the vacuity;
+- "evidence" multiplies the evidence, which changes probabilities and vacuity together [ours].
 
-Neither changes which class is the most probable.
+Neither changes the most probable class, nor the order of rows by vacuity.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
-from mics_fast.evaluation.opinions import View
+from mics_fast.evaluation.opinions import Predictions, Source
 
 Kind = Literal["temperature", "evidence"]
 
@@ -21,33 +23,70 @@ Kind = Literal["temperature", "evidence"]
 _FACTORS = torch.logspace(-2, 2, 801, dtype=torch.float64)
 
 
-def fit_factor(view: View, kind: Kind) -> float:
-    """The factor in [0.01, 100] with the lowest negative log likelihood, to 0.6 %.
+@dataclass(frozen=True)
+class Calibration:
+    """The fitted factors of a run.
 
     Args:
-        view: of at least one row; every label is known.
+        kind: What the factors change.
+        factors: One per opinion that had val rows.
+    """
+
+    kind: Kind
+    factors: Mapping[Source, float]
+
+    def apply(self, predictions: Mapping[Source, Predictions]) -> dict[Source, Predictions]:
+        """Calibrate every opinion that has a factor, and drop the others."""
+        return {
+            source: calibrate(own, self.kind, self.factors[source])
+            for source, own in predictions.items()
+            if source in self.factors
+        }
+
+    def json(self) -> dict[str, Any]:
+        """Return kind and factors as JSON."""
+        return {"kind": self.kind, "factors": by_source(self.factors)}
+
+
+def fit_calibration(kind: Kind, predictions: Mapping[Source, Predictions]) -> Calibration:
+    """Fit one factor per opinion; every label is known."""
+    return Calibration(kind, {source: fit_factor(own, kind) for source, own in predictions.items()})
+
+
+def fit_factor(predictions: Predictions, kind: Kind) -> float:
+    """Find the factor in [0.01, 100] with the lowest negative log likelihood, to 0.6 %.
+
+    Args:
+        predictions: Of at least one row; every label is known.
         kind: "temperature" or "evidence".
     """
     losses = []
     for factor in _FACTORS.tolist():
-        probability = calibrate(view, kind, factor).probability.double()
-        losses.append(-probability.gather(1, view.label.unsqueeze(1)).clamp(min=1e-12).log().mean())
+        probability = calibrate(predictions, kind, factor).probability.double()
+        likelihood = probability.gather(1, predictions.label.unsqueeze(1))
+        losses.append(-likelihood.clamp(min=1e-12).log().mean())
     return _FACTORS[torch.stack(losses).argmin()].item()
 
 
-def calibrate(view: View, kind: Kind, factor: float) -> View:
-    """The same view with its factor applied."""
+def calibrate(predictions: Predictions, kind: Kind, factor: float) -> Predictions:
+    """Apply a factor to predictions."""
+    label, group = predictions.label, predictions.group
     if kind == "temperature":
-        probability = (view.probability.log() / factor).softmax(1)
-        return View(probability, view.uncertainty, view.label, view.group)
+        probability = (predictions.probability.log() / factor).softmax(1)
+        return Predictions(probability, predictions.uncertainty, label, group)
     # An opinion in terms of its strength S = C / u: probability = (evidence + 1) / S.
-    classes = view.probability.shape[1]
-    strength = classes / view.uncertainty.double().unsqueeze(1)
-    evidence = (view.probability * strength - 1).clamp(min=0) * factor
+    classes = predictions.probability.shape[1]
+    strength = classes / predictions.uncertainty.double().unsqueeze(1)
+    evidence = (predictions.probability * strength - 1).clamp(min=0) * factor
     total = evidence.sum(1, keepdim=True) + classes
-    return View(
-        ((evidence + 1) / total).float(),
-        (classes / total.squeeze(1)).float(),
-        view.label,
-        view.group,
+    return Predictions(
+        ((evidence + 1) / total).float(), (classes / total.squeeze(1)).float(), label, group
     )
+
+
+def by_source(values: Mapping[Source, Any]) -> dict[str, dict[str, Any]]:
+    """Lay out values per opinion as JSON: "views" and, without each modality, "missing"."""
+    return {
+        key: {source.name: own for source, own in values.items() if source.missing == missing}
+        for key, missing in (("views", False), ("missing", True))
+    }

@@ -1,33 +1,44 @@
-"""Bootstrap: how much a metric would vary had other lesions been looked at.
+"""Bootstrap intervals: how much a metric would vary over other samples of lesions.
 
-Groups are drawn, not rows: frames of one lesion resemble each other, and intervals that took them
-for independent would be too narrow. Where every row is a group of its own, this is the ordinary
+Groups are drawn, not rows: frames of one lesion resemble each other, and intervals that treated
+them as independent would be too narrow. Where every row is a group of its own, this is the ordinary
 bootstrap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from mics_fast.evaluation.opinions import View
+from mics_fast.evaluation.opinions import Predictions
 
 LEVEL = 0.95
 RESAMPLES = 1000
 
-Statistics = Callable[[View], dict[str, float]]
+Interval = list[float]
+"""Lower and upper end."""
+
+Statistics = Callable[[Predictions], dict[str, Tensor]]
+"""Named statistics: scalars () or one value per class (C,)."""
+
+
+class Difference(TypedDict):
+    """Difference of a metric between two runs, and its interval."""
+
+    difference: float
+    interval: Interval
 
 
 def resamples(group: Tensor, count: int, seed: int) -> Iterator[Tensor]:
-    """Row numbers of each resample: as many groups as there are, drawn with replacement.
+    """Draw as many groups as there are, with replacement; yield their row numbers.
 
     Args:
-        group: (N,) int64, the group of each row.
-        count: number of resamples.
-        seed: the same seed and groups give the same resamples.
+        group: Group of each row, (N,) int64.
+        count: Number of resamples.
+        seed: The same seed and groups give the same resamples.
     """
     generator = torch.Generator().manual_seed(seed)
     _, member, size = group.unique(return_inverse=True, return_counts=True)
@@ -38,22 +49,24 @@ def resamples(group: Tensor, count: int, seed: int) -> Iterator[Tensor]:
 
 
 def bootstrap(
-    view: View, statistics: Statistics, *, count: int = RESAMPLES, seed: int = 0
-) -> dict[str, list[float]]:
-    """Percentile intervals [low, high] of every statistic of a view.
+    predictions: Predictions, statistics: Statistics, *, count: int = RESAMPLES, seed: int = 0
+) -> dict[str, Tensor]:
+    """Percentile intervals of statistics: (2,) each, or (2, C) for one value per class.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    drawn = [statistics(view.take(rows)) for rows in resamples(view.group, count, seed)]
+    drawn = [
+        statistics(predictions.take(rows)) for rows in resamples(predictions.group, count, seed)
+    ]
     return percentile_intervals(drawn)
 
 
-def extreme_interval(value: float, group: Tensor) -> list[float]:
+def extreme_interval(value: float, group: Tensor) -> Interval:
     """The exact interval of a share of 0 or 1, which every resample repeats.
 
     Args:
         value: 0.0 or 1.0.
-        group: (n,) the groups of the rows counted, n >= 1; each group counts once.
+        group: Groups of the rows counted, (n,), n >= 1; each group counts once.
 
     Source: Clopper and Pearson, Biometrika 1934, at its ends.
     """
@@ -62,38 +75,41 @@ def extreme_interval(value: float, group: Tensor) -> list[float]:
 
 
 def paired_bootstrap(
-    view: View, other: View, statistics: Statistics, *, count: int = RESAMPLES, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """Differences view - other on the same rows, with intervals from the same resamples.
+    first: Predictions,
+    second: Predictions,
+    statistics: Statistics,
+    *,
+    count: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Difference]:
+    """Differences first - second of scalar statistics, with intervals from the same resamples.
 
     Args:
-        view, other: the same rows in the same order.
-        statistics: see ``bootstrap``.
-
-    Returns:
-        For each statistic its "difference" and the "interval" of that.
+        first, second: Predictions for the same rows in the same order.
+        statistics: See ``bootstrap``; scalars only.
+        count: Number of resamples.
+        seed: As in ``resamples``.
     """
 
-    def difference(first: View, second: View) -> dict[str, float]:
-        values, others = statistics(first), statistics(second)
+    def difference(one: Predictions, other: Predictions) -> dict[str, Tensor]:
+        values, others = statistics(one), statistics(other)
         return {name: value - others[name] for name, value in values.items()}
 
     drawn = [
-        difference(view.take(rows), other.take(rows)) for rows in resamples(view.group, count, seed)
+        difference(first.take(rows), second.take(rows))
+        for rows in resamples(first.group, count, seed)
     ]
     intervals = percentile_intervals(drawn)
     return {
-        name: {"difference": value, "interval": intervals[name]}
-        for name, value in difference(view, other).items()
+        name: {"difference": value.item(), "interval": intervals[name].tolist()}
+        for name, value in difference(first, second).items()
     }
 
 
-def percentile_intervals(drawn: list[dict[str, float]]) -> dict[str, list[float]]:
-    """The middle 95 % of each statistic; resamples in which it is not defined are left out."""
+def percentile_intervals(drawn: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The middle 95 % of each statistic; resamples where it is undefined do not count."""
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     return {
-        name: torch.tensor([values[name] for values in drawn], dtype=torch.float64)
-        .nanquantile(tails)
-        .tolist()
+        name: torch.stack([values[name].double() for values in drawn]).nanquantile(tails, dim=0)
         for name in drawn[0]
     }

@@ -1,10 +1,10 @@
-"""What a classifier says of rows: the evidence of every view, fused, and with one view less."""
+"""The opinions a classifier states about rows, and the predictions that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,15 +15,33 @@ from mics_fast.models.classifier import Classifier
 from mics_kernels import conflict, fuse_evidence, opinion
 
 
-@dataclass
-class View:
-    """What one view says of the N rows it sees.
+class Source(NamedTuple):
+    """Whose predictions: those of the fused opinion, of one modality, or of all but one.
 
     Args:
-        probability: (N, C) expected class probabilities.
-        uncertainty: (N,) vacuity in [0, 1].
-        label: (N,) int64, the truth; -1 = unknown.
-        group: (N,) int64; rows of one group are frames of one lesion.
+        name: "fused" or a modality.
+        missing: the fused opinion as if that modality were missing.
+    """
+
+    name: str
+    missing: bool = False
+
+    def __str__(self) -> str:
+        return f"without {self.name}" if self.missing else self.name
+
+
+FUSED = Source("fused")
+
+
+@dataclass
+class Predictions:
+    """What one opinion predicts for N rows, beside the truth.
+
+    Args:
+        probability: Expected class probabilities, (N, C).
+        uncertainty: Vacuity in [0, 1], (N,).
+        label: True classes, (N,) int64; -1 marks unknown ones.
+        group: Groups, (N,) int64; rows of one group are frames of one lesion.
     """
 
     probability: Tensor
@@ -31,41 +49,44 @@ class View:
     label: Tensor
     group: Tensor
 
-    def take(self, rows: Tensor) -> View:
-        """The rows of an index, or of a mask."""
-        return View(
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, rows: Tensor) -> Predictions:
+        """Select rows by index or mask."""
+        return Predictions(
             self.probability[rows], self.uncertainty[rows], self.label[rows], self.group[rows]
         )
 
-    def same_as(self, other: View) -> bool:
-        """Whether the other says the same of the same rows."""
+    def same_as(self, other: Predictions) -> bool:
+        """Return whether the other predicts the same for the same rows."""
         return torch.equal(self.probability, other.probability) and torch.equal(
             self.group, other.group
         )
 
     def wrong(self) -> Tensor:
-        """(N,) float32: 1 where the most probable class is not the label."""
+        """Mark with 1 the rows whose most probable class is not the label, (N,) float32."""
         return (self.probability.argmax(-1) != self.label).float()
 
 
 @dataclass
 class Opinions:
-    """What a classifier says of N rows, on the CPU.
+    """The opinions of a classifier on N rows, on the CPU.
 
     Args:
-        modalities: names of the M modalities.
-        views: names of the V views: the modalities, then their fusion if there is one.
-        evidence: (N, V, C) float32, non-negative; of a view that is not present, without meaning.
-        present: (N, V) bool.
-        without: for each modality (N, C), the fused evidence of the views that do not read it;
-            empty where that was not asked for.
-        label: (N,) int64, -1 = unknown.
-        group: (N,) int64.
-        sample_id: (N,) int64, manifest row.
+        modalities: Names of the M modalities.
+        heads: Names of the V opinions: the modalities, then "fusion" if there are several.
+        evidence: Evidence of each opinion, (N, V, C) float32; undefined where not present.
+        present: Which opinions were stated, (N, V) bool.
+        without: For each modality, the fused evidence (N, C) of the opinions that do not read it;
+            empty unless asked for.
+        label: Classes, (N,) int64; -1 marks unknown ones.
+        group: Groups, (N,) int64.
+        sample_id: Manifest rows, (N,) int64.
     """
 
     modalities: tuple[str, ...]
-    views: tuple[str, ...]
+    heads: tuple[str, ...]
     evidence: Tensor
     present: Tensor
     without: dict[str, Tensor]
@@ -73,33 +94,33 @@ class Opinions:
     group: Tensor
     sample_id: Tensor
 
-    def fused(self) -> View:
-        """The opinion of all views together, of every row."""
-        fused = fuse_evidence(self.evidence, present=self.present)
-        return self._view(fused, torch.ones_like(self.label, dtype=torch.bool))
+    def fused_evidence(self) -> Tensor:
+        """Combine the opinions of each row by Dempster's rule, (N, C)."""
+        return fuse_evidence(self.evidence, present=self.present)
 
-    def each(self) -> dict[str, View]:
-        """ "fused", and every modality on the rows that have it."""
-        single = {
-            name: self._view(self.evidence[:, column], self.present[:, column])
-            for column, name in enumerate(self.modalities)
-        }
-        return {"fused": self.fused(), **single}
+    def fused(self) -> Predictions:
+        """Predict from all opinions together, for every row."""
+        return self._predictions(self.fused_evidence(), torch.ones_like(self.label).bool())
 
-    def missing(self) -> dict[str, View]:
-        """For each modality the fused opinion as if it were missing, on rows that have another."""
+    def predictions(self) -> dict[Source, Predictions]:
+        """Predict from the fused opinion, each modality, and all but each; rowless ones are left
+        out."""
+        every = {FUSED: self.fused()}
+        for column, name in enumerate(self.modalities):
+            evidence, there = self.evidence[:, column], self.present[:, column]
+            every[Source(name)] = self._predictions(evidence, there)
         count = self.present[:, : len(self.modalities)].sum(1)
-        return {
-            name: self._view(evidence, count - self.present[:, column].long() > 0)
-            for column, (name, evidence) in enumerate(self.without.items())
-        }
+        for name, evidence in self.without.items():
+            there = self.present[:, self.modalities.index(name)]
+            every[Source(name, missing=True)] = self._predictions(evidence, count > there.long())
+        return {source: own for source, own in every.items() if len(own)}
 
     def row(self, position: int) -> Opinions:
-        """The opinions of one row alone."""
+        """Select one row."""
         own = slice(position, position + 1)
         return Opinions(
             self.modalities,
-            self.views,
+            self.heads,
             self.evidence[own],
             self.present[own],
             {name: evidence[own] for name, evidence in self.without.items()},
@@ -109,17 +130,19 @@ class Opinions:
         )
 
     def conflict(self) -> Tensor:
-        """(N,) how much the modalities contradict each other, in [0, 1]."""
+        """Measure how much the modalities contradict each other, (N,) in [0, 1]."""
         count = len(self.modalities)
         return conflict(self.evidence[:, :count], present=self.present[:, :count])
 
-    def _view(self, evidence: Tensor, rows: Tensor) -> View:
-        said = opinion(evidence[rows])
-        return View(said.probability, said.uncertainty, self.label[rows], self.group[rows])
+    def _predictions(self, evidence: Tensor, rows: Tensor) -> Predictions:
+        stated = opinion(evidence[rows])
+        return Predictions(
+            stated.probability, stated.uncertainty, self.label[rows], self.group[rows]
+        )
 
 
 def gather(parts: Sequence[Opinions]) -> Opinions:
-    """The opinions of all batches as one; at least one batch."""
+    """Join the opinions of batches, at least one."""
     first = parts[0]
 
     def joined(name: str) -> Tensor:
@@ -128,7 +151,7 @@ def gather(parts: Sequence[Opinions]) -> Opinions:
     without = {name: torch.cat([part.without[name] for part in parts]) for name in first.without}
     return Opinions(
         first.modalities,
-        first.views,
+        first.heads,
         joined("evidence"),
         joined("present"),
         without,
@@ -140,12 +163,12 @@ def gather(parts: Sequence[Opinions]) -> Opinions:
 
 @torch.no_grad()
 def state_opinions(model: Classifier, batch: PairBatch, *, hide: bool = False) -> Opinions:
-    """One batch through the model.
+    """Run one batch through the model.
 
     Args:
-        model: in evaluation mode.
-        batch: on the model's device.
-        hide: also hide each modality in turn; costs one pass of the fusion encoder each.
+        model: In evaluation mode.
+        batch: On the model's device.
+        hide: Also hide each modality in turn; costs one pass of the fusion encoder each.
     """
     tokens = model.encode(batch.views, batch.present)
 
@@ -165,16 +188,16 @@ def state_opinions(model: Classifier, batch: PairBatch, *, hide: bool = False) -
 
 def assemble(
     modalities: Sequence[str],
-    views: Sequence[str],
+    heads: Sequence[str],
     evidence: Tensor,
     present: Tensor,
     batch: PairBatch,
     without: dict[str, Tensor] | None = None,
 ) -> Opinions:
-    """Evidence (B, V, C) and what is known of the rows that it speaks of."""
+    """Join evidence (B, V, C) with labels, groups and numbers of the rows it is about."""
     return Opinions(
         tuple(modalities),
-        tuple(views),
+        tuple(heads),
         evidence.float().cpu(),
         present.cpu(),
         without or {},
@@ -187,7 +210,8 @@ def assemble(
 def collect_opinions(
     model: Classifier, batches: Iterable[PairBatch], *, hide: bool = False
 ) -> Opinions:
-    """All batches, at least one, through the model in evaluation mode; ``hide`` as above."""
+    """Run all batches, at least one, through the model in evaluation mode; see
+    ``state_opinions``."""
     was_training = model.training
     model.eval()
     # Blocks compiled for training would be compiled again for the size of the last batch.
@@ -195,46 +219,3 @@ def collect_opinions(
         opinions = gather([state_opinions(model, batch, hide=hide) for batch in batches])
     model.train(was_training)
     return opinions
-
-
-def records(opinions: Opinions, ids: Sequence[str], classes: Sequence[str]) -> list[dict[str, Any]]:
-    """A record a row, as ``predict`` writes it: the fused opinion, and that of every view there.
-
-    "class" is the most probable one; belief and uncertainty sum to 1.
-    """
-    fused = opinion(fuse_evidence(opinions.evidence, present=opinions.present))
-    single = opinion(opinions.evidence)
-    disagreement = opinions.conflict().tolist()
-
-    def stated(belief: Tensor, uncertainty: Tensor) -> dict[str, Any]:
-        return {
-            "class": classes[int(belief.argmax())],
-            "belief": dict(zip(classes, belief.tolist(), strict=True)),
-            "uncertainty": float(uncertainty),
-        }
-
-    return [
-        {
-            "id": name,
-            **stated(fused.belief[row], fused.uncertainty[row]),
-            "conflict": disagreement[row],
-            "views": {
-                view: stated(single.belief[row, column], single.uncertainty[row, column])
-                for column, view in enumerate(opinions.views)
-                if opinions.present[row, column]
-            },
-        }
-        for row, name in enumerate(ids)
-    ]
-
-
-def flat_record(record: dict[str, Any]) -> dict[str, Any]:
-    """A record as one line of a table: nested names joined by a dot."""
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        if isinstance(value, dict):
-            prefix = "" if name == "views" else f"{name}."
-            flat |= {f"{prefix}{inner}": kept for inner, kept in flat_record(value).items()}
-        else:
-            flat[name] = value
-    return flat

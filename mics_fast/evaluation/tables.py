@@ -1,19 +1,23 @@
-"""The metrics of a run as tables: for the terminal, and as rows of text for every other page."""
+"""Results as tables: for the terminal, and as rows of text for pages and model cards."""
 
 from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-WIDE = 160  # characters of a line in a file or a pipe
+from mics_fast.common.files import printable
+from mics_fast.evaluation.opinions import FUSED, Source
+from mics_fast.evaluation.results import Comparison, Evaluation, OpinionMetrics
 
-# What the table shows, in this order; the JSON holds more.
+WIDE = 160  # characters per line of a file or a pipe
+
+# Metrics in the tables, in this order; the JSON holds more.
 SHOWN = {
     "accuracy": "accuracy",
     "balanced_accuracy": "balanced accuracy",
@@ -36,64 +40,84 @@ CLASS_COLUMNS = ("class", "n", "sensitivity", "95 %", "specificity", "95 %")
 DIFFERENCE_COLUMNS = ("metric", "difference", "95 %")
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    """The metrics of every view, those of every class, and the comparison where there is one."""
+def print_tables(evaluation: Evaluation) -> None:
+    """Print the metrics of every opinion and every class, and the comparison if there is one."""
     console = wide_console()
-    console.print(metrics_table(result))
-    console.print(class_table(result))
-    if "against" in result:
-        console.print(difference_table(result["against"]))
+    console.print(metrics_table(evaluation))
+    console.print(class_table(evaluation))
+    if evaluation.against:
+        console.print(difference_table(evaluation.against))
 
 
 def wide_console() -> Console:
-    """Standard output; where that is no terminal, no column is squeezed into 80 characters."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=WIDE)
+    """Open standard output for tables of plain text.
+
+    Names are shown as they are, not read as markup. Where the output is no terminal, columns are
+    not squeezed into 80 characters.
+    """
+    width = None if Console().is_terminal or "COLUMNS" in os.environ else WIDE
+    return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
-def metrics_table(result: dict[str, Any]) -> Table:
-    """A row for each metric, a column for each view; derived modalities are called virtual."""
-    title = f"{result['split']}: {result['n']} pairs, {len(result['classes'])} classes"
+def metrics_table(evaluation: Evaluation) -> Table:
+    """One row per metric, one column per opinion."""
+    title = f"{evaluation.split}: {evaluation.n} pairs, {len(evaluation.classes)} classes"
+    columns = shown_columns(evaluation)
     table = Table("metric", title=title, box=box.SIMPLE_HEAD)
-    views = {
-        f"virtual {name}" if name in result["virtual"] else name: metrics
-        for name, metrics in result["views"].items()
-    } | {f"no {name}": metrics for name, metrics in result["missing"].items()}
-    for name in views:
-        table.add_column(name, justify="right")
-        if name == "fused":
+    for name in columns:
+        table.add_column(printable(name), justify="right")
+        if name == FUSED.name:
             table.add_column("95 %", justify="right")
+    for row in metric_rows(columns):
+        table.add_row(*row)
 
     def add(title: str, values: Sequence[str]) -> None:
         table.add_row(title, values[0], "", *values[1:])
 
-    for row in metric_rows(views):
-        table.add_row(*row)
-    for name in ("coverage", "precision"):
-        if "pseudo_labels" in views["fused"]:
-            judged = (metrics.get("pseudo_labels", {}) for metrics in views.values())
-            values = [number(quality.get(name)) for quality in judged]
-            add(f"pseudo {name}", values)
-    add("n", [str(metrics["n"]) for metrics in views.values()])
+    judged = [own.pseudo_labels for own in columns.values()]
+    if judged[0]:
+        add("pseudo coverage", [number(own["coverage"] if own else None) for own in judged])
+        add("pseudo precision", [number(own["precision"] if own else None) for own in judged])
+    add("n", [str(own.n) for own in columns.values()])
     return table
 
 
-def class_table(result: dict[str, Any]) -> Table:
-    """Sensitivity and specificity of the fused opinion, a row for each class."""
+def shown_columns(evaluation: Evaluation) -> dict[str, OpinionMetrics]:
+    """Title each opinion of the tables; derived modalities are called virtual.
+
+    Of two modalities, the fused opinion without one is that of the other: those are left out.
+    """
+    modalities = sum(not source.missing for source in evaluation.metrics) - 1
+    return {
+        _title(source, evaluation.virtual): own
+        for source, own in evaluation.metrics.items()
+        if not (source.missing and modalities == 2)
+    }
+
+
+def _title(source: Source, virtual: Sequence[str]) -> str:
+    if source.missing:
+        return f"no {source.name}"
+    return f"virtual {source.name}" if source.name in virtual else source.name
+
+
+def class_table(evaluation: Evaluation) -> Table:
+    """Sensitivity and specificity of the fused opinion, one row per class."""
     table = Table(title="fused, each class against the rest", box=box.SIMPLE_HEAD)
     for name in CLASS_COLUMNS:
         if name == "class":
             table.add_column(name, overflow="fold")  # a class name is never cut short
         else:
             table.add_column(name, justify="right", no_wrap=True)
-    for row in class_rows(result["views"]["fused"]):
+    for row in class_rows(evaluation.fused):
         table.add_row(*row)
     return table
 
 
-def difference_table(against: dict[str, Any]) -> Table:
+def difference_table(against: Comparison) -> Table:
     """Fused metrics of this run minus those of the other."""
-    table = Table(title=f"fused: this run - {against['run']}", box=box.SIMPLE_HEAD)
+    title = f"fused: this run - {printable(against.run)}"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in DIFFERENCE_COLUMNS:
         table.add_column(name, justify="left" if name == "metric" else "right")
     for row in difference_rows(against):
@@ -101,56 +125,63 @@ def difference_table(against: dict[str, Any]) -> Table:
     return table
 
 
-def metric_rows(views: Mapping[str, dict[str, Any]]) -> list[list[str]]:
-    """For each metric its title, the fused value and its interval, the values of other views."""
-    fused = views["fused"]
-    others = [metrics for name, metrics in views.items() if name != "fused"]
+def metric_rows(columns: Mapping[str, OpinionMetrics]) -> list[list[str]]:
+    """For each metric its title, the fused value and its interval, and the other values."""
+    fused, *others = columns.values()
     return [
-        [title, number(fused[name]), interval(fused["intervals"].get(name))]
-        + [number(metrics.get(name)) for metrics in others]
+        [title, number(fused.values[name]), interval(fused.intervals.get(name))]
+        + [number(own.values.get(name)) for own in others]
         for name, title in SHOWN.items()
-        if name in fused
+        if name in fused.values
     ]
 
 
-def class_rows(metrics: dict[str, Any]) -> list[list[str]]:
-    """For each class of a view the cells of ``CLASS_COLUMNS``."""
+def class_rows(metrics: OpinionMetrics) -> list[list[str]]:
+    """For each class the cells of ``CLASS_COLUMNS``."""
     return [
         [
-            label,
-            str(own["n"]),
-            number(own["sensitivity"]),
-            interval(own["intervals"]["sensitivity"]),
-            number(own["specificity"]),
-            interval(own["intervals"]["specificity"]),
+            printable(label),
+            str(own.n),
+            number(own.values["sensitivity"]),
+            interval(own.intervals["sensitivity"]),
+            number(own.values["specificity"]),
+            interval(own.intervals["specificity"]),
         ]
-        for label, own in metrics["per_class"].items()
+        for label, own in metrics.per_class.items()
     ]
 
 
-def difference_rows(against: dict[str, Any]) -> list[list[str]]:
+def difference_rows(against: Comparison) -> list[list[str]]:
     """For each metric of the fused opinion the cells of ``DIFFERENCE_COLUMNS``."""
     return [
         [SHOWN[name], f"{value['difference']:+.3f}", interval(value["interval"])]
-        for name, value in against["views"]["fused"].items()
+        for name, value in against.differences[FUSED].items()
     ]
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the cells are plain text."""
+    """Lay out a table; bars in the cells are escaped, other Markdown is kept."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines
+        "| " + " | ".join(cell.replace("\\|", "|").replace("|", "\\|") for cell in line) + " |"
+        for line in lines
     )
 
 
+def markdown_text(text: str) -> str:
+    """Escape a name for Markdown, and for the HTML that Markdown passes through."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~!])", r"\\\1", printable(text).replace("&", "&amp;"))
+
+
 def number(value: float | None) -> str:
-    """Three decimals; nothing where there is no value, a dash where it is not defined."""
+    """Three decimals; empty without a value, a dash where it is undefined."""
     if value is None:
         return ""
     return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def interval(bounds: Sequence[float] | None) -> str:
-    """Both ends of an interval, two decimals."""
-    return "" if bounds is None else f"{bounds[0]:.2f} to {bounds[1]:.2f}"
+    """Both ends of an interval with two decimals; a dash where it is undefined."""
+    if bounds is None:
+        return ""
+    return f"{bounds[0]:.2f} to {bounds[1]:.2f}" if all(map(math.isfinite, bounds)) else "-"

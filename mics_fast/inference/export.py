@@ -1,8 +1,8 @@
-"""Export: a run's classifier as files that need none of this code.
+"""Export: the classifier of a run as files that need none of this code.
 
 model.pt2       ``torch.export`` program
 model.onnx      the same for ONNX Runtime, where the [export] extra is installed
-model.json      names of inputs and outputs, preprocessing, how exactly they agree
+model.json      names of inputs and outputs, preprocessing, agreement with the original
 MODEL_CARD.md   data, metrics with intervals, limits
 """
 
@@ -17,15 +17,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.nn.functional import softplus
 
 from mics_fast.common.errors import RunFailed
 from mics_fast.common.files import renamed
-from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
-from mics_fast.inference.exported_model import ONNX, OUTPUTS, PROGRAM, open_session
-from mics_fast.inference.run_model import Trained
+from mics_fast.inference.description import NORMALIZE_MEANING, Description, describe_model
+from mics_fast.inference.exported_classifier import (
+    METADATA,
+    ONNX,
+    OUTPUTS,
+    PROGRAM,
+    open_session,
+)
+from mics_fast.inference.run_classifier import RunClassifier
 from mics_fast.models.classifier import Classifier
-from mics_fast.models.sizes import SIZES
 from mics_kernels import conflict, fuse_evidence, opinion
 
 # Outputs lie in [0, 1] except evidence, which is compared relative to evidence + 1.
@@ -36,7 +42,7 @@ class Answering(nn.Module):
     """A classifier from normalised images to opinions, in plain tensor operations.
 
     Args:
-        model: the classifier, in evaluation mode.
+        model: In evaluation mode.
     """
 
     def __init__(self, model: Classifier) -> None:
@@ -44,27 +50,27 @@ class Answering(nn.Module):
         self.model = model
 
     def forward(self, present: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
-        """What ``OUTPUTS`` names.
+        """Compute what ``OUTPUTS`` names.
 
         Args:
-            present: (B, M) bool.
-            images: for each modality (B, 3, H, H) float32.
+            present: Which images there are, (B, M) bool.
+            images: One per modality, (B, 3, H, H) float32.
 
         Returns:
             Fused belief (B, C), uncertainty (B,), probability (B, C); conflict of the modalities
-            (B,); evidence (B, V, C) and presence (B, V) of every view.
+            (B,); evidence (B, V, C) and presence (B, V) of every opinion.
         """
         views = dict(zip(self.model.modalities, images, strict=True))
         output = self.model(views, present)
         evidence = softplus(output.logits)
         fused = fuse_evidence(evidence, present=output.present, backend="reference")
-        said = opinion(fused)
+        stated = opinion(fused)
         disagreement = conflict(evidence[:, : len(images)], present=present)
-        return (*said, disagreement, evidence, output.present)
+        return (*stated, disagreement, evidence, output.present)
 
 
-def export_model(trained: Trained, out: Path) -> dict[str, float]:
-    """Write the program and, where ONNX is installed, the ONNX model.
+def export_model(classifier: RunClassifier, out: Path) -> dict[str, float]:
+    """Write the program and, if ONNX is installed, the ONNX model.
 
     Returns:
         File name -> largest difference from the original on random inputs.
@@ -72,28 +78,22 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
     Raises:
         RunFailed: a difference is above the tolerance.
     """
-    module = Answering(trained.model.cpu()).eval()
-    size = SIZES[trained.run.config.model.size].image
-    inputs = random_inputs(trained.modalities, size, rows=3, seed=0)
-    batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(
-        module,
-        inputs,
-        dynamic_shapes={"present": {0: batch}, "images": ({0: batch},) * (len(inputs) - 1)},
-    )
+    module = Answering(classifier.model.cpu()).eval()
+    modalities, size = classifier.modalities, classifier.image_size
+    program = trace(module, modalities, size)
     with renamed(out / PROGRAM) as partial:
         torch.export.save(program, partial)
-    agreement = {PROGRAM: largest_difference(module, program.module(), trained.modalities, size)}
+    agreement = {PROGRAM: largest_difference(module, program.module(), modalities, size)}
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        write_onnx(program, trained.modalities, out / ONNX)
+        write_onnx(program, description_of(classifier), out / ONNX)
         session = open_session(out / ONNX)
 
         def run(*given: Tensor) -> list[Tensor]:
-            named = zip(("present", *trained.modalities), given, strict=True)
+            named = zip(("present", *modalities), given, strict=True)
             outputs = session.run(OUTPUTS, {name: tensor.numpy() for name, tensor in named})
             return [torch.from_numpy(output) for output in outputs]
 
-        agreement[ONNX] = largest_difference(module, run, trained.modalities, size)
+        agreement[ONNX] = largest_difference(module, run, modalities, size)
     else:
         print("no ONNX model: onnx is not installed, wanted: pip install 'mics-fast[export]'")
     for name, largest in agreement.items():
@@ -105,30 +105,58 @@ def export_model(trained: Trained, out: Path) -> dict[str, float]:
     return agreement
 
 
-def write_onnx(
-    program: torch.export.ExportedProgram, modalities: Sequence[str], file: Path
-) -> None:
-    """Translate a program to one ONNX file, under a temporary name first."""
-    # It would warn that operators of torchvision, which nothing here uses, are not there.
+def trace(module: Answering, modalities: Sequence[str], size: int) -> ExportedProgram:
+    """Trace the module for any batch size, without the paths of its source files."""
+    inputs = random_inputs(modalities, size, rows=3, seed=0)
+    batch = torch.export.Dim("batch", min=1)
+    shapes = {"present": {0: batch}, "images": ({0: batch},) * len(modalities)}
+    program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+    for part in program.graph_module.modules():
+        if isinstance(part, torch.fx.GraphModule):
+            for node in part.graph.nodes:
+                node.meta.pop("stack_trace", None)
+    return program
+
+
+def write_onnx(program: ExportedProgram, description: Description, file: Path) -> None:
+    """Translate a program to one ONNX file that holds its description."""
+    # torch would warn that operators of torchvision, which nothing here uses, are missing.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about itself
         translated = torch.onnx.export(
             program,
-            input_names=["present", *modalities],
+            input_names=["present", *description.modalities],
             output_names=list(OUTPUTS),
             dynamo=True,
             verbose=False,
         )
     assert translated is not None
+    model = translated.model_proto
+    strip_traces(model)
+    model.metadata_props.add(key=METADATA, value=description.text())
     with renamed(file) as partial:
-        translated.save(partial, external_data=False)
+        partial.write_bytes(model.SerializeToString())
+
+
+def strip_traces(model: Any) -> None:
+    """Remove what the translator notes about source files from an ONNX model."""
+    del model.metadata_props[:]
+    for graph in (model.graph, *model.functions):
+        graph.doc_string = ""
+        del graph.metadata_props[:]
+        for part in (*graph.node, *graph.value_info):
+            part.doc_string = ""
+            del part.metadata_props[:]
+    for part in (*model.graph.input, *model.graph.output, *model.graph.initializer):
+        part.doc_string = ""
+        del part.metadata_props[:]
 
 
 def random_inputs(
     modalities: Sequence[str], size: int, *, rows: int, seed: int
 ) -> tuple[Tensor, ...]:
-    """Presence (rows, M) and noise images (rows, 3, size, size); some modalities are missing."""
+    """Draw presence (rows, M) and one noise image (rows, 3, size, size) per modality."""
     generator = torch.Generator().manual_seed(seed)
     present = torch.rand(rows, len(modalities), generator=generator) < 0.7
     images = torch.randn(len(modalities), rows, 3, size, size, generator=generator)
@@ -142,7 +170,7 @@ def largest_difference(
     modalities: Sequence[str],
     size: int,
 ) -> float:
-    """Over all outputs, on random inputs in batches of other sizes than the exported one's."""
+    """Compare all outputs on random inputs, in batches of other sizes than the traced one."""
     largest = 0.0
     for rows in (1, 4):
         inputs = random_inputs(modalities, size, rows=rows, seed=rows)
@@ -154,37 +182,45 @@ def largest_difference(
     return largest
 
 
-def sidecar(trained: Trained, agreement: dict[str, float]) -> dict[str, Any]:
-    """What a program that uses the exported model has to know."""
-    data, modalities = trained.run.config.data, trained.modalities
+def description_of(classifier: RunClassifier) -> Description:
+    """Describe the classifier of a run."""
+    return describe_model(
+        classifier.modalities,
+        classifier.heads,
+        classifier.classes,
+        classifier.image_size,
+        classifier.data,
+    )
+
+
+def sidecar(classifier: RunClassifier, agreement: dict[str, float]) -> dict[str, Any]:
+    """Make what a program that uses the exported model must know, as JSON."""
+    description = description_of(classifier)
     return {
         "files": sorted(agreement),
-        "modalities": list(modalities),
-        "views": list(trained.views),
-        "classes": list(trained.classes),
+        "modalities": description.modalities,
+        "views": description.views,
+        "classes": description.classes,
         "inputs": {
             "present": "(batch, modalities) bool: which images there are, in this order",
-            **dict.fromkeys(modalities, "(batch, 3, size, size) float32, preprocessed"),
+            **dict.fromkeys(description.modalities, "(batch, 3, size, size) float32, preprocessed"),
         },
         "outputs": {
             "belief": "(batch, classes) belief in each class; with uncertainty it sums to 1",
             "uncertainty": "(batch,) vacuity in (0, 1]",
             "probability": "(batch, classes) expected probabilities",
             "conflict": "(batch,) how much the modalities contradict each other, in [0, 1]",
-            "evidence": "(batch, views, classes) of every view; without meaning where not present",
-            "view_present": "(batch, views) bool",
+            "evidence": "(batch, views, classes) of every opinion; undefined where not present",
+            "view_present": "(batch, views) bool: which opinions were stated",
         },
         "preprocessing": {
-            "image_size": SIZES[trained.run.config.model.size].image,
+            "image_size": description.image_size,
             "decode": "RGB, upright, the whole frame",
             "resize": "to a square of image_size, triangle filter, antialiased, rounded to uint8",
-            "normalize": data.normalize,
-            "normalize_meaning": {
-                "fixed": "(x / 255 - mean) / std, by channel",
-                "image": "(x - m) / sqrt(v + 1), m and v mean and variance of the image's channel",
-            }[data.normalize],
-            "mean": {name: list(data.mean.get(name, IMAGENET_MEAN)) for name in modalities},
-            "std": {name: list(data.std.get(name, IMAGENET_STD)) for name in modalities},
+            "normalize": description.normalize,
+            "normalize_meaning": NORMALIZE_MEANING[description.normalize],
+            "mean": description.mean,
+            "std": description.std,
             "missing": "zeros, with present false",
         },
         "largest_difference_from_original": agreement,

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import SPLITS, Manifest
-from mics_fast.evaluation.tables import CLASS_COLUMNS, class_rows, markdown_table, metric_rows
-from mics_fast.inference.evaluated import evaluate, summarise
-from mics_fast.inference.run_model import Trained, run_manifest
+from mics_fast.evaluation.results import Evaluation
+from mics_fast.evaluation.tables import (
+    CLASS_COLUMNS,
+    class_rows,
+    markdown_table,
+    markdown_text,
+    metric_rows,
+    shown_columns,
+)
+from mics_fast.inference.assessment import assess, summarise
+from mics_fast.inference.run_classifier import RunClassifier, run_manifest
 
 NOT_A_DEVICE = (
     "**Not a medical device.** This model has not been validated for clinical use and must not "
@@ -18,117 +25,123 @@ NOT_A_DEVICE = (
 )
 
 
-def model_card(trained: Trained, agreement: dict[str, float], resamples: int) -> str:
-    """Filled from the run, its manifest and an evaluation on the test rows.
+def model_card(classifier: RunClassifier, agreement: dict[str, float], resamples: int) -> str:
+    """Write the card from the run, its manifest and an evaluation on the test rows.
 
     Args:
-        trained: the classifier.
-        agreement: exported file -> largest difference from the original.
-        resamples: of the bootstrap.
+        classifier: What was exported.
+        agreement: Exported file -> largest difference from the original.
+        resamples: Number of bootstrap resamples.
     """
-    parts = [f"# Model card: {trained.run.folder.resolve().name}", NOT_A_DEVICE, intended(trained)]
+    name = markdown_text(classifier.run.folder.resolve().name)
+    parts = [f"# Model card: {name}", NOT_A_DEVICE, intended(classifier)]
     try:
-        manifest = run_manifest(trained.run)
+        manifest = run_manifest(classifier.run)
         parts.append(data_section(manifest))
-        result = summarise(evaluate(trained.run, manifest, "test"), "test", resamples)
-        parts.append(metrics_section(result))
-        virtual = result["virtual"]
+        evaluation = summarise(assess(classifier.run, manifest, "test"), resamples)
+        parts.append(metrics_section(evaluation))
+        virtual = evaluation.virtual
     except InputError as error:
-        parts.append(f"## Metrics\n\nNot measured when the model was exported: {error}.")
+        reason = markdown_text(str(error))
+        parts.append(f"## Metrics\n\nNot measured when the model was exported: {reason}.")
         virtual = []
-    parts += [training_section(trained), limits(trained, virtual), files_section(agreement)]
+    parts += [training_section(classifier), limits(classifier, virtual), files_section(agreement)]
     return "\n\n".join(parts) + "\n"
 
 
-def intended(trained: Trained) -> str:
-    """What goes in and what comes out."""
+def intended(classifier: RunClassifier) -> str:
+    """Say what goes in and what comes out."""
+    modalities, classes = classifier.modalities, classifier.classes
     return (
         "## What it does\n\n"
-        f"It states an opinion on one sample of up to {len(trained.modalities)} images "
-        f"({', '.join(trained.modalities)}; at least one): the belief in each of "
-        f"{len(trained.classes)} classes ({', '.join(trained.classes)}), and how much belief is "
-        "left uncommitted (vacuity). Each modality's own opinion and the conflict between them "
-        "are given too. Intended for research on methods of classification."
+        f"It states an opinion on one sample of up to {len(modalities)} images "
+        f"({names(modalities)}; at least one): the belief in each of {len(classes)} classes "
+        f"({names(classes)}), and how much belief is left uncommitted (vacuity). It also gives the "
+        "opinion of each modality and the conflict between them. Intended for research on methods "
+        "of classification."
     )
 
 
+def names(values: Iterable[str]) -> str:
+    """List names as Markdown."""
+    return ", ".join(map(markdown_text, values))
+
+
 def data_section(manifest: Manifest) -> str:
-    """Samples by class and split, and how many of the train rows were labelled."""
+    """Count samples by class and split, and the labelled train rows."""
     counts = Counter((row.label, row.split) for row in manifest.rows)
     labelled = Counter(row.label for row in manifest.rows if row.split == "train" and row.labelled)
     named = [*enumerate(manifest.classes), (-1, "(no label)")]
     rows = [
-        [name, *(str(counts[k, split]) for split in SPLITS), str(labelled[k])]
+        [markdown_text(name), *(str(counts[k, split]) for split in SPLITS), str(labelled[k])]
         for k, name in named
         if any(counts[k, split] for split in SPLITS)
     ]
-    missing = [
-        f"{name} is missing from {sum(row.files[name] is None for row in manifest.rows)} samples"
-        for name in manifest.modalities
-    ]
+    absent = {name: sum(row.files[name] is None for row in manifest.rows)
+              for name in manifest.modalities}  # fmt: skip
+    missing = [f"{markdown_text(name)} is missing from {n} samples" for name, n in absent.items()]
     return "\n\n".join(
         [
             "## Data",
-            f"Manifest `{manifest.path.name}`: {len(manifest.rows)} samples in "
+            f"Manifest {markdown_text(manifest.path.name)}: {len(manifest.rows)} samples in "
             f"{len({row.group for row in manifest.rows})} groups; {'; '.join(missing)}.",
             markdown_table(["class", *SPLITS, "labelled train"], rows),
         ]
     )
 
 
-def metrics_section(result: dict[str, Any]) -> str:
-    """Fused metrics with intervals beside those of each modality, then each class."""
-    views = result["views"]
-    others = [name for name in views if name != "fused"]
-    virtual = [f"virtual {name}" if name in result["virtual"] else name for name in others]
+def metrics_section(evaluation: Evaluation) -> str:
+    """Tabulate the metrics of every opinion, then those of each class."""
+    columns = shown_columns(evaluation)
+    others = [markdown_text(title) for title in list(columns)[1:]]
+    per_class = [[markdown_text(row[0]), *row[1:]] for row in class_rows(evaluation.fused)]
     return "\n\n".join(
         [
             "## Metrics",
-            f"On {result['n']} test samples ({result['groups']} groups). Intervals: 95 %, "
-            f"bootstrap over groups, {result['intervals']['resamples']} resamples; they say how "
-            "other samples of the same source would vary the figure, not other hospitals, cameras "
+            f"On {evaluation.n} test samples ({evaluation.groups} groups). Intervals: 95 %, "
+            f"bootstrap over groups, {evaluation.resamples} resamples. They say how the figure "
+            "would vary over other samples of the same source, not over other hospitals, cameras "
             "or training runs.",
-            markdown_table(["metric", "fused", "95 %", *virtual], metric_rows(views)),
-            markdown_table(["class (fused)", *CLASS_COLUMNS[1:]], class_rows(views["fused"])),
+            markdown_table(["metric", "fused", "95 %", *others], metric_rows(columns)),
+            markdown_table(["class (fused)", *CLASS_COLUMNS[1:]], per_class),
         ]
     )
 
 
-def training_section(trained: Trained) -> str:
-    """The options that shape the model."""
-    config = trained.run.config
+def training_section(classifier: RunClassifier) -> str:
+    """State the options that shape the model."""
+    config = classifier.run.config
     options = config.finetune
     length = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
-    parameters = sum(p.numel() for p in trained.model.parameters())
+    parameters = sum(p.numel() for p in classifier.model.parameters())
     return (
         "## Training\n\n"
         f"`{config.model.size}`, {parameters / 1e6:.1f} million parameters, seed {config.seed}; "
         f"fine-tuned for {length} from "
-        f"{config.finetune.init or 'the pre-training of the same run, if it has one'}; "
+        f"{markdown_text(config.finetune.init) or 'the pre-training of the same run, if any'}; "
         f"{config.data.normalize} normalisation. All options are in the run's `config.yaml`. "
         "Method: MICS, arXiv 2509.17492, as implemented by mics-fast."
     )
 
 
-def limits(trained: Trained, virtual: Iterable[str]) -> str:
-    """What the figures above do not show."""
+def limits(classifier: RunClassifier, virtual: Iterable[str]) -> str:
+    """Say what the figures above do not show."""
     lines = [
-        "One training run on one data set; other seeds, other label draws and other sources were "
-        "not looked at here.",
-        "It knows no class but those above: on anything else it can be wrong and sure of it.",
-        "Uncertainty is learned from the training data; a threshold on it should be chosen on "
-        "data of the place of use.",
+        "One training run on one data set: other seeds, label draws and sources were not tried.",
+        "It knows only the classes above: on anything else it may be wrong and certain.",
+        "Uncertainty is learned from the training data; choose a threshold on data from the place "
+        "of use.",
     ]
     lines += [
-        f"`{name}` images were derived from another modality (virtual): figures that use them are "
-        "not figures for real ones."
+        f"{markdown_text(name)} images were derived from another modality (virtual): figures that "
+        "use them are not figures for real ones."
         for name in virtual
     ]
     return "## Limits\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
 def files_section(agreement: dict[str, float]) -> str:
-    """What was exported and how exactly it agrees with the trained model."""
+    """List the exported files and how exactly they agree with the trained model."""
     rows = [[f"`{name}`", f"{largest:.1e}"] for name, largest in agreement.items()]
     return "\n\n".join(
         [

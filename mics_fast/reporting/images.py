@@ -7,7 +7,7 @@ from html import escape
 from mics_fast.common.errors import InputError
 from mics_fast.data.loaders import PairBatch
 from mics_fast.data.manifest import Row
-from mics_fast.evaluation.opinions import records
+from mics_fast.evaluation.answers import answer
 from mics_fast.models.sizes import SIZES
 from mics_fast.reporting import figures, pictures
 from mics_fast.reporting.parts import Subject, grid, section, strip, text
@@ -18,24 +18,24 @@ EXAMPLES = 2
 
 def features(subject: Subject) -> str:
     """The features the last view's head reads, on their two strongest directions."""
-    trained, rows = subject.evaluated.trained, subject.evaluated.rows
-    read, opinions = pictures.collect_features(trained.model, trained.loader(rows))
+    classifier, rows = subject.assessment.classifier, subject.assessment.rows
+    read, opinions = pictures.collect_features(classifier.model, classifier.loader(rows))
     there = opinions.present[:, -1]
     if there.sum() < 3:
         return section("Features", text("Fewer than three samples have this view."))
     points, share = pictures.principal_components(read[there])
     figure = figures.scatter(
-        f"Features of the {trained.views[-1]} view by class",
+        f"Features of the {classifier.heads[-1]} head by class",
         f"first principal component ({share[0]:.0%} of the variance)",
         f"second principal component ({share[1]:.0%})",
-        points.numpy(), opinions.label[there].numpy(), trained.classes,
+        points.numpy(), opinions.label[there].numpy(), classifier.classes,
     )  # fmt: skip
     return section("Features", grid(figure))
 
 
 def reconstructions(subject: Subject) -> str:
     """Image, what the encoder was shown, and what the decoder made of it."""
-    run, manifest = subject.run, subject.evaluated.manifest
+    run, manifest = subject.run, subject.assessment.manifest
     try:
         model = pictures.load_pretrained(run, manifest)
     except InputError as error:
@@ -52,7 +52,7 @@ def reconstructions(subject: Subject) -> str:
         for row, own in enumerate(three):
             if batch.present[row, column]:
                 low, high = own.image.min().item(), own.image.max().item()
-                sample = subject.evaluated.rows[row].id
+                sample = subject.assessment.rows[row].id
                 shown.append(
                     strip(f"{name} of {sample}", {
                         kind: pictures.picture(getattr(own, kind), low, high)
@@ -71,7 +71,7 @@ def reconstructions(subject: Subject) -> str:
 
 def attention(subject: Subject) -> str:
     """Which patches of which modality move the answer."""
-    model = subject.evaluated.trained.model
+    model = subject.assessment.classifier.model
     batch = example_batch(subject)
     weight = pictures.saliency(model, batch, SIZES[subject.run.config.model.size].patch)
     shown = []
@@ -84,7 +84,7 @@ def attention(subject: Subject) -> str:
             for column, (name, own) in enumerate(weight.items())
             if batch.present[row, column]
         }
-        shown.append(strip(f"sample {subject.evaluated.rows[row].id}", images))
+        shown.append(strip(f"sample {subject.assessment.rows[row].id}", images))
     return section(
         "Where it looks",
         text(
@@ -98,12 +98,12 @@ def attention(subject: Subject) -> str:
 
 def example_batch(subject: Subject) -> PairBatch:
     """The first samples of the test rows."""
-    return next(iter(subject.evaluated.trained.loader(subject.evaluated.rows[:EXAMPLES])))
+    return next(iter(subject.assessment.classifier.loader(subject.assessment.rows[:EXAMPLES])))
 
 
 def cases(subject: Subject) -> str:
     """The samples a person should look at first."""
-    fused = subject.evaluated.opinions.fused()
+    fused = subject.assessment.opinions.fused()
     wrong = fused.wrong().nonzero()[:, 0].tolist()
     order = fused.uncertainty.argsort(descending=True, stable=True).tolist()
     surest_wrong = [row for row in reversed(order) if row in set(wrong)][:CASES]
@@ -120,9 +120,9 @@ def cases(subject: Subject) -> str:
 
 def case(subject: Subject, position: int) -> str:
     """The images of one sample, what was answered, and the belief of every view."""
-    row: Row = subject.evaluated.rows[position]
-    classes = subject.evaluated.trained.classes
-    (record,) = records(subject.evaluated.opinions.row(position), [row.id], classes)
+    row: Row = subject.assessment.rows[position]
+    classes = subject.assessment.classifier.classes
+    (record,) = answer(subject.assessment.opinions.row(position), [row.id], classes)
     images = {
         f"virtual {name}" if name in row.virtual else name: pictures.thumbnail(file)
         for name, file in row.files.items()

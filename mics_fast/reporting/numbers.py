@@ -11,6 +11,7 @@ import torch
 from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.engine.log import read_log
 from mics_fast.evaluation.metrics import BINS, risk_coverage
+from mics_fast.evaluation.opinions import FUSED
 from mics_fast.evaluation.tables import (
     CLASS_COLUMNS,
     DIFFERENCE_COLUMNS,
@@ -20,9 +21,10 @@ from mics_fast.evaluation.tables import (
     interval,
     metric_rows,
     number,
+    shown_columns,
 )
 from mics_fast.inference.model_card import NOT_A_DEVICE
-from mics_fast.inference.run_model import best_checkpoint
+from mics_fast.inference.run_classifier import best_checkpoint
 from mics_fast.reporting import figures
 from mics_fast.reporting.figures import Axis, Series
 from mics_fast.reporting.parts import Subject, grid, section, text
@@ -37,24 +39,24 @@ SCORES = {
 
 def summary(subject: Subject) -> str:
     """The answer in four numbers, and a warning."""
-    result = subject.result
-    fused = result["views"]["fused"]
+    evaluation = subject.evaluation
+    fused = evaluation.fused
     facts = "".join(
-        f"<div><dt>{title}</dt><dd>{number(fused[name])}</dd><dd>{bounds}</dd></div>"
+        f"<div><dt>{title}</dt><dd>{number(fused.values[name])}</dd><dd>{bounds}</dd></div>"
         for name, title, bounds in (
-            (n, SHOWN[n], f"95 %: {interval(fused['intervals'][n])}")
+            (n, SHOWN[n], f"95 %: {interval(fused.intervals[n])}")
             for n in ("accuracy", "balanced_accuracy", "macro_auroc", "aurc")
         )
     )
     warning = f'<p class="warning">{escape(NOT_A_DEVICE.replace("**", ""))}</p>'
     virtual = [
         text(f"{name} images are virtual: derived from another modality.")
-        for name in result["virtual"]
+        for name in evaluation.virtual
     ]
     return (
         warning
         + text(
-            f"{result['n']} test samples in {result['groups']} groups, {len(result['classes'])} "
+            f"{evaluation.n} test samples in {evaluation.groups} groups, {len(evaluation.classes)} "
             f"classes; checkpoint {best_checkpoint(subject.run).name}. The fused opinion:"
         )
         + f'<dl class="facts">{facts}</dl>'
@@ -64,24 +66,22 @@ def summary(subject: Subject) -> str:
 
 def metrics(subject: Subject) -> str:
     """Every view's metrics, every class's, and the differences to the other run."""
-    result = subject.result
-    views = result["views"] | {f"no {name}": x for name, x in result["missing"].items()}
-    rows = metric_rows(views)
-    counts = [str(own["n"]) for own in views.values()]
-    rows.append(["n (samples)", counts[0], "", *counts[1:]])
-    shown = [f"virtual {view}" if view in result["virtual"] else view for view in views]
-    head = ["metric", "fused", "95 %", *(view for view in shown if view != "fused")]
+    evaluation = subject.evaluation
+    columns = shown_columns(evaluation)
+    counts = [str(own.n) for own in columns.values()]
+    rows = [*metric_rows(columns), ["n (samples)", counts[0], "", *counts[1:]]]
+    head = ["metric", "fused", "95 %", *list(columns)[1:]]
     parts = [
-        figures.table(head, rows, "Each view on the samples it sees; "
-                      f"intervals: bootstrap, {result['intervals']['resamples']} resamples"),
+        figures.table(head, rows, "Each opinion on the samples it sees; "
+                      f"intervals: bootstrap, {evaluation.resamples} resamples"),
         figures.table(
-            CLASS_COLUMNS, class_rows(views["fused"]),
+            CLASS_COLUMNS, class_rows(evaluation.fused),
             "Fused opinion, each class against the rest"),
     ]  # fmt: skip
-    if "against" in result:
+    if evaluation.against:
         parts.append(
-            figures.table(DIFFERENCE_COLUMNS, difference_rows(result["against"]),
-                          f"This run minus {result['against']['run']}, same samples (fused)")
+            figures.table(DIFFERENCE_COLUMNS, difference_rows(evaluation.against),
+                          f"This run minus {evaluation.against.run}, same samples (fused)")
         )  # fmt: skip
     return section("Metrics", *parts)
 
@@ -89,7 +89,7 @@ def metrics(subject: Subject) -> str:
 def curves(subject: Subject) -> str:
     """Losses, scores on val, throughput and data-wait of each stage, from ``metrics.jsonl``."""
     log = read_log(subject.run.folder)
-    other = read_log(subject.rival.trained.run.folder) if subject.rival else {}
+    other = read_log(subject.rival.classifier.run.folder) if subject.rival else {}
     parts = [
         f"<h3>{escape(stage)}</h3>{grid(*stage_figures(stage, lines, other.get(stage, [])))}"
         for stage, lines in log.items()
@@ -135,11 +135,10 @@ def series(title: str, lines: Sequence[dict[str, float]], name: str) -> Series:
 
 def confusion(subject: Subject) -> str:
     """Counts of the fused answers."""
-    fused = subject.result["views"]["fused"]
     return section(
         "Confusion matrix",
         figures.confusion_table(
-            fused["confusion"], subject.result["classes"],
+            subject.evaluation.fused.confusion, subject.evaluation.classes,
             "Fused answers: number of samples; shade: share of the row",
         ),
     )  # fmt: skip
@@ -147,8 +146,7 @@ def confusion(subject: Subject) -> str:
 
 def certainty(subject: Subject) -> str:
     """Calibration, selective prediction, and vacuity of right, wrong and foreign samples."""
-    views = subject.evaluated.opinions.each()
-    fused = views["fused"]
+    fused = subject.assessment.predictions()[FUSED]
     right = fused.wrong() == 0
     drawn = [
         figures.reliability_diagram(
@@ -179,13 +177,13 @@ def certainty(subject: Subject) -> str:
 def risk_figure(subject: Subject) -> str:
     """Error rate over the share answered, most certain first, of every view."""
     lines = []
-    for name, view in subject.evaluated.opinions.each().items():
-        if len(view.label):
-            coverage, risk = risk_coverage(view)
+    for source, own in subject.assessment.predictions().items():
+        if not source.missing:
+            coverage, risk = risk_coverage(own)
             x, y = (100 * coverage).tolist(), (100 * risk).tolist()
-            lines.append(Series(f"{name} (n = {len(view.label)})", x, y))
+            lines.append(Series(f"{source.name} (n = {len(own)})", x, y))
     if subject.rival:
-        coverage, risk = risk_coverage(subject.rival.opinions.fused())
+        coverage, risk = risk_coverage(subject.rival.predictions()[FUSED])
         lines.append(Series("fused, other run", (100 * coverage).tolist(), (100 * risk).tolist()))
     return figures.line_chart(
         "Risk and coverage: answering only the most certain samples", "samples answered, %",
@@ -196,7 +194,7 @@ def risk_figure(subject: Subject) -> str:
 
 def settings(subject: Subject) -> str:
     """The options of the run, the data, and what this page was made with."""
-    manifest: Manifest = subject.evaluated.manifest
+    manifest: Manifest = subject.assessment.manifest
     splits = [row.split for row in manifest.rows]
     environment = [
         ["rows of the manifest", str(len(manifest.rows))],
@@ -204,7 +202,7 @@ def settings(subject: Subject) -> str:
         ["labelled train rows", str(len(manifest.select("train", labelled=True)))],
         ["python", platform.python_version()],
         ["torch", torch.__version__],
-        ["device of this evaluation", str(subject.evaluated.trained.device)],
+        ["device of this evaluation", str(subject.assessment.classifier.device)],
     ]
     options = (subject.run.folder / "config.yaml").read_text()
     return section(

@@ -1,53 +1,53 @@
-"""What the sections of the report have in common: their subject, and blocks of HTML."""
+"""Shared by the sections of the report: their subject, and blocks of HTML."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import torch
 
-from mics_fast.inference.evaluated import Evaluated
+from mics_fast.evaluation.results import Evaluation
+from mics_fast.inference.assessment import Assessment
 from mics_fast.training.run import Run
 
 
 @dataclass
 class Subject:
-    """What the page is about.
+    """The run that the page reports.
 
     Args:
-        run: its folder and options.
-        evaluated: the run on the test rows, not calibrated.
-        result: its metrics, see ``evaluate.summarise``.
-        rival: the run to compare with, evaluated on the same rows; None without one.
-        outside: vacuity (N,) of the rows of another distribution; None without them.
+        run: Folder and options.
+        assessment: The run on the test rows.
+        evaluation: Its metrics.
+        rival: The run to compare with, assessed on the same rows; None without one.
+        outside: Vacuity of the rows of another distribution, (N,); None without them.
     """
 
     run: Run
-    evaluated: Evaluated
-    result: dict[str, Any]
-    rival: Evaluated | None
+    assessment: Assessment
+    evaluation: Evaluation
+    rival: Assessment | None
     outside: torch.Tensor | None
 
 
 def section(title: str, *parts: str) -> str:
-    """A heading and what belongs to it."""
+    """Make a section of a heading and blocks."""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
 def text(*sentences: str) -> str:
-    """A paragraph of plain text."""
+    """Make a paragraph of plain text."""
     return f"<p>{escape(' '.join(sentences))}</p>"
 
 
 def grid(*figure: str) -> str:
-    """Figures side by side where there is room."""
+    """Place figures side by side where there is room."""
     return f'<div class="grid">{"".join(figure)}</div>'
 
 
 def strip(caption: str, images: dict[str, str]) -> str:
-    """Images side by side, each with its own title."""
+    """Place images side by side, each with its own title."""
     cells = "".join(
         f'<div><img src="{uri}" alt="{escape(title)}, {escape(caption)}">'
         f"<span>{escape(title)}</span></div>"

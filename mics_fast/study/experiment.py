@@ -15,8 +15,9 @@ from mics_fast.common.files import make_folder, write_json
 from mics_fast.data.manifest import RESERVED, Manifest, read_manifest, write_manifest
 from mics_fast.engine.checkpoint import load_checkpoint
 from mics_fast.engine.log import read_log
-from mics_fast.evaluation.metrics import risks_at, view_metrics
-from mics_fast.inference.evaluated import all_views, evaluate, labelled_rows, out_of_distribution
+from mics_fast.evaluation.metrics import prediction_metrics, risks_at
+from mics_fast.inference.assessment import assess as assess_run
+from mics_fast.inference.assessment import labelled_rows, out_of_distribution
 from mics_fast.options import ExperimentConfig, TrainConfig, Variant
 from mics_fast.options.commands import read_config
 from mics_fast.preparation.splits import label_rows
@@ -190,16 +191,16 @@ def draw_labels(manifest: Manifest, file: Path, labels: Labels, seed: int) -> No
 
 def assess(run: Run, manifest: Manifest, cell: Cell) -> dict[str, Any]:
     """Metrics of every view on the test rows, and how long the training took."""
-    evaluated = evaluate(run, manifest, "test")
+    assessment = assess_run(run, manifest, "test")
     views = {
-        name: view_metrics(view) | risks_at(view, COVERAGES)
-        for name, view in all_views(evaluated.opinions).items()
+        str(source): prediction_metrics(own) | risks_at(own, COVERAGES)
+        for source, own in assessment.predictions().items()
     }
     count = 0
     if cell.other:
-        areas, count = out_of_distribution(evaluated, Path(cell.other))
-        for name, area in areas.items():
-            views[name]["out_of_distribution_auroc"] = area
+        areas, count = out_of_distribution(assessment, Path(cell.other))
+        for source, area in areas.items():
+            views[str(source)]["out_of_distribution_auroc"] = area
     seconds = training_seconds(run, "finetune")
     if cell.pretraining is not None:
         seconds += training_seconds(Run.open(Path(cell.pretraining.out)), "pretrain")
@@ -208,7 +209,7 @@ def assess(run: Run, manifest: Manifest, cell: Cell) -> dict[str, Any]:
         "labels": str(cell.labels),
         "variant": cell.variant,
         "labelled": len(manifest.select("train", labelled=True)),
-        "n": len(evaluated.rows),
+        "n": len(assessment.rows),
         "n_other": count,
         "other": cell.other,
         "views": views,

@@ -25,7 +25,7 @@ from mics_fast.engine.loop import Loop, Plan
 from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
-from mics_fast.evaluation.metrics import view_metrics
+from mics_fast.evaluation.metrics import prediction_metrics
 from mics_fast.evaluation.opinions import collect_opinions
 from mics_fast.models.classifier import Classifier, check_modality_names
 from mics_fast.models.initial_weights import load_initial_weights
@@ -266,7 +266,7 @@ class Trainer:
         loader = self._eval_loader(rows, self.config.finetune.unlabelled_batch)
 
         def validate() -> dict[str, float]:
-            metrics = view_metrics(collect_opinions(stage.average, loader).fused())
+            metrics = prediction_metrics(collect_opinions(stage.average, loader).fused())
             return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
 
         return validate

@@ -7,17 +7,17 @@ import torch
 
 from mics_fast.evaluation.intervals import bootstrap, extreme_interval, paired_bootstrap, resamples
 from mics_fast.evaluation.metrics import calibration_metrics
-from mics_fast.evaluation.opinions import View
+from mics_fast.evaluation.opinions import Predictions
 
 
 def simulated(right, group):
-    """A view of two classes whose rows are right where asked."""
+    """Predictions of two classes whose rows are right where asked."""
     probability = torch.tensor([[1.0, 0.0]]).expand(len(right), 2)
-    return View(probability, torch.full((len(right),), 0.5), (~right).long(), group)
+    return Predictions(probability, torch.full((len(right),), 0.5), (~right).long(), group)
 
 
-def accuracy(view):
-    return {"accuracy": 1 - view.wrong().mean().item()}
+def accuracy(predictions):
+    return {"accuracy": 1 - predictions.wrong().mean()}
 
 
 def covered(draw, truth, datasets=300):
@@ -53,8 +53,10 @@ def test_intervals_count_lesions_and_not_their_frames():
 
 def test_intervals_that_ignored_the_groups_would_be_too_narrow():
     def ungrouped(seed):
-        view = frames_of_lesions(seed)
-        return View(view.probability, view.uncertainty, view.label, torch.arange(200))
+        predictions = frames_of_lesions(seed)
+        return Predictions(
+            predictions.probability, predictions.uncertainty, predictions.label, torch.arange(200)
+        )
 
     assert covered(ungrouped, 0.7, datasets=100) < 0.8
 
@@ -75,32 +77,36 @@ def test_intervals_of_a_difference_hold_it_19_times_in_20():
 
 
 def test_percentiles_of_a_binned_calibration_error_miss_it():
-    """Why it gets no interval: of a perfectly calibrated view, all resamples lie above 0."""
+    """Why it gets no interval: of perfectly calibrated predictions, all resamples lie above 0."""
+
+    def binned(predictions):
+        return {"ece": torch.tensor(calibration_metrics(predictions)["ece"])}
+
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
         confidence = 0.5 + 0.5 * torch.rand(200, generator=generator)
         wrong = torch.rand(200, generator=generator) > confidence
-        view = View(
+        predictions = Predictions(
             torch.stack([confidence, 1 - confidence], 1), confidence, wrong.long(),
             torch.arange(200),
         )  # fmt: skip
-        (low, _) = bootstrap(view, calibration_metrics, count=100, seed=seed)["ece"]
+        (low, _) = bootstrap(predictions, binned, count=100, seed=seed)["ece"]
         assert low > 0.02  # measured: at least 0.043
 
 
 def test_a_run_against_itself_differs_by_exactly_nothing():
-    view = independent(0)
-    result = paired_bootstrap(view, view, accuracy, count=20)["accuracy"]
+    predictions = independent(0)
+    result = paired_bootstrap(predictions, predictions, accuracy, count=20)["accuracy"]
     assert result == {"difference": 0.0, "interval": [0.0, 0.0]}
 
 
 def test_pairing_makes_the_interval_of_a_difference_narrower():
-    view = independent(0)
-    right = view.wrong() == 0
+    predictions = independent(0)
+    right = predictions.wrong() == 0
     right[:5] = ~right[:5]
-    other = simulated(right, view.group)
-    low, high = paired_bootstrap(view, other, accuracy, count=200)["accuracy"]["interval"]
-    alone = [bootstrap(each, accuracy, count=200)["accuracy"] for each in (view, other)]
+    other = simulated(right, predictions.group)
+    low, high = paired_bootstrap(predictions, other, accuracy, count=200)["accuracy"]["interval"]
+    alone = [bootstrap(each, accuracy, count=200)["accuracy"] for each in (predictions, other)]
     assert high - low < 0.7 * min(b - a for a, b in alone)
 
 

@@ -14,18 +14,18 @@ from mics_fast.evaluation.metrics import (
     class_metrics,
     confusion,
     out_of_distribution_auroc,
+    prediction_metrics,
     pseudo_label_quality,
     risk_coverage,
     risks_at,
     sampled_metrics,
-    view_metrics,
 )
-from mics_fast.evaluation.opinions import View
+from mics_fast.evaluation.opinions import Predictions
 
 
-def make_view(probability, uncertainty, label):
+def make_predictions(probability, uncertainty, label):
     label = torch.as_tensor(label)
-    return View(
+    return Predictions(
         torch.as_tensor(probability, dtype=torch.float32),
         torch.as_tensor(uncertainty, dtype=torch.float32),
         label,
@@ -33,18 +33,18 @@ def make_view(probability, uncertainty, label):
     )
 
 
-def random_view(rows, classes, occurring, seed=0):
+def random_predictions(rows, classes, occurring, seed=0):
     generator = torch.Generator().manual_seed(seed)
     probability = torch.rand(rows, classes, generator=generator).softmax(-1)
     label = torch.randint(0, occurring, (rows,), generator=generator)
-    return make_view(probability, torch.rand(rows, generator=generator), label)
+    return make_predictions(probability, torch.rand(rows, generator=generator), label)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_metrics_agree_with_scikit_learn(seed):
-    view = random_view(200, 5, 5, seed)
-    values = view_metrics(view)
-    label, probability = view.label.numpy(), view.probability.double().numpy()
+    predictions = random_predictions(200, 5, 5, seed)
+    values = prediction_metrics(predictions)
+    label, probability = predictions.label.numpy(), predictions.probability.double().numpy()
     probability /= probability.sum(1, keepdims=True)
     predicted = probability.argmax(-1)
     wanted = {
@@ -59,15 +59,15 @@ def test_metrics_agree_with_scikit_learn(seed):
         "nll": oracle.log_loss(label, probability),
     }
     assert {name: values[name] for name in wanted} == pytest.approx(wanted, abs=2e-6)
-    assert confusion(view) == oracle.confusion_matrix(label, predicted).tolist()
+    assert confusion(predictions) == oracle.confusion_matrix(label, predicted).tolist()
 
 
 def test_metrics_of_a_class_are_those_of_the_class_against_the_rest():
-    view = random_view(150, 4, 4)
-    each = class_metrics(view)
-    predicted = view.probability.argmax(-1)
+    predictions = random_predictions(150, 4, 4)
+    each = class_metrics(predictions)
+    predicted = predictions.probability.argmax(-1)
     for k in range(4):
-        truth, score = (view.label == k).numpy(), view.probability[:, k].numpy()
+        truth, score = (predictions.label == k).numpy(), predictions.probability[:, k].numpy()
         guess = (predicted == k).numpy()
         wanted = {
             "sensitivity": oracle.recall_score(truth, guess),
@@ -79,31 +79,33 @@ def test_metrics_of_a_class_are_those_of_the_class_against_the_rest():
 
 
 def test_classes_that_do_not_occur_do_not_count():
-    view = random_view(100, 5, 3)
-    values, each = view_metrics(view), class_metrics(view)
-    label, predicted = view.label.numpy(), view.probability.argmax(-1).numpy()
+    predictions = random_predictions(100, 5, 3)
+    values, each = prediction_metrics(predictions), class_metrics(predictions)
+    label, predicted = predictions.label.numpy(), predictions.probability.argmax(-1).numpy()
     with pytest.warns(UserWarning):
         wanted = oracle.balanced_accuracy_score(label, predicted)
     assert values["balanced_accuracy"] == pytest.approx(wanted)
-    areas = [oracle.roc_auc_score(label == k, view.probability[:, k].numpy()) for k in range(3)]
+    areas = [
+        oracle.roc_auc_score(label == k, predictions.probability[:, k].numpy()) for k in range(3)
+    ]
     assert values["macro_auroc"] == pytest.approx(sum(areas) / 3, abs=1e-6)
     assert each["sensitivity"][3:].isnan().all() and not each["specificity"].isnan().any()
 
 
 def test_areas_are_undefined_where_only_one_class_occurs():
-    view = random_view(20, 3, 1)
-    assert math.isnan(view_metrics(view)["macro_auroc"])
-    assert math.isnan(sampled_metrics(view)["specificity/0"])
+    predictions = random_predictions(20, 3, 1)
+    assert math.isnan(prediction_metrics(predictions)["macro_auroc"])
+    assert sampled_metrics(predictions)["specificity"][0].isnan()
 
 
 # Ten rows of two classes: confidences 0.6 (five rows, three right) and 0.9 (five rows, all right).
-BY_HAND = make_view(
+BY_HAND = make_predictions(
     [[0.6, 0.4]] * 5 + [[0.9, 0.1]] * 5, [0.8] * 5 + [0.2] * 5, [0, 0, 0, 1, 1, 0, 0, 0, 0, 0]
 )
 
 
 def test_calibration_by_hand():
-    values = view_metrics(BY_HAND)
+    values = prediction_metrics(BY_HAND)
     # Bins of 1/15: both confidences alone in theirs; |0.6 - 3/5| * 0.5 + |0.9 - 1| * 0.5.
     assert values["ece"] == pytest.approx(0.05, abs=1e-6)
     assert values["brier"] == pytest.approx((3 * 0.32 + 2 * 0.72 + 5 * 0.02) / 10)
@@ -116,21 +118,23 @@ def test_adaptive_calibration_error_fills_its_bins_evenly():
     # pair is wrong, so a bin's gap is |0.5 - (c + 0.005)|.
     confidence = torch.linspace(0.60, 0.89, 30)
     label = torch.tensor([1, 0]).repeat(15)
-    view = make_view(torch.stack([confidence, 1 - confidence], 1), torch.rand(30), label)
+    predictions = make_predictions(
+        torch.stack([confidence, 1 - confidence], 1), torch.rand(30), label
+    )
     wanted = (confidence.reshape(15, 2).mean(1) - 0.5).abs().mean().item()
-    assert adaptive_ece(view) == pytest.approx(wanted, abs=1e-6)
+    assert adaptive_ece(predictions) == pytest.approx(wanted, abs=1e-6)
 
 
 def test_selective_prediction_by_hand():
     # Sorted by vacuity: right, wrong, right, right, wrong.
-    view = make_view([[1.0, 0.0]] * 5, [0.3, 0.1, 0.2, 0.5, 0.4], [0, 0, 1, 1, 0])
-    coverage, risk = risk_coverage(view)
+    predictions = make_predictions([[1.0, 0.0]] * 5, [0.3, 0.1, 0.2, 0.5, 0.4], [0, 0, 1, 1, 0])
+    coverage, risk = risk_coverage(predictions)
     assert coverage.tolist() == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert risk.tolist() == pytest.approx([0, 1 / 2, 1 / 3, 1 / 4, 2 / 5])
-    values = view_metrics(view)
+    values = prediction_metrics(predictions)
     assert values["aurc"] == pytest.approx((0 + 1 / 2 + 1 / 3 + 1 / 4 + 2 / 5) / 5)
     assert values["risk_at_80_coverage"] == pytest.approx(1 / 4)
-    assert risks_at(view, (50, 100)) == pytest.approx(  # of 2.5 rows: of 3
+    assert risks_at(predictions, (50, 100)) == pytest.approx(  # of 2.5 rows: of 3
         {"risk_at_50_coverage": 1 / 3, "risk_at_100_coverage": 2 / 5}
     )
     assert values["coverage_at_5_risk"] == pytest.approx(0.2)
@@ -139,17 +143,17 @@ def test_selective_prediction_by_hand():
 def test_rows_of_equal_vacuity_count_alike_in_any_order():
     labels = torch.tensor([0, 0, 1, 1, 0, 1])
     for order in (torch.arange(6), torch.arange(6).flip(0)):
-        view = make_view([[1.0, 0.0]] * 6, [0.5] * 6, labels[order])
-        assert view_metrics(view)["aurc"] == pytest.approx(0.5)
+        predictions = make_predictions([[1.0, 0.0]] * 6, [0.5] * 6, labels[order])
+        assert prediction_metrics(predictions)["aurc"] == pytest.approx(0.5)
 
 
 def test_no_coverage_where_even_the_most_certain_row_is_wrong():
-    view = make_view([[1.0, 0.0]] * 2, [0.1, 0.9], [1, 0])
-    assert view_metrics(view)["coverage_at_5_risk"] == 0.0
+    predictions = make_predictions([[1.0, 0.0]] * 2, [0.1, 0.9], [1, 0])
+    assert prediction_metrics(predictions)["coverage_at_5_risk"] == 0.0
 
 
 def test_vacuity_tells_another_distribution_as_scikit_learn_says():
-    inside, outside = random_view(50, 3, 3, 1), random_view(70, 3, 3, 2)
+    inside, outside = random_predictions(50, 3, 3, 1), random_predictions(70, 3, 3, 2)
     truth = np.repeat([0, 1], [50, 70])
     score = torch.cat([inside.uncertainty, outside.uncertainty]).numpy()
     wanted = oracle.roc_auc_score(truth, score)
@@ -157,14 +161,14 @@ def test_vacuity_tells_another_distribution_as_scikit_learn_says():
 
 
 def test_pseudo_labels_of_unknown_truth_count_for_the_coverage_alone():
-    view = make_view([[1.0, 0.0]] * 4, [0.1] * 4, [0, 1, -1, 0])
-    quality = pseudo_label_quality(view, torch.tensor([True, True, True, False]))
+    predictions = make_predictions([[1.0, 0.0]] * 4, [0.1] * 4, [0, 1, -1, 0])
+    quality = pseudo_label_quality(predictions, torch.tensor([True, True, True, False]))
     assert quality == {"coverage": 0.75, "precision": 0.5, "n": 4}
-    nothing = pseudo_label_quality(view, torch.zeros(4, dtype=torch.bool))
+    nothing = pseudo_label_quality(predictions, torch.zeros(4, dtype=torch.bool))
     assert nothing["coverage"] == 0 and math.isnan(nothing["precision"])
 
 
 def test_binned_calibration_errors_get_no_interval():
-    names = sampled_metrics(random_view(50, 3, 3))
-    assert "accuracy" in names and "sensitivity/2" in names
+    names = sampled_metrics(random_predictions(50, 3, 3))
+    assert "accuracy" in names and names["sensitivity"].shape == (3,)
     assert not any("ece" in name for name in names)

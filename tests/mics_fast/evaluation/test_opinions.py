@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import softplus
 
-from mics_fast.evaluation.opinions import collect_opinions, flat_record, records
+from mics_fast.evaluation.answers import answer, flat
+from mics_fast.evaluation.opinions import FUSED, Source, collect_opinions
 from mics_fast.models.classifier import Classifier
 from mics_kernels import conflict, fuse_evidence, opinion
 
@@ -27,7 +28,7 @@ def batch(make_batch):
     return batch
 
 
-def test_fused_is_dempsters_rule_over_the_views_that_are_there(model, batch):
+def test_fused_is_dempsters_rule_over_the_opinions_that_are_there(model, batch):
     with torch.no_grad():
         output = model(batch.views, batch.present)
     evidence = fuse_evidence(softplus(output.logits), present=output.present)
@@ -37,15 +38,16 @@ def test_fused_is_dempsters_rule_over_the_views_that_are_there(model, batch):
 
 
 def test_a_modality_is_asked_only_about_the_rows_that_have_it(model, batch):
-    each = collect_opinions(model, [batch]).each()
-    assert [len(each[name].label) for name in ("fused", "wli", "nbi")] == [6, 5, 5]
-    assert each["wli"].label.tolist() == batch.label[1:].tolist()
+    each = collect_opinions(model, [batch]).predictions()
+    assert [len(each[own]) for own in (FUSED, Source("wli"), Source("nbi"))] == [6, 5, 5]
+    assert each[Source("wli")].label.tolist() == batch.label[1:].tolist()
 
 
 def test_a_hidden_modality_is_a_missing_one(model, batch):
     """What is said without a modality is what is said of rows that never had it."""
-    without = collect_opinions(model, [batch], hide=True).missing()
-    assert [len(without[name].label) for name in ("wli", "nbi")] == [5, 5]
+    every = collect_opinions(model, [batch], hide=True).predictions()
+    without = {source.name: own for source, own in every.items() if source.missing}
+    assert [len(without[name]) for name in ("wli", "nbi")] == [5, 5]
     for column, name in enumerate(model.modalities):
         rows = batch.present[:, 1 - column]
         batch_without = batch.present.clone()
@@ -67,17 +69,30 @@ def test_collecting_leaves_the_model_in_the_mode_it_was_in(model, batch):
     assert model.training
 
 
-def test_a_record_states_belief_uncertainty_and_conflict(model, batch):
+def test_an_answer_states_probability_belief_uncertainty_and_conflict(model, batch):
     opinions = collect_opinions(model, [batch])
-    stated = records(opinions, [f"row {n}" for n in range(6)], ["a", "b", "c"])
+    stated = answer(opinions, [f"row {n}" for n in range(6)], ["a", "b", "c"])
     for record in stated:
         assert sum(record["belief"].values()) + record["uncertainty"] == pytest.approx(1, abs=1e-6)
         assert record["class"] == max(record["belief"], key=record["belief"].get)
+        # A Dirichlet opinion shares what is uncommitted equally among the classes.
+        for name, belief in record["belief"].items():
+            assert record["probability"][name] == pytest.approx(belief + record["uncertainty"] / 3)
+        assert record["refer"] is None
     assert set(stated[2]["views"]) == {"wli", "nbi", "fusion"}
     assert set(stated[0]["views"]) == {"nbi"} and stated[0]["conflict"] == pytest.approx(
         0, abs=1e-6
     )
     both = conflict(opinions.evidence[2:, :2])
     assert [record["conflict"] for record in stated[2:]] == pytest.approx(both.tolist())
-    flat = flat_record(stated[2])
-    assert flat["wli.belief.a"] == stated[2]["views"]["wli"]["belief"]["a"]
+    line = flat(stated[2])
+    assert line["wli.belief.a"] == stated[2]["views"]["wli"]["belief"]["a"]
+
+
+def test_an_opinion_is_referred_above_the_threshold(model, batch):
+    opinions = collect_opinions(model, [batch])
+    names = [f"row {n}" for n in range(6)]
+    middle = opinions.fused().uncertainty.median().item()
+    stated = answer(opinions, names, ["a", "b", "c"], refer_above=middle)
+    assert [own["refer"] for own in stated] == [own["uncertainty"] > middle for own in stated]
+    assert sum(bool(own["refer"]) for own in stated) == 3

@@ -10,10 +10,11 @@ import torch
 
 from mics_fast import evaluate
 from mics_fast.common.errors import InputError
-from mics_fast.evaluation.opinions import View
-from mics_fast.inference.evaluated import compare, describe
-from mics_fast.inference.evaluated import evaluate as evaluate_run
-from mics_fast.inference.run_model import run_manifest
+from mics_fast.evaluation.answers import answer
+from mics_fast.evaluation.opinions import Predictions
+from mics_fast.evaluation.results import describe
+from mics_fast.inference.assessment import assess, compare
+from mics_fast.inference.run_classifier import run_manifest
 from mics_fast.training.run import Run
 
 WANTED = {
@@ -37,7 +38,7 @@ def evaluated(trained_run, phantom_manifest, tmp_path_factory):
         return json.loads((folder / "m.json").read_text()), list(csv.DictReader(file))
 
 
-def test_every_view_gets_every_metric(evaluated):
+def test_every_opinion_gets_every_metric(evaluated):
     result, _ = evaluated
     assert set(result["views"]) == {"fused", "wli", "nbi"}
     assert set(result["missing"]) == {"wli", "nbi"}
@@ -66,7 +67,8 @@ def test_of_two_modalities_the_one_left_is_the_modality_alone(evaluated):
 
 def test_a_run_does_not_differ_from_itself(evaluated):
     result, _ = evaluated
-    assert set(result["against"]["views"]) == {"fused", "wli", "nbi", "without wli", "without nbi"}
+    assert set(result["against"]["views"]) == {"fused", "wli", "nbi"}
+    assert set(result["against"]["missing"]) == {"wli", "nbi"}
     assert result["against"]["views"]["fused"]["mcc"] == {"difference": 0, "interval": [0, 0]}
 
 
@@ -91,9 +93,9 @@ def test_the_table_of_opinions_holds_every_row(evaluated):
 def test_calibration_states_its_factors(evaluated):
     result, _ = evaluated
     assert result["calibration"]["kind"] == "evidence"
-    assert set(result["calibration"]["factors"]) == {
-        "fused", "wli", "nbi", "without wli", "without nbi"
-    }  # fmt: skip
+    factors = result["calibration"]["factors"]
+    assert set(factors["views"]) == {"fused", "wli", "nbi"}
+    assert set(factors["missing"]) == {"wli", "nbi"}
 
 
 def test_runs_on_other_rows_are_not_compared(trained_run, phantom_manifest, capsys):
@@ -102,8 +104,8 @@ def test_runs_on_other_rows_are_not_compared(trained_run, phantom_manifest, caps
     fewer = phantom_manifest.with_name("fewer.csv")
     fewer.write_text("\n".join(line for line in lines if line != test) + "\n")
     run = Run.open(trained_run)
-    ours = evaluate_run(run, run_manifest(run), "test")
-    theirs = evaluate_run(run, run_manifest(run, fewer), "test")
+    ours = assess(run, run_manifest(run), "test")
+    theirs = assess(run, run_manifest(run, fewer), "test")
     with pytest.raises(InputError, match="got 12 and 11 rows of which 11 agree"):
         compare(ours, theirs, 10)
 
@@ -128,9 +130,51 @@ def test_bad_options_are_one_sentence(trained_run, tmp_path):
 def test_all_right_is_not_right_for_certain():
     probability = torch.eye(2).repeat(10, 1)
     label, group = torch.tensor([0, 1]).repeat(10), torch.arange(20)
-    view = View(probability, torch.full((20,), 0.5), label, group)
-    described = describe(view, ["a", "b"], 5)
-    assert described["accuracy"] == 1
-    assert described["intervals"]["accuracy"] == pytest.approx([0.025 ** (1 / 20), 1.0])
-    sensitivity = described["per_class"]["a"]["intervals"]["sensitivity"]
+    predictions = Predictions(probability, torch.full((20,), 0.5), label, group)
+    described = describe(predictions, ["a", "b"], 5)
+    assert described.values["accuracy"] == 1
+    assert described.intervals["accuracy"] == pytest.approx([0.025 ** (1 / 20), 1.0])
+    sensitivity = described.per_class["a"].intervals["sensitivity"]
     assert sensitivity == pytest.approx([0.025 ** (1 / 10), 1.0])
+
+
+def test_a_minus_sends_the_metrics_to_standard_output(trained_run, capsys):
+    evaluate.main([str(trained_run), "--resamples", "2", "--json", "-"])
+    assert json.loads(capsys.readouterr().out)["split"] == "test"
+
+
+def test_a_test_set_that_lacks_a_class_is_judged_by_the_classes_of_the_run(
+    trained_run, phantom_manifest, tmp_path
+):
+    with open(phantom_manifest, newline="") as file:
+        rows = list(csv.DictReader(file))
+    absent = sorted({row["label"] for row in rows})[2]
+    external = phantom_manifest.with_name("external.csv")
+    with open(external, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row for row in rows if row["label"] != absent)
+    out = tmp_path / "m.json"
+    evaluate.main(
+        [str(trained_run), "--manifest", str(external), "--json", str(out), "--resamples", "2"]
+    )
+    result, run = json.loads(out.read_text()), Run.open(trained_run)
+    everything = assess(run, run_manifest(run), "test")
+    right = [
+        own["class"] == everything.classifier.classes[row.label]
+        for own, row in zip(
+            answer(everything.opinions, [r.id for r in everything.rows], result["classes"]),
+            everything.rows, strict=True,
+        )
+        if everything.classifier.classes[row.label] != absent
+    ]  # fmt: skip
+    assert len(result["classes"]) == 6 and result["n"] == len(right) == 10
+    assert result["views"]["fused"]["accuracy"] == pytest.approx(sum(right) / 10)
+    assert result["views"]["fused"]["per_class"][absent]["sensitivity"] is None
+
+
+def test_a_test_set_with_a_class_of_its_own_is_refused(trained_run, phantom_manifest):
+    other = phantom_manifest.with_name("other-class.csv")
+    other.write_text(phantom_manifest.read_text().replace("plaque-green", "plaque-blue"))
+    with pytest.raises(InputError, match=r"other-class\.csv has class 'plaque-blue', wanted those"):
+        evaluate.main([str(trained_run), "--manifest", str(other)])

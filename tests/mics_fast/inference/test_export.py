@@ -12,9 +12,9 @@ from mics_fast import export, predict
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.data.manifest import read_manifest
 from mics_fast.inference.export import Answering, export_model, random_inputs
-from mics_fast.inference.exported_model import OUTPUTS
+from mics_fast.inference.exported_classifier import OUTPUTS
 from mics_fast.inference.model_card import model_card
-from mics_fast.inference.run_model import load_trained
+from mics_fast.inference.run_classifier import load_run
 from mics_fast.models.classifier import Classifier
 from mics_fast.training.run import Run
 from mics_kernels import conflict, fuse_evidence, opinion
@@ -32,7 +32,7 @@ def inputs(rows, seed=3):
 
 
 def test_the_program_answers_like_the_trained_model(exported, trained_run):
-    model = load_trained(Run.open(trained_run)).model.cpu()
+    model = load_run(Run.open(trained_run)).model.cpu()
     program = torch.export.load(exported / "model.pt2").module()
     for rows in (1, 2, 7):
         given = inputs(rows)
@@ -44,7 +44,7 @@ def test_the_program_answers_like_the_trained_model(exported, trained_run):
 
 def test_onnx_answers_like_the_trained_model(exported, trained_run):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs the [export] extra")
-    model = load_trained(Run.open(trained_run)).model.cpu()
+    model = load_run(Run.open(trained_run)).model.cpu()
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     for rows in (1, 2, 7):
         given = inputs(rows)
@@ -78,7 +78,7 @@ def test_an_exported_model_that_answers_otherwise_is_an_error(trained_run, tmp_p
     monkeypatch.setattr("mics_fast.inference.export.largest_difference", lambda *_: 0.5)
     monkeypatch.setattr("mics_fast.inference.export.find_spec", lambda _: None)
     with pytest.raises(RunFailed, match="differs from the original by 5"):
-        export_model(load_trained(Run.open(trained_run)), tmp_path)
+        export_model(load_run(Run.open(trained_run)), tmp_path)
 
 
 def test_predict_takes_the_exported_model_for_the_run(
@@ -125,7 +125,7 @@ def test_a_model_card_without_data_says_so(trained_run, tmp_path):
         for line in config.read_text().splitlines()
     ]
     config.write_text("\n".join(moved) + "\n")
-    card = model_card(load_trained(Run.open(run)), {"model.pt2": 0.0}, 5)
+    card = model_card(load_run(Run.open(run)), {"model.pt2": 0.0}, 5)
     assert "Not measured when the model was exported: manifest nowhere.csv cannot be read" in card
 
 

@@ -11,8 +11,8 @@ import pytest
 from mics_fast import predict
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import read_manifest
-from mics_fast.inference.evaluated import evaluate, opinion_table
-from mics_fast.inference.run_model import load_trained, run_manifest
+from mics_fast.inference.assessment import assess, opinion_table
+from mics_fast.inference.run_classifier import run_manifest
 from mics_fast.training.run import Run
 
 
@@ -30,7 +30,11 @@ def answers(tmp_path, *arguments):
 
 def test_one_pair_gets_one_answer(trained_run, images, tmp_path, capsys):
     (record,) = answers(tmp_path, trained_run, "--wli", images["wli"], "--nbi", images["nbi"])
-    assert set(record) == {"id", "class", "belief", "uncertainty", "conflict", "views"}
+    assert set(record) == {
+        "id", "class", "probability", "belief", "uncertainty", "conflict", "refer", "views",
+    }  # fmt: skip
+    assert sum(record["probability"].values()) == pytest.approx(1, abs=1e-6)
+    assert record["refer"] is None  # no threshold has been chosen
     assert set(record["views"]) == {"wli", "nbi", "fusion"} and record["id"] == images["wli"].stem
     assert sum(record["belief"].values()) + record["uncertainty"] == pytest.approx(1, abs=1e-6)
     assert record["class"] in capsys.readouterr().out
@@ -49,7 +53,7 @@ def test_a_manifest_gets_what_evaluate_says_of_it(trained_run, phantom_manifest,
     manifest = read_manifest(phantom_manifest)
     assert [record["id"] for record in records] == [row.id for row in manifest.rows]
     run = Run.open(trained_run)
-    found = evaluate(run, run_manifest(run), "test")
+    found = assess(run, run_manifest(run), "test")
     said = {record["id"]: record for record in records}
     for row in opinion_table(found):
         assert row["class"] == said[row["id"]]["class"]
@@ -95,9 +99,8 @@ def test_above_the_threshold_a_person_is_asked(trained_run, phantom_manifest, tm
         record["uncertainty"] > middle for record in plain
     )
     for record, before in zip(records, plain, strict=True):
-        assert record["most_probable"] == before["class"]
-        asked = record["class"] == "refer to a person"
-        assert asked == record["refer"] == (before["uncertainty"] > middle)
+        assert record["class"] == before["class"]
+        assert record["refer"] == (before["uncertainty"] > middle)
 
 
 def test_a_missing_column_of_the_table_stays_empty(trained_run, images, tmp_path):
@@ -150,10 +153,56 @@ def test_another_model_s_checkpoint_is_refused(trained_run, tmp_path, images):
         predict.main([str(other), "--wli", str(images["wli"])])
 
 
-def test_a_checkpoint_of_other_classes_is_refused(trained_run, phantom_manifest):
-    manifest = read_manifest(phantom_manifest)
-    with pytest.raises(InputError, match="is of another model: its classes is"):
-        load_trained(
-            Run.open(trained_run),
-            type(manifest)(manifest.path, manifest.modalities, ("a", "b"), manifest.rows),
-        )
+def test_one_bad_file_costs_its_own_sample_alone(trained_run, phantom_manifest, tmp_path, capsys):
+    folder = tmp_path / "in"
+    for name in ("wli", "nbi"):
+        shutil.copytree(phantom_manifest.parent / name, folder / name)
+    bad = sorted((folder / "wli").iterdir())[3]
+    bad.write_bytes(bad.read_bytes()[:300])
+    lines = tmp_path / "a.jsonl"
+    predict.main([str(trained_run), "--folder", str(folder), "--jsonl", str(lines)])
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert [record["id"] for record in records] == sorted(p.stem for p in bad.parent.iterdir())
+    failed = [record for record in records if "error" in record]
+    assert [record["id"] for record in failed] == [bad.stem] and len(records) == 48
+    assert set(failed[0]) == {"id", "error"} and f"{bad} cannot be decoded" in failed[0]["error"]
+    assert "no answer for 1 of 48 samples" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_costs_its_own_sample_alone(
+    trained_run, phantom_manifest, tmp_path
+):
+    lines = phantom_manifest.read_text().splitlines()
+    first = lines[1].split(",")
+    gone = phantom_manifest.with_name("gone.csv")
+    gone.write_text("\n".join([lines[0], ",".join([*first[:-1], "nbi/gone.png"]), *lines[2:5]]))
+    records = answers(tmp_path, trained_run, "--manifest", gone)
+    assert ["error" in record for record in records] == [True, False, False, False]
+    assert "gone.png" in records[0]["error"]
+
+
+def test_a_minus_sends_the_answers_to_standard_output(trained_run, images, capsys):
+    predict.main([str(trained_run), "--wli", str(images["wli"]), "--json", "-"])
+    (record,) = json.loads(capsys.readouterr().out)
+    assert record["id"] == images["wli"].stem
+
+
+def test_names_are_shown_as_they_are(trained_run, images, tmp_path, capsys):
+    place = tmp_path / "wli"
+    place.mkdir()
+    for name in ("DOE[left]", "DOE[right]", "x[_b]", "bell\x07\x1b[31m"):
+        shutil.copy(images["wli"], place / f"{name}.png")
+    predict.main([str(trained_run), "--folder", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "DOE[left]" in shown and "DOE[right]" in shown and "x[_b]" in shown
+    assert "\x07" not in shown and "\x1b" not in shown and "bell??[31m" in shown
+
+
+def test_a_spreadsheet_finds_no_formula_in_the_table(trained_run, images, tmp_path):
+    (tmp_path / "wli").mkdir()
+    shutil.copy(images["wli"], tmp_path / "wli" / "=1+cmd.png")
+    table = tmp_path / "answers.csv"
+    predict.main([str(trained_run), "--folder", str(tmp_path), "--csv", str(table)])
+    with open(table, newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["id"] == "'=1+cmd" and float(row["uncertainty"]) > 0

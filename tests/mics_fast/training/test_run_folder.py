@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mics_fast.options.config import DataConfig, FinetuneConfig, TrainConfig
+from mics_fast.options import DataConfig, FinetuneConfig, TrainConfig
 from mics_fast.training.run import Run
 
 

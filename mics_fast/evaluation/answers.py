@@ -1,0 +1,98 @@
+"""Answers: what ``predict`` states about each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from mics_fast.evaluation.opinions import Opinions
+from mics_kernels import opinion
+
+# Functional syntax: "class" is a keyword.
+Stated = TypedDict("Stated", {"class": str, "belief": dict[str, float], "uncertainty": float})
+"""One opinion: the class of most belief, the belief in each class, and the vacuity."""
+
+Answer = TypedDict(
+    "Answer",
+    {
+        "id": str,
+        "class": str,
+        "probability": dict[str, float],
+        "belief": dict[str, float],
+        "uncertainty": float,
+        "conflict": float,
+        "refer": bool | None,
+        "views": dict[str, Stated],
+    },
+)
+"""The fused opinion on a sample, and under "views" the opinion of each head that has its input.
+
+"belief" and "uncertainty" sum to 1; "refer" is None where no threshold has been chosen.
+"""
+
+
+class Failure(TypedDict):
+    """A sample without an answer: its id, and a sentence that says why."""
+
+    id: str
+    error: str
+
+
+def answer(
+    opinions: Opinions, ids: Sequence[str], classes: Sequence[str], refer_above: float | None = None
+) -> list[Answer]:
+    """State an answer per row.
+
+    Args:
+        opinions: Of N rows.
+        ids: Names of the N rows.
+        classes: Names of the C classes.
+        refer_above: Largest vacuity that is not referred to a person; None: no threshold.
+    """
+    fused, single = opinion(opinions.fused_evidence()), opinion(opinions.evidence)
+    disagreement = opinions.conflict().tolist()
+
+    def named(values: Tensor) -> dict[str, float]:
+        return dict(zip(classes, values.tolist(), strict=True))
+
+    def stated(belief: Tensor, uncertainty: Tensor) -> Stated:
+        return {
+            "class": classes[int(belief.argmax())],
+            "belief": named(belief),
+            "uncertainty": uncertainty.item(),
+        }
+
+    answers: list[Answer] = []
+    for row, name in enumerate(ids):
+        own = stated(fused.belief[row], fused.uncertainty[row])
+        answers.append(
+            {
+                "id": name,
+                "class": own["class"],
+                "probability": named(fused.probability[row]),
+                "belief": own["belief"],
+                "uncertainty": own["uncertainty"],
+                "conflict": disagreement[row],
+                "refer": None if refer_above is None else own["uncertainty"] > refer_above,
+                "views": {
+                    head: stated(single.belief[row, column], single.uncertainty[row, column])
+                    for column, head in enumerate(opinions.heads)
+                    if opinions.present[row, column]
+                },
+            }
+        )
+    return answers
+
+
+def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Flatten a record to one line of a table; nested names are joined by a dot."""
+    line: dict[str, Any] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            prefix = "" if name == "views" else f"{name}."
+            line |= {f"{prefix}{inner}": kept for inner, kept in flat(value).items()}
+        else:
+            line[name] = value
+    return line

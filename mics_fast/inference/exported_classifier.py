@@ -1,0 +1,184 @@
+"""An exported classifier: ONNX, and a JSON sidecar that says how its inputs are made.
+
+The ``torch.export`` program beside it is never read here: loading one unpickles.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.loaders import EvalLoader, PairBatch
+from mics_fast.data.manifest import Row
+from mics_fast.evaluation.opinions import Opinions, assemble
+from mics_fast.inference.description import Description, read_description
+from mics_fast.options import DataConfig
+
+PROGRAM, ONNX, SIDECAR, CARD = "model.pt2", "model.onnx", "model.json", "MODEL_CARD.md"
+OUTPUTS = ("belief", "uncertainty", "probability", "conflict", "evidence", "view_present")
+METADATA = "mics_fast"
+"""Key of the description in the metadata of the ONNX model."""
+BATCH = 16
+LARGEST_SIDECAR = 1 << 20  # bytes
+
+
+@dataclass
+class ExportedClassifier:
+    """A classifier that answers without the code that trained it.
+
+    Args:
+        session: Of ONNX Runtime.
+        description: Names, in the order of inputs and outputs, and preprocessing.
+    """
+
+    session: Any
+    description: Description
+
+    @staticmethod
+    def open(folder: Path) -> ExportedClassifier:
+        """Read the folder that ``python -m mics_fast.export`` wrote.
+
+        Raises:
+            InputError: it is damaged, its parts disagree, or ONNX Runtime is not installed.
+        """
+        description = read_sidecar(folder / SIDECAR)
+        session = open_session(folder / ONNX)
+        check_model(session, description, folder)
+        return ExportedClassifier(session, description)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.description.modalities
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return self.description.views
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.description.classes
+
+    @property
+    def data(self) -> DataConfig:
+        return self.description.data
+
+    @property
+    def image_size(self) -> int:
+        return self.description.image_size
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader:
+        """Make batches of whole frames, normalised as in training."""
+        return EvalLoader(
+            rows,
+            self.modalities,
+            data=data or self.data,
+            image_size=self.image_size,
+            batch_size=BATCH,
+            device=self.device,
+        )
+
+    def state(self, batch: PairBatch) -> Opinions:
+        """State opinions on one batch."""
+        inputs = {name: batch.views[name].numpy() for name in self.modalities}
+        wanted = ("evidence", "view_present")
+        outputs = self.session.run(wanted, inputs | {"present": batch.present.numpy()})
+        evidence, present = map(torch.from_numpy, outputs)
+        return assemble(self.modalities, self.heads, evidence, present, batch)
+
+
+def read_sidecar(file: Path) -> Description:
+    """Read and check the description beside an exported model.
+
+    Raises:
+        InputError: it cannot be read, or not used.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > LARGEST_SIDECAR:
+            raise ValueError(f"wanted a regular file of at most {LARGEST_SIDECAR} bytes")
+        sidecar = json.loads(file.read_text(encoding="utf-8"))
+        made = sidecar["preprocessing"]
+        values = {name: sidecar[name] for name in ("modalities", "views", "classes")}
+        values |= {name: made[name] for name in ("image_size", "normalize", "mean", "std")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is not that of an exported model: {error}") from None
+    return read_description(values, file)
+
+
+def check_model(session: Any, description: Description, folder: Path) -> None:
+    """Refuse an ONNX model that its sidecar does not describe.
+
+    Raises:
+        InputError: names what disagrees.
+    """
+    stored = session.get_modelmeta().custom_metadata_map.get(METADATA)
+    if stored is None:
+        raise InputError(f"{folder / ONNX} has no metadata of mics-fast, wanted an exported model")
+    try:
+        values = json.loads(stored)
+    except (ValueError, RecursionError):
+        values = None
+    inside = read_description(values, f"the metadata of {folder / ONNX}")
+    for field in ("modalities", "views", "classes", "image_size", "normalize", "mean", "std"):
+        if getattr(inside, field) != getattr(description, field):
+            raise InputError(
+                f"{folder / SIDECAR} and {folder / ONNX} disagree about {field}, wanted the files "
+                "of one export"
+            )
+    side, classes = description.image_size, len(description.classes)
+    wanted = {name: [3, side, side] for name in description.modalities}
+    wanted |= {"present": [len(description.modalities)]}
+    check_shapes(session.get_inputs(), wanted, folder / ONNX)
+    opinions = len(description.views)
+    outputs = {"evidence": [opinions, classes], "view_present": [opinions], "belief": [classes]}
+    check_shapes(session.get_outputs(), outputs, folder / ONNX, others=True)
+
+
+def check_shapes(
+    tensors: Sequence[Any], wanted: dict[str, list[int]], file: Path, *, others: bool = False
+) -> None:
+    """Refuse tensors of other names or of other shapes behind the batch.
+
+    Raises:
+        InputError: names the first of them.
+    """
+    found = {tensor.name: list(tensor.shape[1:]) for tensor in tensors}
+    for name in wanted.keys() | (set() if others else found.keys()):
+        if found.get(name) != wanted.get(name):
+            raise InputError(
+                f"{file} has {name} of shape {found.get(name)} per sample, wanted "
+                f"{wanted.get(name)}, as {SIDECAR} says"
+            )
+
+
+def open_session(file: Path) -> Any:
+    """Load an ONNX model for the CPU.
+
+    Raises:
+        InputError: no such file, not ONNX, or ONNX Runtime is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError(
+            f"{file} needs ONNX Runtime, wanted: pip install 'mics-fast[export]'"
+        ) from None
+    if not file.exists():
+        raise InputError(f"{file} does not exist; it was exported without the [export] extra")
+    if not file.is_file():
+        raise InputError(f"{file} is not a regular file")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # a damaged file is reported below, in one sentence
+    try:
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises classes of its own for a damaged file
+        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error

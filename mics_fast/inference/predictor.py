@@ -1,0 +1,172 @@
+"""Prediction: answers of a trained or exported classifier on samples."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.loaders import EvalLoader, PairBatch
+from mics_fast.data.manifest import Row
+from mics_fast.evaluation.answers import Answer, Failure, answer
+from mics_fast.evaluation.opinions import Opinions
+from mics_fast.inference.exported_classifier import SIDECAR, ExportedClassifier
+from mics_fast.inference.run_classifier import load_run, progress
+from mics_fast.inference.samples import Images, array_batch, named_rows, stored_rows
+from mics_fast.options import DataConfig
+from mics_fast.training.run import Run
+
+ARRAYS = 16  # samples per batch of arrays
+
+
+class LoadedClassifier(Protocol):
+    """The classifier of a run, or one that was exported."""
+
+    @property
+    def modalities(self) -> tuple[str, ...]: ...
+
+    @property
+    def heads(self) -> tuple[str, ...]: ...
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def data(self) -> DataConfig: ...
+
+    @property
+    def image_size(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader: ...
+
+    def state(self, batch: PairBatch) -> Opinions: ...
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A classifier ready to answer; ``mics_fast.load`` makes one.
+
+    Args:
+        folder: Where it was loaded from.
+        classifier: Of a run, or exported.
+    """
+
+    folder: Path
+    classifier: LoadedClassifier
+
+    @staticmethod
+    def load(folder: Path) -> Predictor:
+        """Load a run folder, or a folder of ``python -m mics_fast.export``.
+
+        Raises:
+            InputError: neither, or one that is damaged.
+        """
+        if (folder / SIDECAR).exists():
+            return Predictor(folder, ExportedClassifier.open(folder))
+        return Predictor(folder, load_run(Run.open(folder)))
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of the images that a sample may have; one of them is enough."""
+        return self.classifier.modalities
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.classifier.classes
+
+    def predict(
+        self,
+        source: str | os.PathLike[str] | Images | Sequence[Images],
+        *,
+        refer_above: float | None = None,
+    ) -> list[Answer | Failure]:
+        """State an answer per sample.
+
+        Args:
+            source: A manifest; a folder that holds a folder of images per modality; one sample as
+                modality -> file or (H, W, 3) uint8 array; or a list of such samples, which are all
+                files or all arrays.
+            refer_above: Largest vacuity in [0, 1] that is not referred to a person.
+
+        Returns:
+            In the order of the samples. A sample with an image that cannot be read gets a record
+            of "id" and "error".
+
+        Raises:
+            InputError: a source that cannot be used, or none of whose samples can be read.
+
+        Example:
+            >>> model = mics_fast.load("runs/demo")  # doctest: +SKIP
+            >>> model.predict({"wli": "a.png", "nbi": "b.png"})[0]["class"]  # doctest: +SKIP
+            'plaque-green'
+        """
+        if isinstance(source, str | os.PathLike):
+            rows = stored_rows(Path(source), self.modalities)
+            return list(self.answers(rows, refer_above=refer_above))
+        samples = [source] if isinstance(source, Mapping) else source
+        files = [isinstance(image, str | os.PathLike) for own in samples for image in own.values()]
+        if any(files) and not all(files):
+            raise InputError("the samples are both files and arrays, wanted one or the other")
+        if any(files):
+            rows = named_rows(samples, self.modalities)
+            return list(self.answers(rows, refer_above=refer_above))
+        return list(self._array_answers(samples, refer_above))
+
+    def answers(
+        self, rows: Sequence[Row], *, refer_above: float | None = None
+    ) -> Iterator[Answer | Failure]:
+        """Yield an answer or a failure per row, in their order, batch by batch.
+
+        Raises:
+            InputError: no row can be read.
+        """
+        loader = self.classifier.loader(rows, replace(self.classifier.data, on_bad_file="skip"))
+        waiting, answered = iter(rows), False
+        try:
+            for batch in progress(loader, "predicting", len(loader)):
+                numbers = batch.sample_id.tolist()
+                stated = dict(zip(numbers, self._state(batch, refer_above), strict=True))
+                for row in waiting:
+                    failure = failure_of(row, loader)
+                    answered = answered or failure is None
+                    yield failure or {**stated[row.index], "id": row.id}  # type: ignore[misc]
+                    if row.index == numbers[-1]:
+                        break
+        except InputError:
+            if not loader.problems:
+                raise
+        rest = [failure_of(row, loader) for row in waiting]
+        if rows and not answered:
+            raise InputError(next(iter(loader.problems.values())))
+        yield from filter(None, rest)
+
+    def _array_answers(
+        self, samples: Sequence[Images], refer_above: float | None
+    ) -> Iterator[Answer]:
+        own = self.classifier
+        for start in range(0, len(samples), ARRAYS):
+            part = samples[start : start + ARRAYS]
+            batch = array_batch(part, own.modalities, own.data, own.image_size)
+            batch.views = {name: view.to(own.device) for name, view in batch.views.items()}
+            batch.present = batch.present.to(own.device)
+            for number, stated in enumerate(self._state(batch, refer_above), start):
+                yield {**stated, "id": str(number)}
+
+    def _state(self, batch: PairBatch, refer_above: float | None) -> list[Answer]:
+        names = [str(number) for number in batch.sample_id.tolist()]
+        return answer(self.classifier.state(batch), names, self.classes, refer_above)
+
+
+def failure_of(row: Row, loader: EvalLoader) -> Failure | None:
+    """Return why a row has no answer; None if all its images were read."""
+    problem = loader.problems.get(row.index)
+    return None if problem is None else {"id": row.id, "error": problem}

@@ -1,0 +1,153 @@
+"""The classifier of a run folder, and batches as it was trained to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from mics_fast.common.errors import InputError
+from mics_fast.data.loaders import EvalLoader, PairBatch
+from mics_fast.data.manifest import Manifest, Row, read_manifest
+from mics_fast.engine.checkpoint import load_checkpoint, read_meta, weights_of
+from mics_fast.evaluation.opinions import Opinions, collect_opinions, state_opinions
+from mics_fast.models.classifier import Classifier
+from mics_fast.models.sizes import SIZES
+from mics_fast.options import DataConfig
+from mics_fast.training.run import Run, identity
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunClassifier:
+    """The averaged weights of a run's best fine-tuning checkpoint.
+
+    Args:
+        run: Folder and options.
+        model: On ``device``, in evaluation mode.
+        classes: Names, in the order of the model's outputs.
+        device: A GPU if there is one.
+    """
+
+    run: Run
+    model: Classifier
+    classes: tuple[str, ...]
+    device: torch.device
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self.model.modalities
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return self.model.views
+
+    @property
+    def data(self) -> DataConfig:
+        return self.run.config.data
+
+    @property
+    def image_size(self) -> int:
+        return SIZES[self.run.config.model.size].image
+
+    def state(self, batch: PairBatch) -> Opinions:
+        """State opinions on one batch."""
+        return state_opinions(self.model, batch)
+
+    def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader:
+        """Make batches of whole frames, normalised as in training."""
+        return EvalLoader(
+            rows,
+            self.modalities,
+            data=data or self.data,
+            image_size=self.image_size,
+            batch_size=self.run.config.finetune.unlabelled_batch,
+            device=self.device,
+        )
+
+    def opinions(self, rows: Sequence[Row], title: str, *, hide: bool = False) -> Opinions:
+        """State opinions on at least one row, with a progress bar on a terminal."""
+        loader = self.loader(rows)
+        return collect_opinions(self.model, progress(loader, title, len(loader)), hide=hide)
+
+
+def best_checkpoint(run: Run) -> Path:
+    """Return the folder of a run's best fine-tuning checkpoint.
+
+    Raises:
+        InputError: there is none.
+    """
+    checkpoint = run.checkpoints("finetune").best()
+    if checkpoint is None:
+        raise InputError(
+            f"{run.folder} has no fine-tuning checkpoint, wanted a run that has fine-tuned"
+        )
+    return checkpoint
+
+
+def run_manifest(run: Run, file: Path | None = None) -> Manifest:
+    """Read a manifest, by default the run's own, with the run's modalities and classes.
+
+    A manifest may lack classes of the run: its labels become numbers of the run's classes.
+
+    Raises:
+        InputError: no checkpoint, a manifest that cannot be used, or a class that the run does not
+            know.
+    """
+    meta = read_meta(best_checkpoint(run))
+    skip = run.config.data.on_bad_file == "skip"
+    path = file or Path(run.config.data.manifest)
+    manifest = read_manifest(path, meta["modalities"], files_exist=not skip)
+    return with_classes(manifest, meta["classes"], run.folder)
+
+
+def load_run(run: Run) -> RunClassifier:
+    """Load the classifier of a run.
+
+    Raises:
+        InputError: there is none, or it is of another model than the options say.
+    """
+    checkpoint = best_checkpoint(run)
+    meta = read_meta(checkpoint)
+    classes = tuple(meta["classes"])
+    known = Manifest(checkpoint, tuple(meta["modalities"]), classes, ())
+    state = load_checkpoint(checkpoint, identity(run.config, known, "finetune"))
+    model = Classifier(
+        SIZES[run.config.model.size],
+        known.modalities,
+        len(classes),
+        pool=run.config.model.pool,
+        fusion_depth=run.config.model.fusion_depth,
+    )
+    model.load_state_dict(weights_of(state, "average"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return RunClassifier(run, model.to(device).eval(), classes, device)
+
+
+def with_classes(manifest: Manifest, classes: Sequence[str], whose: object) -> Manifest:
+    """Number the labels of a manifest by a model's classes.
+
+    Raises:
+        InputError: a label is none of them.
+    """
+    foreign = [name for name in manifest.classes if name not in classes]
+    if foreign:
+        raise InputError(
+            f"manifest {manifest.path} has class {foreign[0]!r}, wanted those of {whose}: "
+            f"{', '.join(classes)}"
+        )
+    number = {k: classes.index(name) for k, name in enumerate(manifest.classes)}
+    rows = tuple(replace(row, label=number.get(row.label, -1)) for row in manifest.rows)
+    return replace(manifest, classes=tuple(classes), rows=rows)
+
+
+def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
+    """Yield the items, with a progress bar on stderr if that is a terminal."""
+    console = Console(stderr=True)
+    yield from track(items, title, total, console=console, disable=not console.is_terminal)

@@ -1,0 +1,153 @@
+"""Answers as files: a JSON list, JSON lines or a table; and as a table on the terminal."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich import box
+from rich.table import Table
+
+from mics_fast.common.files import STANDARD_OUTPUT, inert_cell, printable, whole_file
+from mics_fast.evaluation.answers import Answer, Failure, Stated, flat
+from mics_fast.evaluation.tables import wide_console
+from mics_fast.inference.predictor import LoadedClassifier
+
+ROWS_SHOWN = 20
+
+Record = Answer | Failure
+Write = Callable[[Record], None]
+
+
+@contextmanager
+def text_output(file: Path) -> Iterator[TextIO]:
+    """Open a file that gets its name when it is whole, or standard output for "-"."""
+    if file == STANDARD_OUTPUT:
+        yield sys.stdout
+        return
+    with whole_file(file) as handle:
+        yield handle
+
+
+@contextmanager
+def json_list(file: Path) -> Iterator[Write]:
+    """Write all records as one JSON list."""
+    with text_output(file) as handle:
+        separator = "["
+
+        def write(record: Record) -> None:
+            nonlocal separator
+            handle.write(f"{separator}\n{json.dumps(record)}")
+            separator = ","
+
+        yield write
+        handle.write("[]\n" if separator == "[" else "\n]\n")
+
+
+@contextmanager
+def json_lines(file: Path) -> Iterator[Write]:
+    """Write one JSON object per line."""
+    with text_output(file) as handle:
+        yield lambda record: print(json.dumps(record), file=handle)
+
+
+@contextmanager
+def table_file(file: Path, model: LoadedClassifier) -> Iterator[Write]:
+    """Write a CSV with the same columns whatever is missing: belief.<class>, wli.class, ..."""
+    beliefs = dict.fromkeys(model.classes, 0.0)
+    stated: Stated = {"class": "", "belief": beliefs, "uncertainty": 0.0}
+    whole: Answer = {
+        "id": "",
+        "class": "",
+        "probability": beliefs,
+        "belief": beliefs,
+        "uncertainty": 0.0,
+        "conflict": 0.0,
+        "refer": None,
+        "views": dict.fromkeys(model.heads, stated),
+    }
+    columns = [*flat(whole), "error"]
+    with text_output(file) as handle:
+        writer = csv.writer(handle)
+        writer.writerow(map(inert_cell, columns))
+
+        def write(record: Record) -> None:
+            line = flat(record)
+            writer.writerow([inert_cell(line.get(column, "")) for column in columns])
+
+        yield write
+
+
+class Summary:
+    """The first answers and the count of every one, for the terminal."""
+
+    def __init__(self) -> None:
+        self.shown: list[Answer] = []
+        self.answers: Counter[str] = Counter()
+        self.failures: list[Failure] = []
+        self.referred = 0
+
+    def add(self, record: Record) -> None:
+        """Count a record."""
+        if "error" in record:
+            self.failures.append(record)  # type: ignore[arg-type]
+            return
+        self.answers[record["class"]] += 1
+        self.referred += bool(record["refer"])
+        if len(self.shown) < ROWS_SHOWN:
+            self.shown.append(record)
+
+    def print(self, modalities: Sequence[str]) -> None:
+        """Print the first answers as a table, how often each was given, and what failed."""
+        console = wide_console()
+        console.print(answer_table(self.shown, self.answers.total(), modalities))
+        counts = ", ".join(f"{printable(name)}: {n}" for name, n in self.answers.most_common())
+        console.print(counts)
+        if self.shown and self.shown[0]["refer"] is not None:
+            console.print(f"referred to a person: {self.referred} of {self.answers.total()}")
+
+    def report_failures(self) -> None:
+        """Report on stderr how many samples got no answer, and why the first did not."""
+        if self.failures:
+            count = len(self.failures)
+            print(
+                f"no answer for {count} of {count + self.answers.total()} samples, each has a "
+                f"record with the reason; the first: {printable(self.failures[0]['error'])}",
+                file=sys.stderr,
+            )
+
+
+def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str]) -> Table:
+    """Lay out answers, one row each."""
+    title = f"samples: {count}" if count <= len(shown) else f"the first {len(shown)} of {count}"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table.add_column("id")
+    table.add_column("class")
+    for name in ("probability", "uncertainty", "conflict"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("refer", no_wrap=True)
+    for name in modalities:
+        table.add_column(f"{printable(name)} alone")
+    for column in table.columns:
+        column.overflow = "fold"  # a class name is never cut short
+    for record in shown:
+        numbers = (
+            record["probability"][record["class"]],
+            record["uncertainty"],
+            record["conflict"],
+        )
+        alone = (record["views"].get(name) for name in modalities)
+        table.add_row(
+            printable(record["id"]),
+            printable(record["class"]),
+            *(f"{value:.2f}" for value in numbers),
+            {None: "", True: "yes", False: "no"}[record["refer"]],
+            *(printable(own["class"]) if own else "missing" for own in alone),
+        )
+    return table
