@@ -1,11 +1,12 @@
-# make demo | test | lint | drill | bench | tables | gpu | check-kernels | check-wheel | clean: everything happens in .venv, installed once.
+# make demo | test | lint | docs | fuzz | drill | bench | tables | gpu | check-kernels | check-wheel | clean
+# Everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
 # Run once more in Triton's interpreter, in a process of their own.
 INTERPRETED := $(wildcard tests/kernels/test_*_backends.py) tests/kernels/test_consistency_triton.py
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-native lint drill bench tables gpu check-kernels check-wheel clean
+.PHONY: demo test test-native lint docs fuzz drill bench tables gpu check-kernels check-wheel clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
@@ -26,6 +27,11 @@ lint: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(PY) -m bench.publish --check
+
+# The documentation as a site, in site/; a broken link or a name that is gone is an error.
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(INSTALLED)
+	$(PY) -m mkdocs build --quiet --strict
 
 # Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
 drill: $(INSTALLED)
@@ -55,8 +61,8 @@ check-wheel:
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test,bench]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test,bench,docs]'
 	touch $@
 
 clean:
-	rm -rf .venv build runs *.egg-info
+	rm -rf .venv build runs site *.egg-info

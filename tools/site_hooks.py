@@ -82,9 +82,12 @@ def option_tables() -> str:
 
 def option_table(config: Any, part: str) -> Iterator[str]:
     """The options of a dataclass, then of those within it; meanings from its docstring."""
-    parsed = Docstring(inspect.getdoc(type(config)) or "").parse("google")
+    text = Docstring(inspect.getdoc(type(config)) or "")
+    parsed = text.parse("google", warn_missing_types=False, warn_unknown_params=False)
     parameters = next(section.value for section in parsed if section.kind.value == "parameters")
-    meaning = {own.name: " ".join(own.description.split()) for own in parameters}
+    meaning = {
+        own.name: " ".join(own.description.replace("[", "\\[").split()) for own in parameters
+    }
     within, lines = [], []
     for field in dataclasses.fields(config):
         name = f"{part}.{field.name}".lstrip(".")

@@ -134,7 +134,7 @@ def multimodal_consistency_loss(
         The loss, float32 (float64 for float64 features).
 
     Raises:
-        As ``consistency_loss``.
+        TypeError, ValueError: as ``consistency_loss``.
 
     Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
     """
