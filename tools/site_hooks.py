@@ -39,7 +39,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def include(match: re.Match[str]) -> str:
         text = (ROOT / match[1]).read_text(encoding="utf-8")
         if posixpath.dirname(match[1]):
-            text = re.sub(r"^#", "##", text, flags=re.MULTILINE)  # below the page's own heading
+            # A derivation: below the page's own heading, whose name it shares.
+            text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
+            text = re.sub(r"\A## .*", "## Derivation", text)
         return relink(text, match[1], place)
 
     markdown = INCLUDE.sub(include, markdown)
