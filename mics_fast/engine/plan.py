@@ -40,10 +40,13 @@ class Losses:
 class Stage(Protocol):
     """One stage of the method: models and losses. Its ``state_dict`` is all it remembers."""
 
-    def losses(self, batch: Any, step: Tensor) -> Iterator[Losses]:
+    def losses(self, batch: Any, step: Tensor, share: float = 1.0) -> Iterator[Losses]:
         """The losses of a step, or of one part of its batch, in the order in which they are
         minimised; in the last part, the loop has stepped the optimiser of one before it asks for
         the next.
+
+        Before each backward pass the loop multiplies the loss by ``share``, the part's share of
+        the batch: gradients that a stage finds between two losses are that much smaller.
 
         ``step`` is 0-d int64 on the device. What changes from step to step is computed from it
         there, and what lasts is changed in place: a step may be recorded once and then replayed.

@@ -71,7 +71,7 @@ class Update:
     def _part(self, batch: Any, *, first: bool, last: bool) -> Values:
         """Backward passes over one part of a batch; after the last part, the optimisers step."""
         plan, values = self.plan, Values()
-        remaining = iter(self.stage.losses(batch, self.at))
+        remaining = iter(self.stage.losses(batch, self.at, 1 / plan.accumulate))
         while True:
             with phase("forward"):
                 losses = next(remaining, None)

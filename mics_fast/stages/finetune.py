@@ -116,7 +116,9 @@ class FinetuneStage(nn.Module):
         self._seen: list[Seen] = []
         self._proposed: list[Tensor] = []
 
-    def losses(self, batch: tuple[PairBatch, ...], step: Tensor) -> Iterator[Losses]:
+    def losses(
+        self, batch: tuple[PairBatch, ...], step: Tensor, share: float = 1.0
+    ) -> Iterator[Losses]:
         """One forward of the average over weak unlabelled views, then one of the student.
 
         ``batch`` is the labelled rows and, where a term reads them, the unlabelled ones. May be

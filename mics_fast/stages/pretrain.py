@@ -99,7 +99,9 @@ class PretrainStage(nn.Module):
         self.contrasts = config.consistency_weight > 0 and len(modalities) > 1
         self._keys: list[Keys] = []
 
-    def losses(self, batch: tuple[PairBatch], step: Tensor) -> Iterator[Losses]:
+    def losses(
+        self, batch: tuple[PairBatch], step: Tensor, share: float = 1.0
+    ) -> Iterator[Losses]:
         """The discriminator's loss, then the model's: one forward of the model for both.
 
         May be called for several parts of a batch before ``after_step``.
@@ -115,7 +117,7 @@ class PretrainStage(nn.Module):
         weights: dict[str, float] = {}
         metrics: dict[str, Tensor | float] = {}
         if sequences is not None:
-            terms["adversarial"] = yield from self._align(sequences, metrics)
+            terms["adversarial"] = yield from self._align(sequences, share, metrics)
             weights["adversarial"] = config.adversarial_weight
         alpha = config.alpha * ramp(step, self.steps_per_epoch)
         rest, more = self._model_losses(output, pairs.present, keys, alpha)
@@ -148,7 +150,7 @@ class PretrainStage(nn.Module):
         return pretrain_warnings(self.config, record)
 
     def _align(
-        self, sequences: Sequences, metrics: dict[str, Tensor | float]
+        self, sequences: Sequences, share: float, metrics: dict[str, Tensor | float]
     ) -> Generator[Losses, None, Tensor]:
         """The discriminator's losses on the way to the model's adversarial term."""
         simultaneous = self.config.adversarial == "simultaneous"
@@ -157,12 +159,10 @@ class PretrainStage(nn.Module):
         if not simultaneous:
             yield Losses("discriminator", {"discriminator": loss})
             return self._fool(sequences)
-        # The loop may divide a loss by the parts of its batch: this shows by what.
-        factor = torch.ones_like(loss).requires_grad_()
-        yield Losses("discriminator", {"discriminator": loss + (factor - 1)})
-        assert leaf.grad is not None and factor.grad is not None, "no backward pass was made"
+        yield Losses("discriminator", {"discriminator": loss})
+        assert leaf.grad is not None, "no backward pass was made"
         fooled, metrics["adversarial_clamped"] = self._fool_by_gradient(
-            sequences, leaf.grad / factor.grad, logits
+            sequences, leaf.grad / share, logits
         )
         return fooled
 

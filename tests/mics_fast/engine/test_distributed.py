@@ -95,7 +95,7 @@ class Stage(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, share=1.0):
         yield Losses("model", {"label": (self.weight * batch[0].label).mean()})
 
     def after_step(self):

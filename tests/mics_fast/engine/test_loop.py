@@ -37,7 +37,7 @@ class Stage(nn.Module):
         self.register_buffer("average", torch.zeros(1, 4))
         self.opponent_moved = False
 
-    def losses(self, batch, step):
+    def losses(self, batch, step, share=1.0):
         (batch,) = batch
         before = self.opponent.weight.detach().clone()
         yield Losses("opponent", {"opponent": self.opponent(batch.x).square().mean()})

@@ -39,7 +39,7 @@ def batch(make_batch):
 def backward(stage, batch, parts=1, scale=1.0):
     """Gradients of a step with the discriminator's weights held; losses by optimiser."""
     seen = {}
-    for losses in stage.losses((batch,), torch.tensor(3)):
+    for losses in stage.losses((batch,), torch.tensor(3), 1 / parts):
         total = losses.total() / parts * (scale if losses.optimiser == "model" else 1.0)
         total.backward()
         seen[losses.optimiser] = losses
