@@ -103,7 +103,7 @@ def describe(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
     """Step and mean accuracy over seeds, at the steps that all of them have."""
-    by_step = [dict(map(tuple, curve)) for curve in curves]
+    by_step: list[dict[float, float]] = [{at[0]: at[1] for at in curve} for curve in curves]
     shared = sorted(set.intersection(*(set(own) for own in by_step)))
     return [[step, statistics.fmean(own[step] for own in by_step)] for step in shared]
 

@@ -19,6 +19,7 @@ TINY = Size(
 FEW_STEPS = [
     "--config", str(Path(__file__).parents[2] / "configs" / "demo.yaml"),
     "--log_every", "1", "--pretrain.batch_size", "8", "--pretrain.epochs", "1",
+    "--pretrain.steps", "null", "--finetune.steps", "null",
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8", "--finetune.epochs", "1",
 ]  # fmt: skip
 

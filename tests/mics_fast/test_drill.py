@@ -24,6 +24,7 @@ CONFIG = str(Path(__file__).parents[2] / "configs" / "demo.yaml")
 KILLS = int(os.environ.get("MICS_DRILL_KILLS", "3"))
 RUN = [
     "--config", CONFIG, "--log_every", "1", "--checkpoint_every", "1",
+    "--pretrain.steps", "null", "--finetune.steps", "null",
     "--pretrain.batch_size", "8", "--pretrain.epochs", str(2 + KILLS),
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8",
     "--finetune.epochs", str(2 + KILLS),

@@ -38,7 +38,7 @@ def test_the_baseline_changes_nothing_of_the_network_before_it():
     demo = ["--config", str(CONFIGS / "demo.yaml")]
     alone, both = parse_train(demo)[0], parse_train([*demo, *SUPERVISED])[0]
     assert both.model == alone.model and both.data == alone.data
-    assert both.finetune.epochs == alone.finetune.epochs
+    assert both.finetune.steps == alone.finetune.steps
 
 
 def test_the_baseline_trains_on_labelled_rows_alone(few_steps, phantom_manifest, tmp_path):

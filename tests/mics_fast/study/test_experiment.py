@@ -17,6 +17,7 @@ import yaml
 from mics_fast import experiment
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import read_manifest
+from mics_fast.options.commands import parse_experiment
 from mics_fast.study.experiment import Labels, draw_labels, make_cells, pretraining_folder
 
 
@@ -115,7 +116,7 @@ def test_labels_are_named_alike_in_folders_and_tables():
 def test_variants_share_a_pre_training_where_its_options_are_the_same(options, tmp_path):
     names = ["full", "fixmatch", "without-adversary", "reconstruction", "without-pretraining"]
     asked = ["--experiment.variants", f"[{', '.join(names)}]", "--out", str(tmp_path)]
-    train, grid = experiment.parse([*options, *asked])
+    train, grid = parse_experiment([*options, *asked])
     cells = [cell for cell in make_cells(train, grid, tmp_path) if cell.seed == 1]
     folders = {c.variant: c.pretraining and Path(c.pretraining.out).name for c in cells}
     assert folders == {
@@ -207,6 +208,15 @@ def test_a_folder_that_cannot_be_written_is_named(options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         experiment.main([*options, "--out", str(tmp_path / "file" / "grid")])
+
+
+def test_the_study_compares_last_weights_over_five_seeds():
+    configs = Path(__file__).parents[3] / "configs"
+    files = [f"--config={configs / name}" for name in ("demo.yaml", "study.yaml")]
+    train, grid = parse_experiment([*files, "--data.manifest", "x", "--out", "y"])
+    assert (len(grid.seeds), grid.label_counts) == (5, [2, 8])
+    assert grid.variants == ["supervised-long", "pretraining", "full"]
+    assert train.finetune.select == "last" and train.finetune.steps and train.pretrain.steps
 
 
 def test_another_manifest_to_be_unsure_of_needs_no_training(

@@ -17,6 +17,7 @@ CONFIG = str(Path(__file__).parents[3] / "configs" / "demo.yaml")
 SHORT = [
     "--config", CONFIG, "--log_every", "1", "--checkpoint_every", "2", "--keep_checkpoints", "9",
     "--pretrain.batch_size", "8", "--pretrain.epochs", "2",
+    "--pretrain.steps", "null", "--finetune.steps", "null",
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8", "--finetune.epochs", "1",
 ]  # fmt: skip
 
