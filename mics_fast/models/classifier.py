@@ -14,7 +14,6 @@ from mics_fast.models.vit import (
     Block,
     Blocks,
     Pool,
-    VisionTransformer,
     at_least_float32,
     initialise,
     pool_tokens,
@@ -115,12 +114,7 @@ class Classifier(nn.Module):
         check_modality_names(modalities)
         self.modalities = tuple(modalities)
         self.pool = pool
-        self.encoders = nn.ModuleDict(
-            {
-                name: VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
-                for name in self.modalities
-            }
-        )
+        self.encoders = nn.ModuleDict({name: size.encoder() for name in self.modalities})
         self.views = self.modalities
         self.fusion: FusionEncoder | None = None
         if len(self.modalities) >= 2:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mics_fast.common.errors import InputError
+from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
 
 _ANCHOR = "patch_embed.proj.weight"
 _WRAPPERS = ("model", "state_dict")
@@ -47,7 +48,11 @@ def load_initial_weights(file: Path, encoders: Sequence[nn.Module]) -> str:
     matched = {name: tensor.float() for name, tensor in given.items() if name in own}
     if "pos_embed" in matched:
         has_class = "cls_token" in given
-        positions, note = fit_positions(file, matched["pos_embed"], own["pos_embed"], has_class)
+        assert isinstance(encoders[0], VisionTransformer)
+        parts = encoders[0].parts
+        positions, note = fit_positions(
+            file, matched["pos_embed"], own["pos_embed"], has_class, parts
+        )
         matched["pos_embed"] = positions
         notes += [note] if note else []
     for name, tensor in matched.items():
@@ -141,48 +146,51 @@ def describe(state: Mapping[str, Tensor]) -> str:
 
 
 def fit_positions(
-    file: Path, given: Tensor, own: Tensor, has_class_token: bool
+    file: Path, given: Tensor, own: Tensor, has_class_token: bool, parts: Parts = PLAIN
 ) -> tuple[Tensor, str]:
-    """Positions of a file on the encoder's grid.
+    """Fit the positions of a file to the encoder's grid.
 
     Args:
-        file: for what is said of it.
-        given: (1, N, D) of a square grid, or (1, 1 + N, D) with the class token's first.
-        own: (1, 1 + M, D) of the encoder.
+        file: named in errors.
+        given: (1, N, D) of a square grid, or (1, P + N, D) with those of the P class and register
+            tokens first.
+        own: (1, P + M, D) of the encoder; (1, M, D) where its prefix has no positions.
         has_class_token: whether the file has one. One without a position has position zero; where
             there is none, the encoder's own stays.
+        parts: of the encoder.
 
     Returns:
-        (1, 1 + M, D), and a note on what was done, empty where it is all as in the file.
+        Positions in the shape of ``own``, and a note on what was done, empty where nothing was.
 
     Raises:
         InputError: another number of positions, or another shape.
     """
     if given.ndim != 3 or len(given) != 1:
         raise InputError(f"model.init {file}: pos_embed is {tuple(given.shape)}, wanted (1, N, D)")
-    with_class = not _is_square(given.shape[1])
-    if with_class and not _is_square(given.shape[1] - 1):
+    prefix = 1 + parts.registers if parts.prefix_positions else 0
+    stated = prefix if not _is_square(given.shape[1]) or not prefix else 0
+    if not _is_square(given.shape[1] - stated):
         raise InputError(
             f"model.init {file}: pos_embed has {given.shape[1]} positions, wanted those of a "
             "square grid, with or without one of the class token"
         )
-    if with_class:
-        first, patches = given[:, :1], given[:, 1:]
-    else:
-        first, patches = (torch.zeros_like(given[:, :1]) if has_class_token else own[:, :1]), given
-    before, after = (round(x.shape[1] ** 0.5) for x in (patches, own[:, 1:]))
-    notes = [] if with_class else ["the class token has no position in the file"]
+    first, patches = given[:, :stated], given[:, stated:]
+    notes = []
+    if prefix and not stated:
+        first = torch.zeros_like(own[:, :prefix]) if has_class_token else own[:, :prefix]
+        notes.append("the class token has no position in the file")
+    before, after = (round(x.shape[1] ** 0.5) for x in (patches, own[:, prefix:]))
     if before != after:
-        patches = resample_positions(patches, after)
+        patches = resample_positions(patches, after, antialias=parts.antialias)
         notes.append(f"positions resampled from {before} x {before} to {after} x {after}")
     return torch.cat([first, patches], dim=1), "; ".join(notes)
 
 
-def resample_positions(positions: Tensor, side: int) -> Tensor:
-    """Bicubic, antialiased resampling of a square grid: (1, n * n, D) -> (1, side * side, D)."""
+def resample_positions(positions: Tensor, side: int, *, antialias: bool = True) -> Tensor:
+    """Bicubic resampling of a square grid: (1, n * n, D) -> (1, side * side, D)."""
     before = round(positions.shape[1] ** 0.5)
     grid = positions.unflatten(1, (before, before)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=True)
+    grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=antialias)
     return grid.permute(0, 2, 3, 1).flatten(1, 2)
 
 

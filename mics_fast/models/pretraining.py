@@ -16,7 +16,6 @@ from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import (
     Pool,
-    VisionTransformer,
     at_least_float32,
     pool_tokens,
     tokens_read,
@@ -97,7 +96,7 @@ class PretrainModel(nn.Module):
         self.modalities = tuple(modalities)
         self.pool, self.visible_only = pool, visible_only
         self.patch_size = size.patch
-        self.encoder = VisionTransformer(size.image, size.patch, size.width, size.depth, size.heads)
+        self.encoder = size.encoder()
         self.projection_head = nn.Linear(size.width, projection)
         self.decoder = MaskedDecoder(
             size.num_patches,

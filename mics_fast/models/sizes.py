@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
+
 
 @dataclass(frozen=True)
 class Size:
@@ -15,6 +17,7 @@ class Size:
         width, depth, heads: of the encoder.
         decoder_width, decoder_depth, decoder_heads: of the reconstruction decoder.
         discriminator_width, discriminator_depth, discriminator_heads: of the discriminator.
+        parts: what the encoder has beyond a plain vision transformer.
     """
 
     image: int
@@ -28,15 +31,22 @@ class Size:
     discriminator_width: int
     discriminator_depth: int
     discriminator_heads: int
+    parts: Parts = PLAIN
+
+    def encoder(self) -> VisionTransformer:
+        """A new encoder of this size."""
+        return VisionTransformer(
+            self.image, self.patch, self.width, self.depth, self.heads, self.parts
+        )
 
     @property
     def num_patches(self) -> int:
-        """Patches of one image."""
+        """Number of patches of one image."""
         return (self.image // self.patch) ** 2
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in one patch: three channels of patch x patch pixels."""
+        """Values of one patch: three channels of patch x patch pixels."""
         return 3 * self.patch**2
 
 

@@ -6,6 +6,7 @@ weights load by name. The initial weights are MAE's (He et al., CVPR 2022).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,6 +17,36 @@ from torch.utils.checkpoint import checkpoint
 from mics_fast.common.errors import InputError
 
 Pool = Literal["cls", "mean"]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the published families of vision transformers add to the plain one.
+
+    Args:
+        hidden: width of the MLP; 0: four times the token's.
+        registers: register tokens behind the class token (Darcet et al., ICLR 2024).
+        prefix_positions: class and register tokens have positions of their own.
+        layer_scale: each branch is scaled by channel (DINOv2).
+        pre_norm: a norm before the first block (CLIP).
+        patch_bias: the patch embedding has a bias (not in CLIP).
+        quick_gelu: ``x * sigmoid(1.702 x)`` instead of GELU (OpenAI's CLIP).
+        eps: of all norms.
+        antialias: positions are resampled with antialiasing (DINOv2 without registers: without).
+    """
+
+    hidden: int = 0
+    registers: int = 0
+    prefix_positions: bool = True
+    layer_scale: bool = False
+    pre_norm: bool = False
+    patch_bias: bool = True
+    quick_gelu: bool = False
+    eps: float = 1e-6
+    antialias: bool = True
+
+
+PLAIN = Parts()
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -85,13 +116,18 @@ def initialise(module: nn.Module) -> None:
 
 
 def tokens_read(pool: Pool) -> int | None:
-    """How many of the first tokens ``pool_tokens`` reads; None: all."""
+    """Number of leading tokens that ``pool_tokens`` reads; None: all."""
     return 1 if pool == "cls" else None
 
 
 def pool_tokens(tokens: Tensor, pool: Pool) -> Tensor:
     """Reduce (B, 1 + N, width) to (B, width): the class token, or the mean of the patch tokens."""
     return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+
+def quick_gelu(values: Tensor) -> Tensor:
+    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    return values * torch.sigmoid(1.702 * values)
 
 
 def attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -136,40 +172,55 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers around a GELU."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        hidden = parts.hidden or 4 * width
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+        self.activation = quick_gelu if parts.quick_gelu else F.gelu
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        return self.fc2(self.activation(self.fc1(tokens)))
+
+
+class LayerScale(nn.Module):
+    """A factor per channel (Touvron et al., ICCV 2021)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), 1e-5))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens * self.gamma
 
 
 class Block(nn.Module):
     """Pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, parts: Parts = PLAIN) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.norm1 = nn.LayerNorm(width, eps=parts.eps)
         self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width)
+        self.ls1 = LayerScale(width) if parts.layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=parts.eps)
+        self.mlp = Mlp(width, parts)
+        self.ls2 = LayerScale(width) if parts.layer_scale else nn.Identity()
 
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, *, wanted: int | None = None
     ) -> Tensor:
         """(B, N, width) -> (B, wanted, width), by default of all N; arguments as ``Attention``."""
         mixed = self.attn(self.norm1(tokens), mask, wanted)
-        tokens = tokens[:, :wanted] + mixed
-        return tokens + self.mlp(self.norm2(tokens))
+        tokens = tokens[:, :wanted] + self.ls1(mixed)
+        return tokens + self.ls2(self.mlp(self.norm2(tokens)))
 
 
 class Blocks(nn.ModuleList):
     """Blocks that run one after the other.
 
     Attributes:
-        checkpointing: of each block the backward pass keeps the input alone and computes the rest
-            once more: less memory, more arithmetic, the same gradients.
+        checkpointing: keep only each block's input for the backward pass and compute the rest
+            again: less memory, more arithmetic, the same gradients.
     """
 
     checkpointing = False
@@ -177,7 +228,7 @@ class Blocks(nn.ModuleList):
     def forward(self, tokens: Tensor, *mask: Tensor | None, wanted: int | None = None) -> Tensor:
         """(B, N, width) -> (B, wanted, width), by default of all N; a mask goes to every block.
 
-        What becomes of the other tokens in the last block nobody reads: it is left out.
+        Tokens that are not wanted skip the last block.
         """
         for number, block in enumerate(self, 1):
             cut = wanted if number == len(self) else None
@@ -192,7 +243,7 @@ class Blocks(nn.ModuleList):
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let every stack of blocks compute its activations once more in the backward pass."""
+    """Make every stack of blocks recompute its activations in the backward pass."""
     for module in model.modules():
         if isinstance(module, Blocks):
             module.checkpointing = True
@@ -201,9 +252,9 @@ def checkpoint_activations(model: nn.Module) -> None:
 class PatchEmbed(nn.Module):
     """Linear embedding of patches; the weight has a convolution's shape, as in timm."""
 
-    def __init__(self, patch_size: int, width: int) -> None:
+    def __init__(self, patch_size: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
         """(B, n, 3 * patch_size**2) -> (B, n, width): the convolution, on chosen patches only."""
@@ -219,22 +270,35 @@ class VisionTransformer(nn.Module):
         width: channels of a token; a multiple of 4 and of ``heads``.
         depth: number of blocks.
         heads: attention heads of a block.
+        parts: what a published family adds to the plain transformer.
     """
 
     def __init__(
-        self, image_size: int, patch_size: int, width: int, depth: int, heads: int
+        self,
+        image_size: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        parts: Parts = PLAIN,
     ) -> None:
         super().__init__()
         self.image_size = image_size
         self.patch_size = patch_size
+        self.parts = parts
         grid = image_size // patch_size
-        self.patch_embed = PatchEmbed(patch_size, width)
+        self.patch_embed = PatchEmbed(patch_size, width, bias=parts.patch_bias)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        if parts.registers:
+            self.reg_token = nn.Parameter(torch.empty(1, parts.registers, width))
+            nn.init.normal_(self.reg_token, std=0.02)
         # Learned, from sine-cosine [ours]: few images are enough to know where a patch is.
         patch_positions = sincos_positions(grid, grid, width)
-        self.pos_embed = nn.Parameter(F.pad(patch_positions, (0, 0, 1, 0)).unsqueeze(0))
-        self.blocks = Blocks(Block(width, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        prefix = 1 + parts.registers if parts.prefix_positions else 0
+        self.pos_embed = nn.Parameter(F.pad(patch_positions, (0, 0, prefix, 0)).unsqueeze(0))
+        self.norm_pre = nn.LayerNorm(width, eps=parts.eps) if parts.pre_norm else nn.Identity()
+        self.blocks = Blocks(Block(width, heads, parts) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=parts.eps)
         nn.init.normal_(self.cls_token, std=0.02)
         initialise(self)
 
@@ -247,11 +311,11 @@ class VisionTransformer(nn.Module):
             images: (B, 3, image_size, image_size), normalised.
             visible: (B, n) int64, indices of the patches to encode, each at most once; default
                 all N of them.
-            wanted: only the first so many tokens are asked for; 1 is the class token alone.
+            wanted: number of leading tokens to return; 1 is the class token alone.
 
         Returns:
             (B, 1 + n, width): the class token, then the patches in the order of ``visible``; or
-            the first ``wanted`` of these.
+            the first ``wanted`` of these. Register tokens are not returned.
 
         Raises:
             InputError: the images have another size.
@@ -261,12 +325,28 @@ class VisionTransformer(nn.Module):
                 f"images are {tuple(images.shape[1:])}, wanted "
                 f"(3, {self.image_size}, {self.image_size})"
             )
+        tokens = self.norm_pre(self._embed(images, visible))
+        tokens = self.norm(self.blocks(tokens, wanted=wanted))
+        registers = self.parts.registers
+        if not registers or wanted == 1:
+            return tokens
+        return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
+
+    def _embed(self, images: Tensor, visible: Tensor | None) -> Tensor:
+        """Class, register and patch tokens, each with its position."""
         patches = patchify(images, self.patch_size)
-        positions = self.pos_embed[:, 1:]
+        prefix: Tensor = self._prefix()
+        positions: Tensor = self.pos_embed
+        if self.parts.prefix_positions:
+            prefix = prefix + positions[:, : prefix.shape[1]]
+            positions = positions[:, prefix.shape[1] :]
         if visible is not None:
             patches = take_rows(patches, visible)
             positions = take_rows(positions.expand(len(images), -1, -1), visible)
-        cls_token = self.cls_token + self.pos_embed[:, :1]
         tokens = self.patch_embed(patches) + positions
-        tokens = torch.cat([cls_token.expand(images.shape[0], -1, -1), tokens], dim=1)
-        return self.norm(self.blocks(tokens, wanted=wanted))
+        return torch.cat([prefix.expand(images.shape[0], -1, -1), tokens], dim=1)
+
+    def _prefix(self) -> Tensor:
+        if not self.parts.registers:
+            return self.cls_token
+        return torch.cat([self.cls_token, self.reg_token], dim=1)
