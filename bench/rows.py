@@ -70,8 +70,8 @@ class Row(TypedDict, total=False):
     times_b: float | None  # times faster than rung b
     # Host time and launches of a call on a GPU, counted without one.
     host_us: float
-    launches: int  # of Triton and CUDA kernels of this project
-    torch_kernels: int  # launches of torch's own kernels
+    launches: int  # of this project's Triton kernels
+    torch_kernels: int  # of torch's operators that would launch one
 
 
 class Machine(TypedDict, total=False):

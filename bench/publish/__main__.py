@@ -29,6 +29,7 @@ BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
     "pipeline": summaries.pipeline,
     "as called": summaries.as_called,
     "training": reports.training,
+    "host": reports.host,
     "work": reports.work,
     "targets": reports.targets,
     "plots": reports.shown,

@@ -20,7 +20,7 @@ from bench.publish.markdown import (
     times,
 )
 from bench.publish.plots import OPERATORS, plots
-from bench.publish.results import FOLDER, KINDS, Result, latest, measured
+from bench.publish.results import FOLDER, KINDS, Result, latest, measured, newest_cpu
 from bench.publish.targets import TARGETS, Target, holds, measured_value
 from bench.rows import Row
 
@@ -98,6 +98,26 @@ def ladder_line(row: Row) -> list[str]:
         megabytes(row["memory_mb"]),
         "random frames" if wait is None else f"{100 * wait:.0f} %",
     ]
+
+
+def host(results: list[Result]) -> str | None:
+    """Host time and launches per call."""
+    result = newest_cpu(results, "host")
+    if result is None:
+        return None
+    lines = [
+        [
+            f"`{row['operator']}`",
+            row["shape"],
+            row["implementation"],
+            f"{row['host_us']:.0f}",
+            str(row["launches"]),
+            str(row["torch_kernels"]),
+        ]
+        for row in measured(result.of("host"))
+    ]
+    head = ["operator", "size", "passes", "host us", "launches", "torch kernels"]
+    return f"{how(result, 'host')}:\n\n{table(head, lines)}"
 
 
 def spread(row: Row) -> str:

@@ -26,3 +26,11 @@ def polynomial(t, c: tl.constexpr):
 def device_of(tensor: Tensor) -> torch.cuda.device:
     """Triton launches on the current GPU, which need not be the tensor's; -1 leaves a CPU alone."""
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
+
+
+def chip_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability (90 for 9.0) and number of processors; for the interpreter any."""
+    if device.type != "cuda":
+        return 80, 4
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count

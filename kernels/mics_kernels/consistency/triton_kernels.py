@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mics_kernels.consistency.records import ConsistencyInputs, ConsistencyResults
-from mics_kernels.triton_common import device_of
+from mics_kernels.triton_common import chip_of, device_of
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -406,7 +406,7 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
     key_ids, ids_step = _ids_of_modalities(inputs.key_ids, inputs.present)
     key_rows, queue_rows = len(keys[0]), len(queues[0]) if queues else 0
 
-    capability, processors = _chip(query.device)
+    capability, processors = chip_of(query.device)
     padded = max(16, triton.next_power_of_2(width))
     has_ids = key_ids is not None
     exact = dtype == torch.float32 and _precision() == "ieee"
@@ -486,11 +486,3 @@ def _precision() -> str:
     settings (get_float32_matmul_precision raises where the newer ones were used). Of no effect on
     half precision."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def _chip(device: torch.device) -> tuple[int, int]:
-    """Compute capability (90 for 9.0) and number of processors; of the interpreter: any."""
-    if device.type != "cuda":
-        return 80, 4
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
