@@ -5,7 +5,9 @@ A sentence says what a number beyond its limit likely means, and which option to
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import statistics
+from collections.abc import Mapping, Sequence
 
 from mics_fast.options import FinetuneConfig, PretrainConfig
 
@@ -15,6 +17,10 @@ SIMILAR = 0.95
 # A mean this close to a bound lets hardly a row away from it; an untrained model is at 0.95.
 CERTAIN, UNCERTAIN = 0.01, 0.99
 HARDLY, NEARLY_ALL = 0.01, 0.99  # share of unlabelled rows whose pseudo-label is accepted
+# Of a finished stage: changes over its last quarter, where the learning rate is low already.
+STILL_FALLING = 0.02  # of the reconstruction, relative
+STILL_RISING, FALLEN = 0.03, 0.05  # of the accuracy on val rows
+PATCH_MEAN = 0.95  # predicting each patch's mean leaves a reconstruction loss of 1
 
 
 def pretrain_warnings(config: PretrainConfig, record: Mapping[str, float]) -> list[str]:
@@ -70,3 +76,50 @@ def finetune_warnings(config: FinetuneConfig, record: Mapping[str, float]) -> li
             "finetune.max_uncertainty, raise finetune.min_probability or raise finetune.kl_weight"
         )
     return warnings
+
+
+def closing_warnings(stage: str, records: Sequence[Mapping[str, float]]) -> list[str]:
+    """Sentences about a finished stage: whether it has learned, and whether it had the steps to.
+
+    Args:
+        stage: "pretrain" or "finetune".
+        records: its log, by step.
+    """
+    warnings = []
+    if stage == "pretrain":
+        before, end = last_quarter([r["loss_reconstruction"] for r in records
+                                    if "loss_reconstruction" in r])  # fmt: skip
+        if end > PATCH_MEAN:
+            warnings.append(
+                f"reconstruction ended at {end:.2f}, where 1 is the mean of each patch: the "
+                "encoder has learned next to nothing; raise pretrain.steps or pretrain.lr"
+            )
+        elif end < before * (1 - STILL_FALLING):
+            warnings.append(
+                f"reconstruction was still falling, from {before:.3f} to {end:.3f} over the last "
+                "quarter; raise pretrain.steps"
+            )
+        return warnings
+    scores = [record["val_accuracy"] for record in records if "val_accuracy" in record]
+    before, end = last_quarter(scores)
+    if end > before + STILL_RISING:
+        warnings.append(
+            f"accuracy on val rows was still rising, from {before:.1%} to {end:.1%} over the last "
+            "quarter; raise finetune.steps"
+        )
+    if scores and scores[-1] < max(scores) - FALLEN:
+        warnings.append(
+            f"accuracy on val rows fell from {max(scores):.1%} to {scores[-1]:.1%}: what is "
+            "learned in the end is wrong; lower finetune.steps or finetune.unlabelled_weight, or raise "
+            "finetune.kl_weight"
+        )
+    return warnings
+
+
+def last_quarter(values: Sequence[float]) -> tuple[float, float]:
+    """Means of a few values before the last quarter and at the end; NaN for fewer than eight."""
+    if len(values) < 8:
+        return math.nan, math.nan
+    few = len(values) // 8
+    start = len(values) - len(values) // 4
+    return statistics.fmean(values[start - few : start]), statistics.fmean(values[-few:])

@@ -99,9 +99,7 @@ class PretrainStage(nn.Module):
         self.contrasts = config.consistency_weight > 0 and len(modalities) > 1
         self._keys: list[Keys] = []
 
-    def losses(
-        self, batch: tuple[PairBatch], step: Tensor, share: float = 1.0
-    ) -> Iterator[Losses]:
+    def losses(self, batch: tuple[PairBatch], step: Tensor, share: float = 1.0) -> Iterator[Losses]:
         """The discriminator's loss, then the model's: one forward of the model for both.
 
         May be called for several parts of a batch before ``after_step``.

@@ -20,7 +20,7 @@ from mics_fast.engine.distributed import (
     world_size,
 )
 from mics_fast.engine.guard import is_out_of_memory
-from mics_fast.engine.log import RunLog
+from mics_fast.engine.log import RunLog, read_log
 from mics_fast.engine.loop import Loop, Plan
 from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.sharding import Shards
@@ -42,6 +42,7 @@ from mics_fast.options.checks import (
     check_shares,
 )
 from mics_fast.stages.finetune import FinetuneStage
+from mics_fast.stages.health import closing_warnings
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.build import (
     build_classifier,
@@ -189,7 +190,12 @@ class Trainer:
             if state is not None:
                 loop.load(state)
             with self.precision.products():
-                return loop.step == plan.steps or loop.run(batches)
+                finished = loop.step == plan.steps or loop.run(batches)
+            if finished and rank() == 0:
+                records = read_log(self.run.folder).get(plan.name, [])
+                for sentence in closing_warnings(plan.name, records):
+                    log.warn(plan.name, sentence)
+            return finished
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

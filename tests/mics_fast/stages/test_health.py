@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mics_fast.options import FinetuneConfig, PretrainConfig
-from mics_fast.stages.health import finetune_warnings, pretrain_warnings
+from mics_fast.stages.health import closing_warnings, finetune_warnings, pretrain_warnings
 
 HEALTHY_PRETRAINING = {
     "epoch": 3.0,
@@ -111,3 +111,38 @@ def _losses(stage, batch):
 
 def _numbers(metrics):
     return {name: float(value) for name, value in metrics.items()}
+
+
+def reconstruction(values):
+    return closing_warnings("pretrain", [{"loss_reconstruction": value} for value in values])
+
+
+def test_pre_training_that_ends_near_the_patch_mean_is_reported():
+    (sentence,) = reconstruction([1.05 - 0.002 * k for k in range(40)])
+    assert "ended at 0.9" in sentence and "next to nothing" in sentence
+
+
+def test_pre_training_that_ends_while_still_falling_is_reported():
+    (sentence,) = reconstruction([0.9 - 0.01 * k for k in range(40)])
+    assert "still falling" in sentence and "raise pretrain.steps" in sentence
+    assert reconstruction([max(0.6, 0.9 - 0.02 * k) for k in range(40)]) == []
+
+
+def val_accuracy(values):
+    return closing_warnings("finetune", [{"val_accuracy": value} for value in values])
+
+
+def test_fine_tuning_that_ends_while_still_rising_is_reported():
+    (sentence,) = val_accuracy([0.05 * k for k in range(16)])
+    assert "still rising" in sentence and "raise finetune.steps" in sentence
+
+
+def test_fine_tuning_that_ends_below_its_best_is_reported():
+    (sentence,) = val_accuracy([0.5] * 8 + [0.9] + [0.84] * 7)
+    assert "fell from 90.0% to 84.0%" in sentence
+    assert val_accuracy([0.5] * 8 + [0.9] + [0.88] * 7) == []
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_stage_without_these_figures_is_not_judged(stage):
+    assert closing_warnings(stage, [{"loss": 1.0}] * 20) == []
