@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
+from mics_fast.common.files import printable
 from mics_fast.preparation.inspection import (
     hold_out,
     in_threads,
@@ -19,8 +20,25 @@ from mics_fast.preparation.inspection import (
     keep_complete,
     make_phantom,
 )
-from mics_fast.preparation.rows import write_held_out, write_rows
-from mics_fast.preparation.sources import Sample, read_columns, read_folders, read_table
+from mics_fast.preparation.reports import (
+    Rejected,
+    print_leaks,
+    print_rejected,
+    print_summary,
+    write_rejected,
+)
+from mics_fast.preparation.rows import NEAR_DUPLICATES, write_held_out, write_rows
+from mics_fast.preparation.sources import (
+    READ_SUFFIXES,
+    Candidate,
+    Columns,
+    read_assignments,
+    read_folders,
+    read_list,
+    unknown_files,
+)
+
+REJECTED = "rejected.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,22 +47,60 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if options.source == "phantom":
-            found = make_phantom(out, options.pairs, options.seed)
-            modalities = ["wli", "nbi"]
-        else:
-            samples, modalities = find_samples(options)
-            found = in_threads(lambda sample: inspect(sample, options), samples, "checking")
-        kept = keep_complete(found, modalities, options)
-        kept, apart = hold_out(kept, options.hold_out)
-        for path in write_rows(kept, modalities, options):
-            print(f"wrote {path}")
-        if apart:
-            print(f"wrote {write_held_out(apart, modalities, options.out)}")
+        report = prepare(options)
     except OSError as error:
         raise InputError(f"{error.filename or out}: {error.strerror or error}") from None
     except UnicodeEncodeError as error:
         raise InputError(f"file name {error.object!r} is not UTF-8, wanted one that is") from None
+    report()
+
+
+def prepare(options: argparse.Namespace) -> Callable[[], None]:
+    """Write everything.
+
+    Returns:
+        What prints the report: a terminal that is gone costs no manifest.
+
+    Raises:
+        InputError: a source or options that cannot be used, or nothing that is left of it.
+    """
+    out: Path = options.out
+    unknown: list[Rejected] = []
+    if options.source == "phantom":
+        found, modalities = make_phantom(out, options.pairs, options.seed), ["wli", "nbi"]
+    else:
+        candidates, modalities, unknown = find_candidates(options)
+        found = in_threads(lambda one: inspect(one, options), candidates, "checking")
+    kept, broken, orphans = keep_complete(found, modalities, options.keep_orphans)
+    write_rejected(out / REJECTED, [*broken, *orphans, *unknown])
+    if not kept:
+        raise InputError(
+            f"source {options.source} has no sample left, wanted one with all of its images; "
+            f"{out / REJECTED} says what is wrong"
+        )
+    kept, apart = hold_out(kept, options.hold_out)
+    written = write_rows(kept, modalities, options)
+    held_out = [write_held_out(apart, modalities, out)] if apart else []
+    dark = [path for one in found for path in one.dark]
+
+    def report() -> None:
+        print_rejected(broken, orphans, unknown, REJECTED)
+        if dark:
+            print(
+                f"{len(dark)} images of 16 bits use less than a quarter of their range and are "
+                f"read as nearly black, such as {printable(str(dark[0]))}: is it 10- or 12-bit "
+                "data, which should be scaled first?"
+            )
+        print_summary(written.records, modalities)
+        print_leaks(written.alike, written.pairs, written.records, NEAR_DUPLICATES)
+        for warning in written.warnings:
+            print(f"warning: {printable(warning)}")
+        for path in written.kept:
+            print(f"{path.with_suffix('')} was another one: it is now {path}")
+        for path in (*written.files, *held_out):
+            print(f"wrote {path}")
+
+    return report
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -55,12 +111,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """
     parser = SentenceParser(prog="python -m mics_fast.prepare", description=__doc__)
     add = parser.add_argument
-    add("source", help="folder of class folders, CSV file, or the word phantom")
+    add("source", help="folder of class folders, table (CSV, TSV), or the word phantom")
     add("--out", type=Path, required=True, help="folder for manifest.csv")
     add("--column", action="append", default=[], metavar="MODALITY=COLUMN",
         help="column of the CSV file with the paths of a modality")  # fmt: skip
     add("--label-column", help="column of the CSV file that holds the class")
     add("--group-column", help="column of the CSV file whose value one lesion's frames share")
+    add("--id-column", help="column of the CSV file with an id per row; default: the path")
+    add("--split-column", help="column of the CSV file with train, val or test; default: drawn")
     add("--pair-pattern", metavar="REGEX",
         help="finds the id that both file names of a pair share; default: the stem")  # fmt: skip
     add("--keep-orphans", action="store_true", help="keep rows that miss a modality")
@@ -130,18 +188,27 @@ def check_source(options: argparse.Namespace) -> None:
             if getattr(options, name):
                 option = name.replace("_", "-")
                 raise InputError(f"--{option} is for given frames, but the phantom makes its own")
-    is_table = Path(options.source).suffix.lower() == ".csv"
+    is_table = Path(options.source).suffix.lower() in (".csv", ".tsv", ".txt")
     if is_table and not options.column:
         raise InputError(
             f"{options.source} is a table, wanted --column MODALITY=COLUMN, as in wli=file"
         )
     if is_table and options.pair_pattern:
         raise InputError("--pair-pattern is for folders, but the rows of a table are pairs already")
-    for name in ("column", "label_column", "group_column"):
+    for name in ("column", "label_column", "group_column", "id_column", "split_column"):
         if getattr(options, name) and not is_table:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is for a CSV file, but the source is {options.source}")
-    options.column = read_columns(options.column)
+    if options.split_column and options.folds:
+        raise InputError("--split-column gives the splits, but --folds draws them, wanted one")
+    options.column = read_assignments(options.column)
+    options.columns = Columns(
+        options.column,
+        options.label_column,
+        options.group_column,
+        options.id_column,
+        options.split_column,
+    )
     if options.pair_pattern is not None:
         try:
             options.pair_pattern = re.compile(options.pair_pattern)
@@ -151,27 +218,31 @@ def check_source(options: argparse.Namespace) -> None:
             ) from None
 
 
-def find_samples(options: argparse.Namespace) -> tuple[list[Sample], list[str]]:
-    """The samples of a table or of folders, complete or not, and the modalities they should have.
+def find_candidates(
+    options: argparse.Namespace,
+) -> tuple[list[Candidate], list[str], list[Rejected]]:
+    """The samples of a table or of folders, complete or not; the modalities they should have; and
+    the files of unknown suffix.
 
     Nothing is opened yet.
     """
+    source = Path(options.source)
+    unknown: list[Rejected] = []
     if options.column:
-        samples = read_table(
-            Path(options.source), options.column, options.label_column, options.group_column
-        )
+        candidates = read_list(source, options.columns)
+        modalities = list(options.column)
     else:
-        samples = read_folders(Path(options.source), options.out, options.pair_pattern)
-    there = {name for sample in samples for name in sample.files}
-    modalities = list(options.column) or [name for name in ("wli", "nbi") if name in there]
+        candidates, modalities = read_folders(source, options.out, options.pair_pattern)
+        reason = f"its suffix is none of {', '.join(sorted(READ_SUFFIXES))}"
+        unknown = [Rejected("", path, reason) for path in unknown_files(source)]
     if options.virtual_nbi:
         if modalities != ["wli"]:
             raise InputError(
                 f"--virtual-nbi is for WLI frames alone, but {options.source} has "
                 f"{', '.join(modalities).upper()}"
             )
-        modalities.append("nbi")
-    return samples, modalities
+        modalities = ["wli", "nbi"]
+    return candidates, modalities, unknown
 
 
 if __name__ == "__main__":

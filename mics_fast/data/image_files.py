@@ -37,7 +37,7 @@ class ImageFiles:
 
     def __init__(self, policy: Literal["error", "skip"], device: torch.device) -> None:
         self.policy = policy
-        self._decodes = DecodeCheck(device)
+        self._decodes = SingleDecoder(device)
         self._suspects: set[tuple[int, str]] = set()
         self._skipped: Counter[str] = Counter()
         self.problems: dict[int, str] = {}
@@ -106,7 +106,7 @@ class ImageFiles:
         self._skipped.clear()
 
 
-class DecodeCheck:
+class SingleDecoder:
     """Decodes one image at a time, as the graph does.
 
     Args:
@@ -123,16 +123,24 @@ class DecodeCheck:
         Raises:
             RuntimeError: the GPU has no memory left for it, which says nothing of the image.
         """
+        return self._decode(encoded, crop) is not None
+
+    def pixels(self, encoded: np.ndarray) -> np.ndarray | None:
+        """The whole image as (H, W, 3) uint8; None where the decoder does not take it."""
+        output = self._decode(encoded, WHOLE)
+        return None if output is None else np.array(output.as_cpu()[0])
+
+    def _decode(self, encoded: np.ndarray, crop: np.ndarray) -> Any:
         if self._pipeline is None:
             self._pipeline = self._build()
         try:
-            self._pipeline.run(encoded=[encoded], crop=[crop])
+            (output,) = self._pipeline.run(encoded=[encoded], crop=[crop])
         except RuntimeError as error:
             self._pipeline = None  # DALI cannot go on after an error
             if "CUDA allocation failed" in str(error):
                 raise
-            return False
-        return True
+            return None
+        return output
 
     def _build(self) -> Any:
         from nvidia.dali import fn

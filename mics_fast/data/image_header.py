@@ -37,11 +37,13 @@ class ImageHeader(NamedTuple):
     Args:
         kind: JPEG, PNG, BMP, TIFF or WEBP.
         width, height: pixels, as stored.
+        bits: of a sample, 16 or at most 8.
     """
 
     kind: str
     width: int
     height: int
+    bits: int
 
 
 def check_image(data: bytes) -> ImageHeader:
@@ -69,7 +71,13 @@ def check_image(data: bytes) -> ImageHeader:
             f"has {width} x {height} pixels, wanted at most {LARGEST_IMAGE >> 20} million, and "
             f"{LONGEST_SIDE} on a side"
         )
-    return ImageHeader(kind, width, height)
+    return ImageHeader(kind, width, height, _bits(kind, data))
+
+
+def _bits(kind: str, data: bytes) -> int:
+    if kind == "TIFF":
+        return _tiff_tags(data)["bits"][0]
+    return data[24] if kind == "PNG" else 8
 
 
 def _jpeg(data: bytes) -> tuple[int, int]:
@@ -95,7 +103,7 @@ def _jpeg(data: bytes) -> tuple[int, int]:
 
 
 def _png(data: bytes) -> tuple[int, int]:
-    width, height = struct.unpack_from(">II", data, 16)
+    width, height, _ = struct.unpack_from(">IIB", data, 16)
     if data[12:16] != b"IHDR":
         raise IndexError
     return width, height

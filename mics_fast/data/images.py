@@ -14,7 +14,7 @@ from mics_fast.common.files import renamed
 from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.shards import read_image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; what training decodes
 
 # A line of pixels belongs to the picture where a tenth of it is brighter than this: the black of
@@ -37,8 +37,21 @@ def decode(path: Path) -> np.ndarray:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except RefusedImage as error:
         raise InputError(f"{path} {error}") from None
+    return pixels_of(encoded.tobytes(), path)
+
+
+def pixels_of(data: bytes, path: Path) -> np.ndarray:
+    """The pixels of an image that ``check_image`` has accepted, as ``decode`` gives them.
+
+    Args:
+        data: all bytes of its file.
+        path: names it in a refusal.
+
+    Raises:
+        InputError: it cannot be decoded.
+    """
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             upright = ImageOps.exif_transpose(image)  # as the image pipeline does
             if upright.mode.startswith("I"):  # 16 bits, which convert() would clip
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 
@@ -31,6 +32,7 @@ from mics_fast.data.augmentation import epoch_order
 from mics_fast.data.image_header import LARGEST_FILE, RefusedImage, check_image
 
 _LARGEST_INDEX = 1 << 28  # bytes
+_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif", "WEBP": ".webp"}
 
 
 @dataclass(frozen=True)
@@ -87,30 +89,30 @@ def write_shards(
 
 def members_of(
     number: int, record: dict[str, str], modalities: Sequence[str], folder: Path, shard: str
-) -> list[tuple[str, Path | bytes]]:
+) -> list[tuple[str, bytes]]:
     """Name and content of the members of a row; its paths lead into the shard from now on."""
     key = f"{number:06d}"
     about = {name: record[name] for name in ("id", "label", "split")}
-    members: list[tuple[str, Path | bytes]] = [(f"{key}.json", json.dumps(about).encode())]
+    members: list[tuple[str, bytes]] = [(f"{key}.json", json.dumps(about).encode())]
     for name in modalities:
         if record[name]:
-            source = folder / record[name]
-            member = f"{key}.{name}{source.suffix.lower()}"
-            members.append((member, source))
+            encoded = read_bytes(folder / record[name])
+            # Readers of shards split names at blanks; a dot ends the key alone.
+            member = f"{key}.{quote(name, safe='')}{_ENDINGS[check_image(encoded).kind]}"
+            members.append((member, encoded))
             record[name] = f"shards/{shard}/{member}"
     return members
 
 
-def write_shard(path: Path, members: Sequence[tuple[str, Path | bytes]]) -> None:
+def write_shard(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
     """Write a tar file and its index, each under a temporary name first; the index gets its name
     first, so that a shard with its name has one."""
     with renamed(path) as partial:
-        with tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
             for name, content in members:
-                encoded = content.read_bytes() if isinstance(content, Path) else content
                 info = tarfile.TarInfo(name)
-                info.size = len(encoded)
-                tar.addfile(info, io.BytesIO(encoded))
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
         with tarfile.open(partial) as tar:
             placed = [(info.name, info.offset_data, info.size) for info in tar]
         lines = [
@@ -179,10 +181,15 @@ def read_image(path: Path) -> np.ndarray:
         OSError: it cannot be read.
         RefusedImage: it is no regular file, too large, or ``check_image`` refuses it.
     """
-    member = None if shard_of(path) is None else find_member(path)
-    data = _bytes_of(path if member is None else member.shard, member)
+    data = read_bytes(path)
     check_image(data)
     return np.frombuffer(data, dtype=np.uint8)
+
+
+def read_bytes(path: Path) -> bytes:
+    """As ``read_image``, whatever the bytes are."""
+    member = None if shard_of(path) is None else find_member(path)
+    return _bytes_of(path if member is None else member.shard, member)
 
 
 def _bytes_of(file: Path, member: Member | None) -> bytes:

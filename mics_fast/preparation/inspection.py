@@ -1,4 +1,4 @@
-"""Images of ``prepare``: each is decoded once and checked, cropped, stored, hashed in one pass.
+"""Inspection of images: each is decoded once and checked, cropped, stored, hashed in one pass.
 
 ``options`` is the command line of ``prepare``.
 """
@@ -7,26 +7,55 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.images import around, content_box, cut, decode, save, shrink
+from mics_fast.data.decoding import check_dali
+from mics_fast.data.image_files import SingleDecoder
+from mics_fast.data.image_header import RefusedImage, check_image
+from mics_fast.data.images import around, content_box, cut, pixels_of, save, shrink
+from mics_fast.data.shards import read_bytes
+from mics_fast.engine.threads import available_threads
 from mics_fast.preparation import phantom
+from mics_fast.preparation.dicom import is_dicom, read_dicom
 from mics_fast.preparation.leaks import perceptual_hash
-from mics_fast.preparation.reports import report_rejected
-from mics_fast.preparation.sources import Sample
+from mics_fast.preparation.reports import Rejected
+from mics_fast.preparation.sources import Candidate
 from mics_fast.preparation.virtual_nbi import virtual_nbi
 
 T = TypeVar("T")
 R = TypeVar("R")
+
+_DARK = 64  # a quarter of the grey levels
+_SECONDS = 30  # between lines of progress where there is no terminal
+_own = threading.local()  # the decoder of training, one per thread
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A decoded image.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        dark: it has 16 bits per sample and uses less than a quarter of them.
+        foreign: training cannot read its file, so it must be stored again.
+    """
+
+    pixels: np.ndarray
+    dark: bool = False
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,11 +66,13 @@ class Inspected:
         sample: with the files that training is to read; broken ones are gone.
         hashes: modality -> perceptual hash; none of a modality that is derived.
         rejected: broken file and what is wrong with it.
+        dark: files of 16 bits that use less than a quarter of their range.
     """
 
-    sample: Sample
+    sample: Candidate
     hashes: dict[str, np.ndarray]
-    rejected: list[tuple[Path, str]]
+    rejected: list[tuple[Path, str]] = field(default_factory=list)
+    dark: list[Path] = field(default_factory=list)
 
 
 def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
@@ -53,79 +84,146 @@ def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
         files = {"wli": out / "wli" / f"{name}.png", "nbi": out / "nbi" / f"{name}.png"}
         save(wli, files["wli"])
         save(nbi, files["nbi"])
-        return Inspected(Sample(name, label, files), {}, [])
+        return Inspected(Candidate(name, label, files), {})
 
     return in_threads(render, range(pairs), "phantom")
 
 
-def inspect(sample: Sample, options: argparse.Namespace) -> Inspected:
+def inspect(sample: Candidate, options: argparse.Namespace) -> Inspected:
     """Decode every image of a sample once, and make of it whatever the options ask for."""
     frames, rejected = {}, []
     for name, path in sample.files.items():
         try:
-            frames[name] = decode(path)
+            if options.to_shards and leads_outside(path, Path(options.source)):
+                raise InputError(f"{path} leads outside the source by a link, which shards refuse")
+            frames[name] = read_frame(path)
         except InputError as error:
             rejected.append((path, str(error)))
     files = {name: sample.files[name] for name in frames}
-    checked = Sample(sample.id, sample.label, files, sample.group)
-    if options.crop_borders and frames:
+    dark = [files[name] for name, frame in frames.items() if frame.dark]
+    checked = Candidate(sample.id, sample.label, files, sample.group, sample.split)
+    pixels = {name: frame.pixels for name, frame in frames.items()}
+    if options.crop_borders and pixels:
         # One box for all modalities, in fractions of the frame: a pair stays registered.
-        box = around(content_box(frame) for frame in frames.values())
-        frames = {name: cut(frame, box) for name, frame in frames.items()}
+        box = around(content_box(own) for own in pixels.values())
+        pixels = {name: cut(own, box) for name, own in pixels.items()}
     if options.store_side:
-        frames = {name: shrink(frame, options.store_side) for name, frame in frames.items()}
-    hashes = {name: perceptual_hash(frame) for name, frame in frames.items()}
-    if options.crop_borders or options.store_side:
-        for name, frame in frames.items():
-            store(frame, name, checked, options.out)
-    if options.virtual_nbi and "wli" in frames:
-        store(virtual_nbi(frames["wli"]), "nbi", checked, options.out)
+        pixels = {name: shrink(own, options.store_side) for name, own in pixels.items()}
+    hashes = {name: perceptual_hash(own) for name, own in pixels.items()}
+    again = bool(options.crop_borders or options.store_side)
+    for name, own in pixels.items():
+        if again or frames[name].foreign:
+            store(own, name, checked, options.out, ".jpg" if again else ".png")
+    if options.virtual_nbi and "wli" in pixels:
+        store(virtual_nbi(pixels["wli"]), "nbi", checked, options.out, ".jpg")
         checked.virtual.append("nbi")
-    return Inspected(checked, hashes, rejected)
+    return Inspected(checked, hashes, rejected, dark)
 
 
-def store(frame: np.ndarray, modality: str, sample: Sample, out: Path) -> None:
+def read_frame(path: Path) -> Frame:
+    """Decode an image, and check that training reads the same pixels.
+
+    Raises:
+        InputError: it cannot be read or decoded, or training's decoder reads something else.
+    """
+    try:
+        data = read_bytes(path)
+        if is_dicom(data):
+            return Frame(read_dicom(data), foreign=True)
+        header = check_image(data)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except RefusedImage as error:
+        raise InputError(f"{path} {error}") from None
+    pixels = pixels_of(data, path)
+    check_training_reads(data, pixels, path)
+    return Frame(pixels, dark=header.bits == 16 and int(pixels.max()) < _DARK)
+
+
+def check_training_reads(data: bytes, pixels: np.ndarray, path: Path) -> None:
+    """Refuse an image that the decoder of training does not read to within one grey level.
+
+    Raises:
+        InputError: names the file, and by how much the two decoders differ.
+    """
+    if not hasattr(_own, "decoder"):
+        try:
+            check_dali()
+            _own.decoder = SingleDecoder(torch.device("cpu"))
+        except InputError:  # without DALI, training decodes as ``pixels_of`` does
+            _own.decoder = None
+    if _own.decoder is None:
+        return
+    read = _own.decoder.pixels(np.frombuffer(data, np.uint8))
+    if read is None:
+        raise InputError(f"{path} cannot be decoded as an image by the decoder of training")
+    differ = 255
+    if read.shape == pixels.shape:
+        differ = int((np.maximum(read, pixels) - np.minimum(read, pixels)).max())
+    if differ > 1:
+        raise InputError(
+            f"{path} is read differently by the decoder of training (by up to {differ} of 255 grey "
+            "levels), wanted another kind of file: convert it to PNG"
+        )
+
+
+def leads_outside(path: Path, source: Path) -> bool:
+    """Whether a link on the way to an image leads out of the source (a folder, or a table's)."""
+    root = Path(os.path.abspath(source if source.is_dir() else source.parent))
+    place = Path(os.path.abspath(path))
+    # A table may name images elsewhere; their own folder is then what they must not leave.
+    home = root if place.is_relative_to(root) else place.parent
+    return not place.resolve().is_relative_to(home.resolve())
+
+
+def store(frame: np.ndarray, modality: str, sample: Candidate, out: Path, suffix: str) -> None:
     """Write a frame below ``out/<modality>`` and let the sample refer to it."""
-    target = out / modality / f"{sample.id}.jpg"
+    # An id from a table may hold "..", or begin with "/": never a way out of the folder.
+    parts = [f"%{part}" if part in ("", ".", "..") else part for part in sample.id.split("/")]
+    target = out / modality.replace("/", "%") / ("/".join(parts) + suffix)
     save(frame, target)
     sample.files[modality] = target
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
-    """Apply ``work`` to all items, in order, with a progress bar on a terminal."""
+    """Apply ``work`` to all items, in order, and say how far it is."""
+    pool = ThreadPoolExecutor(available_threads())
+    try:
+        return list(_progress(pool.map(work, items), title, len(items)))
+    finally:  # after an error or Ctrl-C nothing more is begun
+        pool.shutdown(cancel_futures=True)
+
+
+def _progress(results: Iterator[R], title: str, count: int) -> Iterator[R]:
+    """The results: with a bar on a terminal, else with a line on stderr every half minute."""
     console = Console(stderr=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(work, items)
-        return list(
-            track(results, title, len(items), console=console, disable=not console.is_terminal)
-        )
+    if console.is_terminal:
+        yield from track(results, title, count, console=console)
+        return
+    said = time.monotonic()
+    for number, result in enumerate(results, start=1):
+        yield result
+        if time.monotonic() - said > _SECONDS:
+            said = time.monotonic()
+            print(f"{title}: {number} of {count}", file=sys.stderr)
 
 
 def keep_complete(
-    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
-) -> list[Inspected]:
-    """The samples that become rows; what does not is listed in ``rejected.csv`` with its reason.
-
-    Raises:
-        InputError: nothing is left.
-    """
-    enough = 1 if options.keep_orphans else len(modalities)
+    found: Sequence[Inspected], modalities: Sequence[str], keep_orphans: bool
+) -> tuple[list[Inspected], list[Rejected], list[Rejected]]:
+    """The samples that become rows, the broken images, and the images without a partner."""
+    enough = 1 if keep_orphans else len(modalities)
     kept, broken, orphans = [], [], []
     for one in found:
-        broken += [(one.sample.id, path, reason) for path, reason in one.rejected]
+        broken += [Rejected(one.sample.id, path, reason) for path, reason in one.rejected]
         if len(one.sample.files) >= enough:
             kept.append(one)
         else:
             missing = ", ".join(name for name in modalities if name not in one.sample.files).upper()
             reason = f"without a partner: no {missing} image that can be used"
-            orphans += [(one.sample.id, path, reason) for path in one.sample.files.values()]
-    report_rejected(broken, orphans, options.out / "rejected.csv")
-    if not kept:
-        raise InputError(
-            f"source {options.source} has no sample left, wanted one with all of its images; "
-            f"{options.out / 'rejected.csv'} says what is wrong"
-        )
-    return kept
+            files = one.sample.files.values()
+            orphans += [Rejected(one.sample.id, path, reason) for path in files]
+    return kept, broken, orphans
 
 
 def hold_out(

@@ -13,6 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+Hashes = Sequence[Mapping[str, np.ndarray]]
+"""For each row, modality -> perceptual hash."""
 
 MAX_DISTANCE = 32
 """Bits in which near-duplicates differ at most. Of 877 Kvasir-SEG frames, no two that are listed as
@@ -21,7 +26,8 @@ a fifth brighter, 34 (99 % of the frames) shifted by 1 % of its width and height
 
 _SIDE, _FREQUENCIES = 64, 16
 _COSINES = np.cos(np.pi / _SIDE * np.arange(_FREQUENCIES)[:, None] * (np.arange(_SIDE)[None] + 0.5))
-_BLOCK = 4096  # rows compared at a time
+_BLOCK = 2048  # rows compared at a time
+_MOST = 1000  # pairs that are listed
 
 
 @dataclass(frozen=True)
@@ -47,62 +53,80 @@ def perceptual_hash(image: np.ndarray) -> np.ndarray:
     return frequencies > np.median(frequencies)
 
 
-def near_duplicates(hashes: Sequence[Mapping[str, np.ndarray]]) -> list[NearDuplicate]:
-    """All pairs of rows that look alike in a modality, the closest first.
+def near_duplicates(hashes: Hashes, splits: Sequence[str]) -> tuple[list[NearDuplicate], int]:
+    """Pairs of rows of different splits that look alike in a modality.
+
+    Frames of one video may all look alike, so pairs are counted block by block and only the
+    closest ``_MOST`` are kept.
 
     Args:
-        hashes: for each row, modality -> perceptual hash.
+        hashes: of each row.
+        splits: of each row.
+
+    Returns:
+        The closest pairs, the closest first, and the number of all pairs.
     """
-    found = []
-    for modality in sorted({name for row in hashes for name in row}):
-        rows = [number for number, row in enumerate(hashes) if modality in row]
-        bits = np.array([hashes[number][modality] for number in rows], np.float32) * 2 - 1
-        for i, j, distance in _close(bits):
-            found.append(NearDuplicate(rows[i], rows[j], modality, distance))
-    return sorted(found, key=lambda pair: (pair.distance, pair.first, pair.second))
+    codes = np.unique(np.asarray(splits, str), return_inverse=True)[1]
+    kept, count = np.empty((0, 4), np.int64), 0  # distance, first, second, number of the modality
+    modalities = _modalities(hashes)
+    for number, modality in enumerate(modalities):
+        for first, second, distance in _close(hashes, modality):
+            apart = codes[first] != codes[second]
+            if len(kept) == _MOST:
+                count += int((apart & (distance >= kept[-1, 0])).sum())
+                apart &= distance < kept[-1, 0]
+            count += int(apart.sum())
+            columns = (distance, first, second, np.full(len(first), number))
+            found = np.stack([column[apart] for column in columns], axis=1)
+            every = np.concatenate([kept, found])
+            kept = every[np.lexsort(every.T[2::-1])][:_MOST]
+    return [
+        NearDuplicate(int(first), int(second), modalities[number], int(distance))
+        for distance, first, second, number in kept
+    ], count
 
 
-def _close(bits: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """(i, j, distance) of rows i < j of a (N, 255) array of -1 and 1, a block at a time."""
-    count, length = bits.shape
-    for top in range(0, count, _BLOCK):
-        for left in range(top, count, _BLOCK):
-            distances = (length - bits[top : top + _BLOCK] @ bits[left : left + _BLOCK].T) / 2
-            for i, j in np.argwhere(distances <= MAX_DISTANCE):
-                if top + i < left + j:
-                    yield int(top + i), int(left + j), int(distances[i, j])
-
-
-def group_together(
-    groups: Sequence[str], ids: Sequence[str], pairs: Sequence[NearDuplicate]
-) -> list[str]:
-    """Group names after the groups of near-duplicates have been united.
+def group_together(groups: Sequence[str], ids: Sequence[str], hashes: Hashes) -> list[str]:
+    """Group names after groups whose rows look alike, through any chain of rows, are united.
 
     Args:
         groups: name of each row's group, "" = a group of its own.
         ids: of the rows; the first of a united group names it.
-        pairs: what belongs together.
+        hashes: of each row.
     """
-    leader = list(range(len(groups)))
-
-    def find(row: int) -> int:
-        while leader[row] != row:
-            leader[row] = leader[leader[row]]
-            row = leader[row]
-        return row
-
-    def unite(a: int, b: int) -> None:
-        low, high = sorted((find(a), find(b)))
-        leader[high] = low
-
-    first_of: dict[str, int] = {}
-    for row, group in enumerate(groups):
-        if group:
-            unite(first_of.setdefault(group, row), row)
-    for pair in pairs:
-        unite(pair.first, pair.second)
-    united = {find(row) for pair in pairs for row in (pair.first, pair.second)}
+    count = len(groups)
+    named = np.unique(np.asarray(groups, str), return_index=True, return_inverse=True)
+    component = np.where(np.asarray(groups, str) == "", np.arange(count), named[1][named[2]])
+    alike = np.zeros(count, bool)
+    for modality in _modalities(hashes):
+        for first, second, _ in _close(hashes, modality):
+            alike[first] = alike[second] = True
+            a, b = component[first], component[second]
+            if (new := a != b).any():
+                edges = coo_matrix((np.ones(new.sum()), (a[new], b[new])), (count, count))
+                component = connected_components(edges, directed=False)[1][component]
+    _, leader, of = np.unique(component, return_index=True, return_inverse=True)
+    united = np.zeros(len(leader), bool)
+    united[of[alike]] = True
     return [
-        f"like {ids[find(row)]}" if find(row) in united else group
+        f"like {ids[leader[of[row]]]}" if united[of[row]] else group
         for row, group in enumerate(groups)
     ]
+
+
+def _modalities(hashes: Hashes) -> list[str]:
+    return sorted({name for row in hashes for name in row})
+
+
+def _close(hashes: Hashes, modality: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """First row, second row and distance of the pairs that look alike, a block at a time."""
+    rows = np.array([number for number, row in enumerate(hashes) if modality in row])
+    bits = np.array([hashes[number][modality] for number in rows], np.float32) * 2 - 1
+    count, length = bits.shape
+    for top in range(0, count, _BLOCK):
+        for left in range(top, count, _BLOCK):
+            agree = bits[top : top + _BLOCK] @ bits[left : left + _BLOCK].T  # minus different ones
+            close = agree >= length - 2 * MAX_DISTANCE
+            first, second = np.nonzero(np.triu(close, 1) if left == top else close)
+            distance = (length - agree[first, second]) / 2
+            yield rows[top + first], rows[left + second], distance.astype(np.int64)

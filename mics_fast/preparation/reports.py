@@ -1,22 +1,35 @@
-"""What ``prepare`` tells a person: how many rows there are of what, and what to look at."""
+"""Reports of ``prepare``: counts of rows, rejected files, near-duplicates across splits."""
 
 from __future__ import annotations
 
-import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mics_fast.common.files import whole_file
+from mics_fast.common.files import printable, write_csv
 from mics_fast.data.manifest import SPLITS
 from mics_fast.preparation.leaks import NearDuplicate
 
 _SHOWN = 10  # lines of a list on the screen; its file holds all of them
 
-Rejected = tuple[str, Path, str]
-"""Id of the sample, file, and why it is left out."""
+
+class Rejected(NamedTuple):
+    """A file that becomes no part of a row.
+
+    Args:
+        id: of its sample, "" where it belongs to none.
+        file: path.
+        reason: a sentence.
+    """
+
+    id: str
+    file: Path
+    reason: str
 
 
 def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str]) -> None:
@@ -35,7 +48,9 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
         mine = [record for record in records if record["label"] == label]
         parts = [[record for record in mine if record["split"] == split] for split in SPLITS]
         labelled = sum(record["labelled"] == "1" for record in mine)
-        table.add_row(label or "(no label)", *map(cell, parts), str(labelled))
+        # As Text: names may hold what looks like markup.
+        cells = (printable(label) or "(no label)", *map(cell, parts), str(labelled))
+        table.add_row(*map(Text, cells))
     Console().print(table)
     virtual = {name for record in records for name in record["virtual"].split()}
     shown = [
@@ -46,35 +61,54 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
     print(f"modalities: {', '.join(shown)}")
 
 
-def report_rejected(broken: Sequence[Rejected], orphans: Sequence[Rejected], path: Path) -> None:
-    """List what is left out: broken images, and images without a partner."""
-    write_list(path, ("id", "file", "reason"), [*broken, *orphans])
+def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
+    """List what becomes no part of a row, each file with its reason."""
+    write_list(path, ("id", "file", "reason"), rejected)
+
+
+def print_rejected(
+    broken: Sequence[Rejected], orphans: Sequence[Rejected], unknown: Sequence[Rejected], file: str
+) -> None:
+    """The first of the rejected files; suffixes of the unknown ones."""
     for title, lines in (
-        (f"rejected, see {path.name}", [reason for _, _, reason in broken]),
-        ("left out, without a partner of the same name", [str(file) for _, file, _ in orphans]),
+        (f"rejected, see {file}", [one.reason for one in broken]),
+        ("left out, without a partner of the same name", [str(one.file) for one in orphans]),
     ):
         if lines:
             print(f"{title}: {len(lines)} images")
-            print("\n".join(f"  {line}" for line in lines[:_SHOWN]))
+            print("\n".join(f"  {printable(line)}" for line in lines[:_SHOWN]))
+    if unknown:
+        suffixes = Counter(one.file.suffix.lower() or "no suffix" for one in unknown)
+        shown = ", ".join(f"{printable(name)} {n}" for name, n in suffixes.most_common(_SHOWN))
+        print(f"not read, of an unknown suffix, see {file}: {len(unknown)} files ({shown})")
 
 
-def report_leaks(
-    alike: Sequence[NearDuplicate], records: Sequence[Mapping[str, str]], path: Path
+def write_leaks(
+    path: Path, alike: Sequence[NearDuplicate], records: Sequence[Mapping[str, str]]
 ) -> None:
-    """List the near-duplicates that lie on two sides of the split."""
-    leaks = [
+    """List near-duplicates that lie in two splits."""
+    header = ("id", "split", "other_id", "other_split", "modality", "different_bits")
+    lines = [
         (a["id"], a["split"], b["id"], b["split"], pair.modality, pair.distance)
         for pair in alike
         for a, b in [(records[pair.first], records[pair.second])]
-        if a["split"] != b["split"]
     ]
-    header = ("id", "split", "other_id", "other_split", "modality", "different_bits")
-    write_list(path, header, leaks)
-    if leaks:
-        print(f"near-duplicates on two sides of the split, see {path.name}: {len(leaks)} pairs")
-        for one, own, other, its, modality, _ in leaks[:_SHOWN]:
-            print(f"  {one} ({own}) and {other} ({its}), {modality.upper()}")
-        print("  --group-near-duplicates keeps them on one side")
+    write_list(path, header, lines)
+
+
+def print_leaks(
+    alike: Sequence[NearDuplicate], count: int, records: Sequence[Mapping[str, str]], file: str
+) -> None:
+    """The first near-duplicates that lie in two splits, and how many there are."""
+    if not count:
+        return
+    listed = "" if count == len(alike) else f", the closest {len(alike)} of them"
+    print(f"near-duplicates on two sides of the split, see {file}{listed}: {count} pairs")
+    for pair in alike[:_SHOWN]:
+        a, b = records[pair.first], records[pair.second]
+        names = f"{a['id']} ({a['split']}) and {b['id']} ({b['split']})"
+        print(f"  {printable(names)}, {pair.modality.upper()}")
+    print("  --group-near-duplicates keeps them on one side")
 
 
 def write_list(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
@@ -86,5 +120,5 @@ def write_list(path: Path, header: Sequence[str], lines: Sequence[Sequence[objec
     if not lines:
         path.unlink(missing_ok=True)
         return
-    with whole_file(path) as file:
-        csv.writer(file).writerows([header, *lines])
+    texts = [[cell if isinstance(cell, int) else str(cell) for cell in line] for line in lines]
+    write_csv(path, [dict(zip(header, line, strict=True)) for line in texts], header)

@@ -8,61 +8,99 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from mics_fast.common.files import renamed
 from mics_fast.data.manifest import write_manifest
+from mics_fast.data.manifest_checks import check_labels, check_rows
 from mics_fast.data.shards import write_shards
 from mics_fast.preparation.contact_sheet import write_contact_sheet
 from mics_fast.preparation.inspection import Inspected
-from mics_fast.preparation.leaks import group_together, near_duplicates
-from mics_fast.preparation.reports import print_summary, report_leaks
-from mics_fast.preparation.sources import CONTACT_SHEET, Sample
+from mics_fast.preparation.leaks import NearDuplicate, group_together, near_duplicates
+from mics_fast.preparation.reports import write_leaks
+from mics_fast.preparation.sources import CONTACT_SHEET, Candidate
 from mics_fast.preparation.splits import fold_rows, label_rows, split_fold, split_rows
 
-HELD_OUT = "held-out.csv"
+HELD_OUT, NEAR_DUPLICATES = "held-out.csv", "near_duplicates.csv"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, to be printed once all of it is there.
+
+    Args:
+        files: manifests, contact sheet.
+        kept: manifests that were there before, under their new names.
+        records: rows of the first manifest.
+        alike: near-duplicates in two of its splits, the closest ones.
+        pairs: number of all of those.
+        warnings: sentences on its splits.
+    """
+
+    files: list[Path]
+    kept: list[Path]
+    records: list[dict[str, str]]
+    alike: list[NearDuplicate]
+    pairs: int
+    warnings: list[str]
 
 
 def write_rows(
     found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
-) -> list[Path]:
-    """Split the samples, check for leaks, write manifests and contact sheet, print a summary.
+) -> Written:
+    """Split the samples, check for leaks, write manifests, lists and contact sheet.
 
-    Returns:
-        The files written.
+    Raises:
+        InputError: labels or groups that contradict each other, or a file that cannot be written.
     """
     samples = [one.sample for one in found]
     labels = [sample.label for sample in samples]
     groups = [sample.group for sample in samples]
-    alike = near_duplicates([one.hashes for one in found])
+    ids = [sample.id for sample in samples]
+    hashes = [one.hashes for one in found]
+    check_labels(f"source {options.source}", labels)
     if options.group_near_duplicates:
-        groups = group_together(groups, [sample.id for sample in samples], alike)
-    written: list[Path] = []
-    for name, splits in draw_splits(labels, groups, options).items():
+        groups = group_together(groups, ids, hashes)
+    given = [sample.split for sample in samples]
+    drawn = {"manifest.csv": given} if all(given) else draw_splits(labels, groups, options)
+    files, kept = [], []
+    first: list[dict[str, str]] = []
+    for name, splits in drawn.items():
         labelled = draw_labelled(labels, groups, splits, options)
         records = records_of(samples, groups, splits, labelled, modalities, options.out)
-        if not written:
-            print_summary(records, modalities)
-            report_leaks(alike, records, options.out / "near_duplicates.csv")
-            write_contact_sheet(options.out / CONTACT_SHEET, records, modalities)
+        if not first:
+            first = records
+            warnings = check_rows(f"source {options.source}", ids, labels, groups, splits)
         if options.to_shards:
             records = write_shards(
                 records, modalities, options.out, options.to_shards, options.seed
             )
-        replace_manifest(options.out / name, records, modalities)
-        written.append(options.out / name)
-    return [*written, options.out / CONTACT_SHEET]
+        kept += replace_manifest(options.out / name, records, modalities)
+        files.append(options.out / name)
+    alike, pairs = near_duplicates(hashes, [record["split"] for record in first])
+    write_leaks(options.out / NEAR_DUPLICATES, alike, first)
+    write_contact_sheet(options.out / CONTACT_SHEET, first, modalities)
+    files.append(options.out / CONTACT_SHEET)
+    return Written(files, kept, first, alike, pairs, warnings)
 
 
 def replace_manifest(
     file: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
-) -> None:
-    """Write a manifest; another one that was there, edited by hand maybe, stays beside it."""
+) -> list[Path]:
+    """Write a manifest; another one that was there, edited by hand maybe, stays beside it.
+
+    Returns:
+        The new name of that one, if there was one.
+    """
     before = file.read_bytes() if file.exists() else None
     write_manifest(file, records, modalities)
-    if before not in (None, file.read_bytes()):
-        kept = file.with_name(f"{file.name}.bak")
-        kept.write_bytes(before)
-        print(f"{file} was another one: it is now {kept}")
+    if before is None or before == file.read_bytes():
+        return []
+    kept = file.with_name(f"{file.name}.bak")
+    with renamed(kept) as partial:
+        partial.write_bytes(before)
+    return [kept]
 
 
 def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: Path) -> Path:
@@ -107,7 +145,7 @@ def draw_labelled(
 
 
 def records_of(
-    samples: Sequence[Sample],
+    samples: Sequence[Candidate],
     groups: Sequence[str],
     splits: Sequence[str],
     labelled: set[int],

@@ -1,8 +1,7 @@
-"""What ``prepare`` is given: class folders, pairs of class folders, or a table of paths."""
+"""Sources of ``prepare``: class folders, one folder per class and modality, or a table of paths."""
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,21 +10,28 @@ from pathlib import Path, PurePosixPath
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.images import SUFFIXES
-from mics_fast.data.manifest import RESERVED
+from mics_fast.data.manifest import RESERVED, SPLITS
+from mics_fast.data.tables import read_table
 
 CONTACT_SHEET = "contact_sheet.png"
-"""Name of the picture that ``prepare`` leaves beside the manifest."""
+"""Name of the picture that ``prepare`` draws beside the manifest."""
+
+KNOWN_MODALITIES = ("wli", "nbi")
+READ_SUFFIXES = SUFFIXES | {".dcm"}
+_SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val",
+                "testing": "test"}  # fmt: skip
 
 
 @dataclass
-class Sample:
-    """One row of the manifest to be.
+class Candidate:
+    """A sample that becomes a row of the manifest if its images can be used.
 
     Args:
-        id: unique text, a relative path without suffix.
+        id: unique text; of a folder or a path, the relative path without suffix.
         label: class name, "" = unknown.
         files: modality -> image; a missing modality has no entry.
         group: name of the group, "" = a group of its own.
+        split: train, val or test where the source says so, "" where it is drawn.
         virtual: modalities that are derived from another.
     """
 
@@ -33,88 +39,167 @@ class Sample:
     label: str
     files: dict[str, Path]
     group: str = ""
+    split: str = ""
     virtual: list[str] = field(default_factory=list)
 
 
-def read_folders(source: Path, out: Path, pattern: re.Pattern[str] | None) -> list[Sample]:
-    """The samples of ``<class>/`` folders, or of ``<class>_WLI/`` and ``<class>_NBI/`` pairs.
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table hold what; None: none does.
+
+    Args:
+        paths: modality -> column of paths, relative to the table's folder.
+        label, group, id, split: columns of names.
+    """
+
+    paths: Mapping[str, str]
+    label: str | None = None
+    group: str | None = None
+    id: str | None = None
+    split: str | None = None
+
+    def all(self) -> list[str]:
+        """Every column that is read."""
+        names = (*self.paths.values(), self.label, self.group, self.id, self.split)
+        return [name for name in names if name]
+
+
+def read_folders(
+    source: Path, out: Path, pattern: re.Pattern[str] | None
+) -> tuple[list[Candidate], list[str]]:
+    """The samples of ``<class>/`` folders, or of ``<class>_<MODALITY>/`` folders.
 
     Args:
         source: folder of folders.
         out: folder that ``prepare`` writes to, which may lie in the source.
-        pattern: finds the id that the file names of a pair share, its first group if it has one;
-            None: the whole stem.
+        pattern: finds the id that the file names of one sample share, its first group if it has
+            one; None: the whole stem.
 
     Returns:
-        Samples in the order of their ids; one without a partner has a single file.
+        Samples in the order of their ids, those without a partner included, and the modalities.
 
     Raises:
         InputError: no such folder, a layout that is neither, or a folder that cannot be used.
     """
     if not source.is_dir():
-        raise InputError(f"source {source} is neither a folder nor a CSV file")
-    paired, single = class_folders(source, out)
-    samples: dict[str, Sample] = {}
-    for folder in paired or single:
-        label, modality = folder.name, "wli"
-        if paired:
-            label, modality = folder.name[:-4], folder.name[-3:].lower()
+        raise InputError(f"source {source} is neither a folder nor a table (CSV, TSV)")
+    folders = class_folders(source, out)
+    found: dict[str, Candidate] = {}
+    for (label, modality), folder in folders.items():
         for key, path in images_by_key(folder, pattern).items():
             name = f"{label}/{key}"
-            samples.setdefault(name, Sample(name, label, {})).files[modality] = path
-    if paired and not any(len(sample.files) == 2 for sample in samples.values()):
+            found.setdefault(name, Candidate(name, label, {})).files[modality] = path
+    modalities = in_order({modality for _, modality in folders})
+    if len(modalities) > 1 and not any(len(one.files) > 1 for one in found.values()):
         same = "of the same name" if pattern is None else f"that share what {pattern.pattern} finds"
-        raise InputError(f"source {source} has no WLI and NBI image {same}")
-    return [samples[name] for name in sorted(samples)]
+        kinds = " and ".join(map(str.upper, modalities))
+        raise InputError(f"source {source} has no {kinds} image {same}")
+    return [found[name] for name in sorted(found)], modalities
 
 
-def class_folders(source: Path, out: Path) -> tuple[list[Path], list[Path]]:
-    """The folders of a source: those of the pair layout, or those of the one-modality layout.
+def class_folders(source: Path, out: Path) -> dict[tuple[str, str], Path]:
+    """(class, modality) -> its folder; in the one-modality layout every modality is wli.
 
     Raises:
-        InputError: there is none, there are both, one holds no image, or one has no partner.
+        InputError: there is none, there are both layouts, one holds no image, or lacks a partner.
     """
-    written = {out.resolve(), *(out.resolve() / name for name in ("wli", "nbi", "shards"))}
+    written = {out.resolve(), *(out.resolve() / name for name in (*KNOWN_MODALITIES, "shards"))}
     folders = sorted(
         path
         for path in source.iterdir()
         if path.is_dir() and not path.name.startswith(".")
         if path.resolve() not in written or images_of(path)
     )
-    paired = [path for path in folders if path.name.endswith(("_WLI", "_NBI"))]
-    single = [path for path in folders if path not in paired]
     if not folders:
         raise InputError(
             f"source {source} has no folder, wanted <class>/ or <class>_WLI/ and <class>_NBI/"
         )
-    if paired and single:
-        raise InputError(
-            f"source {source} holds {paired[0].name} and {single[0].name}, wanted pairs of folders "
-            "or single folders, not both"
-        )
     for folder in folders:
         if not images_of(folder):
-            kinds = ", ".join(sorted(SUFFIXES))
+            kinds = ", ".join(sorted(READ_SUFFIXES))
             raise InputError(f"{folder} holds no image, wanted files that end in {kinds}")
-    for folder in paired:
-        other = folder.name[:-3] + ("NBI" if folder.name.endswith("WLI") else "WLI")
-        if not (source / other).is_dir():
-            raise InputError(f"{folder} has no partner, wanted {other} beside it")
-    return paired, single
+    paired = by_class_and_modality(source, folders)
+    return paired or {(folder.name.strip(), KNOWN_MODALITIES[0]): folder for folder in folders}
+
+
+def by_class_and_modality(source: Path, folders: Sequence[Path]) -> dict[tuple[str, str], Path]:
+    """The folders of the layout ``<class>_<MODALITY>``; nothing where it is the other one.
+
+    ``_WLI`` and ``_NBI`` may be written in any case. Other modalities are recognised where every
+    folder's name ends in capitals and every class has the same two or more of them.
+
+    Raises:
+        InputError: folders of both layouts, twice the same, or without a partner.
+    """
+    split = {path: path.name.rpartition("_") for path in folders}
+    known = [
+        path for path, (own, _, end) in split.items() if own and end.lower() in KNOWN_MODALITIES
+    ]
+    named = [
+        path for path, (own, _, end) in split.items() if own and (path in known or end.isupper())
+    ]
+    found: dict[tuple[str, str], Path] = {}
+    for path in named:
+        label, _, end = split[path]
+        other = found.setdefault((label.strip(), end.lower()), path)
+        if other is not path:
+            raise InputError(f"source {source} holds {other.name} and {path.name}, wanted one")
+    modalities = in_order({modality for _, modality in found})
+    wanted = modalities if len(modalities) > 1 else KNOWN_MODALITIES
+    missing = [
+        (path, f"{label}_{needed.upper()}")
+        for (label, _), path in sorted(found.items())
+        for needed in wanted
+        if (label, needed) not in found
+    ]
+    if not known:
+        complete = len(named) == len(folders) and len(modalities) > 1 and not missing
+        return found if complete else {}
+    alone = [path for path in folders if path not in named]
+    if alone:
+        raise InputError(
+            f"source {source} holds {named[0].name} and {alone[0].name}, wanted pairs of folders "
+            "or single folders, not both"
+        )
+    for path, needed in missing:
+        raise InputError(f"{path} has no partner, wanted {needed} beside it")
+    return found
+
+
+def in_order(modalities: set[str]) -> list[str]:
+    """The modalities, wli and nbi first."""
+    return sorted(modalities, key=lambda name: (name not in KNOWN_MODALITIES, name == "nbi", name))
 
 
 def images_of(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted by name; what ``prepare`` drew itself is none of them."""
+    """Image files of a folder, sorted by name, but for what ``prepare`` drew itself."""
+    return [path for path in _files_of(folder) if path.suffix.lower() in READ_SUFFIXES]
+
+
+def unknown_files(source: Path) -> list[Path]:
+    """Files in the folders of a source whose suffix is none that is read."""
+    folders = (
+        [path for path in sorted(source.iterdir()) if path.is_dir()] if source.is_dir() else []
+    )
+    return [
+        path
+        for folder in folders
+        if not folder.name.startswith(".")
+        for path in _files_of(folder)
+        if path.suffix.lower() not in READ_SUFFIXES and not path.is_dir()
+    ]
+
+
+def _files_of(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        if path.name != CONTACT_SHEET
+        if not path.name.startswith(".") and path.name != CONTACT_SHEET
     )
 
 
 def images_by_key(folder: Path, pattern: re.Pattern[str] | None) -> dict[str, Path]:
-    """The images of a folder by what names their pair.
+    """The images of a folder by what they share with the other images of their sample.
 
     Raises:
         InputError: the pattern finds nothing in a name, or two images have one key.
@@ -133,53 +218,68 @@ def images_by_key(folder: Path, pattern: re.Pattern[str] | None) -> dict[str, Pa
     return dict(zip(keys, files, strict=True))
 
 
-def read_table(
-    file: Path, columns: Mapping[str, str], label_column: str | None, group_column: str | None
-) -> list[Sample]:
-    """The samples of a CSV file whose columns hold paths, relative to its folder.
+def read_list(file: Path, columns: Columns) -> list[Candidate]:
+    """The samples of a table whose columns hold paths, relative to its folder.
 
-    The id of a row is the path of its first image without suffix.
+    Without an id column the id of a row is the path of its first image without image suffix.
 
     Args:
-        file: CSV with a header.
-        columns: modality -> its column; an empty cell is a missing image.
-        label_column: holds class names; None: no labels.
-        group_column: holds what rows of one group share; None: no groups.
+        file: CSV or TSV with a header.
+        columns: what they hold; an empty cell of a path is a missing image.
 
     Raises:
-        InputError: unreadable, no such column, a row without an image, or two rows of one id.
+        InputError: unreadable, no such column, a row without an image, two rows of one id, or a
+            split that is none; names file and line.
     """
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            header = list(reader.fieldnames or ())
-            records = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        why = getattr(error, "strerror", None) or error
-        raise InputError(f"{file} cannot be read as a table: {why}") from None
-    wanted = [*columns.values(), *filter(None, (label_column, group_column))]
-    for column in wanted:
-        if column not in header:
-            raise InputError(f"{file} has no column {column!r}, only {', '.join(header)}")
-    samples: dict[str, Sample] = {}
-    for line, record in enumerate(records, start=2):
-        cells = {column: (record[column] or "").strip() for column in wanted}
-        files = {name: file.parent / cells[own] for name, own in columns.items() if cells[own]}
-        if not files:
-            raise InputError(f"{file}, line {line}: no path in {', '.join(columns.values())}")
-        first = PurePosixPath(cells[columns[next(iter(files))]])
-        name = "/".join(part for part in first.with_suffix("").parts if part not in ("/", ".."))
-        if name in samples:
-            raise InputError(f"{file}, line {line}: image {first} has the id of another, {name!r}")
-        label = cells[label_column] if label_column else ""
-        group = cells[group_column] if group_column else ""
-        samples[name] = Sample(name, label, files, group)
-    if not samples:
+    table = read_table(file, str(file))
+    for column in columns.all():
+        if column not in table.columns:
+            raise InputError(f"{file} has no column {column!r}, {table.found}")
+    found: dict[str, Candidate] = {}
+    for line, cells in table.lines:
+        where = f"{file}, line {line}"
+        paths = {name: cells[own] for name, own in columns.paths.items() if cells[own]}
+        if not paths:
+            raise InputError(f"{where}: no path in {', '.join(columns.paths.values())}")
+        first = next(iter(paths.values()))
+        name = cells[columns.id] if columns.id else name_of(first)
+        if not name or name in found:
+            what = f"image {first} has" if columns.id is None else f"column {columns.id} holds"
+            raise InputError(f"{where}: {what} the id of another, {name!r}" if name else
+                             f"{where}: the id is empty")  # fmt: skip
+        found[name] = Candidate(
+            name,
+            cells[columns.label] if columns.label else "",
+            {modality: file.parent / path for modality, path in paths.items()},
+            cells[columns.group] if columns.group else "",
+            split_of(cells[columns.split], where) if columns.split else "",
+        )
+    if not found:
         raise InputError(f"{file} has no row")
-    return list(samples.values())
+    return list(found.values())
 
 
-def read_columns(assignments: Sequence[str]) -> dict[str, str]:
+def name_of(path: str) -> str:
+    """The id that a path gives its row: without image suffix, root and steps upwards."""
+    first = PurePosixPath(path)
+    if first.suffix.lower() in READ_SUFFIXES:  # the end of 1.2.840.1 is no suffix
+        first = first.with_suffix("")
+    return "/".join(part for part in first.parts if part not in ("/", ".."))
+
+
+def split_of(cell: str, where: str) -> str:
+    """The split that an official split calls by a name such as "Training".
+
+    Raises:
+        InputError: it is none.
+    """
+    name = _SPLIT_NAMES.get(cell.lower(), cell.lower())
+    if name not in SPLITS:
+        raise InputError(f"{where}: split is {cell!r}, wanted one of {', '.join(SPLITS)}")
+    return name
+
+
+def read_assignments(assignments: Sequence[str]) -> dict[str, str]:
     """Modality -> column from texts such as ``wli=file``.
 
     Raises:

@@ -244,3 +244,24 @@ def test_a_broken_index_is_one_sentence(manifests, index):
     with pytest.raises(InputError) as caught:
         ImageFiles("error", CPU).read(row, "wli")
     assert str(row.files["wli"]) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".v1 final"])
+def test_blanks_and_dots_in_names_survive(tmp_path, suffix):
+    for number in range(12):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 50, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"f.{number}{suffix}", "PNG")
+    lines = [f"f.{2 * k}{suffix},f.{2 * k + 1}{suffix},{'ab'[k % 2]}" for k in range(6)]
+    (tmp_path / "l.csv").write_text("\n".join(["w,n,c", *lines]))
+    columns = ["--column", "white light/v1.0=w", "--column", "nbi=n", "--label-column", "c"]
+    out = tmp_path / "out"
+    arguments = [str(tmp_path / "l.csv"), "--out", str(out), *columns, "--to-shards", "2"]
+    prepare.main(arguments)
+    manifest = read_manifest(out / "manifest.csv")
+    assert manifest.modalities == ("white light/v1.0", "nbi")
+    for row in manifest.rows:
+        for number, path in enumerate(row.files.values()):
+            source = tmp_path / f"f.{2 * row.index + number}{suffix}"
+            assert read_image(path).tobytes() == source.read_bytes()
+            with tarfile.open(path.parent) as tar:
+                assert tar.extractfile(path.name).read() == source.read_bytes()

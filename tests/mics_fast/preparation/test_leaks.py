@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,6 @@ from PIL import Image, ImageEnhance
 
 from mics_fast.preparation.leaks import (
     MAX_DISTANCE,
-    NearDuplicate,
     group_together,
     near_duplicates,
     perceptual_hash,
@@ -20,6 +20,13 @@ from mics_fast.preparation.leaks import (
 
 def hashes_of(images):
     return [{"wli": perceptual_hash(np.asarray(image))} for image in images]
+
+
+def found_among(hashes):
+    """The pairs among rows that all lie in different splits."""
+    pairs, count = near_duplicates(hashes, [str(row) for row in range(len(hashes))])
+    assert count == len(pairs)
+    return pairs
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +53,7 @@ COPIES = {
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_of_a_frame_is_found_and_nothing_else(frames, how):
     changed = [COPIES[how](image) for image in frames]
-    found = near_duplicates(hashes_of([*frames, *changed]))
+    found = found_among(hashes_of([*frames, *changed]))
     count = len(frames)
     assert {(pair.first, pair.second) for pair in found} == {(k, k + count) for k in range(count)}
     assert max(pair.distance for pair in found) <= 22
@@ -59,7 +66,7 @@ def test_distances_are_counted_in_bits_and_sorted():
         changed = bits.copy()
         changed[:flipped] = ~changed[:flipped]
         rows.append({"nbi": changed})
-    found = near_duplicates(rows)
+    found = found_among(rows)
     assert [(pair.first, pair.second, pair.distance) for pair in found] == [
         (0, 2, 5), (1, 3, 6), (1, 2, MAX_DISTANCE - 5), (0, 1, MAX_DISTANCE),
     ]  # fmt: skip
@@ -67,8 +74,8 @@ def test_distances_are_counted_in_bits_and_sorted():
 
 def test_rows_are_compared_within_a_modality_alone():
     bits = np.random.default_rng(0).random(255) < 0.5
-    assert near_duplicates([{"wli": bits}, {"nbi": bits}, {}]) == []
-    (pair,) = near_duplicates([{"wli": bits}, {"nbi": bits}, {"wli": ~bits, "nbi": bits}])
+    assert found_among([{"wli": bits}, {"nbi": bits}, {}]) == []
+    (pair,) = found_among([{"wli": bits}, {"nbi": bits}, {"wli": ~bits, "nbi": bits}])
     assert (pair.first, pair.second, pair.modality) == (1, 2, "nbi")
 
 
@@ -77,16 +84,53 @@ def test_blocks_of_rows_are_compared_with_each_other(monkeypatch):
     bits = np.random.default_rng(0).random((8, 255)) < 0.5
     bits[7] = bits[1]
     bits[5] = bits[4]
-    found = near_duplicates([{"wli": own} for own in bits])
+    found = found_among([{"wli": own} for own in bits])
     assert [(pair.first, pair.second) for pair in found] == [(1, 7), (4, 5)]
 
 
 def test_groups_are_united_through_any_chain():
-    def pair(a, b):
-        return NearDuplicate(a, b, "wli", 0)
+    bits = np.random.default_rng(0).random((8, 255)) < 0.5
+    bits[5], bits[6] = bits[4], bits[2]
+    bits[4, :20] = ~bits[4, :20]
+    bits[2, :20] = ~bits[2, :20]
+    bits[2, 20:] = bits[5, 20:]
+    bits[2, :20] = bits[5, :20]
+    groups = ["g", "", "", "h", "g", "", "", ""]
+    hashes = [{"wli": own} for own in bits]
+    united = group_together(groups, list("abcdefgh"), hashes)
+    assert united == ["like a", "", "like a", "h", "like a", "like a", "", ""]
+    assert group_together(groups[3:4], ["d"], hashes[3:4]) == ["h"]
 
-    groups = ["g", "", "", "h", "g", "", ""]
-    ids = list("abcdefg")
-    united = group_together(groups, ids, [pair(4, 5), pair(2, 5)])
-    assert united == ["like a", "", "like a", "h", "like a", "like a", ""]
-    assert group_together(groups, ids, []) == groups
+
+def test_only_pairs_of_different_splits_are_counted():
+    bits = np.random.default_rng(0).random(255) < 0.5
+    rows = [{"wli": bits}] * 5
+    pairs, count = near_duplicates(rows, ["train", "train", "test", "val", "train"])
+    assert count == len(pairs) == 7
+    assert all((pair.first, pair.second) != (0, 1) for pair in pairs)
+
+
+def test_of_many_near_duplicates_the_closest_are_listed_and_all_are_counted(monkeypatch):
+    monkeypatch.setattr("mics_fast.preparation.leaks._MOST", 10)
+    monkeypatch.setattr("mics_fast.preparation.leaks._BLOCK", 16)
+    bits = np.tile(np.random.default_rng(0).random(255) < 0.5, (60, 1))
+    for row in range(60):
+        bits[row, : row // 4] = ~bits[row, : row // 4]
+    splits = ["train" if row % 2 else "test" for row in range(60)]
+    rows = [{"wli": own} for own in bits]
+    pairs, count = near_duplicates(rows, splits)
+    assert count == 30 * 30 and len(pairs) == 10
+    distances = [(bits[i] != bits[j]).sum() for i in range(60) for j in range(i) if (i + j) % 2]
+    assert [pair.distance for pair in pairs] == sorted(distances)[:10]
+
+
+def test_ten_thousand_frames_that_look_alike_take_little_memory():
+    bits = np.random.default_rng(0).random(255) < 0.5
+    rows = [{"wli": bits}] * 10_000
+    splits = ["train", "test"] * 5_000
+    tracemalloc.start()
+    _, count = near_duplicates(rows, splits)
+    group_together([""] * 10_000, [str(row) for row in range(10_000)], rows)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 25_000_000 and peak < 500e6

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import io
+import struct
+import sys
 import weakref
 
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from mics_fast.common.errors import InputError
+from mics_fast.data.image_files import SingleDecoder
 from mics_fast.data.images import decode
 from mics_fast.data.manifest import read_manifest
 from mics_fast.preparation import inspection, phantom
@@ -77,10 +83,10 @@ def test_checking_keeps_no_decoded_image(kvasir, tmp_path, monkeypatch):
         image = decode(path).copy()
         decoded.append(weakref.ref(image))
         alive.append(sum(reference() is not None for reference in decoded))
-        return image
+        return inspection.Frame(image)
 
-    monkeypatch.setattr(inspection, "decode", watched)
-    monkeypatch.setattr(inspection.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(inspection, "read_frame", watched)
+    monkeypatch.setattr(inspection, "available_threads", lambda: 2)
     run(kvasir, "--out", tmp_path / "out")
     assert len(alive) == 17 and max(alive) <= 3
 
@@ -184,3 +190,144 @@ def test_the_contact_sheet_shows_the_images_of_each_pair(pairs, tmp_path):
         rows, columns = (np.argwhere(mask & (sheet[..., 1] == shade)) for mask in (red, blue))
         assert abs(rows[:, 0].min() - columns[:, 0].min()) <= 1
         assert 0 < columns[:, 1].min() - rows[:, 1].min() < 200
+
+
+# One broken image costs one row; training reads what is accepted
+
+
+def pair_with(tmp_path, content, name="x.tif"):
+    """Five plain frames and one file of this content."""
+    for number in range(5):
+        (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
+        scenery(number).save(tmp_path / "in" / "a" / f"{number}.png")
+    (tmp_path / "in" / "a" / name).write_bytes(content)
+    run(tmp_path / "in", "--out", tmp_path / "out")
+    return rejected(tmp_path / "out") if (tmp_path / "out" / "rejected.csv").exists() else []
+
+
+def encoded(array, kind="TIFF", **options):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_a_tiff_that_training_cannot_read_is_rejected_with_its_reason(tmp_path, dtype):
+    (line,) = pair_with(tmp_path, encoded(np.ones((40, 50), dtype)))
+    assert "is a TIFF with" in line["reason"] and "convert it to PNG" in line["reason"]
+
+
+def test_an_image_that_the_two_decoders_read_differently_is_rejected(tmp_path, monkeypatch):
+    plain = SingleDecoder.pixels
+
+    def darker(self, data):
+        pixels = plain(self, data)
+        return pixels // 2 if bytes(data[:2]) == b"II" else pixels
+
+    monkeypatch.setattr(SingleDecoder, "pixels", darker)
+    (line,) = pair_with(tmp_path, encoded(np.full((40, 50, 3), 200, np.uint8)))
+    assert "read differently by the decoder of training (by up to 100 of 255" in line["reason"]
+
+
+@pytest.mark.parametrize("error", [TypeError("mutated EXIF"), struct.error("x"), MemoryError()])
+def test_whatever_a_decoder_raises_is_a_rejected_row(tmp_path, monkeypatch, error):
+    def broken(image):
+        if image.size == (50, 40):
+            raise error
+        return image
+
+    monkeypatch.setattr("mics_fast.data.images.ImageOps.exif_transpose", broken)
+    (line,) = pair_with(tmp_path, encoded(np.zeros((40, 50, 3), np.uint8), "PNG"), "x.png")
+    assert "x.png cannot be decoded as an image" in line["reason"]
+
+
+def test_16_bits_of_which_few_are_used_are_warned_about(tmp_path, capsys):
+    ten_bits = np.linspace(0, 1023, 2000).reshape(40, 50).astype(np.uint16)
+    assert not pair_with(tmp_path, encoded(ten_bits, "PNG"), "x.png")
+    assert "1 images of 16 bits use less than a quarter of their range" in capsys.readouterr().out
+    assert not pair_with(tmp_path, encoded(ten_bits * 64, "PNG"), "x.png")
+    assert "16 bits" not in capsys.readouterr().out
+
+
+def test_links_that_lead_outside_are_not_followed_into_shards(kvasir, tmp_path):
+    paint(tmp_path / "private" / "x.jpg")
+    (kvasir / "polyps" / "link.jpg").symlink_to(tmp_path / "private" / "x.jpg")
+    (kvasir / "polyps" / "inside.jpg").symlink_to(kvasir / "polyps" / "p0.jpg")
+    run(kvasir, "--out", tmp_path / "out", "--to-shards", "100")
+    (line,) = rejected(tmp_path / "out")
+    assert line["id"] == "polyps/link" and "leads outside the source by a link" in line["reason"]
+    run(kvasir, "--out", tmp_path / "out")
+    assert len(read_manifest(tmp_path / "out" / "manifest.csv").rows) == 19
+
+
+# DICOM
+
+
+def dicom(pixels, **attributes):
+    """A DICOM file of grey levels or colours."""
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.file_meta.MediaStorageSOPClassUID = SecondaryCaptureImageStorage
+    data.file_meta.MediaStorageSOPInstanceUID = data.SOPInstanceUID = generate_uid()
+    data.SOPClassUID = SecondaryCaptureImageStorage
+    data.PatientName = "DOE^JOHN"
+    data.Rows, data.Columns = pixels.shape[:2]
+    data.SamplesPerPixel, data.PlanarConfiguration = (3, 0) if pixels.ndim == 3 else (1, 0)
+    data.PhotometricInterpretation = "RGB" if pixels.ndim == 3 else "MONOCHROME2"
+    data.BitsAllocated = data.BitsStored = 8 * pixels.dtype.itemsize
+    data.HighBit, data.PixelRepresentation = data.BitsStored - 1, int(pixels.dtype.kind == "i")
+    data.PixelData = pixels.tobytes()
+    for name, value in attributes.items():
+        setattr(data, name, value)
+    stream = io.BytesIO()
+    data.save_as(stream, enforce_file_format=True)
+    return stream.getvalue()
+
+
+RAMP = np.arange(2000).reshape(40, 50)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (lambda: dicom((RAMP % 256).astype(np.uint8)), RAMP % 256),
+        (lambda: dicom(np.stack([RAMP % 256] * 3, 2).astype(np.uint8)), RAMP % 256),
+        (lambda: dicom((RAMP * 30).astype(np.uint16)), RAMP * 30 / 257),
+        (lambda: dicom(RAMP.astype(np.uint16), BitsStored=11, HighBit=10), RAMP * 255 / 2047),
+        (
+            lambda: dicom((RAMP % 256).astype(np.uint8), PhotometricInterpretation="MONOCHROME1"),
+            255 - RAMP % 256,
+        ),
+        (  # Hounsfield units from -1000, shown from 0 to 500
+            lambda: dicom(
+                RAMP.astype(np.int16),
+                RescaleIntercept=-1000,
+                RescaleSlope=1,
+                WindowCenter=250,
+                WindowWidth=501,
+            ),
+            ((RAMP - 1000) / 500).clip(0, 1) * 255,
+        ),
+    ],
+    ids=["grey", "colour", "16 bits", "11 bits", "inverted", "window"],
+)
+def test_dicom_is_stored_as_png_without_the_patient(tmp_path, content, expected):
+    assert not pair_with(tmp_path, content(), "x.dcm")
+    row = {row.id: row for row in read_manifest(tmp_path / "out" / "manifest.csv").rows}["a/x"]
+    assert row.files["wli"].suffix == ".png" and b"DOE" not in row.files["wli"].read_bytes()
+    assert abs(decode(row.files["wli"])[..., 1] - expected).max() <= 1
+
+
+def test_dicom_without_pydicom_is_rejected_with_what_to_install(tmp_path, monkeypatch):
+    content = dicom(RAMP.astype(np.uint16))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    (line,) = pair_with(tmp_path, content, "x.dcm")
+    assert "pip install 'mics-fast[dicom]'" in line["reason"]
+
+
+def test_dicom_of_many_frames_or_that_is_broken_is_rejected(tmp_path):
+    (line,) = pair_with(tmp_path, dicom(RAMP.astype(np.uint16), NumberOfFrames=9), "x.dcm")
+    assert "9 frames" in line["reason"]
+    (line,) = pair_with(tmp_path, dicom(RAMP.astype(np.uint16))[:300], "x.dcm")
+    assert "x.dcm cannot be decoded as DICOM" in line["reason"]

@@ -221,3 +221,151 @@ def test_a_file_that_a_table_names_twice_or_in_vain_is_told(table, tmp_path):
 def test_columns_are_for_tables_alone(kvasir, tmp_path):
     with pytest.raises(InputError, match="--label-column is for a CSV file"):
         run(kvasir, "--out", tmp_path / "out", "--label-column", "kind")
+
+
+# Names as people give them
+
+
+def folders(source, *names, count=3):
+    for number, name in enumerate(names):
+        for k in range(count):
+            (source / name).mkdir(parents=True, exist_ok=True)
+            scenery(10 * k + number).save(source / name / f"{k}.png")
+    return source
+
+
+def manifest_of(*arguments, out):
+    run(*arguments, "--out", out)
+    return read_manifest(out / "manifest.csv")
+
+
+@pytest.mark.parametrize("names", [("polyp_wli", "polyp_nbi"), ("polyp_Wli", "polyp_NBI")])
+def test_the_modality_in_a_folder_s_name_may_be_in_any_case(tmp_path, names):
+    manifest = manifest_of(folders(tmp_path / "in", *names), out=tmp_path / "out")
+    assert manifest.modalities == ("wli", "nbi") and manifest.classes == ("polyp",)
+    assert len(manifest.rows) == 3
+
+
+def test_three_modalities_work_as_pairs_do(tmp_path):
+    names = [f"{label}_{kind}" for label in ("a", "b") for kind in ("WLI", "NBI", "BLI")]
+    manifest = manifest_of(folders(tmp_path / "in", *names), out=tmp_path / "out")
+    assert manifest.modalities == ("wli", "nbi", "bli") and manifest.classes == ("a", "b")
+    assert all(None not in row.files.values() for row in manifest.rows)
+
+
+def test_modalities_of_other_names_are_capitals_that_every_class_has(tmp_path):
+    source = folders(tmp_path / "in", "nevus_CLINIC", "nevus_DERM", "mole_CLINIC", "mole_DERM")
+    assert manifest_of(source, out=tmp_path / "out").modalities == ("clinic", "derm")
+    folders(source, "wart_CLINIC")
+    manifest = manifest_of(source, out=tmp_path / "other")
+    assert manifest.modalities == ("wli",) and len(manifest.classes) == 5
+
+
+def test_one_modality_twice_is_refused(tmp_path):
+    source = folders(tmp_path / "in", "polyp_WLI", "polyp_wli", "polyp_NBI")
+    with pytest.raises(InputError, match="holds polyp_WLI and polyp_wli, wanted one"):
+        run(source, "--out", tmp_path / "out")
+
+
+def test_brackets_and_control_characters_in_names_are_shown_as_they_are(tmp_path, capsys):
+    names = ("polyp [small]_WLI", "polyp [small]_NBI", "x[b]_WLI", "x[b]_NBI", "a\x1b[2J_WLI",
+             "a\x1b[2J_NBI")  # fmt: skip
+    manifest = manifest_of(folders(tmp_path / "in", *names), out=tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "polyp [small]" in printed and "x[b]" in printed and "\x1b" not in printed
+    assert manifest.classes == ("a\x1b[2J", "polyp [small]", "x[b]")
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe"])
+def test_other_suffixes_of_jpeg_are_read(tmp_path, suffix):
+    (tmp_path / "in" / "polyps").mkdir(parents=True)
+    scenery(0).save(tmp_path / "in" / "polyps" / f"x{suffix}", "JPEG")
+    assert len(manifest_of(tmp_path / "in", out=tmp_path / "out").rows) == 1
+
+
+def test_files_of_unknown_suffixes_are_listed(kvasir, tmp_path, capsys):
+    for name in ("x.heic", "y.heic", "README"):
+        (kvasir / "polyps" / name).write_bytes(b"?")
+    run(kvasir, "--out", tmp_path / "out")
+    assert "unknown suffix, see rejected.csv: 3 files (.heic 2, no suffix 1)" in (
+        capsys.readouterr().out
+    )
+    listed = {line["file"] for line in rejected(tmp_path / "out")}
+    assert listed == {str(kvasir / "polyps" / name) for name in ("x.heic", "y.heic", "README")}
+
+
+def test_labels_that_differ_in_case_alone_are_refused_before_anything_is_written(tmp_path):
+    source = folders(tmp_path / "in", "polyp", "Polyp")
+    with pytest.raises(InputError, match="'Polyp' and 'polyp' differ only in case"):
+        run(source, "--out", tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.csv").exists()
+
+
+@pytest.mark.parametrize(("separator", "name"), [(";", "list.csv"), ("\t", "list.tsv")])
+def test_tables_of_semicolons_and_tabs_are_read(table, tmp_path, separator, name):
+    other = table.with_name(name)
+    other.write_text(table.read_text().replace(",", separator))
+    assert len(manifest_of(other, *COLUMNS, out=tmp_path / "out").rows) == 11
+
+
+def test_ids_and_an_official_split_come_from_columns(table, tmp_path, capsys):
+    lines = table.read_text().splitlines()
+    splits = ["Training", "valid", "TEST"]
+    extra = [f",{'1.2.840.' + str(k)},{splits[k % 3]}" for k in range(12)]
+    table.write_text("\n".join([lines[0] + ",uid,part", *map(str.__add__, lines[1:], extra)]))
+    options = (*COLUMNS, "--id-column", "uid", "--split-column", "part")
+    manifest = manifest_of(table, *options, out=tmp_path / "out")
+    assert [row.id for row in manifest.rows] == [f"1.2.840.{k}" for k in range(11)]
+    assert [row.split for row in manifest.rows] == [
+        ("train", "val", "test")[k % 3] for k in range(11)
+    ]
+    assert "warning" not in capsys.readouterr().out
+    table.write_text(table.read_text().replace("Training", "holdout"))
+    with pytest.raises(InputError, match="line 2: split is 'holdout', wanted one of train"):
+        run(table, "--out", tmp_path / "out", *options)
+
+
+def test_a_group_that_an_official_split_tears_apart_is_refused(table, tmp_path):
+    lines = table.read_text().splitlines()
+    parts = [",part", *((",train", ",test")[k % 2] for k in range(12))]
+    table.write_text("\n".join(map(str.__add__, lines, parts)))
+    options = (*COLUMNS, "--group-column", "lesion", "--split-column", "part")
+    with pytest.raises(InputError, match="are of one group"):
+        run(table, "--out", tmp_path / "out", *options)
+
+
+def test_a_split_without_rows_is_warned_about(table, tmp_path, capsys):
+    run(table, "--out", tmp_path / "out", *COLUMNS, "--split", "0.8", "0", "0.2")
+    assert (
+        "warning: " in (printed := capsys.readouterr().out)
+        and "no row is in the split val" in printed
+    )
+
+
+@pytest.mark.parametrize("name", ["1.2.840.1", "case.7"])
+def test_only_the_suffix_of_an_image_is_cut_from_a_path(tmp_path, name):
+    scenery(0).save(tmp_path / name, "PNG")
+    (tmp_path / "l.csv").write_text(f"f\n{name}\n")
+    manifest = manifest_of(tmp_path / "l.csv", "--column", "wli=f", out=tmp_path / "out")
+    assert [row.id for row in manifest.rows] == [name]
+
+
+def test_an_id_cannot_lead_out_of_the_folder(tmp_path):
+    scenery(0).save(tmp_path / "x.png")
+    lines = ["f,i", "x.png,../../evil", "x.png,/tmp/evil", "x.png,a//b"]
+    (tmp_path / "l.csv").write_text("\n".join(lines))
+    options = ("--column", "wli=f", "--id-column", "i", "--store-side", "32")
+    manifest = manifest_of(tmp_path / "l.csv", *options, out=tmp_path / "out")
+    stored = [row.files["wli"].resolve() for row in manifest.rows]
+    assert len(set(stored)) == 3
+    assert all(path.is_relative_to((tmp_path / "out" / "wli").resolve()) for path in stored)
+
+
+def test_the_manifest_is_there_when_nobody_reads_the_report(kvasir, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(BrokenPipeError):
+        run(kvasir, "--out", tmp_path / "out")
+    assert len(read_manifest(tmp_path / "out" / "manifest.csv").rows) == 17

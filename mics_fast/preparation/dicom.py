@@ -1,0 +1,77 @@
+"""DICOM images, read by pydicom (extra ``dicom``): pixels alone, nothing of the patient."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+
+from mics_fast.data.image_header import LARGEST_IMAGE, RefusedImage
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file begins as DICOM does."""
+    return data[128:132] == b"DICM"
+
+
+def read_dicom(data: bytes) -> np.ndarray:
+    """The image of a DICOM file as (H, W, 3) uint8.
+
+    Grey levels are shown through the file's first window, without one over all bits stored;
+    MONOCHROME1 is inverted.
+
+    Raises:
+        RefusedImage: pydicom is not installed, or the file has no single image that it can read.
+    """
+    try:
+        import pydicom
+    except ImportError:
+        raise RefusedImage("is DICOM, wanted pip install 'mics-fast[dicom]' to read it") from None
+    try:
+        dataset = pydicom.dcmread(io.BytesIO(data))
+        frames = int(dataset.get("NumberOfFrames") or 1)
+        pixels = int(dataset.Rows) * int(dataset.Columns)
+        if frames != 1 or not 0 < pixels <= LARGEST_IMAGE:
+            raise RefusedImage(
+                f"is DICOM of {frames} frames of {pixels} pixels, wanted one frame of at most "
+                f"{LARGEST_IMAGE >> 20} million"
+            )
+        return _levels(dataset)
+    except RefusedImage:
+        raise
+    except (
+        Exception
+    ) as error:  # pydicom and its decoders raise whatever a broken file makes of them
+        raise RefusedImage(f"cannot be decoded as DICOM: {error}") from None
+
+
+def _levels(dataset: Any) -> np.ndarray:
+    """(H, W, 3) uint8 of the pixels of a dataset."""
+    from pydicom.pixels import apply_color_lut, apply_modality_lut
+
+    values = dataset.pixel_array
+    kind = dataset.PhotometricInterpretation
+    bits = int(dataset.BitsStored)
+    if kind == "PALETTE COLOR":
+        values, bits = apply_color_lut(values, dataset), 16
+        return (values >> 8).astype(np.uint8) if values.dtype.itemsize == 2 else values
+    if values.ndim == 3:
+        return (values >> (bits - 8)).astype(np.uint8)
+    grey = np.asarray(apply_modality_lut(values, dataset), np.float64)
+    if "WindowCenter" in dataset:
+        centre, width = (_first(dataset[name].value) for name in ("WindowCenter", "WindowWidth"))
+        # PS3.3 C.11.2.1.2.1, for a shown range of 0 to 1.
+        shown = (grey - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
+    else:
+        low = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        ends = np.asarray(apply_modality_lut(np.array([low, low + 2**bits - 1]), dataset), float)
+        shown = (grey - ends[0]) / (ends[1] - ends[0])
+    shown = shown.clip(0, 1)
+    levels = np.round(255 * (1 - shown if kind == "MONOCHROME1" else shown)).astype(np.uint8)
+    return np.repeat(levels[..., None], 3, axis=2)
+
+
+def _first(value: Any) -> float:
+    """The first of the values of an element, which may have one alone."""
+    return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)
