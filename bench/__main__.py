@@ -39,7 +39,7 @@ SUBJECTS = (*OPERATORS, "pipeline", "training", "host")
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for beside ``Options``.
+    """Options of this command alone.
 
     Attributes:
         only: subjects.
@@ -119,7 +119,7 @@ def parse() -> tuple[Options, Request]:
 
 
 def path_of(facts: Machine) -> Path:
-    """Where a result is stored."""
+    """The file that a result is stored in."""
     suffix = "-quick" if facts["mode"] == "quick" else ""
     folder = ROOT / "bench" / "results" / slug(facts["device"])
     return folder / f"{facts['date']}-{facts['commit']}{suffix}.json"

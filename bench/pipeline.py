@@ -97,7 +97,7 @@ class Loader:
 
 
 class Round(NamedTuple):
-    """What one round of a loader took."""
+    """Time and memory of one round of a loader."""
 
     seconds: float  # per pair
     cpu: float  # CPU seconds per pair

@@ -1,4 +1,4 @@
-/* What one thread of this processor can do at most; bench/peaks.py builds, runs and times it. */
+/* The most that one thread of this processor can do; bench/peaks.py builds, runs and times it. */
 
 #include <string.h>
 
@@ -24,7 +24,7 @@
 
 typedef float vector __attribute__((vector_size(WIDTH), aligned(WIDTH)));
 
-/* Multiply-adds that do not wait for each other: more chains than latency times units. */
+/* Independent multiply-adds: more chains than latency times units. */
 #define ADVANCE(more)                 \
     for (long k = 0; k < rounds; k++) \
         UNROLLED for (int chain = 0; chain < CHAINS; chain++) more;
@@ -36,7 +36,7 @@ static float total(const vector *sums, int count) {
     return sum;
 }
 
-/* FLOPs of a round. */
+/* FLOPs per round. */
 long fma_flops(void) { return 2L * CHAINS * WIDTH / 4; }
 
 float fma_rounds(long rounds, float factor, float term) {
@@ -47,7 +47,7 @@ float fma_rounds(long rounds, float factor, float term) {
     return total(sums, CHAINS);
 }
 
-/* The same of bfloat16 products summed in float32; 0 FLOPs where there is no such instruction. */
+/* The same for bfloat16 products summed in float32; 0 FLOPs without such an instruction. */
 #if defined(__AVX512BF16__)
 #include <immintrin.h>
 
@@ -66,7 +66,7 @@ long bf16_flops(void) { return 0; }
 float bf16_rounds(long rounds, float factor, float term) { return rounds * factor * term; }
 #endif
 
-#define BLOCK 65536L /* bytes; a pass goes block by block, there and back, and meets what a cache kept */
+#define BLOCK 65536L /* bytes per step; passes alternate in direction, to meet what a cache kept */
 
 static long place(long pass, long block, long blocks) {
     return BLOCK * (pass % 2 ? blocks - 1 - block : block);

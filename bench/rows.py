@@ -1,4 +1,4 @@
-"""The columns of a stored result, and what a run is told to do."""
+"""The columns of a stored result, and the options of a run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Row(TypedDict, total=False):
 
 
 class Machine(TypedDict, total=False):
-    """What a run ran on."""
+    """The machine and the versions of a run."""
 
     device: str
     kind: str  # cpu or cuda
@@ -107,10 +107,10 @@ class StoredPeaks(TypedDict):
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for.
+    """Options that every subject reads.
 
     Attributes:
-        device: what is measured.
+        device: where operators and steps run.
         full: whether the documentation may show the result; else a quick look.
         threads: CPU threads.
         budget: seconds per case.

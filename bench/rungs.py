@@ -49,7 +49,7 @@ were computed; for bfloat16. Measured after four steps of vit_micro and vit_tiny
 
 @dataclass(frozen=True)
 class Way:
-    """How this project's pre-training step is made; the default is closest to the published one.
+    """One way to make the pre-training step; the default is closest to the published one.
 
     Attributes:
         adversarial, preset: see ``PretrainConfig``.

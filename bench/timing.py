@@ -43,11 +43,11 @@ class Timed(NamedTuple):
 
 @dataclass
 class Times:
-    """Of one implementation: (wall, CPU) seconds per call round by round, and those as called."""
+    """Seconds per call of one implementation, round by round."""
 
-    rounds: list[tuple[float, float]] = field(default_factory=list)
-    called: list[float] = field(default_factory=list)
-    replayed: bool = False
+    rounds: list[tuple[float, float]] = field(default_factory=list)  # wall and CPU
+    called: list[float] = field(default_factory=list)  # as a user calls it
+    replayed: bool = False  # as a CUDA graph
 
 
 class Turns(NamedTuple):

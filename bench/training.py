@@ -73,7 +73,7 @@ LEAST = 3
 
 
 class Timing(NamedTuple):
-    """What one step took, in seconds."""
+    """Seconds of one step."""
 
     wall: float
     cpu: float
@@ -82,10 +82,10 @@ class Timing(NamedTuple):
 
 @dataclass
 class Trial:
-    """What is known of a rung.
+    """The measurements of a rung.
 
     Attributes:
-        rung: what is measured.
+        rung: the rung.
         losses: of the checked steps.
         times: of the timed steps.
         apart: largest difference from the losses it must agree with.
@@ -357,7 +357,7 @@ def frames_of(manifest: Manifest, config: TrainConfig, device: torch.device) -> 
 
 
 def has_dali() -> bool:
-    """Whether images can be read."""
+    """Return True if DALI can read images here."""
     try:
         check_dali()
     except InputError:

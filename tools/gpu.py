@@ -49,7 +49,7 @@ GRACE = 25
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended."""
+    """The end of a step."""
 
     step: str
     status: Literal["ok", "left out", "failed"]
@@ -215,12 +215,12 @@ def benchmark(
 
 
 def installed(name: str) -> bool:
-    """Whether a package can be imported."""
+    """Return True if a package can be imported."""
     return importlib.util.find_spec(name) is not None
 
 
 def needs(file: Path, packages: list[str]) -> bool:
-    """Whether a file of tests imports one of the packages."""
+    """Return True if a file of tests imports one of the packages."""
     text = file.read_text()
     return any(f"import {name}" in text or f"from {name}" in text for name in packages)
 

@@ -16,7 +16,7 @@ ALLOWED = 0.8
 
 
 class Key(NamedTuple):
-    """What a ratio is of."""
+    """The columns that identify a ratio."""
 
     subject: str
     operator: str

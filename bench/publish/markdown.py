@@ -26,7 +26,7 @@ def milliseconds(value: float) -> str:
 
 
 def times(row: Row | None) -> str:
-    """How many times as long as ours; "-" for no row."""
+    """The time of a row as a multiple of ours; "-" for no row."""
     return "-" if row is None else factor(row["ratio"])
 
 
@@ -70,7 +70,7 @@ def how(result: Result, subject: str) -> str:
 
 
 def on_gpu(results: list[Result], subject: str) -> str:
-    """Which GPUs a subject was measured on."""
+    """A sentence on the GPUs that a subject was measured on."""
     found = latest(results, subject, "cuda").values()
     names = [result.machine["device"] for result in found]
     return f"Measured on {listed(names)}, too." if names else "Not measured on a GPU."

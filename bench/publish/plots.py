@@ -198,7 +198,7 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
 
 
 def ladder(axes: Axes, result: Result) -> None:
-    """How many times faster than the published step each rung is, one line per model."""
+    """Speed of each rung over that of the published step, one line per model."""
     rows = [row for row in measured(result.of("training")) if row["implementation"] in RUNGS]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):

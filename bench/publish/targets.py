@@ -83,7 +83,7 @@ def measured_value(target: Target, results: list[Result]) -> float | None:
 
 
 def holds(target: Target, value: float) -> bool:
-    """Whether a value keeps to the bound."""
+    """Return True if the value keeps to the bound."""
     return (target.least is None or value >= target.least) and (
         target.most is None or value <= target.most
     )

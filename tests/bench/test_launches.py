@@ -1,4 +1,4 @@
-"""What the operators launch on a GPU, by Triton's own launcher, without one."""
+"""Launches of the operators on a GPU, through Triton's own launcher, without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What floors are of: the best of what was tried, never less than what is measured."""
+"""Peaks: the best of several tries, never below what is measured beside them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 class Library:
-    """What probe.c offers, with streams of made-up speed, in rounds a second."""
+    """A stand-in for probe.c, with streams of made-up speed, in rounds per second."""
 
     def __init__(self, **speeds: float) -> None:
         self.speeds = speeds
@@ -126,7 +126,7 @@ def test_of_known_gpus_the_data_sheet_counts(
 
 
 def test_another_h100_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the PCIe card memory and clocks are slower."""
+    """The PCIe card has slower memory and clocks."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 NVL")
     monkeypatch.setattr(peaks, "copy", lambda device: 2.0)
     monkeypatch.setattr(peaks, "product", lambda device, dtype: 3.0)

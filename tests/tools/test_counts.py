@@ -1,4 +1,4 @@
-"""What is counted in the code of a compiled kernel, on code written here."""
+"""Counts in the code of a compiled kernel, on code written here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_bytes_and_flops_are_counted_by_loop() -> None:
     assert counts.total(found, "store", depth=0) == 16 * 256 * 4
 
 
-def test_loads_and_stores_of_sixteen_bytes_are_told_from_narrow_ones() -> None:
+def test_loads_and_stores_of_sixteen_bytes_are_distinguished_from_narrow_ones() -> None:
     narrow = "ld.global.v2.b32 {%r1, %r2}, [ %rd1 ];\nld.global.b64 %rd2, [ %rd1 ];"
     narrow += "\ncp.async.ca.shared.global [ %r1 + 0 ], [ %rd1 + 0 ], 0x4;"
     assert counts.wide(narrow, "ld") == 0

@@ -16,7 +16,7 @@ ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives addresses
 
 
 class Usage(NamedTuple):
-    """How much of a chip a kernel uses."""
+    """Resources that a kernel takes on a chip."""
 
     registers: int  # per thread
     stack: int  # bytes per thread; above 0 where registers spill
@@ -61,7 +61,7 @@ def compile_for(
 
 
 def usage_of(compiled: Any) -> Usage:
-    """How much of a chip a compiled kernel uses."""
+    """Read the resources that a compiled kernel takes."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -96,7 +96,7 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> Iterator[r
 
 
 def products_from_registers(code: str) -> int:
-    """How many products take a factor from registers."""
+    """Number of products that take a factor from registers."""
     instructions, _ = parsed(code)
     return sum(
         one.opcode.startswith("HGMMA") and PRODUCT.match(one.operands) is not None

@@ -115,7 +115,7 @@ def test_only_what_stands_between_marks_is_replaced_and_only_where_results_are(
     assert tables.filled(new, results.stored(tmp_path)) == new
 
 
-def test_a_table_that_nobody_knows_is_named() -> None:
+def test_an_unknown_table_is_named() -> None:
     with pytest.raises(SystemExit, match="'speed'"):
         tables.filled("<!-- bench: speed -->\n<!-- bench: end -->", [])
 
