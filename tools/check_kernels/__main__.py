@@ -5,7 +5,7 @@ code (shared memory, tensor cores, registers of asynchronous products, loads of 
 FLOPs of bench/roofline.py) is asserted kernel by kernel. A short table comes last; --json keeps it
 for docs/performance.md.
 
-    python -m tools.check_kernels [--only sweep] [--triton 3.6.0 installed] [--json FILE]
+    python -m tools.check_kernels [--only "sm_90 sweep"] [--triton 3.6.0 installed] [--json FILE]
 
 --triton names versions, each of which is installed into build/triton-VERSION and compiles all
 kernels; "installed" is the one of this environment.
@@ -38,7 +38,9 @@ def main() -> int:
     """Check with each version of Triton; exit status 1 where one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="keep the short table here")
-    parser.add_argument("--only", default="", help="kernels with this in their name")
+    parser.add_argument(
+        "--only", default="", help="kernels with this in chip and name: sm_90 sweep"
+    )
     parser.add_argument("--triton", nargs="+", default=[INSTALLED], metavar="VERSION")
     options = parser.parse_args()
     failed = 0
@@ -56,7 +58,9 @@ def check_with(version: str, only: str) -> int:
     if not folder.exists():
         new = folder.with_suffix(".new")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--target", str(new), f"triton=={version}"], check=True)
+        if subprocess.run([*command, "--target", str(new), f"triton=={version}"]).returncode:
+            print(f"Triton {version} cannot be installed into {folder}", file=sys.stderr)
+            return 2
         new.rename(folder)
     path = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
     cache = str(ROOT / "build" / f"triton-cache-{version}")
@@ -73,7 +77,7 @@ def check(only: str, kept: Path | None) -> int:
         for capability in CAPABILITIES
         for module in (evidential, shift, consistency)
         for row in module.checks(capability)
-        if only in row.name
+        if only in f"sm_{capability} {row.name}"
     ]
     kinds: dict[str, dict[int, list[Usage]]] = defaultdict(lambda: defaultdict(list))
     wrong = 0
