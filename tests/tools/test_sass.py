@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tools.check_kernels.sass import overwritten, products_from_registers
+from mics_kernels.consistency.triton_kernels import tile_for
+from tools.check_kernels.consistency import compiled_sweep
+from tools.check_kernels.sass import disassembled, overwritten, products_from_registers
 
 PRODUCT = "HGMMA.64x256x16.F32.BF16 R24, R184, gdesc[UR16].tnspB, R24"
 WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
@@ -75,3 +77,11 @@ def test_a_wait_may_leave_the_latest_group_of_products_open() -> None:
     assert overwritten(code(*both, "MOV R188, R1")) == ["MOV R188, R1"]
     # Products before the one that names the barrier are of its group.
     assert overwritten(code(PRODUCT, *both[1:], "MOV R184, R1")) == ["MOV R184, R1"]
+
+
+def test_the_sweep_multiplies_from_registers_and_overwrites_none() -> None:
+    """The compiled kernel itself, so that the check is of what is there."""
+    tile = tile_for(90, 64, 256, 2, False, False)
+    ours = disassembled(compiled_sweep(90, 256, "half", False, tile, True))
+    assert products_from_registers(ours) > 0
+    assert overwritten(ours) == []

@@ -38,9 +38,7 @@ def main() -> int:
     """Check with each version of Triton; exit status 1 where one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="keep the short table here")
-    parser.add_argument(
-        "--only", default="", help="kernels with this in chip and name: sm_90 sweep"
-    )
+    parser.add_argument("--only", default="", help="chip and kernel: sm_90 sweep")
     parser.add_argument("--triton", nargs="+", default=[INSTALLED], metavar="VERSION")
     options = parser.parse_args()
     failed = 0

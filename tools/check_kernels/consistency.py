@@ -54,6 +54,30 @@ def sweep_usage(
             copies, overwrites registers that a product still reads, does not read keys 16 bytes at
             a time, or moves or computes other amounts than the roofline model counts.
     """
+    compiled = compiled_sweep(capability, width, precision, has_ids, tile, gradient)
+    code, shared = compiled.asm["ptx"], compiled.metadata.shared
+    where = (capability, width, tile)
+    assert shared <= triton_kernels.shared_memory(capability), where
+    if precision != "ieee":
+        assert re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", code), where
+    if precision != "tf32":
+        assert "cp.async" in code, where
+    assert wide(code, "ld"), where
+    if capability == 90:
+        assert not (bad := overwritten(disassembled(compiled))), (*where, bad)
+    check_counts(compiled.asm["ttir"], width, 2 if precision == "half" else 4, tile, gradient)
+    return usage_of(compiled)
+
+
+def compiled_sweep(
+    capability: int,
+    width: int,
+    precision: str,
+    has_ids: bool,
+    tile: triton_kernels.Tile,
+    gradient: bool,
+) -> Any:
+    """The sweep as a training step calls it, compiled for a chip."""
     kernel = triton_kernels.sweep_kernel
     features = "*bf16" if precision == "half" else "*fp32"
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
@@ -71,30 +95,15 @@ def sweep_usage(
         signature |= {"key_ids": "*i64", "queue_ids": ("*i64", "*i64")}
     else:
         constants |= {"key_ids": None, "queue_ids": ()}
-    # As torch's allocator gives them: addresses are multiples of 16.
+    # Addresses are multiples of 16, as torch's allocator gives them.
     places: list[tuple[int, ...]] = [(kernel.arg_names.index(n),) for n in ("sums", "pulls")]
     for name in ("students", "teachers", "keys", "queues", "lengths", "queue_ids"):
         index = kernel.arg_names.index(name)
         places += [(index, view) for view in range(len(signature[name]))]
-    compiled = compile_for(
+    return compile_for(
         capability, kernel, signature, constants, places,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    code, shared = compiled.asm["ptx"], compiled.metadata.shared
-    assert shared <= triton_kernels.shared_memory(capability), (capability, width, tile)
-    if precision != "ieee":
-        assert re.search(r"wgmma\.mma_async|tcgen05\.mma|mma\.sync", code), (
-            capability,
-            width,
-            tile,
-        )
-    if precision != "tf32":
-        assert "cp.async" in code, (capability, width, tile)
-    assert wide(code, "ld"), (capability, width, tile)
-    if capability == 90:
-        assert not (bad := overwritten(disassembled(compiled))), (width, tile, bad)
-    check_counts(compiled.asm["ttir"], width, 2 if precision == "half" else 4, tile, gradient)
-    return usage_of(compiled)
 
 
 def check_counts(
