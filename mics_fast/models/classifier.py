@@ -1,4 +1,4 @@
-"""The model of the second stage: an encoder a modality, a fusion encoder, a head a view."""
+"""The classifier of stage 2: one encoder per modality, a fusion encoder, one head per opinion."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ INITIAL_HEAD_BIAS = -4.0
 
 @dataclass
 class ClassifierOutput:
-    """What each view says; the views are those of ``Classifier.views``, in that order.
+    """The opinions of a batch, in the order of ``Classifier.views``.
 
     float32, or float64 after ``.double()``.
 
     Args:
-        logits: (B, V, C); of a view that is not present, without meaning.
+        logits: (B, V, C); meaningless where an opinion is not present.
         present: (B, V) bool.
-        fusion_feature: (B, width), what the fusion head reads; None with one modality.
+        fusion_feature: (B, width), the input of the fusion head; None with one modality.
     """
 
     logits: Tensor
@@ -65,7 +65,7 @@ class FusionEncoder(nn.Module):
         initialise(self)
 
     def forward(self, patches: Tensor, present: Tensor) -> Tensor:
-        """Fuse the modalities that are present; tokens of absent ones are never read.
+        """Fuse the present modalities; tokens of absent ones are never read.
 
         Args:
             patches: (B, M, N, width), finite everywhere.
@@ -88,13 +88,13 @@ class FusionEncoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """State an opinion for each modality and, from two modalities on, for their fusion.
+    """State one opinion per modality and, with two modalities or more, one of their fusion.
 
     Args:
         size: a row of ``SIZES``.
         modalities: names of the modalities; not "fusion", and without a dot.
         num_classes: C.
-        pool: what a head reads: "cls" or "mean" of the patch tokens.
+        pool: input of a head: the class token, "cls", or the "mean" of the patch tokens.
         fusion_depth: blocks of the fusion encoder.
 
     Raises:
@@ -125,18 +125,20 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleDict({view: _head(size.width, num_classes) for view in self.views})
 
     def forward(self, views: dict[str, Tensor], present: Tensor) -> ClassifierOutput:
-        """Encode each modality, fuse, and let every view's head speak.
+        """Encode each modality, fuse them, and apply every head.
 
         Args:
-            views: for each modality (B, 3, image, image), normalised; rows of an absent modality
-                may hold anything, NaN too, and change nothing.
+            views: modality -> (B, 3, image, image), normalised; rows of an absent modality may
+                hold anything, NaN included, without any effect.
             present: (B, M) bool, in the order of ``modalities``.
         """
         return self.speak(self.encode(views, present), present)
 
     def encode(self, views: dict[str, Tensor], present: Tensor) -> list[Tensor]:
-        """Each modality's tokens (B, 1 + N, width), of one alone those that its head reads;
-        arguments as ``forward``."""
+        """Tokens of each modality, (B, 1 + N, width); arguments as ``forward``.
+
+        A single modality yields only the tokens that its head reads.
+        """
         wanted = None if self.fusion else tokens_read(self.pool)
         return [
             self.encoders[name](_without_absent(views[name], present[:, index]), wanted=wanted)
@@ -144,9 +146,9 @@ class Classifier(nn.Module):
         ]
 
     def speak(self, tokens: Sequence[Tensor], present: Tensor) -> ClassifierOutput:
-        """Fuse what ``encode`` returned and let every view's head speak.
+        """Fuse the tokens of ``encode`` and apply every head.
 
-        ``present`` may leave out modalities that were encoded: what would be said without them.
+        ``present`` may leave out modalities that were encoded, to ask for an opinion without them.
         """
         features = {
             name: at_least_float32(pool_tokens(own, self.pool))
@@ -199,10 +201,10 @@ def _head(width: int, num_classes: int) -> nn.Linear:
 
 
 def check_modality_names(modalities: Sequence[str]) -> None:
-    """Refuse names that a view of the classifier cannot have.
+    """Refuse names that no opinion of the classifier can have.
 
     Raises:
-        InputError: a name with a dot, that of another view, or that of a module's attribute.
+        InputError: a name with a dot, or one taken by another opinion or a module attribute.
     """
     for name in modalities:
         if name in (FUSION, "fused") or "." in name or hasattr(nn.ModuleDict, name):

@@ -1,4 +1,4 @@
-"""Modality dropout: the student learns to do without one."""
+"""Modality dropout: hide modalities from the student at random."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PURPOSE = 1
 def drop_modalities(
     present: Tensor, sample_id: Tensor, *, seed: int, step: Tensor, rate: float
 ) -> Tensor:
-    """Which modalities are left when each is dropped at random, but never a row's last.
+    """Drop each present modality with probability ``rate``, but never a row's last one.
 
     A function of (seed, step, sample) alone: Philox4x32-10 with key (seed, 1) and counter
     (modality, sample, step, 0) gives each modality a uniform number; below ``rate`` it is dropped,
@@ -28,7 +28,7 @@ def drop_modalities(
         rate: in [0, 1].
 
     Returns:
-        (R, M) bool; of a row with a modality at least one stays.
+        (R, M) bool; a row with any modality keeps at least one.
     """
     modalities = torch.arange(present.shape[1], device=present.device)
     words = philox4x32((seed, PURPOSE), (modalities, sample_id.unsqueeze(1), step, 0))

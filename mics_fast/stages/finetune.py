@@ -1,6 +1,6 @@
 """Stage 2, few labels: evidential fusion, pseudo-labels, distribution shift (arXiv 2509.17492).
 
-What each term is and where it comes from: docs/method.md.
+docs/method.md gives each term and its source.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ class Rows:
 
 @dataclass
 class Scalars:
-    """What changes from step to step: 0-d, float64 but for the step.
+    """Weights that change from step to step; 0-d, float64 except the step.
 
     Args:
         step: int64.
-        kl_weight: of the KL term.
-        pseudo_weight: of rows with a pseudo-label.
-        shift_strength: of rows of weight 1.
+        kl_weight: weight of the KL term.
+        pseudo_weight: weight of pseudo-labelled rows.
+        shift_strength: strength of the shift for a row of weight 1.
     """
 
     step: Tensor
@@ -81,14 +81,14 @@ class Scalars:
 
 
 class FinetuneStage(nn.Module):
-    """A classifier with several views, its moving average, and class-conditional statistics.
+    """A classifier with several opinions, its moving average, and class-conditional statistics.
 
     Args:
         config: options of the stage.
         model: the classifier, its encoders pre-trained or not.
         num_classes: C.
         steps: of the stage, for the ramps.
-        seed: of the shifts and of modality dropout.
+        seed: seed of the shifts and of modality dropout.
         autocast: dtype of the encoders' arithmetic, None for float32.
     """
 
@@ -145,7 +145,7 @@ class FinetuneStage(nn.Module):
         compile_parts(self, scope, ("_compute",))
 
     def networks(self) -> list[nn.Module]:
-        """What ``shard_parameters`` deals out: all but the heads."""
+        """The networks that ``shard_parameters`` splits over ranks: all but the heads."""
         encoders = [
             encoder for own in (self.model, self.average) for encoder in own.encoders.values()
         ]
@@ -153,7 +153,7 @@ class FinetuneStage(nn.Module):
         return [*encoders, *fusions]
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
-        """What looks wrong in a log record."""
+        """Warnings about a log record."""
         return finetune_warnings(self.config, record)
 
     def _scalars(self, step: Tensor) -> Scalars:
@@ -251,8 +251,8 @@ class FinetuneStage(nn.Module):
         return masked_mean(torch.stack(distances, 1), torch.stack(both, 1))
 
     def _shift(self, output: ClassifierOutput, rows: Rows, scalars: Scalars) -> tuple[Tensor, Seen]:
-        """Loss (R,) of the fusion view on features that vary as their class does, and the unmoved
-        features for the statistics, which advance after the step."""
+        """Loss (R,) of the fusion opinion on shifted features; and the unshifted features, from
+        which the statistics advance after the step."""
         feature = output.fusion_feature
         assert feature is not None
         label = torch.where(output.present[:, -1], rows.label, NO_LABEL)
@@ -280,8 +280,10 @@ class FinetuneStage(nn.Module):
         return loss, seen
 
     def _bound(self, output: ClassifierOutput, label: Tensor, strength: Tensor) -> Tensor:
-        """What the diagonal shift would cost the fusion head in the mean, at most (R,): softmax
-        cross-entropy, since the evidential loss has no such bound."""
+        """Upper bound (R,) of the fusion head's expected loss under the diagonal shift.
+
+        In softmax cross-entropy: the evidential loss has no such bound.
+        """
         head = self.model.heads[FUSION]
         assert isinstance(head, nn.Linear)
         return shifted_cross_entropy(

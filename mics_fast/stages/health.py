@@ -1,6 +1,6 @@
-"""Warnings about training that runs, but not as it should: from the numbers of a log record.
+"""Warnings about training that runs, but badly, from the figures in the log.
 
-A sentence says what a number beyond its limit likely means, and which option to look at.
+Each sentence names the figure, its likely cause, and the option to change.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ PATCH_MEAN = 0.95  # predicting each patch's mean leaves a reconstruction loss o
 def pretrain_warnings(config: PretrainConfig, record: Mapping[str, float]) -> list[str]:
     """Sentences about a log record of stage 1; it need not hold every number.
 
-    An untrained encoder takes all images for alike, and the teacher is one for long: so not before
-    the first epoch is over, and only where the student agrees with it.
+    An untrained encoder maps all images to about one point, and so does the teacher for a while:
+    collapse is reported only after the first epoch, and only where the student agrees.
     """
     warnings = []
     names = ("teacher_similarity", "positive_similarity")
