@@ -8,7 +8,6 @@ happens to the pixels is in ``graph.py``, ``resize.py`` and ``views.py``, to bad
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -116,12 +115,7 @@ class TrainLoader:
     def __next__(self) -> PairBatch:
         if self._stream is None:
             self._stream = Stream(
-                self._graph,
-                self._files,
-                self._prepare,
-                self._share,
-                self.step,
-                self._dtype,
+                self._graph, self._files, self._prepare, self._share, self.step, self._dtype
             )
         batch = next(self._stream)
         before, self.step = self.epoch, self.step + 1
@@ -140,35 +134,6 @@ class TrainLoader:
     def epoch(self) -> int:
         """How often all rows have come before the next batch begins."""
         return self.step * self.batch_size // len(self.rows)
-
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and number of the next batch, and what the stream is made of."""
-        return {"epoch": self.epoch, "step": self.step, **self._identity()}
-
-    def load_state_dict(self, state_dict: Mapping[str, int]) -> None:
-        """Go on with the batch at which the state was taken, on any number of ranks.
-
-        Raises:
-            InputError: the state belongs to another stream.
-        """
-        for name, here in self._identity().items():
-            if state_dict[name] != here:
-                raise InputError(
-                    f"the saved loader position has {name} {state_dict[name]}, wanted {here}, "
-                    "that of this run"
-                )
-        self.step = state_dict["step"]
-        self._stream = None
-
-    def _identity(self) -> dict[str, int]:
-        names = "\n".join(f"{row.index} {row.id}" for row in self.rows)
-        return {
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "rows": len(self.rows),
-            "rows_checksum": zlib.crc32(names.encode()),
-            "balanced": int(self._balanced is not None),
-        }
 
     def _prepare(self, step: int) -> Prepared:
         """The samples of this rank in a batch."""

@@ -78,32 +78,6 @@ def test_a_stream_goes_on_where_it_was_left(rows):
     assert all(map(same, whole[3:], take(train(rows, strong=True, step=3), 3)))
 
 
-def test_a_loader_resumes_from_its_state(rows):
-    loader = train(rows)
-    take(loader, 3)
-    assert loader.step == 3
-    state = loader.state_dict()
-    expected = take(loader, 2)
-    other = train(rows)
-    next(other)
-    other.load_state_dict(state)
-    assert other.step == 3
-    assert all(map(same, expected, take(other, 2)))
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"), [({"seed": 1}, "seed 0"), ({"batch_size": 2}, "batch_size 4")]
-)
-def test_the_state_of_another_stream_is_refused(rows, changes, named):
-    with pytest.raises(InputError, match=named):
-        train(rows, **changes).load_state_dict(train(rows).state_dict())
-
-
-def test_the_state_of_other_rows_is_refused(rows):
-    with pytest.raises(InputError, match="rows_checksum"):
-        train(rows[::-1]).load_state_dict(train(rows).state_dict())
-
-
 def test_the_strong_view_changes_nothing_else(rows):
     a, b = next(train(rows, strong=False)), next(train(rows, strong=True))
     b.strong = None
