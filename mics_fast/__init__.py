@@ -5,6 +5,18 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.argv[:1] == ["-m"]:
+    # `python -m mics_fast.X`, before X is imported: Python has put the current folder first on the
+    # module path, where a file of a data folder received from elsewhere would stand in for any
+    # module imported from here on. The folder that this package itself was found in stays.
+    import os.path
+
+    _here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if sys.path[:1] == [os.getcwd()] != [_here]:
+        del sys.path[0]
+
 import os
 from typing import TYPE_CHECKING, Any
 

@@ -1,6 +1,11 @@
-"""``python -m mics_fast``: which commands there are."""
+"""``mics-fast COMMAND``, the same as ``python -m mics_fast.COMMAND``."""
 
 from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+from mics_fast.common.errors import InputError, did_you_mean, run_command
 
 COMMANDS = {
     "prepare": "images or a table of them -> manifest.csv, checked, split, looked at",
@@ -12,7 +17,24 @@ COMMANDS = {
     "experiment": "manifest -> variants x label fractions x seeds, in one table",
 }
 
+
+def main() -> None:
+    """Run the command that the first argument names, or list the commands."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print("mics-fast COMMAND --help\n")
+        for command, purpose in COMMANDS.items():
+            print(f"  {command:11} {purpose}")
+        return
+    if name not in COMMANDS:
+        raise InputError(f"command {name} is unknown{did_you_mean(name, COMMANDS)}")
+    import_module(f"mics_fast.{name}").main(sys.argv[2:])
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    run_command(main)
+
+
 if __name__ == "__main__":
-    print("python -m mics_fast.<command> --help\n")
-    for name, purpose in COMMANDS.items():
-        print(f"  {name:11} {purpose}")
+    run()

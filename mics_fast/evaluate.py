@@ -9,22 +9,24 @@ from pathlib import Path
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
 from mics_fast.common.files import STANDARD_OUTPUT, finite, write_csv, write_json
-from mics_fast.evaluation.intervals import RESAMPLES
-from mics_fast.evaluation.tables import print_tables
-from mics_fast.inference.assessment import (
-    add_out_of_distribution,
-    assess,
-    compare,
-    opinion_table,
-    summarise,
-)
-from mics_fast.inference.run_classifier import run_manifest
-from mics_fast.training.run import Run
+from mics_fast.evaluation import RESAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a run folder; print tables, and write JSON and CSV if asked."""
     options = parse(arguments)
+    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from mics_fast.evaluation.tables import print_tables
+    from mics_fast.inference.assessment import (
+        add_out_of_distribution,
+        assess,
+        compare,
+        opinion_table,
+        summarise,
+    )
+    from mics_fast.inference.run_classifier import run_manifest
+    from mics_fast.training.run import Run
+
     run = Run.open(options.run)
     manifest = run_manifest(run, options.manifest)
     assessment = assess(run, manifest, options.split, options.calibrate)

@@ -19,20 +19,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.markdown import Markdown
-
 from mics_fast.common.errors import run_command
 from mics_fast.common.files import write_json, write_text
 from mics_fast.options.commands import parse_experiment
-from mics_fast.study.experiment import draws, make_cells, missing_tasks
-from mics_fast.study.processes import run_tasks
-from mics_fast.study.summary import markdown, tabulate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing of the grid, then write and print the tables."""
     train, grid = parse_experiment(arguments, __doc__)
+    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from mics_fast.study.experiment import draws, make_cells, missing_tasks
+    from mics_fast.study.processes import run_tasks
+    from mics_fast.study.summary import markdown, tabulate
+
     out = Path(train.out).resolve()
     began = time.monotonic()
     cells = make_cells(train, grid, out)

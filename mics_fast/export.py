@@ -13,12 +13,7 @@ from pathlib import Path
 
 from mics_fast.common.errors import SentenceParser, run_command
 from mics_fast.common.files import make_folder, write_json, write_text
-from mics_fast.evaluation.intervals import RESAMPLES
-from mics_fast.inference.export import export_model, sidecar
-from mics_fast.inference.exported_classifier import CARD, SIDECAR
-from mics_fast.inference.model_card import model_card
-from mics_fast.inference.run_classifier import load_run
-from mics_fast.training.run import Run
+from mics_fast.evaluation import RESAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -29,6 +24,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--resamples", type=int, default=RESAMPLES,
                         help="of the bootstrap behind the model card's intervals")  # fmt: skip
     options = parser.parse_args(arguments)
+    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from mics_fast.inference.export import export_model, sidecar
+    from mics_fast.inference.exported_classifier import CARD, SIDECAR
+    from mics_fast.inference.model_card import model_card
+    from mics_fast.inference.run_classifier import load_run
+    from mics_fast.training.run import Run
+
     run = Run.open(options.run)
     classifier = load_run(run)
     make_folder(options.out)

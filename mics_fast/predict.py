@@ -11,18 +11,23 @@ import argparse
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
 from mics_fast.common.files import STANDARD_OUTPUT
-from mics_fast.data.manifest import Row, read_manifest
-from mics_fast.inference.predictor import Predictor
-from mics_fast.inference.samples import folder_rows, named_rows
-from mics_fast.inference.writers import Summary, Write, json_lines, json_list, table_file
+
+if TYPE_CHECKING:
+    from mics_fast.data.manifest import Row
+    from mics_fast.inference.writers import Write
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model, find the images, write and print the answers."""
     options, images = parse(arguments)
+    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from mics_fast.inference.predictor import Predictor
+    from mics_fast.inference.writers import Summary, json_lines, json_list, table_file
+
     model = Predictor.load(options.model)
     rows = find_rows(options, images, model.modalities)
     summary = Summary()
@@ -50,6 +55,9 @@ def find_rows(
     Raises:
         InputError: a file or folder is missing, empty, or of a modality unknown to the model.
     """
+    from mics_fast.data.manifest import read_manifest
+    from mics_fast.inference.samples import folder_rows, named_rows
+
     if options.manifest:
         return read_manifest(options.manifest, modalities, files_exist=False).rows
     if options.folder:

@@ -13,13 +13,6 @@ from pathlib import Path
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
 from mics_fast.common.files import printable
-from mics_fast.preparation.inspection import (
-    hold_out,
-    in_threads,
-    inspect,
-    keep_complete,
-    make_phantom,
-)
 from mics_fast.preparation.reports import (
     Rejected,
     print_leaks,
@@ -27,7 +20,6 @@ from mics_fast.preparation.reports import (
     print_summary,
     write_rejected,
 )
-from mics_fast.preparation.rows import NEAR_DUPLICATES, write_held_out, write_rows
 from mics_fast.preparation.sources import (
     READ_SUFFIXES,
     Candidate,
@@ -64,6 +56,16 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     Raises:
         InputError: a source or options that cannot be used, or nothing that is left of it.
     """
+    # Decoders and torch take seconds to import: --help and mistyped options do not wait for them.
+    from mics_fast.preparation.inspection import (
+        hold_out,
+        in_threads,
+        inspect,
+        keep_complete,
+        make_phantom,
+    )
+    from mics_fast.preparation.rows import NEAR_DUPLICATES, write_held_out, write_rows
+
     out: Path = options.out
     unknown: list[Rejected] = []
     if options.source == "phantom":

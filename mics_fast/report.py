@@ -7,14 +7,7 @@ from pathlib import Path
 
 from mics_fast.common.errors import SentenceParser, run_command
 from mics_fast.common.files import make_folder, write_text
-from mics_fast.data.manifest import read_manifest
-from mics_fast.evaluation.intervals import RESAMPLES
-from mics_fast.evaluation.opinions import FUSED
-from mics_fast.inference.assessment import assess, compare, summarise
-from mics_fast.inference.run_classifier import run_manifest
-from mics_fast.reporting.page import page
-from mics_fast.reporting.parts import Subject
-from mics_fast.training.run import Run
+from mics_fast.evaluation import RESAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,6 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="images the model should be unsure of")  # fmt: skip
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="of the bootstrap")
     options = parser.parse_args(arguments)
+    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from mics_fast.data.manifest import read_manifest
+    from mics_fast.evaluation.opinions import FUSED
+    from mics_fast.inference.assessment import assess, compare, summarise
+    from mics_fast.inference.run_classifier import run_manifest
+    from mics_fast.reporting.page import page
+    from mics_fast.reporting.parts import Subject
+    from mics_fast.training.run import Run
+
     run = Run.open(options.run)
     manifest = run_manifest(run, options.manifest)
     assessment = assess(run, manifest, "test")

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mics_fast.common.errors import run_command
-from mics_fast.engine.distributed import joined
 from mics_fast.options.commands import parse_train, require
-from mics_fast.training.build import pick_device
-from mics_fast.training.trainer import train
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run the stages it asks for."""
     config, resume = parse_train(arguments, __doc__)
     require(config)
+    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from mics_fast.engine.distributed import joined
+    from mics_fast.training.build import pick_device
+    from mics_fast.training.trainer import train
+
     with joined(pick_device(config.device)):
         train(config, resume=resume)
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
+LONGEST = 2000  # characters of a message
+
 
 class InputError(Exception):
     """Bad input: the message is one sentence with what was given, what is wanted, and where."""
@@ -87,6 +89,12 @@ class OutlivingStream:
         os.close(nowhere)
 
 
+def in_a_line(text: str) -> str:
+    """A message on one line of a bounded length, with control characters shown as "?"."""
+    line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
+    return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command line's ``main``, and end with a sentence instead of a traceback.
 
@@ -96,6 +104,12 @@ def run_command(main: Callable[[], None]) -> None:
     Exit status: 2 for an ``InputError``, 1 for a ``RunFailed`` (and, by Python, for anything else),
     130 for Ctrl-C.
     """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
+        # By default OpenMP's threads spin while they wait for each other: beside another busy
+        # process every parallel loop then lasts as long as the scheduler's slice. torch reads this
+        # when it is imported, which no command has done yet.
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ["PYTHONSAFEPATH"] = "1"  # of processes started from here: see mics_fast/__init__.py
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):
@@ -104,7 +118,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, RunFailed) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_a_line(str(error))}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -43,10 +43,13 @@ def read_small(file: Path, largest: int) -> str:
     try:
         # Opening a pipe would wait for a writer.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as opened:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise InputError(f"{file} is no regular file")
-            content = opened.read(largest + 1)
+            with open(descriptor, "rb", closefd=False) as opened:
+                content = opened.read(largest + 1)
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
     except ValueError:

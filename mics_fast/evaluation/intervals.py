@@ -13,10 +13,10 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from mics_fast.evaluation import RESAMPLES
 from mics_fast.evaluation.opinions import Predictions
 
 LEVEL = 0.95
-RESAMPLES = 1000
 
 Interval = list[float]
 """Lower and upper end."""
