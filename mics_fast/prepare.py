@@ -10,25 +10,14 @@ import argparse
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
 from mics_fast.common.files import printable
-from mics_fast.preparation.reports import (
-    Rejected,
-    print_leaks,
-    print_rejected,
-    print_summary,
-    write_rejected,
-)
-from mics_fast.preparation.sources import (
-    READ_SUFFIXES,
-    Candidate,
-    Columns,
-    read_assignments,
-    read_folders,
-    read_list,
-    unknown_files,
-)
+
+if TYPE_CHECKING:
+    from mics_fast.preparation.reports import Rejected
+    from mics_fast.preparation.sources import Candidate
 
 REJECTED = "rejected.csv"
 
@@ -63,6 +52,12 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         inspect,
         keep_complete,
         make_phantom,
+    )
+    from mics_fast.preparation.reports import (
+        print_leaks,
+        print_rejected,
+        print_summary,
+        write_rejected,
     )
     from mics_fast.preparation.rows import NEAR_DUPLICATES, write_held_out, write_rows
 
@@ -203,6 +198,8 @@ def check_source(options: argparse.Namespace) -> None:
             raise InputError(f"--{option} is for a CSV file, but the source is {options.source}")
     if options.split_column and options.folds:
         raise InputError("--split-column gives the splits, but --folds draws them, wanted one")
+    from mics_fast.preparation.sources import Columns, read_assignments
+
     options.column = read_assignments(options.column)
     options.columns = Columns(
         options.column,
@@ -228,6 +225,14 @@ def find_candidates(
 
     Nothing is opened yet.
     """
+    from mics_fast.preparation.reports import Rejected
+    from mics_fast.preparation.sources import (
+        READ_SUFFIXES,
+        read_folders,
+        read_list,
+        unknown_files,
+    )
+
     source = Path(options.source)
     unknown: list[Rejected] = []
     if options.column:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -13,6 +14,7 @@ from mics_fast import evaluate, export, prepare, train
 from mics_fast.__main__ import COMMANDS
 from mics_fast.common.errors import InputError
 from mics_fast.evaluation import tables
+from mics_fast.evaluation.results import ClassMetrics, OpinionMetrics
 from mics_fast.options import TrainConfig
 from mics_fast.options.commands import parse_train
 from mics_fast.training.run import refuse_changes
@@ -96,11 +98,11 @@ def test_a_manifest_that_cannot_be_fine_tuned_on_is_refused_before_pre_training(
 
 def test_a_class_name_is_never_cut_short():
     name = "dyed-resection-margins-after-treatment"
-    metrics = {"n": 1, "sensitivity": 1.0, "specificity": 0.5}
-    metrics["intervals"] = {"sensitivity": (0.0, 1.0), "specificity": (0.0, 1.0)}
-    result = {"views": {"fused": {"per_class": {name: metrics}}}}
+    values = {"sensitivity": 1.0, "specificity": 0.5}
+    metrics = ClassMetrics(1, values, {"sensitivity": [0.0, 1.0], "specificity": [0.0, 1.0]})
+    fused = OpinionMetrics(1, {}, {}, {name: metrics}, [[1]])
     console = Console(file=io.StringIO(), width=70)
-    console.print(tables.class_table(result))
+    console.print(tables.class_table(SimpleNamespace(fused=fused)))
     shown = console.file.getvalue()
     assert "…" not in shown and "sensitivity" in shown
 
