@@ -61,7 +61,7 @@ def pretraining() -> list[str]:
         picture(148, 60, hide_patches(wli, 0), "75 % hidden"),
         picture(148, 196, hide_patches(nbi, 1), ""),
         box(292, 74, 148, 70, "network", "Teacher", "momentum copy"),
-        box(292, 214, 148, 70, "network", "Encoder", "shared by modalities"),
+        box(292, 214, 148, 70, "network", "Encoder", "all modalities"),
         arrow(252, 120, 288, 112),
         arrow(252, 248, 288, 248),
         box(

@@ -8,16 +8,12 @@ includes the file, or become plain text.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-import json
 import posixpath
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from griffe import Docstring
+from mics_fast.options.fields import describe
 
 ROOT = Path(__file__).parents[1]
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
@@ -76,30 +72,19 @@ def relink(text: str, source: str, place: str) -> str:
 
 def option_tables() -> str:
     """A table of the options for each part of the configuration."""
-    from mics_fast.options import ExperimentConfig, TrainConfig
-
-    tables = [*option_table(TrainConfig(), ""), *option_table(ExperimentConfig(), "experiment")]
-    return "\n\n".join(tables)
-
-
-def option_table(config: Any, part: str) -> Iterator[str]:
-    """The options of a dataclass, then of those within it; meanings from its docstring."""
-    text = Docstring(inspect.getdoc(type(config)) or "")
-    parsed = text.parse("google", warn_missing_types=False, warn_unknown_params=False)
-    parameters = next(section.value for section in parsed if section.kind.value == "parameters")
-    meaning = {
-        own.name: " ".join(own.description.replace("[", "\\[").split()) for own in parameters
-    }
-    within, lines = [], []
-    for field in dataclasses.fields(config):
-        name = f"{part}.{field.name}".lstrip(".")
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            within.append((value, name))
-            continue
-        default = json.dumps(value)
-        lines.append(f"| `{name}` | `{default}` | {meaning[field.name]} |")
-    head = "| option | default | meaning |\n| --- | --- | --- |\n"
-    yield f"## {part or 'The run'}\n\n{head}" + "\n".join(lines)
-    for value, name in within:
-        yield from option_table(value, name)
+    parts: dict[str, list[str]] = {}
+    for option in describe():
+        meaning = option.text if not option.range else f"{option.text} ({option.range})"
+        cells = [
+            option.type,
+            f"`{option.default}`" if option.default else "",
+            option.source,
+            meaning,
+        ]
+        words = " | ".join(cell.replace("|", "\\|").replace("[", "\\[") for cell in cells)
+        part, _, name = option.name.rpartition(".")
+        parts.setdefault(part, []).append(f"| `{name}` | {words} |")
+    head = "| option | type | default | source | meaning, range |\n" + "| --- " * 5 + "|\n"
+    return "\n\n".join(
+        f"## {part or 'The run'}\n\n{head}" + "\n".join(lines) for part, lines in parts.items()
+    )
