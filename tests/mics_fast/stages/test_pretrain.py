@@ -35,7 +35,7 @@ def run_step(stage, batch, step=0, lr=0.0):
 
 
 def test_the_adversarial_loss_alone_trains_the_encoder(make_stage, make_batch):
-    """The published code detached it: it trained nothing (audit E-1)."""
+    """The published code detached it: it trained nothing."""
     stage = make_stage(reconstruction_weight=0.0, consistency_weight=0.0)
     run_step(stage, make_batch(4))
     gradient = stage.model.encoder.blocks[0].attn.qkv.weight.grad
@@ -61,8 +61,7 @@ def test_the_discriminator_s_step_leaves_no_gradient_on_the_model(make_stage, ma
 
 
 def test_real_and_fake_share_a_space_and_differ(make_stage, make_batch, monkeypatch):
-    """The published code called one tensor real and fake, and compared pixels with embeddings
-    (audit E-2)."""
+    """The published code called one tensor real and fake, and compared pixels with embeddings."""
     stage = make_stage()
     judged = {}
     original = stage._judge
@@ -80,7 +79,7 @@ def test_real_and_fake_share_a_space_and_differ(make_stage, make_batch, monkeypa
 
 
 def test_the_teacher_moves_once_a_step_and_by_its_momentum(make_stage, make_batch):
-    """The published code's second forward moved it twice (audit E-3)."""
+    """The published code's second forward moved it twice."""
     stage = make_stage(teacher_momentum=0.9)
     before = copy.deepcopy(stage.model.teacher_encoder.state_dict())
     run_step(stage, make_batch(4), lr=0.1)
@@ -124,7 +123,7 @@ def test_parts_of_a_batch_advance_everything_once_and_enter_the_queue_in_order(
 
 
 def test_a_sample_s_own_older_feature_is_never_its_negative(make_stage, make_batch):
-    """The published queue held every sample 10 to 27 times (audit E-3): a floor under the loss."""
+    """The published queue held every sample 10 to 27 times: a floor under the loss."""
     stage = make_stage(adversarial_weight=0.0, reconstruction_weight=0.0)
     batch = make_batch(1)
     for _ in range(3):
@@ -210,7 +209,7 @@ def test_alpha_grows_over_the_first_epoch(make_stage, make_batch):
 
 
 def test_the_state_holds_everything_a_step_needs(make_stage, make_batch):
-    """The published code forgot discriminator, queue and their optimiser on resume (audit E-22)."""
+    """The published code forgot discriminator, queue and their optimiser on resume."""
     one, two = make_stage(), make_stage()
     for step in range(3):
         run_step(one, make_batch(4, seed=step), step, lr=0.05)
