@@ -24,7 +24,7 @@ from mics_fast.evaluation.results import (
     describe,
 )
 from mics_fast.inference.run_classifier import RunClassifier, load_run, progress
-from mics_fast.stages.pseudo_labels import is_pseudo_label
+from mics_fast.stages.pseudo_labels import accepted_in_the_end
 from mics_fast.training.run import Run
 
 
@@ -125,8 +125,9 @@ def add_pseudo_labels(assessment: Assessment, metrics: dict[Source, OpinionMetri
     opinions = assessment.classifier.opinions(rows, "unlabelled", hide=True)
     for source, own in opinions.predictions().items():
         if source in metrics:
-            accepted = is_pseudo_label(options, own.probability, own.uncertainty)
-            metrics[source].pseudo_labels = pseudo_label_quality(own, accepted)
+            accepted = accepted_in_the_end(options, own.probability, own.uncertainty)
+            if accepted is not None:
+                metrics[source].pseudo_labels = pseudo_label_quality(own, accepted)
 
 
 def add_out_of_distribution(evaluation: Evaluation, assessment: Assessment, file: Path) -> None:

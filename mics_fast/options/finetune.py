@@ -8,7 +8,7 @@ from typing import Literal
 from mics_fast.options.data import AugmentConfig
 from mics_fast.options.fields import option
 
-PseudoLabelRule = Literal["vacuity", "adaptive", "fixmatch", "freematch"]
+PseudoLabelRule = Literal["vacuity", "curriculum", "fixmatch", "freematch"]
 ShiftForm = Literal["none", "diagonal", "low-rank", "closed-form"]
 
 
@@ -65,12 +65,18 @@ class FinetuneConfig:
     )
     pseudo_labels: PseudoLabelRule = option(
         "vacuity",
-        'the rule of acceptance, as in stages/pseudo_labels.py: "vacuity", "adaptive", "fixmatch" '
-        'or "freematch"',
+        'the rule of acceptance, as in stages/pseudo_labels.py: "vacuity", "curriculum", '
+        '"fixmatch" or "freematch"',
     )
     confidence: float = option(
         0.95, 'softmax probability that "fixmatch" asks for', source="FixMatch", least=0, most=1
     )
+    accepted_share: float = option(
+        0.8,
+        'share of the unlabelled rows of each class that "curriculum" accepts in the end; it grows '
+        "from a quarter of that",
+        least=0, most=1,
+    )  # fmt: skip
     max_uncertainty: float = option(
         0.3, "largest fused vacuity at which a pseudo-label is accepted", least=0, most=1
     )

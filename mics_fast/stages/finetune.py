@@ -23,7 +23,7 @@ from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings
 from mics_fast.stages.means import masked_mean
-from mics_fast.stages.pseudo_labels import NO_LABEL, AdaptiveLimits, PseudoLabels, propose
+from mics_fast.stages.pseudo_labels import NO_LABEL, PseudoLabels, make_limits, propose
 from mics_fast.stages.ramp import ramp
 from mics_kernels import (
     ClassStatistics,
@@ -34,6 +34,7 @@ from mics_kernels import (
     shifted_cross_entropy,
 )
 
+FIRST_SHARE = 0.25  # of the accepted share, at the first step
 Seen = tuple[Tensor, Tensor, Tensor]  # features (R, D), labels (R,), weights (R,)
 
 
@@ -72,12 +73,14 @@ class Scalars:
         kl_weight: weight of the KL term.
         pseudo_weight: weight of pseudo-labelled rows.
         shift_strength: strength of the shift for a row of weight 1.
+        accepted_share: share of the unlabelled rows that the rule "curriculum" accepts.
     """
 
     step: Tensor
     kl_weight: Tensor
     pseudo_weight: Tensor
     shift_strength: Tensor
+    accepted_share: Tensor
 
 
 class FinetuneStage(nn.Module):
@@ -112,9 +115,9 @@ class FinetuneStage(nn.Module):
         self.statistics = ClassStatistics(
             num_classes, width, momentum=config.shift_momentum, rank=rank
         )
-        self.limits = AdaptiveLimits(num_classes, config.ema_momentum)
+        self.limits = make_limits(config, num_classes)
         self._seen: list[Seen] = []
-        self._proposed: list[Tensor] = []
+        self._proposed: list[tuple[Tensor, Tensor]] = []  # probabilities, share to accept
 
     def losses(
         self, batch: tuple[PairBatch, ...], step: Tensor, share: float = 1.0
@@ -126,8 +129,8 @@ class FinetuneStage(nn.Module):
         """
         config, scalars = self.config, self._scalars(step)
         terms, metrics, seen, probability = self._compute(batch, scalars)
-        if probability is not None and config.pseudo_labels in ("adaptive", "freematch"):
-            self._proposed.append(gather_rows(probability))
+        if probability is not None and self.limits is not None:
+            self._proposed.append((gather_rows(probability), scalars.accepted_share))
         if seen is not None:
             sizes = [len(part.label) for part in batch]
             feature, label, weight = (gather_parts(values, sizes) for values in seen)
@@ -164,6 +167,7 @@ class FinetuneStage(nn.Module):
             config.kl_weight * annealed,
             config.unlabelled_weight * ramp(step, config.unlabelled_ramp * self.steps),
             config.shift_strength * ramp(step, self.steps),
+            config.accepted_share * (FIRST_SHARE + (1 - FIRST_SHARE) * ramp(step, self.steps)),
         )
 
     def _compute(
@@ -219,8 +223,9 @@ class FinetuneStage(nn.Module):
             )
             self.statistics.update(features, labels, weights)
             self._seen = []
-        if self._proposed:
-            self.limits.update(torch.cat(self._proposed))
+        if self._proposed and self.limits is not None:
+            probabilities, shares = zip(*self._proposed, strict=True)
+            self.limits.update(torch.cat(probabilities), shares[0])
             self._proposed = []
 
     def _forward(

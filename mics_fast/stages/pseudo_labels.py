@@ -5,8 +5,9 @@ differs in what it accepts, and with which weight:
 
     vacuity     fused vacuity u at most ``max_uncertainty`` and expected probability at least
                 ``min_probability``; weight 1 - u [ours, after the paper]
-    adaptive    expected probability at least a limit that follows the model, class by class, as
-                FreeMatch's; weight 1 - u [ours]
+    curriculum  of the rows that the model assigns to each class, the share with the highest
+                expected probability; the share grows over training to ``accepted_share``;
+                weight 1 - u [ours, after curriculum labelling: Cascante-Bonilla et al., AAAI 2021]
     fixmatch    softmax confidence at least ``confidence``; weight 1 (Sohn et al., NeurIPS 2020)
     freematch   softmax confidence at least FreeMatch's limit; weight 1 (Wang et al., ICLR 2023)
 
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
+from torch.nn.functional import one_hot, softplus
 
 from mics_fast.models.classifier import ClassifierOutput
 from mics_fast.options import FinetuneConfig
@@ -59,7 +60,7 @@ class PseudoLabels:
         return metrics
 
 
-class AdaptiveLimits(nn.Module):
+class FreeMatchLimits(nn.Module):
     """FreeMatch's self-adaptive limits of confidence, one per class (equations 5 to 8).
 
     The mean confidence of all unlabelled rows is the limit of the class that the model names with
@@ -79,31 +80,76 @@ class AdaptiveLimits(nn.Module):
         self.register_buffer("confidence", torch.tensor(1 / num_classes))
         self.register_buffer("probability", torch.full((num_classes,), 1 / num_classes))
 
-    def limits(self) -> Tensor:
+    def forward(self) -> Tensor:
         """(C,) least confidence of each class."""
         return self.confidence * self.probability / self.probability.amax()
 
-    def update(self, probability: Tensor) -> None:
+    def update(self, probability: Tensor, share: Tensor) -> None:
         """Advance by the (B, C) probabilities of a step, those of all ranks."""
-        share = 1 - self.momentum
-        self.confidence.lerp_(probability.amax(-1).mean(), share)
-        self.probability.lerp_(probability.mean(0), share)
+        self.confidence.lerp_(probability.amax(-1).mean(), 1 - self.momentum)
+        self.probability.lerp_(probability.mean(0), 1 - self.momentum)
+
+
+class CurriculumLimits(nn.Module):
+    """Limits of confidence that accept a given share of the rows assigned to each class.
+
+    Each is a running quantile: it rises where more than the share was accepted in a step, and falls
+    where less was. All start at 1, where nothing is accepted.
+
+    Args:
+        num_classes: C.
+    """
+
+    limit: Tensor
+    RATE = 0.05  # of probability, per step, where all rows are accepted and none should be
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.register_buffer("limit", torch.ones(num_classes))
+
+    def forward(self) -> Tensor:
+        """(C,) least confidence of each class."""
+        return self.limit
+
+    def update(self, probability: Tensor, share: Tensor) -> None:
+        """Advance by the (B, C) probabilities of a step, those of all ranks.
+
+        Args:
+            probability: of the averaged model's opinions.
+            share: 0-d, of the rows of each class that should be accepted.
+        """
+        confidence, label = probability.max(-1)
+        assigned = one_hot(label, len(self.limit)).to(self.limit.dtype)
+        accepted = assigned * (confidence >= self.limit[label]).unsqueeze(-1)
+        count = assigned.sum(0)
+        excess = (accepted.sum(0) - share * count) / count.clamp(min=1)
+        self.limit.add_((self.RATE * excess).to(self.limit.dtype)).clamp_(0, 1)
+
+
+Limits = FreeMatchLimits | CurriculumLimits
+
+
+def make_limits(config: FinetuneConfig, num_classes: int) -> Limits | None:
+    """The limits that the rule lets follow the model; None: its limits stand."""
+    if config.pseudo_labels == "freematch":
+        return FreeMatchLimits(num_classes, config.ema_momentum)
+    return CurriculumLimits(num_classes) if config.pseudo_labels == "curriculum" else None
 
 
 def propose(
-    config: FinetuneConfig, output: ClassifierOutput, limits: AdaptiveLimits
+    config: FinetuneConfig, output: ClassifierOutput, limits: Limits | None = None
 ) -> PseudoLabels:
     """Pseudo-labels from what the averaged model states of weak views."""
     fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
-    evidential = config.pseudo_labels in ("vacuity", "adaptive")
+    evidential = config.pseudo_labels in ("vacuity", "curriculum")
     probability = fused.probability if evidential else pooled_softmax(output)
     confidence, label = probability.max(-1)
-    if config.pseudo_labels == "vacuity":
-        accepted = is_pseudo_label(config, probability, fused.uncertainty)
+    if limits is not None:
+        accepted = confidence >= limits()[label]
     elif config.pseudo_labels == "fixmatch":
         accepted = confidence >= config.confidence
     else:
-        accepted = confidence >= limits.limits()[label]
+        accepted = is_pseudo_label(config, probability, fused.uncertainty)
     weight = 1 - fused.uncertainty if evidential else torch.ones_like(fused.uncertainty)
     return PseudoLabels(
         torch.where(accepted, label, NO_LABEL), weight, probability, fused.uncertainty
@@ -114,6 +160,26 @@ def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Te
     """The rule "vacuity" on (R, C) probabilities and (R,) vacuities: (R,) bool."""
     sure = uncertainty <= config.max_uncertainty
     return sure & (probability.amax(-1) >= config.min_probability)
+
+
+def accepted_in_the_end(
+    config: FinetuneConfig, probability: Tensor, uncertainty: Tensor
+) -> Tensor | None:
+    """What the rule accepts of R opinions when training is over: (R,) bool.
+
+    None for the rules that read a softmax of logits, which opinions do not hold.
+    """
+    if config.pseudo_labels == "vacuity":
+        return is_pseudo_label(config, probability, uncertainty)
+    if config.pseudo_labels != "curriculum":
+        return None
+    confidence, label = probability.max(-1)
+    order = confidence.argsort(descending=True, stable=True)
+    assigned = one_hot(label[order], probability.shape[1])
+    rank = (assigned.cumsum(0) * assigned).sum(-1)
+    accepted = torch.empty_like(label, dtype=torch.bool)
+    accepted[order] = rank <= config.accepted_share * assigned.sum(0)[label[order]]
+    return accepted
 
 
 def pooled_softmax(output: ClassifierOutput) -> Tensor:

@@ -221,7 +221,7 @@ def test_the_closed_form_weighs_rows_like_the_others(make_stage, make_batch):
     rows = join_rows((make_batch(4), unlabelled), stage._pseudo_labels(unlabelled))
     output = stage.model(rows.views, rows.present)
     plain = torch.nn.functional.cross_entropy(output.logits[:, -1], rows.label, reduction="none")
-    scalars = Scalars(torch.tensor(50), 0.5, torch.tensor(1.0), torch.tensor(0.0))
+    scalars = Scalars(torch.tensor(50), *map(torch.tensor, (0.5, 1.0, 0.0, 0.8)))
     torch.testing.assert_close(stage._shift(output, rows, scalars)[0], rows.weight * plain)
 
 

@@ -7,7 +7,14 @@ import torch
 
 from mics_fast.models.classifier import ClassifierOutput
 from mics_fast.options import FinetuneConfig
-from mics_fast.stages.pseudo_labels import NO_LABEL, AdaptiveLimits, pooled_softmax, propose
+from mics_fast.stages.pseudo_labels import (
+    NO_LABEL,
+    CurriculumLimits,
+    FreeMatchLimits,
+    accepted_in_the_end,
+    pooled_softmax,
+    propose,
+)  # fmt: skip
 
 CLASSES = 3
 
@@ -22,7 +29,7 @@ def output_of(*rows, present=None):
 
 
 def limits_of(confidence, probability):
-    limits = AdaptiveLimits(CLASSES, momentum=0.9)
+    limits = FreeMatchLimits(CLASSES, momentum=0.9)
     limits.confidence.fill_(confidence)
     limits.probability.copy_(torch.tensor(probability))
     return limits
@@ -36,7 +43,7 @@ def test_fixmatch_asks_for_softmax_confidence_and_ignores_vacuity():
     log = torch.log(torch.tensor([0.96, 0.03, 0.01])).tolist()
     low = [value - 20 for value in log]  # hardly any evidence, the same softmax
     other = torch.log(torch.tensor([0.04, 0.94, 0.02])).tolist()
-    proposed = propose(rule("fixmatch"), output_of(low, other), AdaptiveLimits(CLASSES, 0.9))
+    proposed = propose(rule("fixmatch"), output_of(low, other))
     assert proposed.uncertainty.min() > 0.5
     assert proposed.label.tolist() == [0, NO_LABEL]
     assert proposed.weight.tolist() == [1.0, 1.0]
@@ -51,13 +58,13 @@ def test_the_softmax_is_that_of_the_present_opinions():
 
 
 def test_freematch_s_limits_follow_the_equations_of_the_paper():
-    limits = AdaptiveLimits(2, momentum=0.9)
-    assert limits.limits().tolist() == pytest.approx([0.5, 0.5])
-    limits.update(torch.tensor([[0.8, 0.2], [0.4, 0.6]]))
+    limits = FreeMatchLimits(2, momentum=0.9)
+    assert limits().tolist() == pytest.approx([0.5, 0.5])
+    limits.update(torch.tensor([[0.8, 0.2], [0.4, 0.6]]), torch.tensor(0.5))
     tau = 0.9 * 0.5 + 0.1 * 0.7  # equation 5: mean of the largest probabilities
     mean = [0.9 * 0.5 + 0.1 * 0.6, 0.9 * 0.5 + 0.1 * 0.4]  # equation 6
     expected = [tau, tau * mean[1] / mean[0]]  # equations 7 and 8
-    assert limits.limits().tolist() == pytest.approx(expected)
+    assert limits().tolist() == pytest.approx(expected)
 
 
 def test_a_class_that_is_seldom_named_has_a_lower_limit():
@@ -67,18 +74,44 @@ def test_a_class_that_is_seldom_named_has_a_lower_limit():
     assert proposed.label.tolist() == [NO_LABEL, 1, NO_LABEL]
 
 
-def test_the_adaptive_rule_reads_expected_probabilities_and_weighs_by_certainty():
-    limits = limits_of(0.6, [1 / 3] * 3)
-    proposed = propose(rule("adaptive"), output_of([20.0, -9.0, -9.0], [0.5, -9.0, -9.0]), limits)
+def test_the_curriculum_reads_expected_probabilities_and_weighs_by_certainty():
+    limits = CurriculumLimits(CLASSES)
+    limits.limit.fill_(0.6)
+    rows = output_of([20.0, -9.0, -9.0], [0.5, -9.0, -9.0])
+    proposed = propose(rule("curriculum"), rows, limits)
     # Evidence 20 and 0.97: expected probabilities 21 / 23 and 1.97 / 3.97.
     assert proposed.label.tolist() == [0, NO_LABEL]
     torch.testing.assert_close(proposed.weight, 1 - proposed.uncertainty)
     assert proposed.weight[0] == pytest.approx(20 / 23, abs=1e-3)
 
 
+def test_the_curriculum_begins_with_nothing_and_finds_the_share_of_each_class():
+    """Class 0 is named with probabilities from 0.4 to 1, class 1 from 0.4 to 0.6."""
+    limits, generator = CurriculumLimits(CLASSES), torch.Generator().manual_seed(0)
+    assert limits().tolist() == [1, 1, 1]
+    for _ in range(2000):
+        first = 0.4 + 0.6 * torch.rand(12, generator=generator)
+        second = 0.4 + 0.2 * torch.rand(12, generator=generator)
+        limits.update(named(first, 0, second, 1), torch.tensor(0.25))
+    assert limits().tolist() == pytest.approx([0.85, 0.55, 1.0], abs=0.04)
+
+
+def named(first, a, second, b):
+    """(24, C) probabilities whose largest is given, of class a and b."""
+    rows = torch.zeros(24, CLASSES)
+    rows[:12, a], rows[12:, b] = first, second
+    return rows
+
+
+def test_the_share_grows_to_its_end_over_the_steps(make_finetuning):
+    stage = make_finetuning(pseudo_labels="curriculum", accepted_share=0.8)  # of 100 steps
+    shares = [stage._scalars(torch.tensor(step)).accepted_share for step in (0, 50, 100)]
+    assert shares == pytest.approx([0.2, 0.5, 0.8])
+
+
 def test_metrics_tell_accepted_share_accuracy_and_classes():
     sure = [[9.0, -9.0, -9.0], [-9.0, 9.0, -9.0], [9.0, -9.0, -9.0], [-9.0, -9.0, -9.0]]
-    proposed = propose(rule("vacuity"), output_of(*sure), AdaptiveLimits(CLASSES, 0.9))
+    proposed = propose(rule("vacuity"), output_of(*sure))
     metrics = proposed.metrics(torch.tensor([0, 2, -1, 0]))
     assert metrics["pseudo_accepted"] == 0.75
     assert metrics["pseudo_accuracy"] == 0.5, "of those whose truth is known"
@@ -86,25 +119,29 @@ def test_metrics_tell_accepted_share_accuracy_and_classes():
     assert shares == pytest.approx([2 / 3, 1 / 3, 0])
 
 
-@pytest.mark.parametrize(("name", "moves"), [("adaptive", True), ("freematch", True),
-                                             ("vacuity", False), ("fixmatch", False)])  # fmt: skip
-def test_limits_advance_once_a_step_where_the_rule_has_them(
-    make_finetuning, make_batch, name, moves
-):
+@pytest.mark.parametrize("name", ["curriculum", "freematch"])
+def test_limits_advance_once_a_step_after_it(make_finetuning, make_batch, name):
     stage = make_finetuning(pseudo_labels=name)
-    before = stage.limits.probability.clone()
+    before = stage.limits().clone()
     for _ in stage.losses((make_batch(4), make_batch(8, strong=True)), torch.tensor(5)):
         pass
-    assert torch.equal(stage.limits.probability, before), "not before the step is done"
+    assert torch.equal(stage.limits(), before), "not before the step is done"
     stage.after_step()
-    assert torch.equal(stage.limits.probability, before) != moves
-    moved = stage.limits.probability.clone()
+    moved = stage.limits().clone()
+    assert not torch.equal(moved, before)
     stage.after_step()
-    assert torch.equal(stage.limits.probability, moved)
+    assert torch.equal(stage.limits(), moved)
 
 
-def test_parts_of_a_batch_move_the_limits_as_the_whole(make_finetuning, make_batch):
-    whole, parts = (make_finetuning(pseudo_labels="freematch") for _ in range(2))
+@pytest.mark.parametrize("name", ["vacuity", "fixmatch"])
+def test_rules_with_fixed_limits_remember_nothing(make_finetuning, name):
+    stage = make_finetuning(pseudo_labels=name)
+    assert not any(key.startswith("limits") for key in stage.state_dict())
+
+
+@pytest.mark.parametrize("name", ["curriculum", "freematch"])
+def test_parts_of_a_batch_move_the_limits_as_the_whole(make_finetuning, make_batch, name):
+    whole, parts = (make_finetuning(pseudo_labels=name) for _ in range(2))
     labelled, unlabelled = make_batch(4), make_batch(8, strong=True)
     for stage, count in ((whole, 1), (parts, 2)):
         for batch in zip(labelled.split(count), unlabelled.split(count), strict=True):
@@ -112,3 +149,12 @@ def test_parts_of_a_batch_move_the_limits_as_the_whole(make_finetuning, make_bat
                 pass
         stage.after_step()
     torch.testing.assert_close(whole.limits.state_dict(), parts.limits.state_dict())
+
+
+def test_a_finished_model_accepts_the_most_probable_share_of_each_class():
+    probability = named(torch.linspace(0.4, 0.95, 12), 2, torch.linspace(0.95, 0.4, 12), 0)
+    config, none = rule("curriculum", accepted_share=0.25), torch.zeros(24)
+    accepted = accepted_in_the_end(config, probability, none)
+    assert accepted.nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]
+    assert accepted_in_the_end(rule("vacuity"), probability, none).sum() == 8, "0.8 or more"
+    assert accepted_in_the_end(rule("fixmatch"), probability, none) is None

@@ -215,7 +215,7 @@ def test_the_study_compares_last_weights_over_five_seeds():
     files = [f"--config={configs / name}" for name in ("demo.yaml", "study.yaml")]
     train, grid = parse_experiment([*files, "--data.manifest", "x", "--out", "y"])
     assert (len(grid.seeds), grid.label_counts) == (5, [2, 8])
-    assert grid.variants == ["supervised-long", "pretraining", "full"]
+    assert grid.variants == ["supervised", "supervised-long", "pretraining", "full"]
     assert train.finetune.select == "last" and train.finetune.steps and train.pretrain.steps
 
 
