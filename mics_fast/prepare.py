@@ -8,23 +8,18 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
-from mics_fast.common.files import printable
-
-if TYPE_CHECKING:
-    from mics_fast.preparation.reports import Rejected
-    from mics_fast.preparation.sources import Candidate
-
-REJECTED = "rejected.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Find or make the images, check every one, split the rows, write the manifest."""
     options = parse(arguments)
+    # Decoders and torch take seconds to import: --help and mistyped options do not wait for them.
+    from mics_fast.preparation.assembly import prepare
+
     out: Path = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -34,70 +29,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UnicodeEncodeError as error:
         raise InputError(f"file name {error.object!r} is not UTF-8, wanted one that is") from None
     report()
-
-
-def prepare(options: argparse.Namespace) -> Callable[[], None]:
-    """Write everything.
-
-    Returns:
-        What prints the report: a terminal that is gone costs no manifest.
-
-    Raises:
-        InputError: a source or options that cannot be used, or nothing that is left of it.
-    """
-    # Decoders and torch take seconds to import: --help and mistyped options do not wait for them.
-    from mics_fast.preparation.inspection import (
-        hold_out,
-        in_threads,
-        inspect,
-        keep_complete,
-        make_phantom,
-    )
-    from mics_fast.preparation.reports import (
-        print_leaks,
-        print_rejected,
-        print_summary,
-        write_rejected,
-    )
-    from mics_fast.preparation.rows import NEAR_DUPLICATES, write_held_out, write_rows
-
-    out: Path = options.out
-    unknown: list[Rejected] = []
-    if options.source == "phantom":
-        found, modalities = make_phantom(out, options.pairs, options.seed), ["wli", "nbi"]
-    else:
-        candidates, modalities, unknown = find_candidates(options)
-        found = in_threads(lambda one: inspect(one, options), candidates, "checking")
-    kept, broken, orphans = keep_complete(found, modalities, options.keep_orphans)
-    write_rejected(out / REJECTED, [*broken, *orphans, *unknown])
-    if not kept:
-        raise InputError(
-            f"source {options.source} has no sample left, wanted one with all of its images; "
-            f"{out / REJECTED} says what is wrong"
-        )
-    kept, apart = hold_out(kept, options.hold_out)
-    written = write_rows(kept, modalities, options)
-    held_out = [write_held_out(apart, modalities, out)] if apart else []
-    dark = [path for one in found for path in one.dark]
-
-    def report() -> None:
-        print_rejected(broken, orphans, unknown, REJECTED)
-        if dark:
-            print(
-                f"{len(dark)} images of 16 bits use less than a quarter of their range and are "
-                f"read as nearly black, such as {printable(str(dark[0]))}: is it 10- or 12-bit "
-                "data, which should be scaled first?"
-            )
-        print_summary(written.records, modalities)
-        print_leaks(written.alike, written.pairs, written.records, NEAR_DUPLICATES)
-        for warning in written.warnings:
-            print(f"warning: {printable(warning)}")
-        for path in written.kept:
-            print(f"{path.with_suffix('')} was another one: it is now {path}")
-        for path in (*written.files, *held_out):
-            print(f"wrote {path}")
-
-    return report
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -139,6 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="keep frames that look alike on one side of the split")  # fmt: skip
     add("--hold-out", metavar="CLASS",
         help="write this class to held-out.csv instead of the manifest")  # fmt: skip
+    add("--anonymise", type=Path, metavar="KEY_FILE",
+        help="write ids and groups hashed with the key in this file (made if it is not there), no "
+        "paths of the source and no contact sheet")  # fmt: skip
     add("--seed", type=int, default=0, help="of split, labels and phantom (default: 0)")
     add("--pairs", type=int, default=600, help="of the phantom (default: 600)")
     options = parser.parse_args(arguments)
@@ -196,6 +130,12 @@ def check_source(options: argparse.Namespace) -> None:
         if getattr(options, name) and not is_table:
             option = name.replace("_", "-")
             raise InputError(f"--{option} is for a CSV file, but the source is {options.source}")
+    stored = options.store_side or options.crop_borders
+    if options.anonymise and not (stored or (options.to_shards and not options.hold_out)):
+        raise InputError(
+            "--anonymise needs --store-side or --crop-borders, or --to-shards without --hold-out: "
+            "the names of the source's own files would be in the manifest"
+        )
     if options.split_column and options.folds:
         raise InputError("--split-column gives the splits, but --folds draws them, wanted one")
     from mics_fast.preparation.sources import Columns, read_assignments
@@ -215,41 +155,6 @@ def check_source(options: argparse.Namespace) -> None:
             raise InputError(
                 f"--pair-pattern {options.pair_pattern} is no regular expression: {error}"
             ) from None
-
-
-def find_candidates(
-    options: argparse.Namespace,
-) -> tuple[list[Candidate], list[str], list[Rejected]]:
-    """The samples of a table or of folders, complete or not; the modalities they should have; and
-    the files of unknown suffix.
-
-    Nothing is opened yet.
-    """
-    from mics_fast.preparation.reports import Rejected
-    from mics_fast.preparation.sources import (
-        READ_SUFFIXES,
-        read_folders,
-        read_list,
-        unknown_files,
-    )
-
-    source = Path(options.source)
-    unknown: list[Rejected] = []
-    if options.column:
-        candidates = read_list(source, options.columns)
-        modalities = list(options.column)
-    else:
-        candidates, modalities = read_folders(source, options.out, options.pair_pattern)
-        reason = f"its suffix is none of {', '.join(sorted(READ_SUFFIXES))}"
-        unknown = [Rejected("", path, reason) for path in unknown_files(source)]
-    if options.virtual_nbi:
-        if modalities != ["wli"]:
-            raise InputError(
-                f"--virtual-nbi is for WLI frames alone, but {options.source} has "
-                f"{', '.join(modalities).upper()}"
-            )
-        modalities = ["wli", "nbi"]
-    return candidates, modalities, unknown
 
 
 if __name__ == "__main__":

@@ -110,7 +110,7 @@ def write_json(file: Path, value: Any) -> None:
 def write_csv(
     file: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
 ) -> None:
-    """Write records as a table whose texts no spreadsheet executes.
+    """Write records as a table that its owner alone can read, and no spreadsheet executes.
 
     Args:
         file: CSV file.
@@ -122,10 +122,17 @@ def write_csv(
     """
     names = columns or list(dict.fromkeys(name for record in records for name in record))
     with whole_file(file) as handle:
+        make_private(handle.fileno())
         writer = csv.DictWriter(handle, names)
         writer.writeheader()
         for record in records:
             writer.writerow({name: inert_cell(cell) for name, cell in record.items()})
+
+
+def make_private(file: Path | int) -> None:
+    """Let nobody but its owner read a file, or an open one: it tells of patients."""
+    if os.name == "posix":
+        os.chmod(file, 0o600)
 
 
 def inert_cell(cell: Any) -> Any:

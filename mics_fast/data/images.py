@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mics_fast.common.errors import InputError
-from mics_fast.common.files import renamed
+from mics_fast.common.files import make_private, renamed
 from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.shards import read_image
 
@@ -65,6 +65,7 @@ def save(image: np.ndarray, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     with renamed(target) as partial:
         Image.fromarray(image).save(partial, quality=95, subsampling=0)
+        make_private(partial)
 
 
 def content_box(image: np.ndarray) -> Box:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from mics_fast.common.files import renamed
+from mics_fast.common.files import make_private, renamed
 from mics_fast.data.images import decode
 
 _SAMPLES, _COLUMNS = 24, 3
@@ -40,6 +40,7 @@ def write_contact_sheet(
         draw_sample(sheet, draw, corner, record, modalities, path.parent)
     with renamed(path) as partial:
         sheet.save(partial, "PNG")
+        make_private(partial)
 
 
 def choose(records: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:

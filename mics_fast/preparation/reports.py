@@ -66,6 +66,14 @@ def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
     write_list(path, ("id", "file", "reason"), rejected)
 
 
+def without_paths(rejected: Sequence[Rejected]) -> list[Rejected]:
+    """The same files by suffix alone, their names gone from the reasons."""
+    return [
+        Rejected(one.id, Path(f"*{one.file.suffix}"), one.reason.replace(str(one.file), "it"))
+        for one in rejected
+    ]
+
+
 def print_rejected(
     broken: Sequence[Rejected], orphans: Sequence[Rejected], unknown: Sequence[Rejected], file: str
 ) -> None:

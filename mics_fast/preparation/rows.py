@@ -14,11 +14,11 @@ from pathlib import Path
 from mics_fast.common.files import renamed
 from mics_fast.data.manifest import write_manifest
 from mics_fast.data.manifest_checks import check_labels, check_rows
-from mics_fast.data.shards import write_shards
 from mics_fast.preparation.contact_sheet import write_contact_sheet
 from mics_fast.preparation.inspection import Inspected
 from mics_fast.preparation.leaks import NearDuplicate, group_together, near_duplicates
 from mics_fast.preparation.reports import write_leaks
+from mics_fast.preparation.shard_files import write_shards
 from mics_fast.preparation.sources import CONTACT_SHEET, Candidate
 from mics_fast.preparation.splits import fold_rows, label_rows, split_fold, split_rows
 
@@ -80,8 +80,9 @@ def write_rows(
         files.append(options.out / name)
     alike, pairs = near_duplicates(hashes, [record["split"] for record in first])
     write_leaks(options.out / NEAR_DUPLICATES, alike, first)
-    write_contact_sheet(options.out / CONTACT_SHEET, first, modalities)
-    files.append(options.out / CONTACT_SHEET)
+    if options.anonymise is None:  # frames may show names and dates
+        write_contact_sheet(options.out / CONTACT_SHEET, first, modalities)
+        files.append(options.out / CONTACT_SHEET)
     return Written(files, kept, first, alike, pairs, warnings)
 
 

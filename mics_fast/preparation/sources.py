@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
+from mics_fast.common.anonymity import pseudonym
 from mics_fast.common.errors import InputError
 from mics_fast.data.images import SUFFIXES
 from mics_fast.data.manifest import RESERVED, SPLITS
@@ -277,6 +278,14 @@ def split_of(cell: str, where: str) -> str:
     if name not in SPLITS:
         raise InputError(f"{where}: split is {cell!r}, wanted one of {', '.join(SPLITS)}")
     return name
+
+
+def anonymised(candidates: Sequence[Candidate], key: bytes) -> list[Candidate]:
+    """The same samples with pseudonyms in the place of ids and names of groups."""
+    return [
+        replace(one, id=pseudonym(key, one.id), group=one.group and pseudonym(key, one.group))
+        for one in candidates
+    ]
 
 
 def read_assignments(assignments: Sequence[str]) -> dict[str, str]:
