@@ -1,4 +1,4 @@
-"""``python -m mics_kernels``: what is installed, which backend each operator takes, and why."""
+"""``python -m mics_kernels``: report versions, devices, and the backend of each operator."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mics_kernels.backends import IMPLEMENTATIONS, explain
 
 
 def main() -> None:
-    """Print versions, devices, the native module, and the table of operators."""
+    """Print versions, devices, the native module and the table of operators."""
     _print_table(_versions() + [("device", device, name) for device, name in _devices()])
     print()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a failed import stands in the table
+        warnings.simplefilter("ignore")  # the table lists failed imports
         _print_table([("operator", "on", "takes", "why"), *_choices()])
 
 
@@ -57,7 +57,7 @@ def _choices() -> list[tuple[str, ...]]:
             try:
                 choice = explain(op, torch.empty(0, device=device))
                 rows.append((op, device, choice.backend, choice.reason))
-            except (RuntimeError, ValueError) as error:  # MICS_KERNELS_BACKEND asks for too much
+            except (RuntimeError, ValueError) as error:  # the MICS_KERNELS_BACKEND cannot run
                 rows.append((op, device, "none", str(error)))
     return rows
 

@@ -1,4 +1,4 @@
-"""What csrc/bindings.cpp offers; addresses of 0 stand for None, streams are addresses too."""
+"""Interface of csrc/bindings.cpp. Arrays and streams are addresses; 0 means None."""
 
 class EvidentialCall:
     def __init__(

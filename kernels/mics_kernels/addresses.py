@@ -31,9 +31,10 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the elements lie in memory as they are.
+    """True if the memory of the tensor holds its elements as they are.
 
-    False for subclasses, lazily negated tensors, and tensors without storage (fake, batched, zero).
+    Subclasses, lazily negated tensors and tensors without storage (fake, batched, zero) are not
+    plain.
     """
     if type(tensor) not in _PLAIN or tensor.is_neg():
         return False
@@ -44,10 +45,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether functorch (grad, vmap, jacrev, ...) transforms the code that runs now."""
+    """True inside a functorch transform (grad, vmap, jacrev, ...)."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_intercepted() -> bool:
-    """Whether a dispatch mode (FakeTensorMode, make_fx, ...) or torch.jit.trace sees each call."""
+    """True if a dispatch mode (FakeTensorMode, make_fx, ...) or torch.jit.trace sees each call."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None

@@ -1,9 +1,9 @@
-"""Which implementation of an operator runs.
+"""Choice of the implementation that runs an operator.
 
-The ``backend`` argument decides, else the environment variable ``MICS_KERNELS_BACKEND``, else the
-first implementation in the operator's row of ``IMPLEMENTATIONS`` that serves the tensor and can
-be imported. What was asked for and cannot run is an error with its reason; an automatic choice
-that cannot be imported is told once, with its cause, and the next one is taken.
+The ``backend`` argument decides; without one, the environment variable ``MICS_KERNELS_BACKEND``;
+without that, the first implementation in ``IMPLEMENTATIONS`` that serves the tensor and can be
+imported. A requested implementation that cannot run is an error with the reason. An automatic
+choice that cannot be imported is reported once, with the cause, and skipped.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
 class Implementation(NamedTuple):
-    """One row of the table.
+    """One implementation of an operator.
 
     Args:
         backend: its name, one of ``BACKENDS``.
-        module: where it lives, below ``mics_kernels``.
-        refuses: why it cannot serve a tensor (device, dtype); "" when it can.
+        module: its module, below ``mics_kernels``.
+        refuses: returns the reason why it cannot serve a tensor (device, dtype, shape), or "".
     """
 
     backend: str
@@ -36,7 +36,7 @@ class Implementation(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The implementation that would run, and why."""
+    """The chosen implementation and the reason for the choice."""
 
     backend: str
     reason: str
@@ -120,13 +120,22 @@ def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
     """The implementation that serves ``tensor``, and why.
 
     Args:
-        op: a key of ``IMPLEMENTATIONS``.
-        tensor: the operator's first tensor argument; device and dtype count.
-        backend: the name that was asked for; default ``MICS_KERNELS_BACKEND``, else the best one.
+        op: "consistency", "evidential", "moments" or "shift".
+        tensor: first tensor argument of the operator; device, dtype and shape matter.
+        backend: requested name; default ``MICS_KERNELS_BACKEND``, else the best one.
+
+    Returns:
+        ``Choice(backend, reason)``.
 
     Raises:
-        ValueError: no such operator, no such backend, or the operator has none of that name.
-        RuntimeError: what was asked for cannot run here; the message says why.
+        ValueError: unknown operator or backend, or an operator without this backend.
+        RuntimeError: the requested backend cannot run here; the message says why.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels.backends import explain
+        >>> explain("shift", torch.zeros(2, 3), "reference").reason
+        'asked for by the backend argument'
     """
     if op not in IMPLEMENTATIONS:
         raise ValueError(f"op must be one of {', '.join(IMPLEMENTATIONS)}, got {op!r}")
@@ -166,7 +175,7 @@ def _requested(op: str, tensor: Tensor, backend: str, source: str) -> Choice:
 
 
 def _obstacle(row: Implementation, tensor: Tensor) -> str:
-    """Why this implementation cannot run; "" when it can, and is imported."""
+    """Reason why this implementation cannot run, or "", once it is imported."""
     if refusal := row.refuses(tensor):
         return refusal
     broken = _import(row.backend, row.module)
@@ -174,7 +183,7 @@ def _obstacle(row: Implementation, tensor: Tensor) -> str:
 
 
 def _import(backend: str, module: str) -> str:
-    """Import an implementation once; why that failed, "" when it did not."""
+    """Import an implementation once; the reason why that failed, or ""."""
     if module in _modules or module in _broken:
         return _broken.get(module, "")
     try:

@@ -1,4 +1,4 @@
-"""Checks of arguments: every refusal is one sentence with the argument, what it is, what is wanted.
+"""Checks of arguments; an error is one sentence: the argument, what was given, what is wanted.
 
 Shape, dtype, layout and device are always checked. Values are checked on Python numbers and CPU
 tensors; on a GPU, where a look costs a synchronisation, with ``MICS_KERNELS_CHECK=1``. They cannot
@@ -30,14 +30,14 @@ def check_tensor(
     """Check type, shape, dtype and device of an argument.
 
     Args:
-        name: the argument, as the user wrote it.
-        value: what was given.
-        shape: one entry a dimension: a size, or a letter where any size will do.
-        dtypes: the dtypes that will do.
-        device: where the tensor must be; None: anywhere.
+        name: name of the argument in the public function.
+        value: the argument.
+        shape: one entry per dimension: a size, or a letter for any size.
+        dtypes: accepted dtypes.
+        device: required device; None accepts any.
 
     Raises:
-        TypeError: not a plain tensor, or another dtype.
+        TypeError: no tensor, another layout, or another dtype.
         ValueError: another shape or device.
     """
     if not isinstance(value, Tensor) or type(value).__name__ == "DTensor":
@@ -60,7 +60,7 @@ def check_tensor(
 def check_number(
     name: str, value: object, low: float, high: float = float("inf"), *, above: bool = False
 ) -> None:
-    """Check a Python number in [low, high], or above ``low`` where ``above``.
+    """Check a Python number in [low, high], or in (low, high] if ``above``.
 
     Raises:
         TypeError: not a number.
@@ -73,11 +73,11 @@ def check_number(
 
 
 def check_scalar(name: str, value: object, low: float, high: float, device: torch.device) -> None:
-    """Check a Python number in [low, high], or a 0-d tensor of one that asks for no gradient.
+    """Check a number in [low, high]: a Python number, or a 0-d tensor without gradient.
 
     Raises:
         TypeError: neither of them, or another dtype.
-        ValueError: outside the range, another device, or a gradient is asked for.
+        ValueError: outside the range, another device, or the tensor requires a gradient.
     """
     if not isinstance(value, Tensor):
         check_number(name, value, low, high)
@@ -118,15 +118,15 @@ def check_values(
     above: bool = False,
     where: Tensor | None = None,
 ) -> None:
-    """Check that no element lies outside [low, high]; NaN passes, and shows in the result.
+    """Check that all elements are in [low, high]; NaN passes, and shows in the result.
 
     Args:
-        name: the argument, as the user wrote it.
-        value: any shape.
-        low: smallest value allowed; ``above``: already too small.
-        high: largest value allowed.
-        above: see ``low``.
-        where: bool, broadcastable to ``value``; elements marked False are not looked at.
+        name: name of the argument in the public function.
+        value: tensor of any shape.
+        low: smallest allowed value.
+        high: largest allowed value.
+        above: exclude ``low`` itself.
+        where: bool, broadcastable to ``value``; elements marked False are not checked.
 
     Raises:
         ValueError: an element is outside.
@@ -149,7 +149,7 @@ def check_target(
     Raises:
         TypeError: not a tensor, or another dtype.
         ValueError: another shape or device, a label or a probability out of range, or
-            probabilities that ask for a gradient.
+            probabilities that require a gradient.
     """
     if isinstance(target, Tensor) and target.dim() == 2:
         check_tensor(name, target, (rows, classes), FLOATS, device)
@@ -169,7 +169,7 @@ def check_target(
 
 
 def check_constant(name: str, value: Tensor) -> None:
-    """Refuse a tensor that asks for a gradient the operator does not give.
+    """Refuse a tensor that requires a gradient and gets none.
 
     Raises:
         ValueError: it requires a gradient, and gradients are being recorded.
@@ -181,17 +181,17 @@ def check_constant(name: str, value: Tensor) -> None:
 
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Check a word against the words that are understood.
+    """Check that a value is one of ``choices``.
 
     Raises:
-        ValueError: another word.
+        ValueError: it is none of them.
     """
     if value not in choices:
         raise ValueError(f"{name} must be {_either([repr(c) for c in choices])}, got {value!r}")
 
 
 def looks_at_values(value: Tensor) -> bool:
-    """Whether the values of this tensor are checked: no synchronisation, no graph break."""
+    """True if checking values neither synchronises with a device nor breaks a graph."""
     if torch.compiler.is_compiling():
         return False
     if value.device.type != "cpu" and os.environ.get("MICS_KERNELS_CHECK") != "1":
@@ -200,7 +200,7 @@ def looks_at_values(value: Tensor) -> bool:
 
 
 def _all_inside(value: Tensor, low: float, high: float, above: bool = False) -> bool:
-    """Whether all elements are inside, in one pass without a copy; False where one is NaN."""
+    """True if all elements are inside, found in one pass without a copy; False if one is NaN."""
     if value.numel() == 0:
         return True
     least, most = value.aminmax()

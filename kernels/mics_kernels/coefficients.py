@@ -1,4 +1,4 @@
-"""Polynomials of the kernels.
+"""Coefficients of the kernels' polynomials.
 
 Written by tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1.
 """

@@ -1,4 +1,4 @@
-"""Philox4x32-10: random numbers as a function of a key and a counter, the same on every device.
+"""Philox4x32-10: random numbers as a function of key and counter, the same on every device.
 
 Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. Unsigned 32-bit
 words are held in int64 tensors; every intermediate stays below 2**49, so nothing overflows.
@@ -23,12 +23,19 @@ def philox4x32(
     """Four random 32-bit words for each (key, counter).
 
     Args:
-        key: two words, Python ints or int64 tensors; of anything wider the low 32 bits are used.
-        counter: four words, likewise. Key and counter broadcast against each other, and all
+        key: two words, Python ints or int64 tensors; the low 32 bits are used.
+        counter: four words of the same kinds. Key and counter broadcast against each other; all
             tensors are on one device.
 
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels.philox import philox4x32
+        >>> words = philox4x32((0, 0), (torch.tensor([0]), 0, 0, 0))
+        >>> [f"{word.item():08x}" for word in words]
+        ['6627e8d5', 'e169c58d', 'bc57ac4c', '9b00dbd8']
     """
     c0, c1, c2, c3 = (_word(part) for part in counter)
     k0, k1 = (_word(part) for part in key)
@@ -37,19 +44,19 @@ def philox4x32(
         high1, low1 = _multiply(_MULTIPLIERS[1], c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + _KEY_STEPS[0]) & _MASK, (k1 + _KEY_STEPS[1]) & _MASK
-    # After ten rounds every output depends on every input: only the device of plain ints is open.
+    # After ten rounds every output depends on every input; plain ints become tensors here.
     words = torch.broadcast_tensors(*(torch.as_tensor(part) for part in (c0, c1, c2, c3)))
     return words[0], words[1], words[2], words[3]
 
 
 def uniforms(words: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1) of 32-bit words: ``((word >> 8) + 0.5) * 2**-24``.
+    """Uniform numbers in (0, 1) from 32-bit words: ``((word >> 8) + 0.5) * 2**-24``.
 
     Args:
         words: int64, any shape, values in [0, 2**32).
 
     Returns:
-        float64, same shape. The value needs 25 bits: float32 would round the upper half.
+        float64, same shape: the values need 25 bits, and float32 would round the upper half.
     """
     return ((words >> 8).to(torch.float64) + 0.5) * 2.0**-24
 
@@ -58,16 +65,24 @@ def normals(seed: Tensor, row_ids: Tensor, columns: int) -> Tensor:
     """Standard normal numbers as a function of (seed, offset, row id, column).
 
     The key is the low and the high half of the seed; the counter is (column // 4, row low, row
-    high, offset), of the offset the low 32 bits; the Box-Muller transform turns words (0, 1) and
-    (2, 3) into the normals of columns 4 j .. 4 j + 3: cosine, sine, cosine, sine.
+    high, offset), with the low 32 bits of the offset. The Box-Muller transform turns words (0, 1)
+    and (2, 3) into the normals of columns 4 j .. 4 j + 3: cosine, sine, cosine, sine.
 
     Args:
         seed: (2,) int64, (seed, offset).
         row_ids: (B,) int64, any value.
-        columns: how many numbers a row, D.
+        columns: numbers per row, D.
 
     Returns:
         (B, D) float64.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels.philox import normals
+        >>> few = normals(torch.tensor([7, 0]), torch.tensor([5]), columns=3)
+        >>> many = normals(torch.tensor([7, 0]), torch.tensor([4, 5]), columns=100)
+        >>> torch.equal(few[0], many[1, :3])  # of row 5
+        True
     """
     draws = torch.arange((columns + 3) // 4, device=row_ids.device)
     rows = row_ids.unsqueeze(1)

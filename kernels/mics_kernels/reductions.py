@@ -1,4 +1,4 @@
-"""From one loss a row to what the caller asked for."""
+"""Reductions of per-row losses: mean over the rows that count, sum, none."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def reduce(losses: Tensor, count: Tensor, reduction: str) -> Tensor:
-    """Reduce losses; those of rows that do not count are already zero.
+    """Reduce losses, in which rows that do not count are 0.
 
     Args:
-        losses: any shape.
-        count: how many rows count, a 0-d tensor: it may be known to the device only.
-        reduction: "mean" (the sum over ``count``; 0 where nothing counts), "sum" or "none".
+        losses: tensor of any shape.
+        count: number of rows that count, 0-d, on the same device.
+        reduction: "mean" (the sum divided by ``count``; 0 if that is 0), "sum" or "none".
     """
     if reduction == "none":
         return losses

@@ -1,6 +1,6 @@
-"""What the Triton implementations of several operators share."""
+"""Helpers shared by the Triton implementations."""
 
-# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# The compiler types the arguments of kernels; annotations mean tl.constexpr.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# The compiler takes constants as tl.constexpr only, the interpreter as themselves only.
+# The compiler accepts global constants only as tl.constexpr, the interpreter only as plain values.
 constant = tuple if triton.knobs.runtime.interpret else tl.constexpr
 
 
@@ -24,7 +24,7 @@ def polynomial(t, c: tl.constexpr):
 
 
 def device_of(tensor: Tensor) -> torch.cuda.device:
-    """Triton launches on the current GPU, which need not be the tensor's; -1 leaves a CPU alone."""
+    """Context in which kernels launch on the GPU of the tensor; it does nothing on a CPU."""
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
 
 

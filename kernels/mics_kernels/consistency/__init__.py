@@ -34,28 +34,28 @@ def consistency_loss(
 ) -> Tensor:
     """Contrastive loss of queries against keys, with soft targets from a teacher.
 
-    The cross-entropy of ``softmax(query . keys / T)`` over keys and queue, under the target
-    ``alpha * softmax(teacher . keys / T) + (1 - alpha) * onehot(positive)``; row i of ``keys`` is
+    Cross-entropy of ``softmax(query . keys / T)`` over keys and queue, under the target
+    ``alpha * softmax(teacher . keys / T) + (1 - alpha) * onehot(positive)``. Row i of ``keys`` is
     the positive of query i.
 
     Args:
-        query: (B, D), L2-normalised, float32 / bfloat16 / float16 (float64: reference only). Gets
-            a gradient, in its own dtype.
-        teacher: (B, D), the momentum teacher's view of the queries; no gradient.
+        query: (B, D), D >= 1, L2-normalised, float32 / bfloat16 / float16 (float64: reference
+            only). Gets a gradient, in its own dtype.
+        teacher: (B, D), the momentum teacher's features of the queries; no gradient.
         keys: (K, D), K >= B, the teacher's features of the other modality; no gradient.
         queue: (Q, D), older keys; no gradient.
-        temperature: T > 0, a float, or a 0-d tensor on the same device, which may ask for a
-            gradient (the soft targets give none).
-        alpha: share of the teacher's soft target, in [0, 1], a float or a 0-d tensor on the same
-            device (what a captured CUDA graph is to read anew); no gradient.
-        queue_length: only the first so many queue rows are read: an int in [0, Q] or a 0-d int64
+        temperature: T > 0: a float, or a 0-d tensor on the same device, which may require a
+            gradient (the soft targets contribute none).
+        alpha: share of the teacher's soft target, in [0, 1]: a float, or a 0-d tensor on the same
+            device, which a captured CUDA graph reads anew; no gradient.
+        queue_length: number of queue rows to read, from the first: an int in [0, Q], or a 0-d int64
             tensor on the same device; default all.
-        key_ids: (K,) int64, the sample (or group) of each key. A key with the id of query i,
-            which is ``key_ids[i]``, other than its positive, is left out of both softmaxes; a key
-            with a negative id is never read. A query whose positive is not read has loss 0 and
-            does not count.
+        key_ids: (K,) int64, the sample (or group) of each key. A key with the id of query i, which
+            is ``key_ids[i]``, is left out of both softmaxes unless it is the positive. A key with
+            a negative id is never read; a query whose positive is not read has loss 0 and does
+            not count.
         queue_ids: (Q,) int64, likewise; needs ``key_ids``.
-        reduction: "mean" over the queries that count (0 where none does), "sum", "none": (B,).
+        reduction: "mean" over the queries that count (0 if there are none), "sum", or "none": (B,).
         backend: see ``mics_kernels.backends``.
 
     Returns:
@@ -63,10 +63,20 @@ def consistency_loss(
 
     Raises:
         TypeError: wrong type or dtype.
-        ValueError: wrong shape or device, a value out of range, or a gradient asked for a tensor
-            that gets none.
+        ValueError: wrong shape or device, a value out of range, or an input that requires a
+            gradient but gets none.
 
     Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import consistency_loss
+        >>> query = torch.eye(4).requires_grad_()
+        >>> teacher, queue = torch.eye(4), -torch.eye(4)
+        >>> loss = consistency_loss(query, teacher, teacher, queue, temperature=0.5)
+        >>> loss.backward()
+        >>> round(loss.item(), 3), tuple(query.grad.shape)
+        (0.975, (4, 4))
     """
     _check_query("query", query)
     _check_features("teacher", teacher, query, len(query))
@@ -114,20 +124,21 @@ def multimodal_consistency_loss(
     ``keys[b]`` and ``queues[b]``.
 
     Args:
-        features: V >= 2 tensors (B, D), L2-normalised, one dtype. Get gradients.
+        features: V >= 2 tensors (B, D), D >= 1, L2-normalised, one dtype. Get gradients.
         teachers: V tensors (B, D), the momentum teacher's features; no gradient.
         queues: V tensors (Q, D), older keys of each modality; no gradient.
-        keys: V tensors (K, D), teachers gathered from all ranks, which start with this rank's own
-            B rows; default ``teachers``.
-        temperature, alpha: see ``consistency_loss``.
-        queue_lengths: V times how many queue rows are read, ints or 0-d int64 tensors.
+        keys: V tensors (K, D), the teachers' features of all ranks, this rank's own B rows first;
+            default ``teachers``.
+        temperature: see ``consistency_loss``.
+        alpha: see ``consistency_loss``.
+        queue_lengths: V numbers of queue rows to read, ints or 0-d int64 tensors.
         key_ids: (K,) int64, shared by the modalities; see ``consistency_loss``.
         queue_ids: V tensors (Q,) int64; needs ``key_ids``.
-        present: (B, V) bool: a pair counts in the rows where both modalities are there, and an
-            absent feature is never read, neither as query nor as key. With gathered keys (K, V),
-            the gathered flags; of (B, V) the other ranks' keys count as there.
-        reduction: "mean" over the ordered pairs and rows that count (0 where none does); "sum";
-            "none": (B,), each row's sum over ordered pairs.
+        present: (B, V) bool. A pair counts in the rows where both modalities are present; an
+            absent feature is never read, as query or as key. With gathered keys, (K, V) flags of
+            all ranks; with (B, V) flags the keys of other ranks count as present.
+        reduction: "mean" over the ordered pairs and rows that count (0 if there are none), "sum",
+            or "none": (B,), the sum of each row over ordered pairs.
         backend: see ``mics_kernels.backends``.
 
     Returns:
@@ -137,6 +148,18 @@ def multimodal_consistency_loss(
         TypeError, ValueError: as ``consistency_loss``.
 
     Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import multimodal_consistency_loss
+        >>> wli, nbi = torch.eye(4).requires_grad_(), torch.eye(4).requires_grad_()
+        >>> teachers = [torch.eye(4), torch.eye(4)]
+        >>> present = torch.tensor([[True, True]] * 3 + [[True, False]])
+        >>> losses = multimodal_consistency_loss(
+        ...     [wli, nbi], teachers, temperature=0.5, present=present, reduction="none"
+        ... )
+        >>> [round(loss, 3) for loss in losses.tolist()]  # the last row has no pair
+        [0.982, 0.982, 0.982, 0.0]
     """
     keys_of = "teachers" if keys is None else "keys"
     keys = teachers if keys is None else keys
@@ -188,7 +211,7 @@ def _losses_and_counted(inputs: ConsistencyInputs) -> tuple[Tensor, Tensor]:
 
 
 def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: int) -> Tensor | None:
-    """(K, V) flags of the keys' samples, from those or from (B, V) flags of the queries'."""
+    """(K, V) flags for the samples of the keys, given those or (B, V) flags of the queries."""
     if present is None:
         return None
     rows = len(query)
@@ -219,11 +242,11 @@ def _check_lists(
             continue
         if not isinstance(values, list | tuple):
             raise TypeError(
-                f"{name} must be a list with one entry a modality, got {type(values).__name__}"
+                f"{name} must be a list with one entry per modality, got {type(values).__name__}"
             )
         if len(values) != len(features):
             raise ValueError(
-                f"{name} must have one entry a modality like features, {len(features)}, "
+                f"{name} must have one entry per modality like features, {len(features)}, "
                 f"got {len(values)}"
             )
     if len(features) < 2:
@@ -244,7 +267,7 @@ def _check_keys(name: str, keys: Tensor, query: Tensor, rows: int | str) -> None
     _check_features(name, keys, query, rows)
     if len(keys) < len(query):
         raise ValueError(
-            f"{name} must have a row for each of the {len(query)} queries first, got {len(keys)}"
+            f"{name} must start with one row per query, {len(query)}, got {len(keys)} rows"
         )
 
 

@@ -1,4 +1,4 @@
-"""The queue of older keys: a ring of features, its ids, and how far it is filled."""
+"""Queue of older keys: a ring buffer of features and their ids."""
 
 from __future__ import annotations
 
@@ -7,32 +7,44 @@ from torch import Tensor, nn
 
 from mics_kernels import checks
 
-NO_ID = torch.iinfo(torch.int64).max  # of rows without an id: readable, and nobody's repeat
+NO_ID = torch.iinfo(torch.int64).max  # id of rows without one: readable, equal to no other
 
 
 class FeatureQueue(nn.Module):
-    """The latest features of one modality, first in, first out.
+    """First-in, first-out queue of the latest features of one modality.
 
-    Rows are written in place, around the end, without a look at the device's data. State is in
-    buffers, so it is saved, restored and moved with the module. With several ranks, enqueue what
-    all of them have, gathered in the order of ranks: their queues stay identical.
+    Rows are written in place, around the end, without a host synchronisation. The state is in
+    buffers: it is saved, restored and moved with the module. With several ranks, enqueue the
+    features of all of them, gathered in the order of ranks, and the queues stay identical.
 
     Args:
-        size: rows it holds, Q >= 1.
-        dim: feature width D >= 1.
-        dtype: of the stored features.
+        size: number of rows, Q >= 1.
+        dim: feature width, D >= 1.
+        dtype: dtype of the stored features.
 
     Attributes:
-        features: (Q, D); rows from ``length`` on were never written.
-        ids: (Q,) int64; -1 (never read) where nothing was written, the largest int64 (nobody's
-            repeat) where a feature came without an id.
-        length: 0-d int64, rows filled so far; pass it as ``queue_length``.
-        position: 0-d int64, the row to be written next.
+        features: (Q, D); rows from ``length`` on are unwritten.
+        ids: (Q,) int64; -1 (never read) in unwritten rows, the largest int64 (equal to no other id)
+            for features enqueued without ids.
+        length: 0-d int64, number of rows filled; pass it as ``queue_length``.
+        position: 0-d int64, next row to write.
 
     Raises:
         ValueError: size or dim below 1.
 
     Source: He et al., Momentum Contrast, CVPR 2020, section 3.2.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import FeatureQueue, consistency_loss
+        >>> queue = FeatureQueue(size=8, dim=4)
+        >>> queue.enqueue(torch.eye(4))
+        >>> queue.length.item()
+        4
+        >>> loss = consistency_loss(
+        ...     torch.eye(4), torch.eye(4), torch.eye(4), queue.features,
+        ...     temperature=0.5, queue_length=queue.length,
+        ... )
     """
 
     features: Tensor
@@ -53,12 +65,12 @@ class FeatureQueue(nn.Module):
     def enqueue(
         self, features: Tensor, ids: Tensor | None = None, present: Tensor | None = None
     ) -> None:
-        """Append rows; of more than Q rows the last Q stay.
+        """Append rows; of more than Q rows, keep the last Q.
 
         Args:
             features: (B, D), any float dtype and any B.
             ids: (B,) int64, the sample (or group) of each row.
-            present: (B,) bool; a row marked False is skipped.
+            present: (B,) bool; rows marked False are skipped.
 
         Raises:
             TypeError: wrong type or dtype.
@@ -75,8 +87,8 @@ class FeatureQueue(nn.Module):
             present = torch.ones(rows, dtype=torch.bool, device=device)
         checks.check_tensor("present", present, (rows,), checks.FLAGS, device)
 
-        # Absent rows first, the others in order behind them; the absent ones that are left land
-        # before the write position and put back what is there, so no count is read on the host.
+        # Sort absent rows to the front. Those among the last Q land before the write position and
+        # rewrite what is there, so that no count is read on the host.
         added = present.sum()
         written = min(rows, size)
         order = present.to(torch.uint8).argsort(stable=True)[rows - written :]

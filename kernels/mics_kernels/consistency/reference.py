@@ -48,7 +48,7 @@ def _losses_of_pair(inputs: ConsistencyInputs, a: int, b: int) -> tuple[Tensor, 
 
 
 def _readable(inputs: ConsistencyInputs, b: int) -> Tensor:
-    """(N,) bool: keys and queue rows of modality b that are there, for every query."""
+    """(N,) bool: keys and queue rows of modality b that may be read."""
     keys = inputs.keys[b]
     readable = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
     if inputs.present is not None:
@@ -74,7 +74,7 @@ def _allowed(
 ) -> Tensor:
     """(B, N) bool: keys in the softmax of each query.
 
-    A query that does not count keeps them all, so that no softmax is empty.
+    Queries that do not count keep all keys, so that no softmax is empty.
     """
     allowed = readable.unsqueeze(0) | ~counted.unsqueeze(1)
     if key_ids is None:

@@ -1,21 +1,21 @@
 """The consistency losses in Triton; the formulas are those of README.md beside this file.
 
-Student and teacher features of a query are two rows of one tile, so that a tile of keys, loaded
-once, serves the products of both and, in the sweep that also wants gradients, both sums of keys:
+Student and teacher features of a query are two rows of one tile. A tile of keys is loaded once and
+serves the products of both and, where gradients are wanted, both sums of keys:
 
     products (M, N) = rows (M, D) . keys (N, D)
     pulls    (M, D) = softmax(products / T) . keys
 
-The keys and the queue's filled part are cut into splits, which programs sweep independently of
-each other with a running maximum; a second kernel joins the splits in a fixed order.
+The keys and the filled part of the queue are cut into splits, which programs sweep independently,
+with a running maximum. A second kernel joins the splits in a fixed order.
 
 Rows of a tile come in slabs of 16: eight students, then their eight teachers. A tensor core keeps
-rows i and i + 8 in the same registers, so a student's products meet its teacher's probabilities
-at no cost. The losses and temperature gradients come from those float32 products, and not from the
-sums of keys, whose probabilities are rounded to the dtype of the keys.
+rows i and i + 8 in the same registers, so that a student's products meet its teacher's
+probabilities at no cost. Losses and temperature gradients come from those float32 products, not
+from the sums of keys, whose probabilities are rounded to the dtype of the keys.
 """
 
-# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# The compiler types the arguments of kernels; annotations mean tl.constexpr.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _of(values, chosen):
-    """values[chosen] of a tuple; selects of scalars, which keep what is known of alignment."""
+    """values[chosen] of a tuple, by selects of scalars, which preserve known alignment."""
     value = values[0]
     for i in tl.static_range(1, len(values)):
         value = tl.where(chosen == i, values[i], value)
@@ -54,7 +54,7 @@ def _number(value, IN_MEMORY: tl.constexpr):
 
 @triton.jit
 def _counts(query, rows, key_ids, step, a, b, HAS_IDS: tl.constexpr):
-    """Which queries have both modalities and a positive that is read, and their ids."""
+    """Flags of queries with both modalities and a readable positive, and their ids."""
     counts = query < rows
     own_id = query.to(tl.int64)
     if HAS_IDS:
@@ -68,7 +68,7 @@ def _counts(query, rows, key_ids, step, a, b, HAS_IDS: tl.constexpr):
 @triton.jit
 def _add_product(total, a, b, PRECISION: tl.constexpr):
     """total + a . b, in float32."""
-    if _INTERPRETED:  # it would multiply the bit patterns of bfloat16
+    if _INTERPRETED:  # the interpreter would multiply the bit patterns of bfloat16
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -76,7 +76,7 @@ def _add_product(total, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _under_student(p, products, M: tl.constexpr, N: tl.constexpr):
-    """Each row's sum over keys of p times the product of its query's student with the key, (M,)."""
+    """For each row, the sum over keys of p times the product of student and key, (M,)."""
     shape: tl.constexpr = (M // 16, 2, 8, N)
     student = (tl.arange(0, 2) == 0)[None, :, None, None]
     students = tl.where(student, tl.reshape(products, shape), 0.0)
@@ -86,7 +86,7 @@ def _under_student(p, products, M: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def _ids_of_tile(ids, tile, length, N: tl.constexpr):
-    """Ids of a tile of keys (N,), negative where they are not to be read."""
+    """Ids of a tile of keys (N,), negative for keys that must not be read."""
     slot = tl.arange(0, N)
     place = tl.cast(tile, tl.int64) * N + slot
     return tl.load(ids + place, mask=slot < length - tile * N, other=-1)
@@ -113,7 +113,7 @@ def _sweep(
     for tile in range(first, last):
         readable = slot < length - tile * N
         if HAS_IDS:
-            # Read one tile ahead, or the loads of features, which depend on it, could not be.
+            # Read one tile ahead, so that the loads of features, which depend on it, can be, too.
             key_id = next_id
             next_id = _ids_of_tile(ids, tile + 1, length, N)
             readable = key_id >= 0
@@ -135,8 +135,8 @@ def _sweep(
         # Scaled in float32 after the product, and above the mask: -inf * scale is -inf.
         masked = tl.where(allowed, products, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(masked, 1))
-        # Scaled after the difference: of scale s - scale peak a GPU rounds one product and not the
-        # other, so an old sum would fade, or grow, with every tile that brings no new peak.
+        # Scaled after the difference: in scale s - scale peak a GPU rounds only one product, and
+        # an old sum would shrink or grow with every tile without a new peak.
         top = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         p = tl.exp2((masked - top[:, None]) * scale)
         fade = tl.exp2((peak - top) * scale)
@@ -177,7 +177,7 @@ def sweep_kernel(
     counts, own_id = _counts(query, rows, key_ids, ids_step, a, b, HAS_IDS)
     column = tl.arange(0, DP)
     place = query.to(tl.int64)[:, None] * D + column[None, :]
-    # One load, from which a tensor core can take the tile as it lies in shared memory.
+    # One load, so that a tensor core can read the tile straight from shared memory.
     source = tl.where(is_teacher[:, None] == 1, _of(teachers, a) + place, _of(students, a) + place)
     queries = tl.load(source, mask=counts[:, None] & (column < D)[None, :], other=0.0)
     scale = _LOG2_E / _number(temperature, TEMPERATURE_IN_MEMORY)
@@ -289,7 +289,7 @@ def join_kernel(
     sums += part * 8 * rows + query
     peak, total, mixed, positive = _joined(sums, scale, rows, splits, S)
     teacher_peak, teacher_total, teacher_mixed, _ = _joined(sums + rows, scale, rows, splits, S)
-    # Differences from the positive, which cancel exactly where they are nothing.
+    # Differences from the positive, which cancel exactly where they are 0.
     excess = mixed / total - positive
     target = alpha * (teacher_mixed / teacher_total - positive)
     out = pair.to(tl.int64) * rows + query
@@ -316,7 +316,7 @@ def join_kernel(
 
 
 class Tile(NamedTuple):
-    """A program of the sweep: rows (twice its queries) and keys at a time."""
+    """Tile of a sweep program: rows (twice its queries), keys per step, warps, pipeline stages."""
 
     rows: int
     keys: int
@@ -325,7 +325,7 @@ class Tile(NamedTuple):
 
 
 def shared_memory(capability: int) -> int:
-    """Bytes a program may use on a chip (90 for compute capability 9.0)."""
+    """Bytes of shared memory available to a program (capability 90 for 9.0)."""
     kilobytes = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
     return 1024 * kilobytes.get(capability, 99)
 
@@ -448,7 +448,7 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    """The dtype that holds all of them, float32 at most."""
+    """Smallest dtype that holds all of them, float32 at most."""
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -473,8 +473,10 @@ def _ids_of_modalities(key_ids: Tensor | None, present: Tensor | None) -> tuple[
 def _lengths(
     lengths: Sequence[int | Tensor], like: Tensor
 ) -> tuple[tuple[int | Tensor, ...], bool]:
-    """Lengths as the kernel takes them, and whether as tensors; an int n as 2 n + 3, as the
-    compiler makes a kernel of its own for an argument that is 1 or a multiple of 16."""
+    """Lengths as the kernel takes them, and whether they are tensors.
+
+    An int n is passed as 2 n + 3: the compiler would specialise on 1 and on multiples of 16.
+    """
     if all(isinstance(n, int) for n in lengths):
         return tuple(2 * n + 3 for n in lengths), False
     full = [torch.full((), n, device=like.device) if isinstance(n, int) else n for n in lengths]
@@ -482,7 +484,8 @@ def _lengths(
 
 
 def _precision() -> str:
-    """float32 products: exact, or with TensorFloat-32 where torch is told so, by whichever of its
-    settings (get_float32_matmul_precision raises where the newer ones were used). Of no effect on
-    half precision."""
+    """Precision of float32 products: "ieee", or "tf32" where torch's settings allow it.
+
+    ``get_float32_matmul_precision`` would raise if the newer of the two settings was used.
+    """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -60,8 +60,11 @@ def _scale_gradient(ctx: Any, outer: Tensor) -> Gradients:
 
 
 def _is_last_use(outer: Tensor) -> bool:
-    """Whether the saved gradient may be handed out: nothing reads it again, and a look at the
-    factor, which saves a pass over the gradient where it is 1, costs no synchronisation."""
+    """True if the saved gradient may be returned itself where ``outer`` is 1, which saves a pass.
+
+    The graph must not be kept, since others may write into the gradient, and reading ``outer`` must
+    not synchronise.
+    """
     if torch.compiler.is_compiling() or is_transformed():
         return False
     if outer.dim() > 0 or outer.device.type != "cpu" or not is_plain(outer):

@@ -1,8 +1,8 @@
-"""What the C++ and the CUDA implementation share: from tensors to addresses in a native call.
+"""Native calls of the C++ and CUDA implementations, prepared from tensors.
 
-Outputs are allocated here; every array is made contiguous, targets and weights float32. A native
-call holds addresses only: whoever makes it keeps what it was prepared from alive until it is
-launched (memory freed after that is reused in the order of the stream).
+Outputs are allocated, arrays made contiguous, targets and weights float32. A native call holds
+addresses only: the caller keeps its inputs alive until the launch (memory freed later is reused in
+the order of the stream).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mics_kernels.evidential.records import (
 
 
 class NativeRows(NamedTuple):
-    """A prepared call of the loss: its outputs, and the inputs it reads."""
+    """Prepared call of a loss: its results, and the inputs to keep alive."""
 
     call: _native.EvidentialCall
     results: EvidentialResults
@@ -77,7 +77,7 @@ def prepare_rows(inputs: EvidentialInputs, count: Tensor | None) -> NativeRows:
 
 
 class NativeFusion(NamedTuple):
-    """A prepared call of the fusion or its gradient: its output, and the inputs it reads."""
+    """Prepared call of the fusion or its gradient: its output, and the inputs to keep alive."""
 
     call: _native.FusionCall
     output: Tensor

@@ -99,8 +99,8 @@ def _counted(inputs: EvidentialInputs) -> Tensor:
 def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float | Tensor) -> Tensor:
     """Expected cross-entropy plus ``kl_weight`` times KL, in float64.
 
-    A and KL are small differences of large digammas and log-gammas, and torch's float32 versions
-    of these are good to six digits at best: float64 here is what makes float32 losses accurate.
+    A and KL are small differences of large digammas and log-gammas, which torch computes to six
+    digits at best in float32. float64 is what makes float32 losses accurate.
 
     Args:
         evidence: (..., C), non-negative.
@@ -114,7 +114,7 @@ def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float | Tens
 
 
 def _kl_from_uniform(evidence: Tensor) -> Tensor:
-    """KL(Dirichlet(1 + evidence) || Dirichlet(1)), in the form whose large terms have cancelled."""
+    """KL(Dirichlet(1 + evidence) || Dirichlet(1)), in a form without large terms that cancel."""
     classes = evidence.shape[-1]
     alpha = evidence + 1.0
     strength = alpha.sum(-1)
@@ -130,7 +130,7 @@ def _h(alpha: Tensor) -> Tensor:
     """``lnGamma(a) - (a - 1) digamma(a) + a``, which grows like ``ln(a) / 2``; ``h(1) = 1``."""
     near = alpha.clamp(max=_FAR)
     exact = torch.lgamma(near) - (near - 1.0) * torch.digamma(near) + near
-    # Far out these terms cancel even in float64; the asymptotic series is good to 1e-17 there.
+    # For large alpha these terms cancel even in float64; the series is accurate to 1e-17 there.
     t = 1.0 / alpha
     series = t * (-1.0 / 3.0 + t * (-1.0 / 12.0 + t * (-1.0 / 90.0 + t / 120.0)))
     far = 0.5 * (torch.log(alpha) + math.log(2.0 * math.pi) + 1.0) + series
@@ -139,24 +139,24 @@ def _h(alpha: Tensor) -> Tensor:
 
 def _activate(logits: Tensor, activation: str | None) -> Tensor:
     if activation == "softplus":
-        return F.softplus(logits, threshold=40.0)  # torch's 20 is an error of 2e-9
+        return F.softplus(logits, threshold=40.0)  # torch's default of 20 errs by 2e-9
     if activation == "exp":
         return logits.clamp(-10.0, 10.0).exp()
     return logits.relu()
 
 
 def _probabilities(target: Tensor, classes: int) -> Tensor:
-    """(B, C) probabilities of a target; a label that is no class has none."""
+    """(B, C) probabilities of a target; all 0 for a label that is no class."""
     if target.dim() == 2:
         return target
     return target.unsqueeze(1) == torch.arange(classes, device=target.device)
 
 
 def _wide(values: Tensor) -> Tensor:
-    """float32 at least: a product over views leaves float16's range, and bfloat16's precision."""
+    """Values in float32 at least: products over views exceed half precision."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _keep(values: Tensor, present: Tensor | None) -> Tensor:
-    """Values of the views that are there, zero for the others, whatever was in them."""
+    """Values of present views, 0 for the others, even if they held NaN."""
     return values if present is None else torch.where(present.unsqueeze(-1), values, 0.0)

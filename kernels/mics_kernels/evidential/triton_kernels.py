@@ -1,12 +1,12 @@
 """The evidential operators in Triton; the formulas are those of README.md beside this file.
 
 A program works on a block of rows, all their views, and one tile of classes at a time, as
-(R, V, K) tensors: V is padded to a power of two, and a padded view has no evidence, which is
-neutral. It sweeps twice over the classes: sums and fusion, then the gradient, which reads the
-logits again (from cache) rather than keep every class in registers.
+(R, V, K) tensors. V is padded to a power of two; padded views have no evidence, which is neutral.
+It sweeps over the classes twice: first sums and fusion, then the gradient, which reads the logits
+again (from cache) instead of keeping all classes in registers.
 """
 
-# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# The compiler types the arguments of kernels; annotations mean tl.constexpr.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ _ACTIVATIONS = {None: 0, "softplus": 1, "exp": 2, "relu": 3}
 
 @triton.jit
 def _reciprocal(a):
-    """1 / a; the step of Newton's method makes up for the hardware's approximate division."""
+    """1 / a; a Newton step corrects the approximate hardware division."""
     t = 1.0 / a
     return t + t * (1.0 - a * t)
 
 
 @triton.jit
 def _log(x):
-    """ln(x) for positive, normal x; tl.log is good to 2e-7, too little for the sums of a row."""
+    """ln(x) for positive, normal x; tl.log errs by 2e-7, too much for the sums of a row."""
     pattern = x.to(tl.int32, bitcast=True)
     exponent = (pattern - 0x3F3504F3) >> 23
     f = (pattern - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
@@ -55,8 +55,8 @@ def _log(x):
 
 @triton.jit
 def _exp(x):
-    """exp(x); below -87 it stays at exp(-87). tl.exp rounds x log2(e): off by up to |x| 6e-8."""
-    x = tl.where(x < -87.0, -87.0, x)  # instead of a maximum: NaN stays NaN
+    """exp(x), constant below -87. tl.exp rounds x log2(e), an error of up to |x| 6e-8."""
+    x = tl.where(x < -87.0, -87.0, x)  # not a maximum: NaN stays NaN
     n = tl.floor(x * 1.44269504 + 0.5)
     rest = (x - n * 0.693359375) + n * 2.12194440e-4  # ln(2) in two parts
     return tl.exp2(n) * tl.exp(rest)
@@ -64,7 +64,7 @@ def _exp(x):
 
 @triton.jit
 def _rounded_off(e, t):
-    """What ln(1 + e) loses when 1 + e is rounded."""
+    """Error of ln(1 + e) from rounding 1 + e."""
     return tl.where(e < 1.0, (e - ((1.0 + e) - 1.0)) * t, 0.0)
 
 
@@ -96,7 +96,7 @@ def _activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == 1:
         q = _exp(-tl.abs(z))
         positive = 1.0 / (1.0 + q)
-        # z + |z| instead of a maximum: NaN stays NaN
+        # z + |z|, not a maximum: NaN stays NaN
         e = 0.5 * (z + tl.abs(z)) + q * polynomial(q, _LOG1P)
         slope = tl.where(z < 0.0, q * positive, positive)
     elif ACTIVATION == 2:
@@ -141,7 +141,7 @@ def _both(a, b):
 
 @triton.jit
 def _class_terms(e, y, SOFT: tl.constexpr):
-    """What an opinion's loss sums over classes: (1 - y) e, h - 1, and the right class's part."""
+    """Summands of an opinion's loss over classes: (1 - y) e, h - 1, and the target's part."""
     wrong = (1.0 - y) * e
     t = _reciprocal(1.0 + wrong)
     h = 0.5 * (tl.log(1.0 + wrong) + _rounded_off(wrong, t)) + _h_rest(wrong * t, t)
@@ -151,7 +151,7 @@ def _class_terms(e, y, SOFT: tl.constexpr):
 
 @triton.jit
 def _judge(evidence, misleading, h, expected, mass, kl_weight, C: tl.constexpr, SOFT: tl.constexpr):
-    """Loss of opinions from their sums, and the parts of the gradient that classes share."""
+    """Loss of opinions from their sums, and the gradient terms that classes share."""
     flat = misleading * 0.0 + C
     flat_t = flat * 0.0 + 1.0 / C
     right = _trigamma(1.0 + expected)
@@ -291,7 +291,7 @@ def evidential_rows_kernel(
 
 @triton.jit(do_not_specialize=["ignore_index", "rows"])
 def count_kernel(labels, count, ignore_index, rows, BLOCK: tl.constexpr):
-    """How many labels (B,) are not ignored, but at least 1: one float32, from one program."""
+    """Number of labels (B,) that are not ignored, at least 1: one float32, from one program."""
     total = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, rows, BLOCK):
         row = start + tl.arange(0, BLOCK)
@@ -331,8 +331,10 @@ def fuse_kernel(
 
 
 def blocks(views: int, classes: int) -> dict[str, int]:
-    """Tile of a program: 512 elements of (rows, padded views, classes), which is what registers
-    hold without spilling, or one step of a row of many classes; at most 128 rows."""
+    """Tile of a program: 512 elements of (rows, padded views, classes), which registers can hold.
+
+    Rows of many classes take several steps; a tile has at most 128 rows.
+    """
     padded = triton.next_power_of_2(views)
     tile = min(triton.next_power_of_2(classes), 256)
     return {

@@ -1,4 +1,4 @@
-"""Distribution shift of features: a random move along the directions its class varies in."""
+"""Distribution shift: noise on features with the covariance of their class."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ def shift_features(
     directions: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Add noise that varies as each row's class does.
+    """Add noise with the variance, or along the directions, of the class of each row.
 
     ``strength * sqrt(variance[target]) * normal``, or along directions
     ``strength / sqrt(r) * sum_j normal_j * directions[target, j]``. The normals are a function of
-    (seed, row id, column) alone (``mics_kernels.philox.normals``): the same row id gets the same
-    noise on every rank, device and tile.
+    (seed, row id, column) alone (``mics_kernels.philox.normals``): a row id gets the same noise on
+    every rank, device and tile size.
 
     Args:
-        features: (B, D), float32 / bfloat16 / float16 (float64: reference only). Gets a gradient:
-            the identity.
-        target: (B,) int64 class labels, -1 for a row left alone, or (B, C) posteriors: the
-            covariance is their mixture. No gradient.
-        variance: (C, D), >= 0, any float dtype; None where directions stand. No gradient.
+        features: (B, D), D >= 1, float32 / bfloat16 / float16 (float64: reference only). Gets a
+            gradient, the identity.
+        target: (B,) int64 class labels, -1 for rows to return unchanged, or (B, C) posteriors,
+            whose mixture of covariances applies. No gradient.
+        variance: (C, D), >= 0, any float dtype; may be None if there are directions. No gradient.
         strength: >= 0, a float or (B,). No gradient.
-        seed: (2,) int64 on the features' device, (seed, offset); of the offset the low 32 bits.
-            It is read when the operator runs: a replayed CUDA graph draws anew where its caller
+        seed: (2,) int64 on the device of the features: seed, and offset, whose low 32 bits count.
+            Read when the operator runs: a replayed CUDA graph draws new numbers once its caller
             has advanced the offset.
         row_ids: (B,) int64; default 0 .. B - 1.
-        directions: (C, r, D), r >= 1, any float dtype, as ``ClassStatistics.directions`` gives
-            them; they take the place of the variance. No gradient.
+        directions: (C, r, D), r >= 1, any float dtype, from ``ClassStatistics.directions``; they
+            replace the variance. No gradient.
         backend: see ``mics_kernels.backends``.
 
     Returns:
@@ -61,9 +61,19 @@ def shift_features(
     Raises:
         TypeError: wrong type or dtype.
         ValueError: wrong shape or device, a value out of range, neither variance nor directions,
-            or a gradient asked for a tensor that gets none.
+            or an input that requires a gradient but gets none.
 
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.2 (sampled).
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import shift_features
+        >>> features, target = torch.zeros(3, 4), torch.tensor([0, 1, -1])
+        >>> variance = torch.tensor([[1.0] * 4, [0.0] * 4])
+        >>> seed = torch.tensor([17, 0])
+        >>> moved = shift_features(features, target, variance, strength=0.5, seed=seed)
+        >>> moved.any(dim=1).tolist()  # class 1 does not vary, and the last row has no class
+        [True, False, False]
     """
     checks.check_tensor("features", features, ("B", "D"))
     checks.check_not_empty("features", features, 1, "feature")
@@ -100,21 +110,24 @@ def shifted_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Upper bound of the expected softmax cross-entropy of shifted features, without drawing any.
+    """Upper bound of the expected cross-entropy of shifted features, without sampling.
 
-    Cross-entropy of logits to which ``strength**2 / 2 * (w_j - w_y)^T Sigma_y (w_j - w_y)`` has
-    been added, Sigma_y being diag(variance[y]) or the mean of the outer products of the
-    directions of class y (derivation: README.md beside this file).
+    Softmax cross-entropy of logits raised by
+    ``strength**2 / 2 * (w_j - w_y)^T Sigma_y (w_j - w_y)``, where Sigma_y is diag(variance[y]) or
+    the mean of the outer products of the directions of class y (derivation: README.md beside this
+    file).
 
     Args:
-        logits: (B, C) of the features as they are, float32 / bfloat16 / float16 (float64:
+        logits: (B, C), C >= 1, of the unshifted features, float32 / bfloat16 / float16 (float64:
             reference only). Gets a gradient, in its own dtype.
-        target: (B,) int64 class labels, or -1: the row has loss 0, gradient 0, does not count.
-        weight: (C, D) of the linear layer that made the logits, any float dtype. Gets a gradient.
-        variance: (C, D), >= 0, any float dtype; None where directions stand. No gradient.
-        strength: of the shift, >= 0, a float or (B,). No gradient.
-        directions: (C, r, D), r >= 1, in place of the variance. No gradient.
-        reduction: "mean" over the rows that count (0 where there is none), "sum", or "none": (B,).
+        target: (B,) int64 class labels; a row with -1 has loss 0 and gradient 0, and does not
+            count.
+        weight: (C, D) weight of the linear layer that computed the logits, any float dtype. Gets a
+            gradient.
+        variance: (C, D), >= 0, any float dtype; may be None if there are directions. No gradient.
+        strength: strength of the shift, >= 0, a float or (B,). No gradient.
+        directions: (C, r, D), r >= 1; they replace the variance. No gradient.
+        reduction: "mean" over the rows that count (0 if there are none), "sum", or "none": (B,).
         backend: see ``mics_kernels.backends``.
 
     Returns:
@@ -123,9 +136,21 @@ def shifted_cross_entropy(
     Raises:
         TypeError: wrong type or dtype.
         ValueError: wrong shape or device, a value out of range, neither variance nor directions,
-            an unknown reduction, or a gradient asked for a tensor that gets none.
+            an unknown reduction, or an input that requires a gradient but gets none.
 
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, proposition 1.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import shifted_cross_entropy
+        >>> features, weight = torch.eye(2), torch.eye(2).requires_grad_()
+        >>> logits, target = features @ weight.T, torch.tensor([0, 1])
+        >>> variance = torch.ones(2, 2)
+        >>> for strength in (0.0, 1.0):
+        ...     loss = shifted_cross_entropy(logits, target, weight, variance, strength=strength)
+        ...     print(round(loss.item(), 3))
+        0.313
+        0.693
     """
     checks.check_tensor("logits", logits, ("B", "C"))
     checks.check_not_empty("logits", logits, 1, "class")
@@ -157,7 +182,9 @@ def _check_spread(
     dim: int,
     device: torch.device,
 ) -> int:
-    """Check what a class varies by; the number of classes."""
+    """Check variance and directions; return the number of classes."""
+    if variance is None and directions is None:
+        raise ValueError("variance or directions must be given, got None for both")
     if variance is not None:
         checks.check_tensor("variance", variance, (classes, dim), checks.FLOATS, device)
         checks.check_values("variance", variance, 0.0)
@@ -170,8 +197,7 @@ def _check_spread(
         checks.check_not_empty("directions", directions, 0, "class")
         checks.check_not_empty("directions", directions, 1, "direction per class")
         classes = len(directions)
-    if isinstance(classes, str):
-        raise ValueError("variance must be given where directions are not, got None for both")
+    assert isinstance(classes, int)
     return classes
 
 

@@ -1,7 +1,7 @@
-"""The latest rows of each class, and the directions they span around their mean.
+"""Latest rows of each class, and the directions they span around their mean.
 
-Shapes: B rows, D feature width, C classes, r rows kept a class. Nothing here reads a number on the
-host: which row goes where is worked out in tensors.
+Shapes: B rows, D feature width, C classes, r rows kept per class. No host synchronisation: the slot
+of each row is computed in tensors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class RecentRows(NamedTuple):
-    """Up to r rows of each class, the newest last; slots that are still free come first.
+    """Up to r rows of each class, newest last, after the free slots.
 
     Args:
         rows: (C, r, D) float32.
@@ -42,26 +42,26 @@ def latest_rows(
     member = counts.unsqueeze(1) & (
         target.unsqueeze(1) == torch.arange(classes, device=target.device)
     )
-    later = member.long().flip(0).cumsum(0).flip(0) - 1  # rows of the class behind this one
+    later = member.long().flip(0).cumsum(0).flip(0) - 1  # rows of the class after this one
     label = target.clamp(0, classes - 1).unsqueeze(1)
     slot = size - 1 - later.gather(1, label)
-    # Rows without a slot all go to one more slot behind the last one, which is cut off again.
+    # Rows without a slot go to an extra slot after the last one, which is dropped below.
     place = torch.where(counts.unsqueeze(1) & (slot >= 0), label * size + slot, classes * size)
     source = torch.full((classes * size + 1,), len(features), device=target.device)
     source = source.scatter(0, place.squeeze(1), torch.arange(len(features), device=target.device))
     source = source[:-1].reshape(classes, size)
-    # Free slots read a row of zeros behind the batch.
+    # Free slots read a row of zeros after the batch.
     padded = torch.cat([features.float(), features.new_zeros(1, features.shape[1]).float()])
     return RecentRows(padded[source], torch.cat([share, share.new_zeros(1)])[source])
 
 
 def append_rows(old: RecentRows, new: RecentRows) -> RecentRows:
-    """The latest rows of a class whose ``new`` ones came after its ``old`` ones."""
+    """Latest rows of each class when ``new`` rows follow ``old`` ones."""
     size = old.weight.shape[1]
     added = (new.weight > 0).sum(1, keepdim=True)
     slot = torch.arange(size, device=added.device)
     is_new = slot >= size - added
-    moved = (slot + added).clamp(max=size - 1)  # where an old row of this slot stood before
+    moved = (slot + added).clamp(max=size - 1)  # previous slot of the old row
     rows = old.rows.gather(1, moved.unsqueeze(2).expand_as(old.rows))
     return RecentRows(
         torch.where(is_new.unsqueeze(2), new.rows, rows),
@@ -70,7 +70,7 @@ def append_rows(old: RecentRows, new: RecentRows) -> RecentRows:
 
 
 def centred_directions(recent: RecentRows) -> Tensor:
-    """(C, r, D) float32 ``R`` with ``R^T R / r`` the weighted covariance of the rows of a class."""
+    """Directions ``R`` (C, r, D) float32: ``R^T R / r`` is the weighted covariance of the rows."""
     size = recent.weight.shape[1]
     mass = recent.weight.sum(1, keepdim=True)
     share = (recent.weight / torch.where(mass > 0, mass, 1.0)).unsqueeze(2)

@@ -76,7 +76,7 @@ class ShiftedLossInputs(NamedTuple):
     Args:
         logits: (B, C).
         target: (B,) int64 labels.
-        table: (C, C), what a shift of strength sqrt(2) adds to each logit of a row of each class.
+        table: (C, C), ``(w_j - w_y)^T Sigma_y (w_j - w_y)`` for class y and logit j.
         strength: number, or tensor, 0-d or (B,).
         backend: name of the implementation.
         want_gradient: whether to compute the gradient.

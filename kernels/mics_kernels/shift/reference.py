@@ -1,7 +1,6 @@
-"""Class moments, feature shift and shifted cross-entropy as formulas: the specification of every
-other file here.
+"""Class moments, shift and shifted cross-entropy as formulas: the specification of this folder.
 
-Shapes: B rows, D feature width, C classes, r directions a class. Sources: README.md beside this
+Shapes: B rows, D feature width, C classes, r directions per class. Sources: README.md beside this
 file.
 """
 
@@ -17,7 +16,7 @@ from mics_kernels.shift.records import ClassMoments, MomentsInputs, ShiftedLossI
 def class_moments(inputs: MomentsInputs) -> ClassMoments:
     """Count (C,) float64, mean and sum of squared deviations (C, D), in two passes."""
     features, shares = inputs.features, _shares(inputs)
-    # A skipped row may hold anything, and zero times NaN is NaN.
+    # Skipped rows may hold NaN, and zero times NaN is NaN.
     rows = torch.where((shares > 0).any(1, keepdim=True), features.double(), 0.0)
     count = shares.sum(0)
     mean = (shares.T @ rows) / torch.where(count > 0, count, 1.0).unsqueeze(1)
@@ -49,8 +48,8 @@ def shift_features(inputs: ShiftInputs) -> Tensor:
 def spread_table(weight: Tensor, variance: Tensor | None, directions: Tensor | None) -> Tensor:
     """(C, C) float64: ``(w_j - w_y)^T Sigma_y (w_j - w_y)`` for class y and logit j.
 
-    Expanded into matrix products, so that nothing of shape (C, C, D) is made; what then cancels has
-    the digits of float64 to lose.
+    Expanded into matrix products, which need no tensor of shape (C, C, D). They cancel, and float64
+    has the digits to spare.
     """
     weight = weight.double()
     if directions is not None:
@@ -80,7 +79,7 @@ def shifted_losses(inputs: ShiftedLossInputs) -> Tensor:
 def _combination(target: Tensor, directions: Tensor, seed: Tensor, row_ids: Tensor) -> Tensor:
     """(B, D): ``sum_j normal_j directions[target, j] / sqrt(r)``.
 
-    Of posteriors p every class takes normals of its own, c r + j, and enters with sqrt(p_c): so the
+    With posteriors p each class takes its own normals, number c r + j, times sqrt(p_c), so that the
     covariance is the mixture.
     """
     classes, rank, dim = directions.shape
@@ -104,7 +103,7 @@ def _row_variance(target: Tensor, variance: Tensor) -> Tensor:
 
 
 def _class_of(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(B,) whether the label is a class, and (B,) a label that can be looked up in any case."""
+    """(B,) bool, true for labels that are classes, and (B,) labels clamped to valid indices."""
     return (target >= 0) & (target < classes), target.clamp(0, classes - 1)
 
 

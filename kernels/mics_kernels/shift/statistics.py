@@ -1,4 +1,4 @@
-"""Class-conditional statistics: exact merging, and a module that accumulates them."""
+"""Class-conditional statistics: moments of a batch, exact merging, running statistics."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def class_moments(
     """Count, mean and sum of squared deviations of the features of each class.
 
     Args:
-        features: (B, D), float32 / bfloat16 / float16 (float64: reference only). The result is a
-            constant: no gradient flows back.
-        target: (B,) int64 class labels, -1 for a row to skip (it is never read), or (B, C)
-            posteriors, by which a row counts in every class.
+        features: (B, D), D >= 1, float32 / bfloat16 / float16 (float64: reference only). Gets no
+            gradient: the result is a constant.
+        target: (B,) int64 class labels, -1 for rows to skip, which are never read; or (B, C)
+            posteriors, with which a row counts in every class.
         num_classes: C >= 1.
-        weight: (B,) >= 0, further weight of each row.
+        weight: (B,) >= 0, an additional weight of each row.
         backend: see ``mics_kernels.backends``.
 
     Returns:
@@ -45,6 +45,14 @@ def class_moments(
 
     Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
     variances, 1979 (two-pass form).
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import class_moments
+        >>> features = torch.tensor([[1.0], [3.0], [5.0], [9.0]])
+        >>> moments = class_moments(features, torch.tensor([0, 0, 1, -1]), num_classes=2)
+        >>> moments.count.tolist(), moments.mean.tolist(), moments.m2.tolist()
+        ([2.0, 1.0], [[2.0], [5.0]], [[2.0], [0.0]])
     """
     checks.check_tensor("features", features, ("B", "D"))
     checks.check_not_empty("features", features, 1, "feature")
@@ -63,19 +71,27 @@ def class_moments(
 
 
 def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
-    """Moments of the rows of ``a`` and ``b`` together, as if they had come in one batch.
+    """Moments of the rows of ``a`` and ``b`` together, as of one batch.
 
     Args:
         a: moments of C classes and D features.
-        b: likewise.
+        b: moments of as many classes and features.
 
     Returns:
-        Their union; mean and m2 in the wider of the two dtypes.
+        The merged moments; mean and m2 in the wider of the two dtypes.
 
     Raises:
         ValueError: the two differ in classes, features or device.
 
     Source: Chan, Golub, LeVeque, 1979, equations 2.1.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import class_moments, merge_moments
+        >>> features, target = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 0])
+        >>> halves = [class_moments(features[i], target[i], 1) for i in (slice(2), slice(2, 3))]
+        >>> merge_moments(*halves).mean.tolist()
+        [[3.0]]
     """
     checks.check_tensor("b.mean", b.mean, tuple(a.mean.shape), checks.FLOATS, a.mean.device)
     dtype = torch.promote_types(a.mean.dtype, b.mean.dtype)
@@ -90,35 +106,46 @@ def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
 class ClassStatistics(nn.Module):
     """Running class-conditional mean and variance of features.
 
-    Without momentum every row counts alike. With momentum old rows fade: n new rows of a class
-    weigh ``1 - (1 - momentum) ** n`` in its statistics, and the distance between the old mean and
-    the new rows enters the variance (Chan's merge), so that a class that shows up once per batch
-    still gets its variance. A weighted row counts as that many rows.
+    Without momentum all rows count equally. With momentum old rows fade: n new rows of a class
+    weigh ``1 - (1 - momentum) ** n`` in its statistics. The distance between the old mean and the
+    new rows enters the variance (Chan's merge), so that a class with one row per batch still gets
+    its variance. A weighted row counts as that many rows.
 
-    With a rank, the latest rows of each class are kept, too: low-rank directions along which it
-    varies (``directions``), correlations between features included.
+    With a rank, the latest rows of each class are kept as well; they give low-rank ``directions``
+    along which the class varies, correlations between features included.
 
-    State is in buffers, so it is saved, restored and moved with the module; they keep their
-    dtypes where the module around them is made half precision.
+    The state is in buffers: it is saved, restored and moved with the module. The buffers keep their
+    dtypes when the module is converted to half precision.
 
     Args:
         num_classes: C >= 1.
         dim: feature width D >= 1.
-        momentum: None: cumulative; else in (0, 1), the weight of one new row.
-        rank: how many rows a class are kept for ``directions``, r >= 0.
+        momentum: weight of one new row, in (0, 1); None: cumulative statistics.
+        rank: number of rows per class kept for ``directions``, r >= 0.
 
     Attributes:
-        count, mean, m2: (C,), (C, D), (C, D), float64: rows so far, mean, count * variance.
-        recent_rows, recent_weight: (C, r, D) float32, (C, r) float64: the latest, newest last;
-            weight 0 where there is none yet.
-        synced_*: the same at the last ``sync``; pending_*: of this rank's rows since.
+        count: (C,) float64, number of rows so far.
+        mean: (C, D) float64.
+        m2: (C, D) float64, count * variance.
+        recent_rows: (C, r, D) float32, the latest rows, newest last.
+        recent_weight: (C, r) float64, their weights; 0 in free slots.
+        synced_*: the same five at the last ``sync``.
+        pending_*: the same five of the rows of this rank since then.
 
     Raises:
-        TypeError: num_classes, dim or rank is no int.
-        ValueError: num_classes or dim below 1, rank below 0, momentum outside (0, 1).
+        TypeError: num_classes, dim or rank is not an int.
+        ValueError: num_classes or dim below 1, rank below 0, or momentum outside (0, 1).
 
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.1; the
     momentum form is this project's.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels import ClassStatistics
+        >>> statistics = ClassStatistics(num_classes=2, dim=1)
+        >>> statistics.update(torch.tensor([[1.0], [3.0], [7.0]]), torch.tensor([0, 0, 1]))
+        >>> statistics.variance().tolist()  # 0 for the class with one row
+        [[1.0], [0.0]]
     """
 
     count: Tensor
@@ -146,9 +173,9 @@ class ClassStatistics(nn.Module):
 
     @torch.no_grad()
     def update(self, features: Tensor, target: Tensor, weight: Tensor | None = None) -> None:
-        """Take in one batch; arguments and errors as ``class_moments``.
+        """Add the rows of one batch; arguments and errors as ``class_moments``.
 
-        For ``directions`` a row with posteriors counts for its most probable class alone.
+        For ``directions``, a row with posteriors counts only for its most probable class.
         """
         classes = len(self.count)
         new = class_moments(features, target, classes, weight=weight)
@@ -160,24 +187,26 @@ class ClassStatistics(nn.Module):
                 self._keep(part, append_rows(self._recent(part), latest))
 
     def variance(self) -> Tensor:
-        """(C, D) float32 variance of each class (divided by the count); 0 below two rows so far."""
+        """Variance of each class, divided by the count: (C, D) float32; 0 before the second row."""
         variance = self.m2 / self.count.clamp(min=1.0).unsqueeze(1)
         return torch.where(self.count.unsqueeze(1) < 2.0, 0.0, variance).float()
 
     def directions(self) -> Tensor:
-        """(C, rank, D) float32: the latest rows of each class, centred and scaled such that the
-        mean of their outer products is the (weighted) covariance of these rows, whether or not
-        there are ``rank`` of them yet; 0 below two rows so far."""
+        """Directions along which each class varies: (C, rank, D) float32; 0 before the second row.
+
+        They are the latest rows, centred and scaled such that the mean of their outer products is
+        the weighted covariance of these rows, even if there are fewer than ``rank``.
+        """
         directions = centred_directions(self._recent(""))
         return torch.where(self.count.reshape(-1, 1, 1) < 2.0, 0.0, directions)
 
     @torch.no_grad()
     def sync(self, group: torch.distributed.ProcessGroup | None = None) -> None:
-        """Give every rank the statistics of the rows of all ranks, as if one rank had seen them.
+        """Merge the rows of all ranks, as if each rank had seen them all.
 
-        Call it on all ranks, after any number of updates. One all-gather of C (1 + 2 D) numbers,
-        and of C r (1 + D) more with a rank; without torch.distributed, or before its
-        initialisation, nothing happens.
+        Call it on all ranks, after any number of updates. It gathers C (1 + 2 D) numbers, and
+        C r (1 + D) more with a rank, in one collective. Without initialised torch.distributed it
+        does nothing.
 
         Args:
             group: the ranks to merge; default all.
@@ -201,7 +230,7 @@ class ClassStatistics(nn.Module):
             self._keep(name, recent)
 
     def _absorb(self, old: ClassMoments, new: ClassMoments) -> ClassMoments:
-        """Merge new rows; with momentum the old ones weigh no more than their share."""
+        """Merge new rows; with momentum, old rows weigh at most their share."""
         if self.momentum is None:
             return merge_moments(old, new)
         # An old count N gives n new rows the share n / (N + n): 1 - (1 - momentum) ** n where
@@ -211,7 +240,7 @@ class ClassStatistics(nn.Module):
         weight = torch.where(new.count > 0, torch.minimum(old.count, cap), old.count)
         kept = weight / torch.where(old.count > 0, old.count, 1.0)
         merged = merge_moments(old._replace(count=weight, m2=old.m2 * kept.unsqueeze(1)), new)
-        count = old.count + new.count  # how many rows there were, whatever they weigh by now
+        count = old.count + new.count  # the number of rows, not their faded weight
         scale = count / torch.where(merged.count > 0, merged.count, 1.0)
         return ClassMoments(count, merged.mean, merged.m2 * scale.unsqueeze(1))
 
@@ -234,7 +263,7 @@ class ClassStatistics(nn.Module):
             getattr(self, f"{part}recent_{name}").copy_(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Move the buffers, but never round them: sums of many rows do not fit half precision."""
+        """Move the buffers without rounding them: sums of many rows do not fit half precision."""
         before = dict(self.named_buffers())
         super()._apply(fn, recurse)
         for name, value in before.items():
@@ -245,7 +274,7 @@ class ClassStatistics(nn.Module):
 
 
 def _pack(moments: ClassMoments, recent: RecentRows) -> Tensor:
-    """Everything about a class in one row of float64, which holds float32 exactly."""
+    """All state of a class in one row of float64, which holds float32 exactly."""
     rows = recent.rows.double().flatten(1)
     return torch.cat(
         [moments.count.unsqueeze(1), moments.mean, moments.m2, recent.weight, rows], dim=1

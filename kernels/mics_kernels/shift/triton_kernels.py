@@ -1,12 +1,10 @@
-"""Class moments, feature shift and shifted cross-entropy in Triton; formulas: README.md beside this
-file.
+"""Class moments, shift and shifted cross-entropy in Triton; formulas: README.md beside this file.
 
-A program works on R rows and K columns (or classes) at a time. Every number is a function of what
-it is computed from, and sums run in an order that shapes alone decide: no atomics, the same bits
-on every run.
+A program works on R rows and K columns (or classes) at a time. The order of sums depends on shapes
+alone, without atomics: every run gives the same bits.
 """
 
-# Arguments of kernels are what the compiler makes of them; annotations mean tl.constexpr.
+# The compiler types the arguments of kernels; annotations mean tl.constexpr.
 # mypy: disable-error-code="no-untyped-def"
 
 from __future__ import annotations
@@ -50,7 +48,7 @@ def philox(seed, c0, c1, c2, c3):
     k0 = _low(seed)
     k1 = _high(seed)
     for _ in tl.static_range(10):
-        # One wide product each: its two halves are two registers.
+        # One wide product gives both words: its halves are two registers.
         first = c0.to(tl.uint64) * 0xD2511F53
         second = c2.to(tl.uint64) * 0xCD9E8D57
         c0 = _high(second) ^ c1 ^ k0
@@ -66,10 +64,10 @@ def philox(seed, c0, c1, c2, c3):
 def _radius(word):
     """sqrt(-2 ln u) with u = (n + 1/2) 2^-24, n the upper 24 bits of the word."""
     n = (word >> 8).to(tl.float32)
-    # u = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; k stays where a float has its exponent.
+    # u = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1]; k stays in the exponent field.
     k = ((n + 0.5).to(tl.int32, bitcast=True) - 0x4B3504F3) & -0x800000
     scale = (0x33800000 - k).to(tl.float32, bitcast=True)
-    # u has 25 bits, but f has 24 or fewer: every step is exact, and ln(u) right up to u = 1.
+    # u has 25 bits, but f at most 24: every step is exact, so ln(u) is accurate up to u = 1.
     f = (n * scale - 1.0) + 0.5 * scale
     rest = f + f * f * (f * polynomial(f, _LOG) - 0.5)
     log = k.to(tl.float32) * 8.2629582e-8 + rest  # ln(2) / 2^23
@@ -78,9 +76,9 @@ def _radius(word):
 
 @triton.jit
 def _turn(word):
-    """cos and sin of 2 pi u, u likewise. A quarter turn more or less is a swap and a sign."""
+    """cos and sin of 2 pi u, with the same u; a quarter turn is a swap and a sign."""
     angle = (word & 0xFFFFFF00) | 0x80  # u in units of 2^-32
-    quarter = angle + 0x20000000  # the nearest one, in the upper two bits
+    quarter = angle + 0x20000000  # the nearest quarter turn, in the upper two bits
     t = (angle << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
     square = t * t
     s = t * polynomial(square, _SINE)
@@ -165,7 +163,7 @@ def shift_kernel(
 @triton.jit
 def _along(directions, first, j, normal, column, shares, row, counts, n,
            D: tl.constexpr, RANK: tl.constexpr, C: tl.constexpr, SOFT: tl.constexpr):  # fmt: skip
-    """normal times direction j of each row's class; of posteriors, times the root of its share."""
+    """normal * direction j of the class of each row, times the root of the share of posteriors."""
     there = counts & (j < n)
     if SOFT:
         share = tl.load(shares + row * C + j // RANK, mask=there, other=0.0)
@@ -234,8 +232,8 @@ def moments_kernel(
     """features (B, D), target (B,) or (B, C), weight (B,) -> moments of each ``segment`` rows:
     counts (S, T, C), one for each block of columns, means and m2s (S, C, D), all float64.
 
-    A block of rows is read once, and merged into each class in turn; what a class has so far lies
-    in memory, in a place that no other program touches.
+    A block of rows is read once and merged into each class in turn. The moments so far lie in
+    memory that no other program touches.
     """
     part = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * K + tl.arange(0, K)
@@ -250,7 +248,7 @@ def moments_kernel(
         tl.store(m2s + place, tl.zeros((K,), tl.float64), mask=real)
     end = tl.minimum((part + 1) * segment, rows)
     for start in range(part * segment, end, R):
-        tl.debug_barrier()  # what one thread wrote, another may read
+        tl.debug_barrier()  # threads read what others have written
         row = start + tl.arange(0, R)
         reads = row < end
         mass = tl.full((R,), 1.0, tl.float64)
@@ -281,7 +279,7 @@ def _merge_block(x, w, count, mean, m2, real):
     mass = tl.sum(w, 0)
     counts = (w != 0.0)[:, None]
     w = w.to(tl.float32)[:, None]
-    # The mean but for rounding; what that left over, and the squares around it.
+    # The mean up to rounding, the remainder, and the squares around it.
     centre = tl.sum(tl.where(counts, w * x, 0.0), 0) * (1.0 / mass).to(tl.float32)
     distance = tl.where(counts, x - centre[None, :], 0.0)
     rest = tl.sum(w * distance, 0).to(tl.float64)
@@ -329,7 +327,7 @@ def merge_kernel(
 
 @triton.jit
 def _moved_logits(logits, table, half_square, row, label, counts, k, C: tl.constexpr):
-    """(R, K) logits with what the shift adds; -inf where there is no class."""
+    """(R, K) logits raised by the shift; -inf where there is no class."""
     mask = counts[:, None] & (k < C)[None, :]
     z = tl.load(logits + row[:, None] * C + k[None, :], mask=mask, other=0.0).to(tl.float32)
     extra = tl.load(table + label[:, None] * C + k[None, :], mask=mask, other=0.0)
@@ -375,8 +373,10 @@ def losses_kernel(
 
 
 def shift_blocks(dim: int) -> dict[str, int]:
-    """Tile of the shift: 4,096 elements, 32 a thread, which share what is worked out once a row or
-    column; columns in blocks of a power of two that divides D where there is one."""
+    """Tile of the shift: 4,096 elements, 32 per thread, which share work per row and per column.
+
+    The number of columns is a power of two, one that divides D where possible.
+    """
     block = dim & -dim
     if block < 32:
         block = triton.next_power_of_2(dim)
@@ -385,8 +385,10 @@ def shift_blocks(dim: int) -> dict[str, int]:
 
 
 def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
-    """Tile and segments of the moments: up to 64 segments, fewer where many classes would take
-    too much memory. They depend on shapes alone, and so does every bit of the result."""
+    """Tile and segments of the moments: up to 64 segments, fewer where they would need much memory.
+
+    They depend on shapes alone, and so does every bit of the result.
+    """
     block = {"R": 16, "K": min(64, triton.next_power_of_2(dim))}
     most = max(1, min(64, 2**23 // (classes * dim)))
     segment = triton.cdiv(triton.cdiv(max(rows, 1), most), block["R"]) * block["R"]
@@ -394,7 +396,7 @@ def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
 
 
 def loss_blocks(classes: int) -> dict[str, int]:
-    """Tile of the shifted cross-entropy: 1,024 logits, of whole rows where they fit."""
+    """Tile of the shifted cross-entropy: 1,024 logits, in whole rows where they fit."""
     block = min(triton.next_power_of_2(classes), 1024)
     return {"C": classes, "R": 1024 // block, "K": block}
 
@@ -478,7 +480,7 @@ def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
 
 
 def _is_soft(inputs: ShiftInputs | MomentsInputs) -> bool:
-    """Whether the target holds posteriors, not labels."""
+    """True for a target of posteriors, False for labels."""
     return inputs.target.dim() == 2
 
 
