@@ -120,7 +120,7 @@ def main() -> None:
         print(f"{name:9} degree {FITS[name][3]}  {float32_error(name, coefficients):.1e}")
     note = "Written by tools/fit_special_functions.py; increasing powers; t = 1/a, a >= 1"
     header = [f"// Polynomials of special_functions.h and philox.h. {note}.", "#pragma once", ""]
-    module = ['"""Polynomials of the kernels.', "", f"{note}.", '"""', ""]
+    module = ['"""Coefficients of the kernels\' polynomials.', "", f"{note}.", '"""', ""]
     for name, coefficients in table.items():
         digits = [np.format_float_scientific(c, unique=True, trim="0") for c in coefficients]
         header += [f"// {FITS[name][0]}", f"#define MICS_{name}_COEFFICIENTS \\"]
