@@ -51,6 +51,12 @@ class PretrainConfig:
         '"alternating", as in the published code: the discriminator steps first, the model learns '
         "through it as it is then, by a forward and backward pass of its own",
     )
+    adversarial_balance: Literal["adaptive", "fixed"] = option(
+        "adaptive",
+        '"adaptive": the discriminator sees patches with as much noise as keeps it right in about '
+        "70 % of cases, and pretrain.adversarial_weight is the size of its gradient relative to "
+        'that of the reconstruction; "fixed", as in the published code: neither',
+    )
     alpha: float = option(
         0.4, "share of the teacher's soft target, ramped over the first epoch",
         source="ALBEF", least=0, most=1,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mics_fast.data.batch import PairBatch
-from mics_fast.engine.distributed import gather_rows, own_first
+from mics_fast.engine.distributed import gather_rows, own_first, sum_over_ranks, world_size
 from mics_fast.engine.plan import Losses
 from mics_fast.models.discriminator import Discriminator
 from mics_fast.models.masked_autoencoder import random_mask
@@ -21,14 +21,26 @@ from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_pa
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import Pool, take_rows
 from mics_fast.options import CompileScope, PretrainConfig
-from mics_fast.stages.adversarial import Sequences, fool, fool_by_gradient, judge
+from mics_fast.stages.adversarial import (
+    Sequences,
+    fool,
+    gradient_ratio,
+    judge,
+    reversed_gradient,
+    with_gradient,
+)
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.health import pretrain_warnings
 from mics_fast.stages.means import masked_mean, part_of_mean
 from mics_fast.stages.ramp import ramp
-from mics_kernels import FeatureQueue, multimodal_consistency_loss
+from mics_kernels import FeatureQueue, multimodal_consistency_loss, shift_features
 
 TURBO_SHARE = 0.25  # of the patches, that the discriminator judges in the turbo preset
+NOISE_KEY = 2**32  # added to the seed: no other random numbers of a run have this key
+NOISE_AT_START = 4.0  # standard deviation, where that of a true patch is 1
+NOISE_RANGE = 0.01, 100.0
+NOISE_RATE = 0.15  # how fast the noise follows the discriminator's accuracy
+WANTED_ACCURACY = 0.7  # of the discriminator: above 0.5, where it has something to teach
 
 
 @dataclass
@@ -61,6 +73,8 @@ class PretrainStage(nn.Module):
         contrastive_loss: the consistency term, called with the arguments of
             ``multimodal_consistency_loss``; another implementation of it can be put here.
     """
+
+    noise: Tensor
 
     def __init__(
         self,
@@ -96,13 +110,20 @@ class PretrainStage(nn.Module):
             size.discriminator_heads,
         )
         self.queues = nn.ModuleList(FeatureQueue(queue_size, projection) for _ in self.modalities)
+        self.balances = config.adversarial_weight > 0 and config.adversarial_balance == "adaptive"
+        if self.balances:
+            self.register_buffer("noise", torch.tensor(NOISE_AT_START))
+        self._accuracies: list[Tensor] = []
         self.contrasts = config.consistency_weight > 0 and len(modalities) > 1
         self._keys: list[Keys] = []
 
     def losses(self, batch: tuple[PairBatch], step: Tensor, share: float = 1.0) -> Iterator[Losses]:
         """The discriminator's loss, then the model's: one forward of the model for both.
 
-        May be called for several parts of a batch before ``after_step``.
+        Args:
+            batch: of pairs, or one part of it.
+            step: 0-d int64.
+            share: of the batch that this part is; ``after_step`` follows the last part.
         """
         (pairs,) = batch
         config = self.config
@@ -112,11 +133,11 @@ class PretrainStage(nn.Module):
             keys = self._gather(output, pairs)
             self._keys.append(keys)
         terms: dict[str, Tensor] = {}
-        weights: dict[str, float] = {}
+        weights: dict[str, Tensor | float] = {}
         metrics: dict[str, Tensor | float] = {}
         if sequences is not None:
-            terms["adversarial"] = yield from self._align(sequences, share, metrics)
-            weights["adversarial"] = config.adversarial_weight
+            terms["adversarial"], ratio = yield from self._align(sequences, share, metrics)
+            weights["adversarial"] = config.adversarial_weight * ratio
         alpha = config.alpha * ramp(step, self.steps_per_epoch)
         rest, more = self._model_losses(output, pairs.present, keys, alpha)
         terms |= rest
@@ -133,10 +154,12 @@ class PretrainStage(nn.Module):
             for column, queue in enumerate(self._queues()):
                 queue.enqueue(keys.teachers[column], keys.ids, keys.present[:, column])
         self._keys = []
+        if self.balances:
+            self._adapt_noise()
 
     def compile_parts(self, scope: CompileScope) -> None:
         """Compile each block, or the computation of each optimiser's losses as one graph."""
-        methods = ("_forward", "_judge", "_fool", "_fool_by_gradient", "_model_losses")
+        methods = ("_forward", "_judge", "_fool", "_adversarial_term", "_model_losses")
         compile_parts(self, scope, methods)
 
     def networks(self) -> list[nn.Module]:
@@ -149,20 +172,33 @@ class PretrainStage(nn.Module):
 
     def _align(
         self, sequences: Sequences, share: float, metrics: dict[str, Tensor | float]
-    ) -> Generator[Losses, None, Tensor]:
-        """The discriminator's losses on the way to the model's adversarial term."""
+    ) -> Generator[Losses, None, tuple[Tensor, Tensor | float]]:
+        """The discriminator's loss on the way to the model's adversarial term and its ratio."""
         simultaneous = self.config.adversarial == "simultaneous"
         leaf = sequences.fake.detach().requires_grad_(simultaneous)
-        loss, logits = self._judge(sequences, leaf)
-        if not simultaneous:
-            yield Losses("discriminator", {"discriminator": loss})
-            return self._fool(sequences)
+        loss, logits, accuracy = self._judge(sequences, leaf)
+        metrics["discriminator_accuracy"] = accuracy
+        if self.balances:
+            metrics["discriminator_noise"] = self.noise.clone()
+            self._accuracies.append(accuracy)
         yield Losses("discriminator", {"discriminator": loss})
-        assert leaf.grad is not None, "no backward pass was made"
-        fooled, metrics["adversarial_clamped"] = self._fool_by_gradient(
-            sequences, leaf.grad / share, logits
-        )
-        return fooled
+        if simultaneous:
+            assert leaf.grad is not None, "no backward pass was made"
+            loss, gradient, clamped = reversed_gradient(sequences, leaf.grad / share, logits)
+            metrics["adversarial_clamped"] = clamped
+        else:
+            leaf = sequences.fake.detach().requires_grad_()
+            loss = self._fool(sequences, leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+        return self._adversarial_term(sequences, loss.detach(), gradient)
+
+    @torch.no_grad()
+    def _adapt_noise(self) -> None:
+        """More noise where the discriminator was right too often, less where too seldom."""
+        accuracy = sum_over_ranks(torch.stack(self._accuracies).mean()) / world_size()
+        self._accuracies = []
+        self.noise *= torch.exp(NOISE_RATE * (accuracy - WANTED_ACCURACY))
+        self.noise.clamp_(*NOISE_RANGE)
 
     def _forward(self, pairs: PairBatch, step: Tensor) -> tuple[PretrainOutput, Sequences | None]:
         """The model on a batch, and what the discriminator is to judge of it."""
@@ -183,7 +219,7 @@ class PretrainStage(nn.Module):
         real, fake = self._stack(output.targets), self._stack(self._reconstructions(output))
         present = pairs.present.T.flatten()
         if self.config.preset == "paper":
-            return Sequences(real, fake, None, present)
+            return Sequences(real, fake, None, present, self._noise_like(real, pairs, step))
         streams = [len(self.modalities) + column for column in range(len(self.modalities))]
         patches = self.size.num_patches
         drawn = [
@@ -191,7 +227,27 @@ class PretrainStage(nn.Module):
             for stream in streams
         ]
         places = torch.cat(drawn)
-        return Sequences(take_rows(real, places), take_rows(fake, places), places, present)
+        real, fake = take_rows(real, places), take_rows(fake, places)
+        return Sequences(real, fake, places, present, self._noise_like(real, pairs, step))
+
+    @torch.no_grad()
+    def _noise_like(self, patches: Tensor, pairs: PairBatch, step: Tensor) -> Tensor | None:
+        """Normal noise for each image, a function of seed, step, sample and modality."""
+        if not self.balances:
+            return None
+        seed = torch.stack([torch.full_like(step, self.seed + NOISE_KEY), step])
+        count = len(self.modalities)
+        rows = [pairs.sample_id * count + column for column in range(count)]
+        nothing = torch.zeros_like(patches).flatten(1)
+        noise = shift_features(
+            nothing,
+            torch.zeros_like(pairs.sample_id).repeat(count),
+            torch.ones_like(nothing[:1]),
+            strength=self.noise.to(nothing.dtype).expand(len(nothing)),
+            seed=seed,
+            row_ids=torch.cat(rows),
+        )
+        return noise.view_as(patches)
 
     def _queues(self) -> list[FeatureQueue]:
         return [queue for queue in self.queues if isinstance(queue, FeatureQueue)]
@@ -207,16 +263,23 @@ class PretrainStage(nn.Module):
         """Modalities stacked along the batch, in the order of ``present.T.flatten()``."""
         return torch.cat([by_modality[name] for name in self.modalities])
 
-    def _judge(self, sequences: Sequences, leaf: Tensor) -> tuple[Tensor, Tensor]:
+    def _judge(self, sequences: Sequences, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return judge(self.discriminator, sequences, leaf)
 
-    def _fool(self, sequences: Sequences) -> Tensor:
-        return fool(self.discriminator, sequences)
+    def _fool(self, sequences: Sequences, leaf: Tensor) -> Tensor:
+        return fool(self.discriminator, sequences, leaf)
 
-    def _fool_by_gradient(
-        self, sequences: Sequences, gradient: Tensor, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return fool_by_gradient(sequences, gradient, logits)
+    def _adversarial_term(
+        self, sequences: Sequences, loss: Tensor, gradient: Tensor
+    ) -> tuple[Tensor, Tensor | float]:
+        """The adversarial term, and what its weight is multiplied by."""
+        term = with_gradient(sequences, loss, gradient)
+        if not (self.balances and self.config.reconstruction_weight):
+            return term, 1.0
+        size = self.size
+        predicted = round(size.num_patches * self.config.mask_ratio) * size.patch_dim
+        scale = self.config.reconstruction_weight / predicted
+        return term, gradient_ratio(sequences, gradient, scale)
 
     def _model_losses(
         self, output: PretrainOutput, present: Tensor, keys: Keys | None, alpha: Tensor

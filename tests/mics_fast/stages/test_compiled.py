@@ -71,7 +71,7 @@ def finetune_batch(make_batch):
 
 @pytest.mark.parametrize(
     ("options", "graphs_wanted"),
-    [({}, 4), ({"preset": "turbo", "adversarial": "alternating"}, 4)],
+    [({}, 4), ({"preset": "turbo", "adversarial": "alternating"}, 5)],
     ids=["paper", "turbo"],
 )
 def test_pretraining_is_compiled_once_into_whole_graphs(

@@ -19,7 +19,7 @@ STEPS = 30
 
 
 def double(batch):
-    for views in (batch.views, batch.strong or {}):
+    for views in (batch.views, batch.strong or {}, batch.teacher or {}):
         views.update({name: images.double() for name, images in views.items()})
     return batch
 
@@ -61,13 +61,22 @@ def check(name, history):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"preset": "turbo"}, {"adversarial": "alternating"}],
-    ids=["paper", "turbo", "alternating"],
+    [
+        {"adversarial_balance": "fixed"},
+        {"adversarial_balance": "fixed", "preset": "turbo"},
+        {"adversarial_balance": "fixed", "adversarial": "alternating"},
+        {"adversarial_balance": "adaptive"},
+        {"adversarial_balance": "adaptive", "preset": "turbo"},
+        {"teacher_views": "independent", "adversarial_weight": 0.0},
+    ],
+    ids=["paper", "turbo", "alternating", "balanced", "balanced turbo", "independent"],
 )
 def test_pretraining_repeats_its_stored_losses(make_pretraining, make_batch, options, request):
     def batch(step):
         pairs = make_batch(4, first_id=4 * (step % 5), seed=step)
         pairs.present[step % 4, step % 2] = False
+        if "teacher_views" in options:
+            pairs.teacher = make_batch(4, seed=100 + step).views
         return (double(pairs),)
 
     name = f"pretrain {request.node.callspec.id}"

@@ -26,6 +26,7 @@ ACCEPT_MANY = {"max_uncertainty": 0.6, "min_probability": 0.5}
 CASES: dict[str, dict[str, Any]] = {
     "pretrain": {},
     "pretrain: alternating": {"adversarial": "alternating"},
+    "pretrain: no balance": {"adversarial_balance": "fixed"},
     "pretrain: turbo": {"preset": "turbo"},
     "pretrain: consistency alone": {"adversarial_weight": 0.0, "reconstruction_weight": 0.0},
     "diagonal": {**ACCEPT_MANY, "modality_dropout": 0.3},
