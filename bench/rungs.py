@@ -262,8 +262,13 @@ def tuning(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[], St
 
 
 def configured(config: TrainConfig, way: Way) -> TrainConfig:
-    """The options with those that a way sets."""
-    options = replace(config.pretrain, adversarial=way.adversarial, preset=way.preset)
+    """The options with those that a way sets; without a balance, which the published step lacks."""
+    options = replace(
+        config.pretrain,
+        adversarial=way.adversarial,
+        adversarial_balance="fixed",
+        preset=way.preset,
+    )
     return replace(config, pretrain=options)
 
 
