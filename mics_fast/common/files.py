@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import os
+import secrets
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,30 +32,47 @@ def make_folder(folder: Path) -> None:
         raise InputError(f"folder {folder} cannot be written: {error.strerror}") from None
 
 
+@contextmanager
+def open_regular(file: Path) -> Iterator[io.BufferedReader]:
+    """Open a file to read that other people may have written.
+
+    Args:
+        file: a regular file; devices, pipes and folders are refused without being read.
+
+    Raises:
+        InputError: no such file, or no regular one.
+    """
+    try:
+        # Opening a pipe would wait for a writer.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise InputError(f"{str(file)!r} is no file name") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise InputError(f"{file} is no regular file")
+        with open(descriptor, "rb", closefd=False) as opened:
+            yield opened
+    finally:
+        os.close(descriptor)
+
+
 def read_small(file: Path, largest: int) -> str:
     """The text of a file that other people may have written.
 
     Args:
-        file: a regular file; devices, pipes and folders are refused without being read.
+        file: as for ``open_regular``.
         largest: bytes that it may hold.
 
     Raises:
         InputError: no such file, no regular one, a larger one, or not UTF-8.
     """
     try:
-        # Opening a pipe would wait for a writer.
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        try:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise InputError(f"{file} is no regular file")
-            with open(descriptor, "rb", closefd=False) as opened:
-                content = opened.read(largest + 1)
-        finally:
-            os.close(descriptor)
+        with open_regular(file) as opened:
+            content = opened.read(largest + 1)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
-    except ValueError:
-        raise InputError(f"{str(file)!r} is no file name") from None
     if len(content) > largest:
         raise InputError(f"{file} holds more than {largest} bytes")
     try:
@@ -62,11 +81,29 @@ def read_small(file: Path, largest: int) -> str:
         raise InputError(f"{file} is not UTF-8 text") from None
 
 
+def read_json(file: Path, largest: int = 2**20) -> Any:
+    """The value in a small JSON file that other people may have written.
+
+    Raises:
+        InputError: as ``read_small``, or no JSON.
+    """
+    text = read_small(file, largest)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError(f"{file} is no JSON") from None
+
+
 @contextmanager
 def renamed(file: Path) -> Iterator[Path]:
-    """A temporary name, with the file's suffix; what is written under it gets the file's name when
-    all is written and is removed otherwise."""
-    partial = file.with_name(f".partial-{file.name}")
+    """Make an empty file, for its owner alone, that gets the file's name when all is written.
+
+    Its name is random, with the file's suffix: nobody can have put a link to another file there.
+    Whatever fails before the end removes it.
+    """
+    partial = file.with_name(f".partial-{secrets.token_hex(8)}{file.suffix}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    os.close(os.open(partial, flags, 0o600))
     try:
         yield partial
         partial.replace(file)

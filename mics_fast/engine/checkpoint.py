@@ -1,7 +1,7 @@
-"""Checkpoints: one folder a step, complete, atomic, loaded without executing code.
+"""Checkpoints: one folder per step, complete, atomic, loaded without executing code.
 
 A checkpoint is written under a hidden name and renamed when it is whole, so that a kill at any
-moment leaves only whole ones under their names; a checksum tells what a disk did to them since:
+moment leaves only whole ones under their names; a checksum finds damage since:
 
     checkpoints/<stage>/step-00001200/state.pt    tensors and plain numbers (``weights_only``)
     checkpoints/<stage>/step-00001200/meta.json   what it belongs to, and the checksum of state.pt
@@ -15,13 +15,17 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.files import open_regular, read_json, renamed
+
+MOST_NAMES = 10_000  # classes or modalities of a model
 
 
 class DamagedCheckpoint(InputError):
@@ -34,10 +38,15 @@ class HashingFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._hash = hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self._hash.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error  # torch.save makes a RuntimeError of it
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -105,9 +114,8 @@ class Checkpoints:
         best = self._best()
         if best is not None and best["score"] >= score:
             return
-        partial = self.folder / ".partial-best.json"
-        partial.write_text(json.dumps({"step": step, "score": score}))
-        partial.replace(self.folder / "best.json")
+        with renamed(self.folder / "best.json") as partial:
+            partial.write_text(json.dumps({"step": step, "score": score}))
         self._prune()
 
     def latest(self) -> Path | None:
@@ -127,7 +135,17 @@ class Checkpoints:
 
     def _best(self) -> dict[str, Any] | None:
         path = self.folder / "best.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        best = read_json(path)
+        if not (
+            isinstance(best, dict)
+            and type(best.get("step")) is int
+            and type(best.get("score")) in (int, float)
+            and best["step"] >= 0
+        ):
+            raise InputError(f"{path} is damaged, wanted a step and its score; remove it to go on")
+        return best
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
@@ -159,26 +177,55 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
             )
     file = path / "state.pt"
     try:
-        with open(file, "rb") as opened:
+        with open_regular(file) as opened:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
-        if found != meta["sha256"]:
-            raise DamagedCheckpoint(f"checkpoint {file} cannot be read: its checksum is wrong")
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except InputError:
+            if found != meta["sha256"]:
+                raise DamagedCheckpoint(f"checkpoint {file} cannot be read: its checksum is wrong")
+            opened.seek(0)
+            state = torch.load(opened, map_location="cpu", weights_only=True)
+    except DamagedCheckpoint:
         raise
+    except InputError as error:
+        raise DamagedCheckpoint(f"checkpoint {error}") from None
     except Exception as error:  # torch raises many kinds
         reason = " ".join(str(error).split())
         raise DamagedCheckpoint(f"checkpoint {file} cannot be read: {reason}") from error
+    if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
+        raise DamagedCheckpoint(f"checkpoint {file} holds no named state")
+    return state
 
 
 def weights_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The weights of one part of a stage, such as "average", under the part's own names."""
-    prefix = f"{part}."
+    """The weights of one part of a stage, such as "average", under the part's own names.
+
+    Raises:
+        DamagedCheckpoint: the state has no named weights.
+    """
+    prefix, stage = f"{part}.", state.get("stage")
+    if not isinstance(stage, dict) or not all(isinstance(name, str) for name in stage):
+        raise DamagedCheckpoint("the checkpoint holds no named weights of a stage")
     return {
         name.removeprefix(prefix): tensor
-        for name, tensor in state["stage"].items()
+        for name, tensor in stage.items()
         if name.startswith(prefix)
     }
+
+
+@contextmanager
+def fitting(what: str) -> Iterator[None]:
+    """Around the loading of a state into what was built for it.
+
+    Args:
+        what: the sentence's subject, such as "checkpoint PATH".
+
+    Raises:
+        DamagedCheckpoint: the state does not fit.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise DamagedCheckpoint(f"{what} does not fit what was built for it: {reason}") from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -188,16 +235,38 @@ def read_meta(path: Path) -> dict[str, Any]:
         DamagedCheckpoint: the folder is not a checkpoint.
     """
     try:
-        return json.loads((path / "meta.json").read_text())
-    except (OSError, ValueError) as error:
-        raise DamagedCheckpoint(f"{path} is not a checkpoint: meta.json cannot be read") from error
+        meta = read_json(path / "meta.json")
+    except InputError as error:
+        raise DamagedCheckpoint(f"{path} is not a checkpoint: {error}") from None
+    if not is_meta(meta):
+        raise DamagedCheckpoint(f"{path} is not a checkpoint: meta.json is damaged")
+    return meta
+
+
+def is_meta(meta: Any) -> bool:
+    """Whether a value has the entries of ``meta.json``, of their types."""
+    if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
+        return False
+    names = [meta.get(kind, []) for kind in ("modalities", "classes")]
+    return all(
+        isinstance(own, list)
+        and len(own) <= MOST_NAMES
+        and len(set(map(str, own))) == len(own)
+        and all(isinstance(name, str) for name in own)
+        for own in names
+    )
 
 
 def write_state(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
     """Write state.pt, to the disk itself, and meta.json with its checksum."""
     with open(folder / "state.pt", "wb") as file:
         hashing = HashingFile(file)
-        torch.save(dict(state), cast(BinaryIO, hashing))  # it only writes and flushes
+        try:
+            torch.save(dict(state), cast(BinaryIO, hashing))  # it only writes and flushes
+        except RuntimeError:
+            if hashing.error is not None:
+                raise hashing.error from None
+            raise
         file.flush()
         os.fsync(file.fileno())
     text = json.dumps({**meta, "sha256": hashing.checksum()}, indent=1)

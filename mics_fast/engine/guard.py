@@ -1,4 +1,4 @@
-"""What notices a loss that broke without waiting for the device, and what is told then."""
+"""Detect non-finite losses without a host sync, and report them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mics_fast.common.files import renamed
 
 NEVER = 2**62
 _NO_MEMORY = (
@@ -74,7 +76,8 @@ def write_batch(file: Path, batch: Sequence[Any], about: Mapping[str, Any]) -> N
         return value.cpu() if isinstance(value, Tensor) else value
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({**about, "batch": [on_cpu(vars(part)) for part in batch]}, file)
+    with renamed(file) as partial:
+        torch.save({**about, "batch": [on_cpu(vars(part)) for part in batch]}, partial)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

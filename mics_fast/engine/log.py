@@ -1,12 +1,16 @@
-"""What a run says: a line and a progress bar, ``metrics.jsonl`` and TensorBoard events."""
+"""The log of a run: terminal lines, a progress bar, ``metrics.jsonl`` and TensorBoard events."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,24 +23,34 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
+from mics_fast.common.errors import InputError
+from mics_fast.common.files import open_regular
 from mics_fast.engine.distributed import rank
+
+METRICS = "metrics.jsonl"  # in a run folder
+LONGEST_LINE = 2**20  # bytes
 
 
 class RunLog:
     """Writes each record to the terminal, to ``metrics.jsonl`` and to TensorBoard.
 
-    Of several ranks the first one speaks for all, and the others are silent.
+    Rank 0 logs for all ranks. A record that cannot be written is reported and skipped.
 
     Args:
         folder: run folder; a log that is already there is appended to.
+
+    Raises:
+        InputError: ``metrics.jsonl`` is a link or no regular file, or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._speaks = rank() == 0
         if self._speaks:
-            self._file = open(folder / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115 (see close)
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._file = LineFile(folder / METRICS)
+            self._board: SummaryWriter | None = None
+            with suppress(OSError):  # reported at the first record
+                self._board = SummaryWriter(str(folder / "tensorboard"))
         self._bar: Progress | None = None
         self._warned: set[tuple[str, str]] = set()
 
@@ -60,9 +74,11 @@ class RunLog:
         """One record: ``values`` under ``stage`` and ``step``; ``progress`` opens the line."""
         if not self._speaks:
             return
-        self._file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(f"{stage}/{name}", value, step)
+        try:
+            self._file.append(json.dumps({"stage": stage, "step": step, **values}))
+        except OSError as error:
+            self.warn(stage, f"records cannot be written: {error.strerror}; going on without them")
+        self._write_events(stage, step, values)
         shown = [
             f"{name.removeprefix('loss_')} {value:.4g}"
             for name, value in values.items()
@@ -81,20 +97,99 @@ class RunLog:
     def close(self) -> None:
         if self._speaks:
             self._file.close()
-            self._board.close()
+            self._leave_board(lambda board: board.close())
+
+    def _write_events(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        def write(board: SummaryWriter) -> None:
+            for name, value in values.items():
+                board.add_scalar(f"{stage}/{name}", value, step)
+
+        if not self._leave_board(write):
+            self.warn(stage, "TensorBoard events cannot be written; going on without them")
+
+    def _leave_board(self, action: Callable[[SummaryWriter], None]) -> bool:
+        """Do something with the events; without them from then on where it fails."""
+        if self._board is None:
+            return False
+        try:
+            action(self._board)
+        except OSError:
+            self._board = None
+            return False
+        return True
+
+
+class LineFile:
+    """A file that lines are appended to, each by one write.
+
+    Args:
+        file: a regular file, or none yet; links are not followed.
+
+    Raises:
+        InputError: it is something else, or cannot be written.
+    """
+
+    def __init__(self, file: Path) -> None:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            self._descriptor = os.open(file, flags, 0o600)
+        except OSError as error:
+            reason = "it is a link" if error.errno == errno.ELOOP else error.strerror
+            raise InputError(f"{file} cannot be written: {reason}") from None
+        about = os.fstat(self._descriptor)
+        if not stat.S_ISREG(about.st_mode):
+            os.close(self._descriptor)
+            raise InputError(f"{file} is no regular file")
+        # A kill may have left half a line, which would swallow the next one.
+        self._cut = about.st_size > 0 and os.pread(self._descriptor, 1, about.st_size - 1) != b"\n"
+
+    def append(self, line: str) -> None:
+        """Write a line.
+
+        Raises:
+            OSError: it cannot be written, or not whole.
+        """
+        data = ("\n" * self._cut + line + "\n").encode()
+        self._cut = True
+        if os.write(self._descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._cut = False
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 def read_log(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """What a run has logged: stage -> its records, by step.
+    """The log of a run: stage -> its records, by step.
 
-    A run that was killed repeats the steps after its last checkpoint: the last record counts; and
-    may have left half a line behind, which is passed over.
+    A run that was killed repeats the steps after its last checkpoint: the last record counts. Lines
+    that are no records, such as the half one that a kill leaves, are skipped.
+
+    Raises:
+        InputError: there is no log, or no regular file.
     """
     stages: dict[str, dict[int, dict[str, float]]] = {}
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        stages.setdefault(record["stage"], {})[record["step"]] = record
+    with open_regular(folder / METRICS) as lines:
+        while line := lines.readline(LONGEST_LINE):
+            record = read_record(line)
+            if record is not None:
+                stages.setdefault(record["stage"], {})[record["step"]] = record
     return {stage: [records[step] for step in sorted(records)] for stage, records in stages.items()}
+
+
+def read_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line, without what is no number; None where there is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("stage") not in ("pretrain", "finetune"):
+        return None
+    if type(record.get("step")) is not int or record["step"] < 0:
+        return None
+    numbers = {
+        name: value
+        for name, value in record.items()
+        if type(value) in (int, float) and abs(value) < 2**1000
+    }
+    return {"stage": record["stage"], **numbers}

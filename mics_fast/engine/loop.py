@@ -16,7 +16,7 @@ from torch import Tensor
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.engine.background import CheckpointWriter
 from mics_fast.engine.capture import CapturedUpdate
-from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.engine.checkpoint import Checkpoints, fitting
 from mics_fast.engine.distributed import (
     agree,
     from_first,
@@ -71,7 +71,15 @@ class Loop:
         self.meter = self._meter(0.0)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to what a checkpoint holds."""
+        """Go back to what a checkpoint holds.
+
+        Raises:
+            DamagedCheckpoint: the state is not one of this stage.
+        """
+        with fitting(f"the last checkpoint of {self.plan.name}"):
+            self._load(state)
+
+    def _load(self, state: Mapping[str, Any]) -> None:
         if self.plan.shards is not None:
             state = self.plan.shards.deal(state)
         self.step = state["step"]
@@ -91,7 +99,7 @@ class Loop:
             batches: the number of a step -> the batches from there on; the same ones each time.
 
         Returns:
-            True at the end; False where SIGTERM asked to stop (a checkpoint is then saved).
+            True at the end; False where a signal asked to stop (a checkpoint is then saved).
 
         Raises:
             RunFailed: a loss or the gradient is not finite.
@@ -106,7 +114,7 @@ class Loop:
         folder = self.log.folder / "profile"
         first = rank() == 0
         with (
-            StopOnSigterm() as stop,
+            StopOnSignal() as stop,
             self.log.progress(plan.name, self.step, plan.steps),
             closing(writer),
             profiled(plan.profile if first else 0, folder, plan.name) as profiled_step,
@@ -147,9 +155,8 @@ class Loop:
 
         What is not finite, as the gradient norm of a step that the scaler skipped, is left out.
         """
-        first = {f"first {name}": at for name, at in self.update.guard.first_steps().items()}
-        numbers = read_back({**mean_over_ranks(values), **first})
-        broken = first_broken({name.removeprefix("first "): numbers.pop(name) for name in first})
+        numbers, first = read_back(mean_over_ranks(values), self.update.guard.first_steps())
+        broken = first_broken(first)
         agree(failure=self._failure(broken, batches))
         record = {"epoch": self.step / self.plan.steps_per_epoch, **numbers}
         record |= self.meter.read(self.plan.steps - self.step)
@@ -173,12 +180,16 @@ class Loop:
         batch = next(batches(step - 1))
         part = f"-rank-{rank()}" if world_size() > 1 else ""
         file = self.log.folder / "nonfinite" / f"{name}-step-{step}{part}.pt"
-        write_batch(file, batch, {"stage": name, "step": step, "values": names})
+        where = f"in {file}"
+        try:
+            write_batch(file, batch, {"stage": name, "step": step, "values": names})
+        except (OSError, RuntimeError) as error:  # torch.save makes either of a full disk
+            where = f"not stored: {' '.join(str(error).split())}"
         verb = "is" if len(names) == 1 else "are"
         half = "; bf16 and fp32 hold larger numbers than fp16" if self.plan.scaler else ""
         return RunFailed(
             f"{name} step {step}: {', '.join(names)} {verb} not finite, on the samples "
-            f"{describe_samples(batch)} (manifest rows); the batch is in {file}{half}"
+            f"{describe_samples(batch)} (manifest rows); the batch is {where}{half}"
         )
 
     def _save(
@@ -253,28 +264,36 @@ class Due:
         return due
 
 
-def read_back(values: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Scalars as Python numbers, with one transfer from the device."""
-    tensors = {name: v.double() for name, v in values.items() if isinstance(v, Tensor)}
-    numbers = torch.stack(list(tensors.values())).tolist()
-    return {
-        **{n: float(v) for n, v in values.items() if not isinstance(v, Tensor)},
-        **dict(zip(tensors, numbers, strict=True)),
-    }
+def read_back(*groups: Mapping[str, Tensor | float]) -> list[dict[str, float]]:
+    """Scalars of some groups as Python numbers, with one transfer from the device for all."""
+    tensors = [v.double() for group in groups for v in group.values() if isinstance(v, Tensor)]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else [])
+    return [
+        {name: next(numbers) if isinstance(v, Tensor) else float(v) for name, v in group.items()}
+        for group in groups
+    ]
 
 
-class StopOnSigterm:
-    """Within this context SIGTERM sets ``asked`` instead of ending the process."""
+class StopOnSignal:
+    """Within this context SIGTERM and the first Ctrl-C set ``asked`` instead of ending the process.
+
+    The second Ctrl-C raises ``KeyboardInterrupt``. Where SIGINT was ignored, it still is.
+    """
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> StopOnSigterm:
-        self._previous = signal.signal(signal.SIGTERM, self._ask)
+    def __enter__(self) -> StopOnSignal:
+        self._previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._ask)}
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
-    def _ask(self, _signal: int, _frame: FrameType | None) -> None:
+    def _ask(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
         self.asked = True

@@ -14,7 +14,7 @@ from rich.progress import track
 from mics_fast.common.errors import InputError
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Manifest, Row, read_manifest
-from mics_fast.engine.checkpoint import load_checkpoint, read_meta, weights_of
+from mics_fast.engine.checkpoint import fitting, load_checkpoint, read_meta, weights_of
 from mics_fast.evaluation.opinions import Opinions, collect_opinions, state_opinions
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
@@ -125,7 +125,8 @@ def load_run(run: Run) -> RunClassifier:
         pool=run.config.model.pool,
         fusion_depth=run.config.model.fusion_depth,
     )
-    model.load_state_dict(weights_of(state, "average"))
+    with fitting(f"checkpoint {checkpoint}"):
+        model.load_state_dict(weights_of(state, "average"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return RunClassifier(run, model.to(device).eval(), classes, device)
 

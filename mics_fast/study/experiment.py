@@ -19,12 +19,17 @@ from mics_fast.evaluation.metrics import prediction_metrics, risks_at
 from mics_fast.inference.assessment import assess as assess_run
 from mics_fast.inference.assessment import labelled_rows, out_of_distribution
 from mics_fast.options import ExperimentConfig, TrainConfig, Variant
-from mics_fast.options.commands import read_config
+from mics_fast.options.commands import CONFIG, read_config
 from mics_fast.preparation.splits import label_rows
 from mics_fast.study.processes import Task
 from mics_fast.study.summary import COVERAGES
 from mics_fast.study.variants import RECIPES, finetuning_of, pretraining_of
-from mics_fast.training.run import Run, refuse_changes
+from mics_fast.training.run import (
+    Run,
+    refuse_changes,
+    refuse_other_manifest,
+    with_absolute_paths,
+)
 from mics_fast.training.trainer import Trainer
 
 
@@ -139,10 +144,14 @@ def pretraining_folder(out: Path, seed: int, variant: Variant) -> Path:
 
 
 def refuse_other_options(config: TrainConfig) -> None:
-    """Refuse to go on with a run under options that would change what it computes."""
+    """Refuse to go on with a run under options, or on a manifest, that change what it computes."""
     folder = Path(config.out)
-    if (folder / "config.yaml").exists():
-        refuse_changes(read_config(folder / "config.yaml"), config, folder)
+    if (folder / CONFIG).exists():
+        refuse_changes(read_config(folder / CONFIG), with_absolute_paths(config), folder)
+        manifest = read_manifest(
+            Path(config.data.manifest), config.data.modalities, files_exist=False
+        )
+        refuse_other_manifest(folder, manifest)
 
 
 def is_done(cell: Cell) -> bool:

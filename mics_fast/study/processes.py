@@ -16,7 +16,7 @@ from multiprocessing.queues import SimpleQueue
 import torch
 
 from mics_fast.common.errors import InputError
-from mics_fast.engine.loop import StopOnSigterm
+from mics_fast.engine.loop import StopOnSignal
 
 STOPPED = 3  # exit status of a task that SIGTERM asked to stop
 
@@ -58,7 +58,7 @@ def run_tasks(tasks: Sequence[Task], processes: int) -> bool:
     context = get_context("spawn")
     sentences: SimpleQueue[str] = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // processes)
-    with StopOnSigterm() as stop:
+    with StopOnSignal() as stop:
         try:
             while running or (waiting and not stop.asked):
                 while waiting and len(running) < processes and not stop.asked:

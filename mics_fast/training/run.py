@@ -1,22 +1,25 @@
-"""A run folder: its configuration, its checkpoints, and what they belong to."""
+"""A run folder: its options, the digest of its manifest, its checkpoints and log."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from mics_fast.common.errors import InputError
-from mics_fast.common.files import make_folder, write_text
-from mics_fast.data.manifest import Manifest
+from mics_fast.common.files import make_folder, read_json, write_json, write_text
+from mics_fast.common.locks import lock_folder
+from mics_fast.data.manifest import Manifest, digest_difference
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.log import read_log
 from mics_fast.options import TrainConfig
-from mics_fast.options.commands import read_config
+from mics_fast.options.commands import CONFIG, read_config
 from mics_fast.options.parsing import as_yaml
+
+MANIFEST = "manifest.json"  # in a run folder: Manifest.digest()
 
 # What may differ when a run goes on: none of these changes its losses.
 FREE_ON_RESUME = {
@@ -30,7 +33,7 @@ class Run:
     """The folder of one run.
 
     Args:
-        folder: holds config.yaml, metrics.jsonl, tensorboard/, checkpoints/.
+        folder: holds config.yaml, manifest.json, metrics.jsonl, tensorboard/, checkpoints/.
         config: the run's options.
     """
 
@@ -38,21 +41,25 @@ class Run:
         self.folder, self.config = folder, config
 
     @staticmethod
-    def start(config: TrainConfig, *, resume: bool) -> Run:
-        """Make the folder of a new run, or open the one to go on with.
+    def start(config: TrainConfig, manifest: Manifest, *, resume: bool) -> Run:
+        """Make the folder of a new run, or open the one to go on with; take it for this process.
 
         Raises:
             InputError: there is a run already and ``resume`` is False; it was started with other
-                options; the folder cannot be written.
+                options or another manifest; another process trains there; the folder cannot be
+                written.
         """
         folder, config = Path(config.out), with_absolute_paths(config)
-        file = folder / "config.yaml"
+        file = folder / CONFIG
         if file.exists() and not resume:
             raise InputError(f"{folder} holds a run; add --resume to go on, or name another --out")
         if file.exists():
             refuse_changes(read_config(file), config, folder)
+            refuse_other_manifest(folder, manifest)
         make_folder(folder)
+        lock_folder(folder)
         write_text(file, as_yaml(asdict(config)))
+        write_json(folder / MANIFEST, manifest.digest())
         return Run(folder, config)
 
     @staticmethod
@@ -62,10 +69,18 @@ class Run:
         Raises:
             InputError: the folder holds no run.
         """
-        file = folder / "config.yaml"
+        file = folder / CONFIG
         if not file.exists():
-            raise InputError(f"{folder} holds no run: config.yaml is missing")
+            raise InputError(f"{folder} holds no run: {CONFIG} is missing")
         return Run(folder, read_config(file))
+
+    def digest(self) -> dict[str, str] | None:
+        """``Manifest.digest`` of what the run was started on; None where that is not known.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        return read_digest(self.folder)
 
     def checkpoints(self, stage: str) -> Checkpoints:
         """The checkpoints of a stage, "pretrain" or "finetune"."""
@@ -79,19 +94,57 @@ class Run:
 
     def _stage_result(self, stage: str, lines: Sequence[dict[str, float]]) -> dict[str, Any]:
         last = lines[-1]
+        speeds = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
         result: dict[str, Any] = {
             "steps": last["step"],
-            "loss": last["loss"],
-            "losses": {n[5:]: v for n, v in last.items() if n.startswith("loss_")},
-            "pairs_per_second": median(line["pairs_per_second"] for line in lines),
-            "seconds": last["seconds"],
+            "loss": last.get("loss"),
+            "losses": _named("loss_", last),
+            "pairs_per_second": median(speeds) if speeds else None,
+            "seconds": last.get("seconds"),
         }
         best = self.checkpoints(stage).best_step()
         if best is not None:
             scored = next((line for line in lines if line["step"] == best), {})
-            scores = {n[4:]: v for n, v in scored.items() if n.startswith("val_")}
-            result |= {"best_step": best, "val": scores}
+            result |= {"best_step": best, "val": _named("val_", scored)}
         return result
+
+
+def _named(prefix: str, record: Mapping[str, float]) -> dict[str, float]:
+    """The entries of a log record whose names begin with a prefix, without it."""
+    return {n.removeprefix(prefix): v for n, v in record.items() if n.startswith(prefix)}
+
+
+def read_digest(folder: Path) -> dict[str, str] | None:
+    """The digest of its manifest that a run folder holds; None where there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        return None
+    digest = read_json(file)
+    named = isinstance(digest, dict) and "rows" in digest
+    if not named or not all(isinstance(own, str) for own in digest.values()):
+        raise InputError(f"{file} is damaged, wanted the digest of a manifest")
+    return digest
+
+
+def refuse_other_manifest(folder: Path, manifest: Manifest) -> None:
+    """Refuse to go on with a run on other rows, labels, groups or splits than before.
+
+    Raises:
+        InputError: says what changed.
+    """
+    before = read_digest(folder)
+    if before is None:
+        return
+    difference = digest_difference(before, manifest.digest())
+    if difference:
+        raise InputError(
+            f"{manifest.path} is not the manifest that the run in {folder} was started with: "
+            f"{difference}; go on with that one, or name another --out"
+        )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:

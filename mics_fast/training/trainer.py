@@ -12,7 +12,7 @@ from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import check_dali
 from mics_fast.data.loaders import EvalLoader, PairBatch, TrainLoader
 from mics_fast.data.manifest import Manifest, Row, read_manifest
-from mics_fast.engine.checkpoint import load_checkpoint, weights_of
+from mics_fast.engine.checkpoint import fitting, load_checkpoint, weights_of
 from mics_fast.engine.distributed import (
     first_then_others,
     from_first,
@@ -117,7 +117,7 @@ class Trainer:
         self.data = use_threads(config, self.device)
         self.cache = self._cache()
         self.loaders: list[TrainLoader] = []
-        self.run = from_first(lambda: Run.start(config, resume=resume))
+        self.run = from_first(lambda: Run.start(config, manifest, resume=resume))
 
     def pretrain(self) -> bool:
         """Stage 1 over all train rows; False where it was asked to stop before its end."""
@@ -181,12 +181,13 @@ class Trainer:
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
             stage.compile_parts(self.config.compile_scope)
-        meta = identity(self.config, self.manifest, plan.name)
+        belongs_to = identity(self.config, self.manifest, plan.name)
+        meta = {**belongs_to, "manifest": self.manifest.digest()}
         checkpoints = self.run.checkpoints(plan.name)
         log = RunLog(self.run.folder)
         try:
             loop = Loop(stage, plan, checkpoints, meta, log, validate)
-            state = first_then_others(lambda: checkpoints.load_latest(meta))
+            state = first_then_others(lambda: checkpoints.load_latest(belongs_to))
             if state is not None:
                 loop.load(state)
             with self.precision.products():
@@ -315,7 +316,8 @@ class Trainer:
                 say(load_initial_weights(Path(self.config.model.init), encoders))
             return
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
-        model.load_encoder(weights_of(state, "model.encoder"))
+        with fitting(f"checkpoint {checkpoint}"):
+            model.load_encoder(weights_of(state, "model.encoder"))
         say(f"fine-tuning from {checkpoint}")
 
 

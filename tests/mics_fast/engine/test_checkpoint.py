@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import pickle
+import resource
 
 import pytest
 import torch
@@ -11,7 +14,9 @@ from mics_fast.common.errors import InputError
 from mics_fast.engine.checkpoint import (
     Checkpoints,
     DamagedCheckpoint,
+    fitting,
     load_checkpoint,
+    weights_of,
     write_state,
 )
 
@@ -132,3 +137,67 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path):
     (tmp_path / ".partial-step-00000009").mkdir()
     assert checkpoints.load_latest(META)["step"] == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_a_disk_that_is_full_is_the_system_s_error_and_leaves_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1}, META)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # as a disk with 100 kB left
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.save(2, {"w": torch.zeros(100_000)}, META)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5", "[]", "{}", "{", '{"step": "1", "score": 0.5}', '{"step": 1}', '{"step": -1, "score": 0}',
+     '{"step": true, "score": 1}', '{"step": 1, "score": "x"}', "[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_best_json_is_one_sentence(tmp_path, text):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"step": 1}, META)
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(InputError, match=r"best\.json"):
+        checkpoints.best()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5", "[]", "{}", '{"sha256": 5}', '{"sha256": "x", "classes": 5}', "[" * 100_000,
+     '{"sha256": "x", "classes": [1, 2]}', '{"sha256": "x", "modalities": ["wli", "wli"]}',
+     json.dumps({"sha256": "x", "classes": [f"c{i}" for i in range(20_000)]})],
+)  # fmt: skip
+def test_a_damaged_meta_json_is_one_sentence(tmp_path, text):
+    path = Checkpoints(tmp_path).save(1, {"step": 1}, META)
+    (path / "meta.json").write_text(text)
+    with pytest.raises(DamagedCheckpoint, match=r"is not a checkpoint: .*meta\.json"):
+        load_checkpoint(path, META)
+
+
+def test_a_state_that_is_a_pipe_is_not_waited_for(tmp_path):
+    path = Checkpoints(tmp_path).save(1, {"step": 1}, META)
+    (path / "state.pt").unlink()
+    os.mkfifo(path / "state.pt")
+    with pytest.raises(DamagedCheckpoint, match="is no regular file"):
+        load_checkpoint(path, META)
+
+
+def test_a_state_under_integer_names_is_refused(tmp_path):
+    path = Checkpoints(tmp_path).save(1, {"step": 1}, META)
+    write_state(path, {1: torch.zeros(1)}, META)
+    with pytest.raises(DamagedCheckpoint, match="holds no named state"):
+        load_checkpoint(path, META)
+    for stage in (5, {1: torch.zeros(1)}, None):
+        with pytest.raises(DamagedCheckpoint, match="holds no named weights"):
+            weights_of({"stage": stage}, "average")
+
+
+def test_a_state_that_does_not_fit_is_one_sentence():
+    wanted = pytest.raises(DamagedCheckpoint, match="checkpoint x does not fit")
+    with wanted as error, fitting("checkpoint x"):
+        torch.nn.Linear(2, 2).load_state_dict({"weight": torch.zeros(3)})
+    assert "\n" not in str(error.value)

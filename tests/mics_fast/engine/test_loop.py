@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.engine.checkpoint import Checkpoints, load_checkpoint
 from mics_fast.engine.log import RunLog
-from mics_fast.engine.loop import Loop, Losses, Plan
+from mics_fast.engine.loop import Loop, Losses, Plan, StopOnSignal
 
 
 @dataclass
@@ -245,3 +245,23 @@ def test_a_last_checkpoint_that_cannot_be_written_ends_the_run_in_words(tmp_path
     with pytest.raises(InputError, match="pretrain step 12 cannot be written: No space left"):
         loop.run(batches)
     assert loop.checkpoints.load_latest({"stage": "pretrain"})["step"] == 10
+
+
+def test_the_first_ctrl_c_asks_to_stop_and_the_second_one_ends():
+    before = signal.getsignal(signal.SIGINT)
+    with StopOnSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_ignored_ctrl_c_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopOnSignal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not stop.asked
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mics_fast.common.errors import InputError
-from mics_fast.engine.loop import StopOnSigterm
+from mics_fast.engine.loop import StopOnSignal
 from mics_fast.study.processes import Task, run_tasks
 
 
@@ -36,7 +36,7 @@ def die(file: Path) -> bool:
 
 def ask_to_stop(file: Path) -> bool:
     """The parent gets SIGTERM; what it passes on, training takes for a reason to save."""
-    with StopOnSigterm() as stop:
+    with StopOnSignal() as stop:
         os.kill(os.getppid(), signal.SIGTERM)
         while not stop.asked:
             time.sleep(0.01)
