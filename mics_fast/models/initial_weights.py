@@ -1,8 +1,8 @@
 """Initial weights of the encoders from a file of a vision transformer in timm's naming.
 
-The file holds what timm's ``VisionTransformer`` calls its parameters, bare or inside the usual
-wrappings: a dictionary under "model" or "state_dict", one prefix before all names. Positions of
-another grid are resampled; what would make the encoder compute something else than the file's
+The file holds the parameters under the names of timm's ``VisionTransformer``, bare or wrapped: in
+dictionaries such as "model", "state_dict" or "teacher", with a prefix before all names. Positions
+of another grid are resampled; what would make the encoder compute something else than the file's
 network is refused.
 """
 
@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -18,21 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.files import open_regular
 from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
 
 _ANCHOR = "patch_embed.proj.weight"
-_WRAPPERS = ("model", "state_dict")
+MOST_LEVELS = 4  # of dictionaries in each other
 # Parts of other networks that change what a block or a token is. What is not one of them (heads,
 # decoders, a norm behind the pooling) comes after the tokens and is left out.
 _FOREIGN = re.compile(r"(blocks\.|patch_embed\.|norm_pre\.|reg_token|dist_token|storage_tokens)")
 
 
-def load_initial_weights(file: Path, encoders: Sequence[nn.Module]) -> str:
+def load_initial_weights(file: Path, encoders: Sequence[nn.Module], prefix: str = "") -> str:
     """Start encoders of one architecture from a file.
 
     Args:
-        file: a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file of tensors.
+        file: a safetensors file, or one of tensors that ``torch.save`` wrote, under any name.
         encoders: at least one ``VisionTransformer``; all are given the same weights.
+        prefix: as for ``unwrapped``.
 
     Returns:
         A sentence on what matched, what was resampled, and what was left out on either side.
@@ -41,7 +45,7 @@ def load_initial_weights(file: Path, encoders: Sequence[nn.Module]) -> str:
         InputError: it cannot be read, holds no such network, or one of another width, depth, patch
             size or kind.
     """
-    given = unwrapped(file, read_tensors(file))
+    given = unwrapped(file, read_tensors(file), prefix)
     own = encoders[0].state_dict()
     check_architecture(file, given, own)
     notes = []
@@ -69,46 +73,83 @@ def load_initial_weights(file: Path, encoders: Sequence[nn.Module]) -> str:
     return "; ".join([f"encoder from {file}: {len(matched)} of {len(own)} tensors", *notes])
 
 
-def read_tensors(file: Path) -> Mapping[str, Any]:
-    """What a file holds, without executing any code that it holds.
+def read_tensors(file: Path) -> Any:
+    """The content of a weights file, without executing any code in it.
+
+    The format is told by the first bytes, not by the name: ``.bin``, ``.ckpt`` and ``.pth.tar`` are
+    names of files that ``torch.save`` wrote.
 
     Raises:
-        InputError: no such file, or one that cannot be read.
+        InputError: no such file, none of either format, or one that holds other objects.
     """
+    with open_regular(file) as opened:
+        head = opened.read(9)
     try:
-        if file.suffix == ".safetensors":
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
             from safetensors.torch import load_file
 
             return load_file(file)
-        if file.suffix in (".pt", ".pth"):
+        if head[:2] in (b"PK", b"\x80\x02"):  # a zip archive; a pickle of torch before 1.6
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # both libraries raise many kinds
-        reason = " ".join(str(error).split()).split(". ")[0]
-        raise InputError(f"model.init {file} cannot be read: {reason}") from error
-    raise InputError(f"model.init is {file}, wanted a .safetensors, .pt or .pth file")
+        raise InputError(f"model.init {file} cannot be read: {_reason(file, error)}") from None
+    raise InputError(
+        f"model.init {file} is neither a safetensors file nor one that torch.save wrote"
+    )
 
 
-def unwrapped(file: Path, content: Any) -> dict[str, Tensor]:
+def _reason(file: Path, error: Exception) -> str:
+    """Why a file cannot be read; names the classes that it holds, if it is for them."""
+    if isinstance(error, UnpicklingError):
+        with suppress(Exception):
+            found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if found:
+                return (
+                    f"it holds objects of {_names(found)}, and loading those could run code; save "
+                    "its tensors alone"
+                )
+    return " ".join(str(error).split()).split(". ")[0]
+
+
+def unwrapped(file: Path, content: Any, prefix: str = "") -> dict[str, Tensor]:
     """The tensors of the vision transformer in a file, under timm's names.
+
+    Args:
+        file: for messages.
+        content: tensors under names, in dictionaries to any small depth.
+        prefix: of the names, where the file holds several networks, as in "teacher.backbone".
 
     Raises:
         InputError: there is none, or more than one.
     """
-    while isinstance(content, Mapping) and not any(_is_anchor(name) for name in content):
-        content = next((content[name] for name in _WRAPPERS if name in content), None)
-    names = list(content) if isinstance(content, Mapping) else []
-    prefixes = [name.removesuffix(_ANCHOR) for name in names if _is_anchor(name)]
-    if len(prefixes) != 1:
+    tensors = flattened(content)
+    prefixes = sorted(name.removesuffix(_ANCHOR) for name in tensors if _is_anchor(name))
+    wanted = [own for own in prefixes if own.rstrip(".") == prefix.rstrip(".")]
+    chosen = wanted if prefix else prefixes
+    if len(chosen) != 1:
         found = f"{len(prefixes)} of them, below {_names(prefixes)}" if prefixes else "none"
+        hint = f"; choose one by model.init_prefix {prefixes[0].rstrip('.')}" if prefixes else ""
         raise InputError(
             f"model.init {file} holds {found}, wanted one vision transformer in timm's naming "
             f"({_ANCHOR}, blocks.0.attn.qkv.weight, ...)"
+            + (f" below model.init_prefix {prefix}" if prefix else hint)
         )
-    return {
-        name.removeprefix(prefixes[0]): tensor
-        for name, tensor in content.items()
-        if name.startswith(prefixes[0]) and isinstance(tensor, Tensor)
-    }
+    start = chosen[0]
+    return {n.removeprefix(start): own for n, own in tensors.items() if n.startswith(start)}
+
+
+def flattened(content: Any) -> dict[str, Tensor]:
+    """The tensors of nested dictionaries under dotted names; a few levels, so that it ends."""
+    level, tensors = {"": content}, dict[str, Tensor]()
+    for _ in range(MOST_LEVELS):
+        below: dict[str, Any] = {}
+        for prefix, own in level.items():
+            if isinstance(own, Tensor):
+                tensors[prefix.removesuffix(".")] = own
+            elif isinstance(own, Mapping):
+                below |= {f"{prefix}{name}.": value for name, value in own.items()}
+        level = below
+    return tensors
 
 
 def check_architecture(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

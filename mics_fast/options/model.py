@@ -33,6 +33,11 @@ class ModelConfig:
         "pre-training, or in a fine-tuning without one (data.mean and data.std should be those it "
         "was trained with)",
     )
+    init_prefix: str = option(
+        "",
+        "names the network, where that file holds several, as in teacher.backbone (DINO) or "
+        "module.base_encoder (MoCo v3); default: the only one",
+    )
     activation_checkpointing: bool = option(
         False,
         "computes each block's activations once more in the backward pass instead of keeping them: "

@@ -192,7 +192,8 @@ def find_pretraining(path: Path) -> Path:
 def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
     """What a checkpoint of a stage belongs to: weights fit only where all of it agrees."""
     model = asdict(config.model)
-    model.pop("init")  # where the weights began, not what they fit
+    for name in ("init", "init_prefix"):  # where the weights began, not what they fit
+        model.pop(name)
     model.pop("activation_checkpointing")  # changes memory, not weights
     if stage == "pretrain":
         model.pop("fusion_depth")

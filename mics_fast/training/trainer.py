@@ -131,7 +131,7 @@ class Trainer:
         )
         if init:
             encoders = (stage.model.encoder, stage.model.teacher_encoder)
-            say(load_initial_weights(Path(init), encoders))
+            say(load_initial_weights(Path(init), encoders, self.config.model.init_prefix))
 
         def batches(step: int) -> Batches:
             teacher = options.consistency_weight > 0 and options.teacher_views == "independent"
@@ -313,7 +313,8 @@ class Trainer:
             say("fine-tuning without pre-training")
             if self.config.model.init:
                 encoders = [model.encoders[name] for name in model.modalities]
-                say(load_initial_weights(Path(self.config.model.init), encoders))
+                file, prefix = Path(self.config.model.init), self.config.model.init_prefix
+                say(load_initial_weights(file, encoders, prefix))
             return
         state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
         with fitting(f"checkpoint {checkpoint}"):

@@ -233,7 +233,7 @@ class Planted:
 
 
 def test_code_in_a_file_is_never_run(load, capsys):
-    with pytest.raises(InputError, match=r"model\.init .*vit\.pth cannot be read"):
+    with pytest.raises(InputError, match=r"vit\.pth cannot be read: it holds objects of .*print"):
         load({"model": Planted()}, encoder())
     assert "ran" not in capsys.readouterr().out
 
@@ -243,10 +243,60 @@ def test_code_in_a_file_is_never_run(load, capsys):
     [
         ("absent.pth", r"absent\.pth cannot be read: .*No such file"),
         ("absent.safetensors", r"absent\.safetensors cannot be read"),
-        ("vit.bin", r"model\.init is .*vit\.bin, wanted a \.safetensors, \.pt or \.pth file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, sentence):
     with pytest.raises(InputError, match=sentence) as error:
         load_initial_weights(tmp_path / name, [encoder()])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "vit.pth.tar", "weights"])
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_content_of_a_file_tells_its_format_and_not_its_name(tmp_path, name, legacy):
+    state, own = timm_state(), encoder()
+    torch.save(state, tmp_path / name, _use_new_zipfile_serialization=not legacy)
+    load_initial_weights(tmp_path / name, [own])
+    assert_holds(own, state)
+    other = encoder()
+    write_safetensors(tmp_path / "vit.pth", state)
+    load_initial_weights(tmp_path / "vit.pth", [other])
+    assert_holds(other, state)
+
+
+def test_of_several_networks_the_prefix_chooses_one(tmp_path):
+    student, teacher, own = timm_state(), timm_state(), encoder()
+    teacher = {name: tensor + 1 for name, tensor in teacher.items()}
+    wrapped = {
+        "student": {f"module.backbone.{name}": tensor for name, tensor in student.items()},
+        "teacher": {f"backbone.{name}": tensor for name, tensor in teacher.items()},
+        "epoch": 300,
+    }
+    file = tmp_path / "dino.pth"
+    torch.save(wrapped, file)
+    with pytest.raises(InputError, match=r"holds 2 of them, below student\.module\.backbone\., "):
+        load_initial_weights(file, [own])
+    with pytest.raises(InputError, match=r"below model\.init_prefix teacher\.head"):
+        load_initial_weights(file, [own], "teacher.head")
+    load_initial_weights(file, [own], "teacher.backbone")
+    assert_holds(own, teacher)
+
+
+def test_what_is_no_weights_file_is_one_sentence(tmp_path):
+    file = tmp_path / "vit.pth"
+    for content in (b"", b"\x89PNG\r\n", b"version https://git-lfs", b"\xff" * 8 + b"{"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="is neither a safetensors file nor one that torch"):
+            load_initial_weights(file, [encoder()])
+    for content in (b"PK\x03\x04cut", b"\x80\x02cut", (3).to_bytes(8, "little") + b"{}}xxxx"):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match="cannot be read") as error:
+            load_initial_weights(file, [encoder()])
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_that_holds_itself_ends_in_a_sentence(load):
+    content = {}
+    content["model"] = content
+    with pytest.raises(InputError, match="holds none, wanted one vision transformer"):
+        load(content, encoder())
