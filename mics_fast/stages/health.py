@@ -99,7 +99,7 @@ def closing_warnings(stage: str, records: Sequence[Mapping[str, float]]) -> list
                 f"reconstruction was still falling, from {before:.3f} to {end:.3f} over the last "
                 "quarter; raise pretrain.steps"
             )
-        return warnings
+        return warnings + [no_better for no_better in [neighbours_warning(records)] if no_better]
     scores = [record["val_accuracy"] for record in records if "val_accuracy" in record]
     before, end = last_quarter(scores)
     if end > before + STILL_RISING:
@@ -114,6 +114,22 @@ def closing_warnings(stage: str, records: Sequence[Mapping[str, float]]) -> list
             "raise finetune.kl_weight"
         )
     return warnings
+
+
+def neighbours_warning(records: Sequence[Mapping[str, float]]) -> str:
+    """A sentence on nearest neighbours that pre-training did not improve; empty: it did."""
+    names = ("knn_accuracy", "knn_accuracy_untrained", "knn_chance")
+    scored = [record for record in records if set(names) <= record.keys()]
+    if not scored:
+        return ""
+    accuracy, untrained, chance = (scored[-1][name] for name in names)
+    if accuracy > max(untrained, chance):
+        return ""
+    return (
+        f"nearest neighbours are right in {accuracy:.1%} of val rows, those of the untrained "
+        f"network in {untrained:.1%}, the most frequent class in {chance:.1%}: raise "
+        "pretrain.steps, or compare fine-tuning with and without pre-training"
+    )
 
 
 def last_quarter(values: Sequence[float]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -279,7 +280,12 @@ class Trainer:
         return validate
 
     def _neighbours(self, stage: PretrainStage) -> Callable[[], dict[str, float]] | None:
-        """How well nearest labelled rows classify the val rows; None where either is lacking."""
+        """How well nearest labelled rows classify the val rows; None where either is lacking.
+
+        Args:
+            stage: not trained yet: beside its scores stand those that it begins with, and the
+                share of the most frequent class.
+        """
         val = [row for row in self.manifest.select("val") if row.label >= 0]
         labelled = [row for row in self.rows if row.labelled]
         if not val or not labelled:
@@ -289,8 +295,18 @@ class Trainer:
             for rows in (labelled, val)
         )
 
+        def score() -> dict[str, float]:
+            return neighbour_accuracy(stage.model, keys, queries, self.precision.autocast)
+
+        asked = bounded(val)
+        beside = {"knn_chance": max(Counter(row.label for row in asked).values()) / len(asked)}
+        if not self.config.shard_parameters:  # the whole network is on no device yet
+            before = from_first(score)
+            if "knn_accuracy" in before:
+                beside["knn_accuracy_untrained"] = before["knn_accuracy"]
+
         def validate() -> dict[str, float]:
-            scores = neighbour_accuracy(stage.model, keys, queries, self.precision.autocast)
+            scores = score() | beside
             say(f"pretrain  {in_words(scores)}")
             return scores
 

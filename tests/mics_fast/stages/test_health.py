@@ -146,3 +146,20 @@ def test_fine_tuning_that_ends_below_its_best_is_reported():
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_a_stage_without_these_figures_is_not_judged(stage):
     assert closing_warnings(stage, [{"loss": 1.0}] * 20) == []
+
+
+def neighbours(accuracy, untrained, chance):
+    record = {"knn_accuracy": accuracy, "knn_accuracy_untrained": untrained, "knn_chance": chance}
+    return closing_warnings("pretrain", [record])
+
+
+def test_neighbours_no_better_than_those_of_the_untrained_network_are_reported():
+    (sentence,) = neighbours(accuracy=0.2, untrained=0.22, chance=0.17)
+    assert "right in 20.0% of val rows" in sentence and "untrained network in 22.0%" in sentence
+    (sentence,) = neighbours(accuracy=0.15, untrained=0.1, chance=0.17)
+    assert "the most frequent class in 17.0%" in sentence
+
+
+def test_neighbours_that_pre_training_improved_are_not():
+    assert neighbours(accuracy=0.3, untrained=0.2, chance=0.17) == []
+    assert closing_warnings("pretrain", [{"knn_accuracy": 0.1}]) == []

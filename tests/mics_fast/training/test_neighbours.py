@@ -151,8 +151,11 @@ def test_every_checkpoint_of_pre_training_is_scored_but_none_is_chosen_by_it(
     run = tmp_path / "run"
     train_few_steps(phantom_manifest, run, "--checkpoint_every", "1", "--stage", "pretrain")
     lines = records(run, "pretrain")
-    names = ["knn_accuracy", "knn_accuracy_nbi", "knn_accuracy_wli"]
+    names = ["knn_accuracy", "knn_accuracy_nbi", "knn_accuracy_untrained", "knn_accuracy_wli"]
+    names.append("knn_chance")
     assert all([x for x in sorted(line) if x.startswith("knn")] == names for line in lines)
+    assert len({line["knn_accuracy_untrained"] for line in lines}) == 1
+    assert {line["knn_chance"] for line in lines} == {2 / 12}  # 12 val rows of six classes
     assert all(0 <= line[name] <= 1 for line in lines for name in names)
     assert capsys.readouterr().out.count("pretrain  knn accuracy ") == len(lines) == 3
     checkpoints = Checkpoints(run / "checkpoints" / "pretrain")
