@@ -32,7 +32,8 @@ class Range:
         """Whether a number lies inside; NaN and what 64 bits cannot count never do."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return -(2**63) <= value < 2**63 and above and below
+        countable = math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
+        return countable and above and below
 
     def __str__(self) -> str:
         if self.high == math.inf:
