@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
-LONGEST = 2000  # characters of a message
+LONGEST = 1000  # characters of a message
 
 
 class InputError(Exception):

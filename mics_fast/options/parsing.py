@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
-from mics_fast.common.errors import InputError, SentenceParser, did_you_mean
+from mics_fast.common.errors import InputError, SentenceParser, did_you_mean, in_a_line
 from mics_fast.options.fields import type_in_words, value_in_words, walk
 from mics_fast.options.values import WrongType, converted
 from mics_fast.options.yaml_file import parse_yaml, read_yaml
@@ -130,12 +130,12 @@ class ConfigParser(SentenceParser):
                 continue
             if not any(known.startswith(f"{name}.") for known in self.kinds):
                 hint = did_you_mean(name, self.kinds)
-                raise InputError(f"option {name} in {file} is unknown{hint}")
+                raise InputError(in_a_line(f"option {name} in {file} is unknown{hint}"))
             if isinstance(value, dict):
                 yield from self._below(f"{name}.", value, file)
             elif value != "":  # a heading without options
                 raise InputError(
-                    f"option {name} in {file} is {value}, wanted the options below {name}"
+                    in_a_line(f"option {name} in {file} is {value}, wanted the options below it")
                 )
 
     def _value(self, setting: Setting) -> Any:
@@ -143,10 +143,8 @@ class ConfigParser(SentenceParser):
         try:
             return converted(kind, setting.value)
         except WrongType:
-            raise InputError(
-                f"option {setting.name}{setting.where} is {setting.value}, wanted "
-                f"{type_in_words(kind)}"
-            ) from None
+            given = in_a_line(f"option {setting.name}{setting.where} is {setting.value}")
+            raise InputError(f"{given}, wanted {type_in_words(kind)}") from None
 
 
 class _Given(argparse.Action):

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, in_a_line
 from mics_fast.common.files import read_small
 
 LARGEST, DEEPEST = 256 * 1024, 16  # bytes; levels of nesting
@@ -41,7 +41,7 @@ def read_yaml(file: Path) -> Any:
     try:
         content = parse_yaml(text)
     except InputError as error:
-        raise InputError(f"configuration {file}: {error}") from None
+        raise InputError(in_a_line(f"configuration {file}: {error}")) from None
     return {} if content == "" else content
 
 

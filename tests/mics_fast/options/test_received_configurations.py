@@ -88,7 +88,7 @@ def test_the_command_line_names_no_class_and_no_file_for_a_part(received, option
         ("? [a]\n: 1", "a name that is a sequence"),
         ("- a", "is no mapping"),
         ("a: \x07", "special characters are not allowed"),
-        ("data: 5", "option data in .* is 5, wanted the options below data"),
+        ("data: 5", "option data in .* is 5, wanted the options below it"),
         ("seed: {a: 1}", "option seed in .* wanted int"),
         ("pretrain: {lrr: 1}", "option pretrain.lrr in .* is unknown; did you mean pretrain.lr"),
     ],
