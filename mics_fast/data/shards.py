@@ -141,11 +141,11 @@ def _kind_of(mode: int) -> str:
 
 def image_exists(path: Path) -> bool:
     """Whether there is such a file, or such a member of a shard, whole."""
-    if shard_of(path) is None:
-        return path.is_file()
     try:
+        if shard_of(path) is None:
+            return stat.S_ISREG(path.stat().st_mode)
         find_member(path)
-    except OSError:
+    except OSError:  # too long a name, too
         return False
     return True
 

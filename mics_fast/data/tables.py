@@ -87,8 +87,11 @@ def _text_of(file: Path, what: str) -> str:
         if about.st_size > _LARGEST:
             raise InputError(f"{what} cannot be read: it has more than {_LARGEST >> 20} MiB")
         # utf-8-sig: spreadsheets put a byte order mark in front.
-        return file.read_bytes().decode("utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{what} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"{what} cannot be read: wanted text in UTF-8 (CSV UTF-8)") from None
+    if "\0" in text:
+        raise InputError(f"{what} cannot be read: it holds a NUL character, wanted text")
+    return text

@@ -220,7 +220,7 @@ def test_a_name_like_a_formula_is_written_inert_and_read_back(tmp_path, write, n
         ("id,label\n".encode("utf-16"), "wanted text in UTF-8"),
         (b'id,label,labelled,group,split,virtual,wli\n"1,x', "line 2: no CSV"),
         (b"", "has no column id"),
-        (b"\0" * 50, "no column"),
+        (b"\0" * 50, "NUL"),
     ],
 )
 def test_what_is_no_table_is_one_sentence(tmp_path, content, complaint):
@@ -228,6 +228,11 @@ def test_what_is_no_table_is_one_sentence(tmp_path, content, complaint):
     with pytest.raises(InputError, match=complaint) as caught:
         read_manifest(tmp_path / "x.csv")
     assert str(tmp_path / "x.csv") in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_name_longer_than_the_file_system_takes_is_one_sentence(write):
+    with pytest.raises(InputError, match="line 2: the wli image .* does not exist"):
+        read_manifest(write(f"1,a,1,,train,,{'9' * 400}.png,"))
 
 
 def test_a_missing_column_is_named_with_how_the_table_was_read(write):
