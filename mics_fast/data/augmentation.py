@@ -37,7 +37,7 @@ class Augmentation:
         anchor: (2,) float32, left and top of the crop as fractions of the frame.
         shape: (2,) float32, width and height of the crop as fractions of the frame.
         flip: (2,) int32, 1 = flipped horizontally, vertically.
-        weak: (M, 5) float32, a modality a row: brightness, contrast and saturation factors, hue
+        weak: (M, 5) float32, one row per modality: brightness, contrast and saturation factors, hue
             in degrees, blur in pixels.
         strong: the same of the strong view.
         affine: (2, 3) float32, rotation and shear of the strong view (``distortions.py``).

@@ -69,13 +69,13 @@ class PairBatch:
         ]
 
 
-Image = np.ndarray | Tensor
+FrameOrFile = np.ndarray | Tensor
 """An encoded image or a kept frame."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the graph reads of one sample, and whose it is.
+    """Input of the graph for one sample, with the row that it belongs to.
 
     Args:
         row: of the manifest; None: none.
@@ -90,7 +90,7 @@ class Sample:
 
     row: Row | None
     present: np.ndarray
-    images: Sequence[Image]
+    images: Sequence[FrameOrFile]
     numbers: tuple[np.ndarray, ...]
     crop: np.ndarray
     drawn: Mapping[View, Augmentation]
@@ -108,12 +108,14 @@ def batch_of(
     dtype: torch.dtype,
     workers: Executor,
 ) -> PairBatch:
-    """The views, beside what is known of their rows; samples without any image are left out.
+    """Make a batch of views and of what the manifest says of their rows.
+
+    Samples without any image are dropped.
 
     Args:
-        graph: what becomes of the images.
+        graph: how images become views.
         samples: of the batch.
-        outputs: of the graph; where it does not run, the kept frames, a list a modality.
+        outputs: of the graph; where it does not run, the kept frames, one list per modality.
         dtype: of the views.
         workers: make the samples where the graph does not resize.
     """
@@ -172,7 +174,7 @@ def _of_frames(
     dtype: torch.dtype,
     workers: Executor,
 ) -> Views:
-    """The views of (H, W, 3) uint8 frames, decoded or kept, a list a modality."""
+    """The views of (H, W, 3) uint8 frames, decoded or kept, one list per modality."""
     shape = (len(samples), 3, graph.image_size, graph.image_size)
     views: Views = {
         kind: {name: torch.empty(shape, dtype=dtype) for name in graph.modalities}
@@ -212,7 +214,7 @@ def _of_frames(
 def _changes(
     graph: PairGraph, samples: Sequence[Sample], view: View, column: int
 ) -> Changes | None:
-    """How a view of a modality is changed; None where nothing is augmented."""
+    """The changes of one view of one modality; None where nothing is augmented."""
     drawn = [sample.drawn[view] for sample in samples if sample.drawn]
     if graph.augment is None or not drawn:
         return None

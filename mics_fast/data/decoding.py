@@ -34,12 +34,12 @@ WHOLE = np.array([0, 0, 1, 1], np.float32)
 _SMALLEST_BLUR = 1e-3
 
 Source = Callable[[int], Sequence[Sequence[Any]]]
-"""Number of the batch since the graph was built -> lists of arrays, an array a sample."""
+"""Number of the batch since the graph was built -> lists of arrays, one per sample."""
 
 
 @dataclass(frozen=True)
 class PairGraph:
-    """What becomes of a pair of images, whatever files and numbers they come with.
+    """The steps from a pair of images to its views, the same for all files and numbers.
 
     Args:
         modalities: names, in the order of the source's images.
@@ -121,7 +121,7 @@ class PairGraph:
     def numbers(
         self, drawn: Mapping[View, Augmentation], crop: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """What an augmenting graph reads of one sample beside its images."""
+        """The numbers of one sample that an augmenting graph reads beside its images."""
         decoded = (crop,) if self.kept is None else ()
         if not self.resizes:
             return decoded
@@ -156,7 +156,7 @@ class PairGraph:
         """A running pipeline of (H, W, 3) uint8 frames.
 
         They are squares where the graph resizes, and ``frames_of`` says which are whose; where it
-        does not, there is one a modality, each sample of its own size.
+        does not, there is one per modality, each sample of its own size.
 
         Args:
             images: gives the images of each modality.

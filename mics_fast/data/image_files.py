@@ -1,4 +1,4 @@
-"""The image files of training, and what becomes of one that cannot be used.
+"""Reading the image files of training, and finding those that cannot be used.
 
 DALI does not say on which image of a batch it stumbled, and cannot go on after that. So the images
 of a batch that failed are decoded again, one by one, and those that fail are suspects. A suspect is
@@ -23,7 +23,7 @@ from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Row
 from mics_fast.data.shards import read_image
 
-Image = tuple[Row, str, np.ndarray]
+CroppedImage = tuple[Row, str, np.ndarray]
 """Row, modality, and the crop of this time."""
 
 
@@ -73,7 +73,7 @@ class ImageFiles:
         self.problems[row.index] = sentence
         return None, sentence
 
-    def suspect(self, images: Iterable[Image]) -> bool:
+    def suspect(self, images: Iterable[CroppedImage]) -> bool:
         """Decode the images of batches that failed one by one; whether any fails is returned.
 
         Raises:

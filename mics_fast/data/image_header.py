@@ -32,7 +32,7 @@ class RefusedImage(Exception):
 
 
 class ImageHeader(NamedTuple):
-    """What a file says of its image.
+    """Header of an image file.
 
     Args:
         kind: JPEG, PNG, BMP, TIFF or WEBP.

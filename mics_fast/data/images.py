@@ -69,7 +69,7 @@ def save(image: np.ndarray, target: Path) -> None:
 
 
 def content_box(image: np.ndarray) -> Box:
-    """What is inside the black border of a (H, W, 3) uint8 frame; all of it where all is black."""
+    """Box inside the black border of a (H, W, 3) uint8 frame; the whole frame if all is black."""
     bright = image.max(2) > _BLACK
     box = [0.0, 0.0, 1.0, 1.0]
     for axis in range(2):  # columns give left and right, rows top and bottom

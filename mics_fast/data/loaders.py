@@ -1,4 +1,4 @@
-"""From rows of the manifest to batches of image pairs on the training device, by NVIDIA DALI.
+"""Loaders: batches of image pairs on the training device, from rows of the manifest.
 
 Which row a sample is and how it is changed are functions of its number in the training stream
 (``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
@@ -206,7 +206,7 @@ class TrainLoader:
 class EvalLoader:
     """One pass over the rows in their order, whole frames, the last batch smaller.
 
-    A row none of whose images can be used is left out where bad files are skipped.
+    Where bad files are skipped, a row without a usable image is dropped.
 
     Args:
         rows: what to evaluate; may be empty.

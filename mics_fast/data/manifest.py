@@ -72,7 +72,7 @@ class Manifest:
         ]
 
     def digest(self) -> dict[str, str]:
-        """What training depends on, one SHA-256 per field and the number of rows.
+        """Digest of what training depends on: one SHA-256 per field, and the number of rows.
 
         Two manifests of equal digests have the same ids, labels, groups and splits in the same
         order; paths of images and names of groups may differ. ``digest_difference`` compares.
@@ -90,7 +90,7 @@ class Manifest:
 
 
 def digest_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What differs between two digests, in words; "" where nothing does.
+    """Say in words what differs between two digests; "" where nothing does.
 
     Args:
         before, now: as ``Manifest.digest`` gives them.
@@ -119,8 +119,8 @@ def read_manifest(
     Args:
         path: of the CSV file; the paths in it are relative to its folder.
         modalities: columns to use; default: every column that is not reserved. A row that has
-            images, but none of these, is left out.
-        files_exist: refuse a row whose image is not there; False: whoever reads it finds out.
+            images, but none of these, is dropped.
+        files_exist: refuse a row whose image is not there; False: leave that to the loaders.
 
     Raises:
         InputError: no such file, no row, no such column, or a row that cannot be used; names the
@@ -186,7 +186,7 @@ def write_manifest(
 
     Args:
         path: of the CSV file.
-        records: for each row the reserved columns and one path a modality, "" where missing.
+        records: for each row the reserved columns and one path per modality, "" where missing.
         modalities: names of the further columns.
 
     Raises:

@@ -30,7 +30,7 @@ _LARGEST_INDEX = 1 << 28  # bytes
 
 @dataclass(frozen=True)
 class Member:
-    """Where an image lies.
+    """Place of an image in a shard.
 
     Args:
         shard: tar file.
@@ -51,7 +51,7 @@ def shard_of(path: Path) -> Path | None:
 
 
 def find_member(path: Path) -> Member:
-    """Where the image lies that a path into a shard names.
+    """Find the image that a path into a shard names.
 
     Raises:
         OSError: the shard or its index cannot be read, or has no such member, or one that lies

@@ -1,8 +1,8 @@
-"""Batches on their way through the DALI graph: what enters for each sample, and what leaves.
+"""The stream of batches through the DALI graph, and its recovery from bad images.
 
-A stream is told by ``prepare`` what the samples of a batch are, keeps them while the graph works on
-them, and makes a batch of them and of what the graph gives (``batch.py``). It recovers from images
-that cannot be decoded: the graph is built anew at the same batch, once it is known which they are.
+A stream asks ``prepare`` for the samples of a batch, keeps them while the graph works, and joins
+them with the graph's output (``batch.py``). If an image cannot be decoded, the stream finds out
+which one it is and rebuilds the graph at the same batch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mics_fast.data.augmentation import Augmentation, View
-from mics_fast.data.batch import Image, PairBatch, Sample, batch_of
+from mics_fast.data.batch import FrameOrFile, PairBatch, Sample, batch_of
 from mics_fast.data.decoding import WHOLE, PairGraph, consumer
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
@@ -32,8 +32,8 @@ class Prepared:
 
     samples: Sequence[Sample]
 
-    def images(self) -> list[list[Image]]:
-        """A list a modality."""
+    def images(self) -> list[list[FrameOrFile]]:
+        """One list per modality."""
         return [list(column) for column in zip(*(s.images for s in self.samples), strict=True)]
 
     def numbers(self) -> list[list[np.ndarray]]:
@@ -43,8 +43,8 @@ class Prepared:
 
 def sample_of(
     row: Row | None,
-    found: Sequence[tuple[Image | None, str]],
-    blank: Image,
+    found: Sequence[tuple[FrameOrFile | None, str]],
+    blank: FrameOrFile,
     numbers: tuple[np.ndarray, ...],
     crop: np.ndarray,
     drawn: Mapping[View, Augmentation],
@@ -78,7 +78,7 @@ class Stream:
     """Batches step, step + 1, ... without end; built anew, at the same place, after a bad file.
 
     Args:
-        graph: what becomes of the images.
+        graph: how images become views.
         files: knows what to do with bad ones.
         prepare: number of a batch -> its samples.
         batch_size: most samples in a batch.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import check_dali
 from mics_fast.data.loaders import EvalLoader, PairBatch, TrainLoader
 from mics_fast.data.manifest import Manifest, Row, read_manifest
+from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, weights_of
 from mics_fast.engine.distributed import (
     first_then_others,
@@ -64,6 +66,9 @@ def train(config: TrainConfig, *, resume: bool) -> None:
         config.data.modalities,
         files_exist=config.data.on_bad_file == "error",
     )
+    for warning in check_manifest(manifest):
+        if rank() == 0:
+            print(f"warning: {warning}", file=sys.stderr)
     trainer = Trainer(config, manifest, resume=resume)
     stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
     finished = True

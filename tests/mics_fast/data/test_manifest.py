@@ -231,7 +231,7 @@ def test_what_is_no_table_is_one_sentence(tmp_path, content, complaint):
 
 
 def test_a_name_longer_than_the_file_system_takes_is_one_sentence(write):
-    with pytest.raises(InputError, match="line 2: the wli image .* does not exist"):
+    with pytest.raises(InputError, match=r"line 2: the wli image .* does not exist"):
         read_manifest(write(f"1,a,1,,train,,{'9' * 400}.png,"))
 
 

@@ -135,3 +135,18 @@ def test_a_bad_data_option_is_one_sentence(manifest, tmp_path, option, value, se
     with pytest.raises(InputError, match=sentence) as error:
         train.main([*arguments, f"--{option}", value])
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_a_group_on_both_sides_of_a_split_is_refused_before_training(
+    phantom_manifest, tmp_path, train_few_steps
+):
+    lines = phantom_manifest.read_text().splitlines()
+    cells = [line.split(",") for line in lines]
+    column = cells[0].index("group")
+    for line in cells[1:]:
+        line[column] = "one lesion"
+    torn = phantom_manifest.with_name("torn.csv")
+    torn.write_text("\n".join(map(",".join, cells)))
+    with pytest.raises(InputError, match="are of one group, wanted each group in one split"):
+        train_few_steps(torn, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
