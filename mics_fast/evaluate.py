@@ -4,33 +4,53 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from mics_fast.common.anonymity import read_key
 from mics_fast.common.errors import InputError, SentenceParser, run_command
 from mics_fast.common.files import STANDARD_OUTPUT, finite, write_csv, write_json
-from mics_fast.evaluation import RESAMPLES
+from mics_fast.evaluation import CRITERIA, RESAMPLES
+
+if TYPE_CHECKING:
+    from mics_fast.inference.assessment import Assessment
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Evaluate a run folder; print tables, and write JSON and CSV if asked."""
     options = parse(arguments)
     # torch takes seconds to import: --help and mistyped options do not wait for it.
+    from mics_fast.evaluation.referral import Target
+    from mics_fast.evaluation.results import without_paths
     from mics_fast.evaluation.tables import print_tables
     from mics_fast.inference.assessment import (
         add_out_of_distribution,
+        anonymised,
         assess,
+        choose_point,
         compare,
         opinion_table,
         summarise,
     )
-    from mics_fast.inference.run_classifier import run_manifest
+    from mics_fast.inference.run_classifier import best_checkpoint, run_manifest
+    from mics_fast.inference.stored_point import store_point
     from mics_fast.training.run import Run
 
+    key = read_key(options.anonymise) if options.anonymise else None
     run = Run.open(options.run)
     manifest = run_manifest(run, options.manifest)
     assessment = assess(run, manifest, options.split, options.calibrate)
+    warn_of_training(assessment)
     evaluation = summarise(assessment, options.resamples)
+    target = Target(options.target_risk, options.confidence) if options.target_risk else None
+    evaluation.point, evaluation.referrals = choose_point(
+        assessment, target, options.refer_by, options.resamples
+    )
+    if target or options.calibrate:
+        file = store_point(run.folder, best_checkpoint(run), evaluation.point)
+        print(f"wrote {file}: predict, report and export use it", file=sys.stderr)
     if options.out_of_distribution:
         add_out_of_distribution(evaluation, assessment, options.out_of_distribution)
     if options.against:
@@ -38,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         other = run_manifest(rival, options.manifest or manifest.path)
         against = assess(rival, other, options.split, options.calibrate)
         evaluation.against = compare(assessment, against, options.resamples)
+    if key:
+        evaluation = without_paths(evaluation)
     if options.json == STANDARD_OUTPUT:
         print(json.dumps(finite(evaluation.json()), indent=1))
     else:
@@ -45,7 +67,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json and options.json != STANDARD_OUTPUT:
         write_json(options.json, evaluation.json())
     if options.csv:
-        write_csv(options.csv, opinion_table(assessment))
+        write_csv(options.csv, opinion_table(anonymised(assessment, key)))
+
+
+def warn_of_training(assessment: Assessment) -> None:
+    """Warn on stderr if rows that are scored were trained on."""
+    from mics_fast.inference.assessment import trained_on
+
+    seen, count = trained_on(assessment), len(assessment.rows)
+    if seen:
+        print(
+            f"warning: the run was trained on {len(seen)} of the {count} rows that are scored here "
+            "(same id, same image): the figures are too good",
+            file=sys.stderr,
+        )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,10 +100,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="compare with another run on the same rows")  # fmt: skip
     parser.add_argument("--out-of-distribution", type=Path, metavar="MANIFEST",
                         help="rows that the model should be unsure of")  # fmt: skip
-    parser.add_argument("--calibrate", choices=("temperature", "evidence"),
-                        help="fit this on the val rows first")  # fmt: skip
+    parser.add_argument("--calibrate", choices=("temperature", "evidence", "none"),
+                        help="fit this on the val rows and store it in the run")  # fmt: skip
+    parser.add_argument(
+        "--target-risk",
+        type=float,
+        metavar="R",
+        help="choose on the val rows when to refer to a person, so that at most "
+        "this share of all samples is answered and wrong; store it in the run",
+    )
+    parser.add_argument(
+        "--confidence",
+        type=float,
+        metavar="C",
+        help="keep the target risk for this share of draws of the val rows; "
+        "default: on average over draws",
+    )
+    parser.add_argument("--refer-by", choices=CRITERIA, default=CRITERIA[0],
+                        help="what is compared with the threshold")  # fmt: skip
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples")
+    parser.add_argument("--anonymise", type=Path, metavar="KEY_FILE",
+                        help="write ids hashed with the key in this file (made if missing), "
+                        "and no paths")  # fmt: skip
     options = parser.parse_args(arguments)
+    for name in ("target_risk", "confidence"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < 1:
+            option = name.replace("_", "-")
+            raise InputError(f"--{option} is {value}, wanted a number between 0 and 1")
+    if options.confidence and not options.target_risk:
+        raise InputError("--confidence is given without --target-risk, which it belongs to")
     if options.resamples < 1:
         raise InputError(f"--resamples is {options.resamples}, wanted at least 1")
     return options

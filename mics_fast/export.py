@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the exported model")
     parser.add_argument("--resamples", type=int, default=RESAMPLES,
                         help="of the bootstrap behind the model card's intervals")  # fmt: skip
+    parser.add_argument("--anonymise", action="store_true",
+                        help="leave names of files and folders out of the model card")  # fmt: skip
     options = parser.parse_args(arguments)
     # torch takes seconds to import: --help and mistyped options do not wait for it.
     from mics_fast.inference.export import export_model, sidecar
@@ -36,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     make_folder(options.out)
     agreement = export_model(classifier, options.out)
     write_json(options.out / SIDECAR, sidecar(classifier, agreement))
-    write_text(options.out / CARD, model_card(classifier, agreement, options.resamples))
+    card = model_card(classifier, agreement, options.resamples, paths=not options.anonymise)
+    write_text(options.out / CARD, card)
     for name, largest in agreement.items():
         print(f"wrote {options.out / name}: differs from the original by at most {largest:.1e}")
 

@@ -13,11 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mics_fast.common.anonymity import pseudonym, read_key
 from mics_fast.common.errors import InputError, SentenceParser, run_command
 from mics_fast.common.files import STANDARD_OUTPUT
 
 if TYPE_CHECKING:
     from mics_fast.data.manifest import Row
+    from mics_fast.evaluation.answers import Answer, Failure
     from mics_fast.inference.writers import Write
 
 
@@ -28,8 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mics_fast.inference.predictor import Predictor
     from mics_fast.inference.writers import Summary, json_lines, json_list, table_file
 
+    key = read_key(options.anonymise) if options.anonymise else None
     model = Predictor.load(options.model)
     rows = find_rows(options, images, model.modalities)
+    point = model.point(options.refer_above)
     summary = Summary()
     with ExitStack() as stack:
         writers: list[Write] = [summary.add]
@@ -40,11 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.csv:
             writers.append(stack.enter_context(table_file(options.csv, model.classifier)))
         for record in model.answers(rows, refer_above=options.refer_above):
+            own = record if key is None else anonymous(record, key)
             for write in writers:
-                write(record)
+                write(own)
     if STANDARD_OUTPUT not in (options.json, options.jsonl, options.csv):
-        summary.print(model.modalities)
+        summary.print(model.modalities, point)
     summary.report_failures()
+
+
+def anonymous(record: Answer | Failure, key: bytes) -> Answer | Failure:
+    """Replace the id by its pseudonym, and the reason of a failure, which names a file."""
+    name = pseudonym(key, record["id"])
+    if "error" in record:
+        return {"id": name, "error": "an image of this sample cannot be read"}
+    return {**record, "id": name}
 
 
 def find_rows(
@@ -94,7 +107,11 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     parser.add_argument("--jsonl", type=Path, metavar="FILE", help="write one answer per line")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a table")
     parser.add_argument("--refer-above", type=float, metavar="U",
-                        help="refer to a person where the uncertainty is above this")  # fmt: skip
+                        help="refer to a person where the uncertainty is above this; default: the "
+                        "rule that evaluate --target-risk stored in the run")  # fmt: skip
+    parser.add_argument("--anonymise", type=Path, metavar="KEY_FILE",
+                        help="write ids hashed with the key in this file (made if missing), "
+                        "and no paths")  # fmt: skip
     options, rest = parser.parse_known_args(arguments)
     if len(rest) % 2 or not all(name.startswith("--") for name in rest[::2]):
         raise InputError(f"{' '.join(rest)} is not understood, wanted --<modality> FILE")

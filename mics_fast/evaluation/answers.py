@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import Opinions
 from mics_kernels import opinion
+
+PLAIN = OperatingPoint()
 
 # Functional syntax: "class" is a keyword.
 Stated = TypedDict("Stated", {"class": str, "belief": dict[str, float], "uncertainty": float})
@@ -24,12 +27,14 @@ Answer = TypedDict(
         "uncertainty": float,
         "conflict": float,
         "refer": bool | None,
+        "reason": NotRequired[str],
         "views": dict[str, Stated],
     },
 )
 """The fused opinion on a sample, and under "views" the opinion of each head that has its input.
 
-"belief" and "uncertainty" sum to 1; "refer" is None where no threshold has been chosen.
+"belief" and "uncertainty" sum to 1. "refer" is None where no rule has been chosen; "reason" is
+there where it is true.
 """
 
 
@@ -41,7 +46,7 @@ class Failure(TypedDict):
 
 
 def answer(
-    opinions: Opinions, ids: Sequence[str], classes: Sequence[str], refer_above: float | None = None
+    opinions: Opinions, ids: Sequence[str], classes: Sequence[str], point: OperatingPoint = PLAIN
 ) -> list[Answer]:
     """State an answer per row.
 
@@ -49,9 +54,9 @@ def answer(
         opinions: Of N rows.
         ids: Names of the N rows.
         classes: Names of the C classes.
-        refer_above: Largest vacuity that is not referred to a person; None: no threshold.
+        point: Calibration of the fused opinion, and when to refer.
     """
-    fused, single = opinion(opinions.fused_evidence()), opinion(opinions.evidence)
+    fused, single = point.opinion(opinions.fused_evidence()), opinion(opinions.evidence)
     disagreement = opinions.conflict().tolist()
 
     def named(values: Tensor) -> dict[str, float]:
@@ -67,22 +72,27 @@ def answer(
     answers: list[Answer] = []
     for row, name in enumerate(ids):
         own = stated(fused.belief[row], fused.uncertainty[row])
-        answers.append(
-            {
-                "id": name,
-                "class": own["class"],
-                "probability": named(fused.probability[row]),
-                "belief": own["belief"],
-                "uncertainty": own["uncertainty"],
-                "conflict": disagreement[row],
-                "refer": None if refer_above is None else own["uncertainty"] > refer_above,
-                "views": {
-                    head: stated(single.belief[row, column], single.uncertainty[row, column])
-                    for column, head in enumerate(opinions.heads)
-                    if opinions.present[row, column]
-                },
-            }
-        )
+        one: Answer = {
+            "id": name,
+            "class": own["class"],
+            "probability": named(fused.probability[row]),
+            "belief": own["belief"],
+            "uncertainty": own["uncertainty"],
+            "conflict": disagreement[row],
+            "refer": None,
+            "views": {
+                head: stated(single.belief[row, column], single.uncertainty[row, column])
+                for column, head in enumerate(opinions.heads)
+                if opinions.present[row, column]
+            },
+        }
+        if point.rule:
+            top = max(one["probability"].values())
+            reason = point.rule.reason(own["uncertainty"], top)
+            one["refer"] = bool(reason)
+            if reason:
+                one["reason"] = reason
+        answers.append(one)
     return answers
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from mics_fast.evaluation.calibration import Calibration, by_source
@@ -15,7 +16,9 @@ from mics_fast.evaluation.metrics import (
     prediction_metrics,
     sampled_metrics,
 )
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import FUSED, Predictions, Source
+from mics_fast.evaluation.referral import Referral
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Evaluation:
         resamples: Number of bootstrap resamples.
         calibration: What was fitted on the val rows; None: nothing.
         against: The comparison with another run; None without one.
+        point: Calibration and referral rule in force.
+        referrals: Rules measured on the rows: that of the point, or one per criterion.
         out_of_distribution: Where the areas of that name come from; None without them.
     """
 
@@ -112,7 +117,9 @@ class Evaluation:
     resamples: int
     calibration: Calibration | None = None
     against: Comparison | None = None
-    out_of_distribution: OtherDistribution | None = field(default=None)
+    out_of_distribution: OtherDistribution | None = None
+    point: OperatingPoint = field(default_factory=OperatingPoint)
+    referrals: Sequence[Referral] = ()
 
     @property
     def fused(self) -> OpinionMetrics:
@@ -134,9 +141,27 @@ class Evaluation:
             result["calibration"] = self.calibration.json()
         if self.out_of_distribution:
             result["out_of_distribution"] = vars(self.out_of_distribution)
+        if self.referrals:
+            target = self.point.target
+            result["referral"] = {
+                "by": self.point.rule and self.point.rule.by,
+                "target_risk": target and target.risk,
+                "confidence": target and target.confidence,
+                "rules": [own.json(tuple(self.classes)) for own in self.referrals],
+            }
         if self.against:
             result["against"] = {"run": self.against.run, **by_source(self.against.differences)}
         return result
+
+
+def without_paths(evaluation: Evaluation) -> Evaluation:
+    """Keep the last part of the paths of other runs and manifests."""
+    against, other = evaluation.against, evaluation.out_of_distribution
+    return replace(
+        evaluation,
+        against=against and replace(against, run=Path(against.run).name),
+        out_of_distribution=other and replace(other, manifest=Path(other.manifest).name),
+    )
 
 
 def describe(predictions: Predictions, classes: Sequence[str], count: int) -> OpinionMetrics:

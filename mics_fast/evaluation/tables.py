@@ -12,7 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from mics_fast.common.files import printable
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import FUSED, Source
+from mics_fast.evaluation.referral import Rule
 from mics_fast.evaluation.results import Comparison, Evaluation, OpinionMetrics
 
 WIDE = 160  # characters per line of a file or a pipe
@@ -37,6 +39,9 @@ SHOWN = {
     "out_of_distribution_auroc": "OOD AUROC",
 }
 CLASS_COLUMNS = ("class", "n", "sensitivity", "95 %", "specificity", "95 %")
+REFERRAL_COLUMNS = (
+    "refer if", "answered", "95 %", "wrong of all", "95 %", "wrong of answered", "95 %",
+)  # fmt: skip
 DIFFERENCE_COLUMNS = ("metric", "difference", "95 %")
 
 
@@ -45,6 +50,9 @@ def print_tables(evaluation: Evaluation) -> None:
     console = wide_console()
     console.print(metrics_table(evaluation))
     console.print(class_table(evaluation))
+    if evaluation.referrals:
+        console.print(referral_table(evaluation))
+        console.print(guarantee(evaluation.point))
     if evaluation.against:
         console.print(difference_table(evaluation.against))
 
@@ -123,6 +131,52 @@ def difference_table(against: Comparison) -> Table:
     for row in difference_rows(against):
         table.add_row(*row)
     return table
+
+
+def referral_table(evaluation: Evaluation) -> Table:
+    """Answered, wrong among all and wrong among the answered, one row per rule."""
+    title = f"referral to a person, on {evaluation.split} (fused)"
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in REFERRAL_COLUMNS:
+        table.add_column(name, justify="left" if name == "refer if" else "right")
+    for row in referral_rows(evaluation):
+        table.add_row(*row)
+    return table
+
+
+def referral_rows(evaluation: Evaluation) -> list[list[str]]:
+    """For each rule the cells of ``REFERRAL_COLUMNS``; the one that is kept is marked."""
+    rows = []
+    for own in evaluation.referrals:
+        kept = " (kept)" if own.rule == evaluation.point.rule else ""
+        cells = [f"{rule_text(own.rule)}{kept}"]
+        for name in ("coverage", "risk", "error"):
+            cells += [number(own.values[name]), interval(own.intervals[name])]
+        rows.append(cells)
+    return rows
+
+
+def rule_text(rule: Rule) -> str:
+    """Say in words when a rule refers."""
+    if not math.isfinite(rule.limit) or (rule.by == "uncertainty" and rule.limit == 0):
+        return "always"
+    return f"{rule.by} {'above' if rule.by == 'uncertainty' else 'below'} {rule.limit:.3f}"
+
+
+def guarantee(point: OperatingPoint) -> str:
+    """State what a rule promises, and what the promise rests on."""
+    if point.target is None:
+        return "No guarantee: the threshold was not chosen for a target risk."
+    often = (
+        "on average over draws of the val rows"
+        if point.target.confidence is None
+        else f"for at least {point.target.confidence:.0%} of the draws of the val rows"
+    )
+    return (
+        f"Guarantee: at most {point.target.risk:.1%} of all samples are answered and wrong, {often}"
+        ", for new groups from the same source (conformal risk control). It is approximate where "
+        "the val rows also chose the checkpoint, or a calibration for referral by probability."
+    )
 
 
 def metric_rows(columns: Mapping[str, OpinionMetrics]) -> list[list[str]]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal, cast, get_args
 
+import numpy as np
+
+from mics_fast.common.anonymity import pseudonym
 from mics_fast.common.errors import InputError
+from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Manifest, Row, read_manifest
+from mics_fast.data.shards import read_image
+from mics_fast.evaluation import CRITERIA, By
 from mics_fast.evaluation.answers import answer, flat
 from mics_fast.evaluation.calibration import Calibration, Kind, fit_calibration
 from mics_fast.evaluation.intervals import paired_bootstrap
@@ -15,7 +23,14 @@ from mics_fast.evaluation.metrics import (
     pseudo_label_quality,
     scalar_metrics,
 )
-from mics_fast.evaluation.opinions import Opinions, Predictions, Source
+from mics_fast.evaluation.operating_point import OperatingPoint
+from mics_fast.evaluation.opinions import FUSED, Opinions, Predictions, Source
+from mics_fast.evaluation.referral import (
+    Referral,
+    Target,
+    apply_rule,
+    choose_rule,
+)
 from mics_fast.evaluation.results import (
     Comparison,
     Evaluation,
@@ -23,7 +38,7 @@ from mics_fast.evaluation.results import (
     OtherDistribution,
     describe,
 )
-from mics_fast.inference.run_classifier import RunClassifier, load_run, progress
+from mics_fast.inference.run_classifier import RunClassifier, load_run, progress, run_manifest
 from mics_fast.stages.pseudo_labels import accepted_in_the_end
 from mics_fast.training.run import Run
 
@@ -54,14 +69,17 @@ class Assessment:
         return self.calibration.apply(every) if self.calibration else every
 
 
-def assess(run: Run, manifest: Manifest, split: str, kind: Kind | None = None) -> Assessment:
+def assess(
+    run: Run, manifest: Manifest, split: str, kind: Kind | Literal["none"] | None = None
+) -> Assessment:
     """State a run's opinions on the labelled rows of a split.
 
     Args:
         run: With a fine-tuned checkpoint.
         manifest: With the run's modalities and classes, see ``run_manifest``.
         split: train, val or test.
-        kind: "temperature" or "evidence", fitted on the labelled val rows; None: nothing.
+        kind: "temperature" or "evidence", fitted on the labelled val rows; "none": no calibration;
+            None: the one stored in the run, if any.
 
     Raises:
         InputError: no fine-tuned checkpoint, one of another model, or no such rows.
@@ -71,11 +89,48 @@ def assess(run: Run, manifest: Manifest, split: str, kind: Kind | None = None) -
     opinions = classifier.opinions(rows, split, hide=True)
     there = set(opinions.sample_id.tolist())  # where bad files are skipped, not all rows
     rows = [row for row in rows if row.index in there]
-    calibration = None
-    if kind is not None:
+    calibration = classifier.point.calibration if kind is None else None
+    if kind in get_args(Kind):
         val = classifier.opinions(labelled_rows(manifest, "val"), "val", hide=True)
-        calibration = fit_calibration(kind, val.predictions())
+        calibration = fit_calibration(cast(Kind, kind), val.predictions())
     return Assessment(classifier, manifest, split, rows, opinions, calibration)
+
+
+def trained_on(assessment: Assessment) -> list[Row]:
+    """Find the assessed rows that the run was trained on: train rows of its own manifest.
+
+    A row is the same if its id and the bytes of one of its images are. Without the run's manifest
+    nothing is found.
+    """
+    run = assessment.classifier.run
+    try:
+        own = run_manifest(run)
+    except InputError:
+        return []
+    train = {row.id: row for row in own.select("train")}
+    return [row for row in assessment.rows if row.id in train and same_image(row, train[row.id])]
+
+
+def same_image(row: Row, other: Row) -> bool:
+    """Return whether two rows share an image of a modality, by path or by content."""
+    for name, file in row.files.items():
+        against = other.files.get(name)
+        if file is None or against is None:
+            continue
+        if file == against:
+            return True
+        with suppress(OSError, RefusedImage):
+            if np.array_equal(read_image(file), read_image(against)):
+                return True
+    return False
+
+
+def anonymised(assessment: Assessment, key: bytes | None) -> Assessment:
+    """Replace the ids of the rows by pseudonyms, if there is a key."""
+    if key is None:
+        return assessment
+    rows = [replace(row, id=pseudonym(key, row.id)) for row in assessment.rows]
+    return replace(assessment, rows=rows)
 
 
 def labelled_rows(manifest: Manifest, split: str) -> list[Row]:
@@ -88,6 +143,35 @@ def labelled_rows(manifest: Manifest, split: str) -> list[Row]:
     if not rows:
         raise InputError(f"{manifest.path} has no row with split {split} and a label")
     return rows
+
+
+def choose_point(
+    assessment: Assessment, target: Target | None, by: By, count: int
+) -> tuple[OperatingPoint, list[Referral]]:
+    """Choose when to refer on the val rows, and measure that on the assessed rows.
+
+    Args:
+        assessment: With its calibration.
+        target: The guarantee to keep; None: measure the rule that is stored in the run.
+        by: The criterion of the rule that is kept; every criterion is measured.
+        count: Bootstrap resamples.
+
+    Raises:
+        InputError: no val rows, or too few of them.
+    """
+    own, stored = assessment.predictions()[FUSED], assessment.classifier.point
+    if target is None:
+        point = replace(stored, calibration=assessment.calibration)
+        return point, [apply_rule(own, stored.rule, count)] if stored.rule else []
+    rows = labelled_rows(assessment.manifest, "val")
+    val = assessment.predictions(assessment.classifier.opinions(rows, "val"))[FUSED]
+    measured = [apply_rule(own, choose_rule(val, each, target), count) for each in CRITERIA]
+    chosen = next(each for each in measured if each.rule.by == by)
+    values = {
+        name: {"ppv": chosen.ppv[k], "npv": chosen.npv[k]}
+        for k, name in enumerate(assessment.classifier.classes)
+    }
+    return OperatingPoint(assessment.calibration, chosen.rule, target, values), measured
 
 
 def summarise(assessment: Assessment, count: int) -> Evaluation:
@@ -183,7 +267,8 @@ def compare(assessment: Assessment, other: Assessment, count: int) -> Comparison
 def opinion_table(assessment: Assessment) -> list[dict[str, object]]:
     """Make a flat record per row: id, true class, whether the answer is right, the answer."""
     classes = assessment.classifier.classes
-    answers = answer(assessment.opinions, [row.id for row in assessment.rows], classes)
+    point = replace(assessment.classifier.point, calibration=assessment.calibration)
+    answers = answer(assessment.opinions, [row.id for row in assessment.rows], classes, point)
     return [
         {
             "id": row.id,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.views import IMAGENET_MEAN, IMAGENET_STD
+from mics_fast.evaluation.operating_point import OperatingPoint, read_operating_point
 from mics_fast.models.classifier import FUSION, check_modality_names
 from mics_fast.options import DataConfig
 
@@ -32,6 +33,7 @@ class Description:
         image_size: Side of the images, pixels.
         normalize: "fixed" or "image".
         mean, std: Modality -> three channel values in [0, 1], for "fixed".
+        point: Calibration, which the outputs have, and referral rule.
     """
 
     modalities: tuple[str, ...]
@@ -41,6 +43,7 @@ class Description:
     normalize: Literal["fixed", "image"]
     mean: Mapping[str, tuple[float, ...]]
     std: Mapping[str, tuple[float, ...]]
+    point: OperatingPoint
 
     @property
     def data(self) -> DataConfig:
@@ -51,7 +54,8 @@ class Description:
 
     def text(self) -> str:
         """Return the description as canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        fields = {name: value for name, value in vars(self).items() if name != "point"}
+        return json.dumps({**fields, "operating_point": self.point.json()})
 
 
 def describe_model(
@@ -60,11 +64,12 @@ def describe_model(
     classes: tuple[str, ...],
     image_size: int,
     data: DataConfig,
+    point: OperatingPoint,
 ) -> Description:
     """Describe a model that is about to be exported."""
     mean = {name: tuple(data.mean.get(name, IMAGENET_MEAN)) for name in modalities}
     std = {name: tuple(data.std.get(name, IMAGENET_STD)) for name in modalities}
-    return Description(modalities, views, classes, image_size, data.normalize, mean, std)
+    return Description(modalities, views, classes, image_size, data.normalize, mean, std, point)
 
 
 def read_description(values: Any, whose: object) -> Description:
@@ -109,6 +114,7 @@ def read_description(values: Any, whose: object) -> Description:
         values["normalize"],
         {name: tuple(map(float, own)) for name, own in values["mean"].items()},
         {name: tuple(map(float, own)) for name, own in values["std"].items()},
+        read_operating_point(values.get("operating_point"), values["classes"], whose),
     )
 
 

@@ -22,6 +22,7 @@ from torch.nn.functional import softplus
 
 from mics_fast.common.errors import RunFailed
 from mics_fast.common.files import renamed
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.inference.description import NORMALIZE_MEANING, Description, describe_model
 from mics_fast.inference.exported_classifier import (
     METADATA,
@@ -32,25 +33,31 @@ from mics_fast.inference.exported_classifier import (
 )
 from mics_fast.inference.run_classifier import RunClassifier
 from mics_fast.models.classifier import Classifier
-from mics_kernels import conflict, fuse_evidence, opinion
+from mics_kernels import conflict, fuse_evidence
 
 # Outputs lie in [0, 1] except evidence, which is compared relative to evidence + 1.
 TOLERANCE = 1e-4
 
 
 class Answering(nn.Module):
-    """A classifier from normalised images to opinions, in plain tensor operations.
+    """A classifier from normalised images to answers, in plain tensor operations.
 
     Args:
         model: In evaluation mode.
+        point: Calibration of the fused opinion, and when to refer.
     """
 
-    def __init__(self, model: Classifier) -> None:
+    def __init__(self, model: Classifier, point: OperatingPoint) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.point = model, point
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of what ``forward`` returns."""
+        return (*OUTPUTS, "refer") if self.point.rule else OUTPUTS
 
     def forward(self, present: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
-        """Compute what ``OUTPUTS`` names.
+        """Compute what ``outputs`` names.
 
         Args:
             present: Which images there are, (B, M) bool.
@@ -58,15 +65,21 @@ class Answering(nn.Module):
 
         Returns:
             Fused belief (B, C), uncertainty (B,), probability (B, C); conflict of the modalities
-            (B,); evidence (B, V, C) and presence (B, V) of every opinion.
+            (B,); evidence (B, V, C) and presence (B, V) of every opinion; with a rule also
+            whether to refer (B,) bool.
         """
         views = dict(zip(self.model.modalities, images, strict=True))
         output = self.model(views, present)
         evidence = softplus(output.logits)
-        fused = fuse_evidence(evidence, present=output.present, backend="reference")
-        stated = opinion(fused)
+        stated = self.point.opinion(
+            fuse_evidence(evidence, present=output.present, backend="reference")
+        )
         disagreement = conflict(evidence[:, : len(images)], present=present)
-        return (*stated, disagreement, evidence, output.present)
+        answer = (*stated, disagreement, evidence, output.present)
+        rule = self.point.rule
+        if rule is None:
+            return answer
+        return (*answer, rule.compare(stated.uncertainty, stated.probability.amax(1)))
 
 
 def export_model(classifier: RunClassifier, out: Path) -> dict[str, float]:
@@ -78,19 +91,19 @@ def export_model(classifier: RunClassifier, out: Path) -> dict[str, float]:
     Raises:
         RunFailed: a difference is above the tolerance.
     """
-    module = Answering(classifier.model.cpu()).eval()
+    module = Answering(classifier.model.cpu(), classifier.point).eval()
     modalities, size = classifier.modalities, classifier.image_size
     program = trace(module, modalities, size)
     with renamed(out / PROGRAM) as partial:
         torch.export.save(program, partial)
     agreement = {PROGRAM: largest_difference(module, program.module(), modalities, size)}
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
-        write_onnx(program, description_of(classifier), out / ONNX)
+        write_onnx(program, description_of(classifier), module.outputs, out / ONNX)
         session = open_session(out / ONNX)
 
         def run(*given: Tensor) -> list[Tensor]:
             named = zip(("present", *modalities), given, strict=True)
-            outputs = session.run(OUTPUTS, {name: tensor.numpy() for name, tensor in named})
+            outputs = session.run(module.outputs, {name: tensor.numpy() for name, tensor in named})
             return [torch.from_numpy(output) for output in outputs]
 
         agreement[ONNX] = largest_difference(module, run, modalities, size)
@@ -118,7 +131,9 @@ def trace(module: Answering, modalities: Sequence[str], size: int) -> ExportedPr
     return program
 
 
-def write_onnx(program: ExportedProgram, description: Description, file: Path) -> None:
+def write_onnx(
+    program: ExportedProgram, description: Description, outputs: Sequence[str], file: Path
+) -> None:
     """Translate a program to one ONNX file that holds its description."""
     # torch would warn that operators of torchvision, which nothing here uses, are missing.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -127,7 +142,7 @@ def write_onnx(program: ExportedProgram, description: Description, file: Path) -
         translated = torch.onnx.export(
             program,
             input_names=["present", *description.modalities],
-            output_names=list(OUTPUTS),
+            output_names=list(outputs),
             dynamo=True,
             verbose=False,
         )
@@ -165,7 +180,7 @@ def random_inputs(
 
 @torch.no_grad()
 def largest_difference(
-    original: nn.Module,
+    original: Answering,
     exported: Callable[..., Sequence[Tensor]],
     modalities: Sequence[str],
     size: int,
@@ -175,7 +190,9 @@ def largest_difference(
     for rows in (1, 4):
         inputs = random_inputs(modalities, size, rows=rows, seed=rows)
         wanted, given = original(*inputs), exported(*inputs)
-        for name, exact, other in zip(OUTPUTS, wanted, given, strict=True):
+        for name, exact, other in zip(original.outputs, wanted, given, strict=True):
+            if name == "refer":  # a threshold: either side is right within the tolerance
+                continue
             scale = 1 + exact if name == "evidence" else 1.0
             difference = ((exact.float() - other.float()) / scale).abs().max().item()
             largest = max(largest, difference)
@@ -190,6 +207,7 @@ def description_of(classifier: RunClassifier) -> Description:
         classifier.classes,
         classifier.image_size,
         classifier.data,
+        classifier.point,
     )
 
 
@@ -212,7 +230,9 @@ def sidecar(classifier: RunClassifier, agreement: dict[str, float]) -> dict[str,
             "conflict": "(batch,) how much the modalities contradict each other, in [0, 1]",
             "evidence": "(batch, views, classes) of every opinion; undefined where not present",
             "view_present": "(batch, views) bool: which opinions were stated",
+            **({"refer": "(batch,) bool: a person should decide"} if classifier.point.rule else {}),
         },
+        "operating_point": description.point.json(),
         "preprocessing": {
             "image_size": description.image_size,
             "decode": "RGB, upright, the whole frame",

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.files import read_json
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import Opinions, assemble
 from mics_fast.inference.description import Description, read_description
 from mics_fast.options import DataConfig
@@ -25,7 +27,6 @@ OUTPUTS = ("belief", "uncertainty", "probability", "conflict", "evidence", "view
 METADATA = "mics_fast"
 """Key of the description in the metadata of the ONNX model."""
 BATCH = 16
-LARGEST_SIDECAR = 1 << 20  # bytes
 
 
 @dataclass
@@ -76,6 +77,10 @@ class ExportedClassifier:
     def device(self) -> torch.device:
         return torch.device("cpu")
 
+    @property
+    def point(self) -> OperatingPoint:
+        return self.description.point
+
     def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader:
         """Make batches of whole frames, normalised as in training."""
         return EvalLoader(
@@ -102,14 +107,13 @@ def read_sidecar(file: Path) -> Description:
     Raises:
         InputError: it cannot be read, or not used.
     """
+    sidecar = read_json(file)
     try:
-        if not file.is_file() or file.stat().st_size > LARGEST_SIDECAR:
-            raise ValueError(f"wanted a regular file of at most {LARGEST_SIDECAR} bytes")
-        sidecar = json.loads(file.read_text(encoding="utf-8"))
         made = sidecar["preprocessing"]
         values = {name: sidecar[name] for name in ("modalities", "views", "classes")}
+        values["operating_point"] = sidecar["operating_point"]
         values |= {name: made[name] for name in ("image_size", "normalize", "mean", "std")}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{file} is not that of an exported model: {error}") from None
     return read_description(values, file)
 
@@ -128,7 +132,16 @@ def check_model(session: Any, description: Description, folder: Path) -> None:
     except (ValueError, RecursionError):
         values = None
     inside = read_description(values, f"the metadata of {folder / ONNX}")
-    for field in ("modalities", "views", "classes", "image_size", "normalize", "mean", "std"):
+    for field in (
+        "modalities",
+        "views",
+        "classes",
+        "image_size",
+        "normalize",
+        "mean",
+        "std",
+        "point",
+    ):
         if getattr(inside, field) != getattr(description, field):
             raise InputError(
                 f"{folder / SIDECAR} and {folder / ONNX} disagree about {field}, wanted the files "

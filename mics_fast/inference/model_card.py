@@ -25,27 +25,34 @@ NOT_A_DEVICE = (
 )
 
 
-def model_card(classifier: RunClassifier, agreement: dict[str, float], resamples: int) -> str:
+def model_card(
+    classifier: RunClassifier, agreement: dict[str, float], resamples: int, *, paths: bool = True
+) -> str:
     """Write the card from the run, its manifest and an evaluation on the test rows.
 
     Args:
         classifier: What was exported.
         agreement: Exported file -> largest difference from the original.
         resamples: Number of bootstrap resamples.
+        paths: Whether names of files and folders are stated.
     """
-    name = markdown_text(classifier.run.folder.resolve().name)
+    name = markdown_text(classifier.run.folder.resolve().name) if paths else "a run"
     parts = [f"# Model card: {name}", NOT_A_DEVICE, intended(classifier)]
     try:
         manifest = run_manifest(classifier.run)
-        parts.append(data_section(manifest))
+        parts.append(data_section(manifest, paths=paths))
         evaluation = summarise(assess(classifier.run, manifest, "test"), resamples)
         parts.append(metrics_section(evaluation))
         virtual = evaluation.virtual
     except InputError as error:
-        reason = markdown_text(str(error))
+        reason = markdown_text(str(error)) if paths else "its manifest cannot be used"
         parts.append(f"## Metrics\n\nNot measured when the model was exported: {reason}.")
         virtual = []
-    parts += [training_section(classifier), limits(classifier, virtual), files_section(agreement)]
+    parts += [
+        training_section(classifier, paths=paths),
+        limits(classifier, virtual),
+        files_section(agreement),
+    ]
     return "\n\n".join(parts) + "\n"
 
 
@@ -67,7 +74,7 @@ def names(values: Iterable[str]) -> str:
     return ", ".join(map(markdown_text, values))
 
 
-def data_section(manifest: Manifest) -> str:
+def data_section(manifest: Manifest, *, paths: bool) -> str:
     """Count samples by class and split, and the labelled train rows."""
     counts = Counter((row.label, row.split) for row in manifest.rows)
     labelled = Counter(row.label for row in manifest.rows if row.split == "train" and row.labelled)
@@ -80,10 +87,11 @@ def data_section(manifest: Manifest) -> str:
     absent = {name: sum(row.files[name] is None for row in manifest.rows)
               for name in manifest.modalities}  # fmt: skip
     missing = [f"{markdown_text(name)} is missing from {n} samples" for name, n in absent.items()]
+    name = f"Manifest {markdown_text(manifest.path.name)}" if paths else "One manifest"
     return "\n\n".join(
         [
             "## Data",
-            f"Manifest {markdown_text(manifest.path.name)}: {len(manifest.rows)} samples in "
+            f"{name}: {len(manifest.rows)} samples in "
             f"{len({row.group for row in manifest.rows})} groups; {'; '.join(missing)}.",
             markdown_table(["class", *SPLITS, "labelled train"], rows),
         ]
@@ -108,17 +116,18 @@ def metrics_section(evaluation: Evaluation) -> str:
     )
 
 
-def training_section(classifier: RunClassifier) -> str:
+def training_section(classifier: RunClassifier, *, paths: bool) -> str:
     """State the options that shape the model."""
     config = classifier.run.config
     options = config.finetune
     length = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
+    own = "the pre-training of the same run, if any"
+    start = (markdown_text(options.init) if paths else "another run") if options.init else own
     parameters = sum(p.numel() for p in classifier.model.parameters())
     return (
         "## Training\n\n"
         f"`{config.model.size}`, {parameters / 1e6:.1f} million parameters, seed {config.seed}; "
-        f"fine-tuned for {length} from "
-        f"{markdown_text(config.finetune.init) or 'the pre-training of the same run, if any'}; "
+        f"fine-tuned for {length} from {start}; "
         f"{config.data.normalize} normalisation. All options are in the run's `config.yaml`. "
         "Method: MICS, arXiv 2509.17492, as implemented by mics-fast."
     )

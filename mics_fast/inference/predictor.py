@@ -14,7 +14,9 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.answers import Answer, Failure, answer
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import Opinions
+from mics_fast.evaluation.referral import Rule
 from mics_fast.inference.exported_classifier import SIDECAR, ExportedClassifier
 from mics_fast.inference.run_classifier import load_run, progress
 from mics_fast.inference.samples import Images, array_batch, named_rows, stored_rows
@@ -44,6 +46,9 @@ class LoadedClassifier(Protocol):
 
     @property
     def device(self) -> torch.device: ...
+
+    @property
+    def point(self) -> OperatingPoint: ...
 
     def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader: ...
 
@@ -83,6 +88,14 @@ class Predictor:
         """Names of the classes."""
         return self.classifier.classes
 
+    def point(self, refer_above: float | None = None) -> OperatingPoint:
+        """Return calibration and referral rule: those stored, or with a threshold of one's own."""
+        stored = self.classifier.point
+        if refer_above is None:
+            return stored
+        rule = Rule("uncertainty", refer_above)
+        return replace(stored, rule=rule, target=None, predictive_values={})
+
     def predict(
         self,
         source: str | os.PathLike[str] | Images | Sequence[Images],
@@ -95,7 +108,8 @@ class Predictor:
             source: A manifest; a folder that holds a folder of images per modality; one sample as
                 modality -> file or (H, W, 3) uint8 array; or a list of such samples, which are all
                 files or all arrays.
-            refer_above: Largest vacuity in [0, 1] that is not referred to a person.
+            refer_above: Largest vacuity in [0, 1] that is not referred to a person; default: the
+                rule that ``evaluate --target-risk`` stored, if any.
 
         Returns:
             In the order of the samples. A sample with an image that cannot be read gets a record
@@ -163,7 +177,8 @@ class Predictor:
 
     def _state(self, batch: PairBatch, refer_above: float | None) -> list[Answer]:
         names = [str(number) for number in batch.sample_id.tolist()]
-        return answer(self.classifier.state(batch), names, self.classes, refer_above)
+        point = self.point(refer_above)
+        return answer(self.classifier.state(batch), names, self.classes, point)
 
 
 def failure_of(row: Row, loader: EvalLoader) -> Failure | None:

@@ -15,7 +15,9 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, read_meta, weights_of
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import Opinions, collect_opinions, state_opinions
+from mics_fast.inference.stored_point import stored_point
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import SIZES
 from mics_fast.options import DataConfig
@@ -33,12 +35,14 @@ class RunClassifier:
         model: On ``device``, in evaluation mode.
         classes: Names, in the order of the model's outputs.
         device: A GPU if there is one.
+        point: Calibration and referral rule that ``evaluate`` stored in the run.
     """
 
     run: Run
     model: Classifier
     classes: tuple[str, ...]
     device: torch.device
+    point: OperatingPoint
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -128,7 +132,8 @@ def load_run(run: Run) -> RunClassifier:
     with fitting(f"checkpoint {checkpoint}"):
         model.load_state_dict(weights_of(state, "average"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return RunClassifier(run, model.to(device).eval(), classes, device)
+    point = stored_point(run.folder, checkpoint, classes)
+    return RunClassifier(run, model.to(device).eval(), classes, device, point)
 
 
 def with_classes(manifest: Manifest, classes: Sequence[str], whose: object) -> Manifest:

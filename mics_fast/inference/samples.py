@@ -142,7 +142,7 @@ def frame_of(image: Any, modality: str) -> torch.Tensor:
             f"the {modality} array has shape {array.shape} and type {array.dtype}, wanted "
             "(height, width, 3) and uint8"
         )
-    return torch.from_numpy(np.ascontiguousarray(array))
+    return torch.from_numpy(np.array(array))
 
 
 def check_modalities(images: Images, modalities: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from mics_fast.common.files import STANDARD_OUTPUT, inert_cell, printable, whole_file
 from mics_fast.evaluation.answers import Answer, Failure, Stated, flat
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.tables import wide_console
 from mics_fast.inference.predictor import LoadedClassifier
 
@@ -72,7 +73,7 @@ def table_file(file: Path, model: LoadedClassifier) -> Iterator[Write]:
         "refer": None,
         "views": dict.fromkeys(model.heads, stated),
     }
-    columns = [*flat(whole), "error"]
+    columns = [*flat(whole), "reason", "error"]
     with text_output(file) as handle:
         writer = csv.writer(handle)
         writer.writerow(map(inert_cell, columns))
@@ -103,14 +104,20 @@ class Summary:
         if len(self.shown) < ROWS_SHOWN:
             self.shown.append(record)
 
-    def print(self, modalities: Sequence[str]) -> None:
+    def print(self, modalities: Sequence[str], point: OperatingPoint) -> None:
         """Print the first answers as a table, how often each was given, and what failed."""
         console = wide_console()
         console.print(answer_table(self.shown, self.answers.total(), modalities))
         counts = ", ".join(f"{printable(name)}: {n}" for name, n in self.answers.most_common())
         console.print(counts)
-        if self.shown and self.shown[0]["refer"] is not None:
+        if point.rule:
             console.print(f"referred to a person: {self.referred} of {self.answers.total()}")
+        if point.predictive_values:
+            console.print(values_table(point))
+            console.print(
+                "PPV: how often an answer of this class is right; NPV: how often another answer "
+                "rightly excludes it; both among the samples that are not referred"
+            )
 
     def report_failures(self) -> None:
         """Report on stderr how many samples got no answer, and why the first did not."""
@@ -131,7 +138,7 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
     table.add_column("class")
     for name in ("probability", "uncertainty", "conflict"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("refer", no_wrap=True)
+    table.add_column("refer")
     for name in modalities:
         table.add_column(f"{printable(name)} alone")
     for column in table.columns:
@@ -147,7 +154,19 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
             printable(record["id"]),
             printable(record["class"]),
             *(f"{value:.2f}" for value in numbers),
-            {None: "", True: "yes", False: "no"}[record["refer"]],
+            record.get("reason", "" if record["refer"] is None else "no"),
             *(printable(own["class"]) if own else "missing" for own in alone),
         )
+    return table
+
+
+def values_table(point: OperatingPoint) -> Table:
+    """Lay out the predictive values at the operating point, one row per class."""
+    title = "predictive values"
+    table = Table("class", title=title, box=box.SIMPLE_HEAD)
+    for name in ("PPV", "NPV"):
+        table.add_column(name, justify="right")
+    for name, own in point.predictive_values.items():
+        cells = ["-" if own[key] is None else f"{own[key]:.2f}" for key in ("ppv", "npv")]
+        table.add_row(printable(name), *cells)
     return table

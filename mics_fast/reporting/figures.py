@@ -250,11 +250,11 @@ def confusion_table(counts: Sequence[Sequence[int]], names: Sequence[str], capti
 
 
 def belief_table(views: Mapping[str, Mapping[str, float]], truth: str, caption: str) -> str:
-    """Bars of belief, a row for each class and for what is left uncommitted, a column a view."""
+    """Draw bars of belief: rows are classes and what is uncommitted, columns are opinions."""
 
     def cell(value: float) -> str:
         bar = f'<span class="bar" style="width:{100 * value:.0f}%"></span>'
-        return f"<td>{bar}<span>{value:.2f}</span></td>"
+        return f'<td><span>{value:.2f}</span><div class="track">{bar}</div></td>'
 
     names = list(next(iter(views.values())))
     cells = [[cell(belief[name]) for belief in views.values()] for name in names]

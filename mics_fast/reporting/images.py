@@ -1,10 +1,11 @@
-"""The sections of the report that look at samples: features, reconstructions, saliency, cases."""
+"""Sections of the report that show samples: features, reconstructions, saliency, cases."""
 
 from __future__ import annotations
 
 from html import escape
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.files import printable
 from mics_fast.data.loaders import PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.answers import answer
@@ -17,12 +18,12 @@ EXAMPLES = 2
 
 
 def features(subject: Subject) -> str:
-    """The features the last view's head reads, on their two strongest directions."""
+    """Draw what the last head reads, on its two principal components."""
     classifier, rows = subject.assessment.classifier, subject.assessment.rows
     read, opinions = pictures.collect_features(classifier.model, classifier.loader(rows))
     there = opinions.present[:, -1]
     if there.sum() < 3:
-        return section("Features", text("Fewer than three samples have this view."))
+        return section("Features", text("Fewer than three samples have this opinion."))
     points, share = pictures.principal_components(read[there])
     figure = figures.scatter(
         f"Features of the {classifier.heads[-1]} head by class",
@@ -34,7 +35,7 @@ def features(subject: Subject) -> str:
 
 
 def reconstructions(subject: Subject) -> str:
-    """Image, what the encoder was shown, and what the decoder made of it."""
+    """Show images, what the encoder sees of them, and what the decoder predicts."""
     run, manifest = subject.run, subject.assessment.manifest
     try:
         model = pictures.load_pretrained(run, manifest)
@@ -70,7 +71,7 @@ def reconstructions(subject: Subject) -> str:
 
 
 def attention(subject: Subject) -> str:
-    """Which patches of which modality move the answer."""
+    """Show which patches of which modality move the answer."""
     model = subject.assessment.classifier.model
     batch = example_batch(subject)
     weight = pictures.saliency(model, batch, SIZES[subject.run.config.model.size].patch)
@@ -97,12 +98,12 @@ def attention(subject: Subject) -> str:
 
 
 def example_batch(subject: Subject) -> PairBatch:
-    """The first samples of the test rows."""
+    """Load the first test rows."""
     return next(iter(subject.assessment.classifier.loader(subject.assessment.rows[:EXAMPLES])))
 
 
 def cases(subject: Subject) -> str:
-    """The samples a person should look at first."""
+    """Show the samples that a person should see first."""
     fused = subject.assessment.opinions.fused()
     wrong = fused.wrong().nonzero()[:, 0].tolist()
     order = fused.uncertainty.argsort(descending=True, stable=True).tolist()
@@ -118,27 +119,35 @@ def cases(subject: Subject) -> str:
     return section("Cases", *parts)
 
 
+def short(name: str) -> str:
+    """Shorten a long id for a heading; the caption below the images holds all of it."""
+    name = printable(name)
+    return name if len(name) <= 24 else f"{name[:10]}…{name[-10:]}"
+
+
 def case(subject: Subject, position: int) -> str:
-    """The images of one sample, what was answered, and the belief of every view."""
+    """Show the images of one sample, the answer, and the belief of every opinion."""
     row: Row = subject.assessment.rows[position]
     classes = subject.assessment.classifier.classes
-    (record,) = answer(subject.assessment.opinions.row(position), [row.id], classes)
+    point = subject.assessment.classifier.point
+    (record,) = answer(subject.assessment.opinions.row(position), [row.id], classes, point)
     images = {
         f"virtual {name}" if name in row.virtual else name: pictures.thumbnail(file)
         for name, file in row.files.items()
-        if file is not None
+        if file is not None and subject.frames
     }
-    views = {"fused": record, **record["views"]}
+    stated = {"fused": record, **record["views"]}
     belief = {
-        name: {**said["belief"], "uncommitted": said["uncertainty"]} for name, said in views.items()
+        name: {**own["belief"], "uncommitted": own["uncertainty"]} for name, own in stated.items()
     }
     truth = classes[row.label]
     title = (
-        f"{row.id}: answered {record['class']}, truth {truth}; uncertainty "
+        f"{short(row.id)}: answered {record['class']}, truth {truth}; uncertainty "
         f"{record['uncertainty']:.2f}, conflict {record['conflict']:.2f}"
     )
+    frames = strip(f"frames of {row.id}", images) if images else ""
     return (
-        f'<article class="case"><h4>{escape(title)}</h4>{strip(f"frames of {row.id}", images)}'
-        + figures.belief_table(belief, truth, "Belief of each view; uncommitted = uncertainty")
+        f'<article class="case"><h4>{escape(title)}</h4>{frames}'
+        + figures.belief_table(belief, truth, "Belief of each opinion; uncommitted = uncertainty")
         + "</article>"
     )

@@ -1,34 +1,58 @@
-"""The sections of the report that come from numbers: metrics, curves, calibration, options."""
+"""Sections of the report made of numbers: metrics, curves, calibration, referral, options."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from html import escape
 
 import torch
+from torchmetrics.functional.classification import binary_roc
 
 from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.engine.log import read_log
 from mics_fast.evaluation.metrics import BINS, risk_coverage
 from mics_fast.evaluation.opinions import FUSED
+from mics_fast.evaluation.referral import Rule, referral_statistics
+from mics_fast.evaluation.results import Evaluation
 from mics_fast.evaluation.tables import (
     CLASS_COLUMNS,
     DIFFERENCE_COLUMNS,
+    REFERRAL_COLUMNS,
     SHOWN,
     class_rows,
     difference_rows,
+    guarantee,
     interval,
     metric_rows,
     number,
+    referral_rows,
     shown_columns,
 )
 from mics_fast.inference.model_card import NOT_A_DEVICE
 from mics_fast.inference.run_classifier import best_checkpoint
+from mics_fast.options.parsing import as_yaml
 from mics_fast.reporting import figures
 from mics_fast.reporting.figures import Axis, Series
 from mics_fast.reporting.parts import Subject, grid, section, text
+from mics_fast.training.run import with_paths
 
+MEANINGS = {
+    "sensitivity, specificity": "share of a class that is found; share of the rest that is not "
+    "taken for it",
+    "balanced accuracy": "mean sensitivity over the classes",
+    "macro F1, AUROC, AUPRC": "means over classes of the F1 score and of the areas under the ROC "
+    "and precision-recall curves; 0.5 is chance for AUROC",
+    "Cohen's kappa, MCC": "agreement beyond chance; 0 is chance, 1 is perfect",
+    "ECE, Brier score, NLL": "how far probabilities are from reality; 0 is best",
+    "uncertainty (vacuity)": "belief that is committed to no class, 0 to 1",
+    "conflict": "how much the opinions of the modalities contradict each other, 0 to 1",
+    "AURC": "mean error rate if only the most certain samples are answered, over all shares "
+    "answered; 0 is best",
+    "covered at 5 % risk": "largest share of samples, most certain first, with at most 5 % errors",
+    "PPV, NPV": "share of right ones among the answers of a class, and among all other answers",
+}
 SCORES = {
     "val_macro_f1": "macro F1 on val",
     "val_accuracy": "accuracy on val",
@@ -38,7 +62,7 @@ SCORES = {
 
 
 def summary(subject: Subject) -> str:
-    """The answer in four numbers, and a warning."""
+    """Open with a sentence, then a warning and four numbers."""
     evaluation = subject.evaluation
     fused = evaluation.fused
     facts = "".join(
@@ -54,7 +78,8 @@ def summary(subject: Subject) -> str:
         for name in evaluation.virtual
     ]
     return (
-        warning
+        f'<p class="opening">{escape(opening(evaluation))}</p>'
+        + warning
         + text(
             f"{evaluation.n} test samples in {evaluation.groups} groups, {len(evaluation.classes)} "
             f"classes; checkpoint {best_checkpoint(subject.run).name}. The fused opinion:"
@@ -64,8 +89,26 @@ def summary(subject: Subject) -> str:
     )
 
 
+def opening(evaluation: Evaluation) -> str:
+    """Say in a sentence how good the answers are, and how good if some are left to a person."""
+    values = evaluation.fused.values
+    sentence = (
+        f"Of 100 patients like these the model is right on {100 * values['accuracy']:.0f}; if it "
+        f"may refer the 20 it is least sure of, on {1 - values['risk_at_80_coverage']:.0%} of the "
+        "rest."
+    )
+    kept = [own for own in evaluation.referrals if own.rule == evaluation.point.rule]
+    if not kept:
+        return sentence
+    own = kept[0].values
+    return (
+        f"{sentence} With its stored rule it refers {100 * (1 - own['coverage']):.0f} of 100 and "
+        f"is wrong on {100 * own['risk']:.0f}."
+    )
+
+
 def metrics(subject: Subject) -> str:
-    """Every view's metrics, every class's, and the differences to the other run."""
+    """Tabulate the metrics of every opinion and class, and the differences to the other run."""
     evaluation = subject.evaluation
     columns = shown_columns(evaluation)
     counts = [str(own.n) for own in columns.values()]
@@ -83,11 +126,63 @@ def metrics(subject: Subject) -> str:
             figures.table(DIFFERENCE_COLUMNS, difference_rows(evaluation.against),
                           f"This run minus {evaluation.against.run}, same samples (fused)")
         )  # fmt: skip
-    return section("Metrics", *parts)
+    return section("Metrics", grid(*parts), explanations())
+
+
+def explanations() -> str:
+    """Explain every measure in a line."""
+    lines = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>" for name, meaning in MEANINGS.items()
+    )
+    return f"<details><summary>What the measures mean</summary><dl>{lines}</dl></details>"
+
+
+def referral(subject: Subject) -> str:
+    """Show what referral by uncertainty costs and gains, and the stored rule if there is one."""
+    evaluation, fused = subject.evaluation, subject.assessment.predictions()[FUSED]
+    rows = []
+    ordered = fused.uncertainty.sort().values
+    for percent in (100, 90, 80, 70, 60, 50):
+        limit = ordered[max(1, -(-len(fused) * percent // 100)) - 1].item()
+        gain = referral_statistics(fused, Rule("uncertainty", limit))
+        shares = (gain["coverage"], gain["risk"], 1 - gain["error"])
+        rows.append([f"{limit:.3f}", *(f"{share.item():.0%}" for share in shares)])
+    head = ["refer above uncertainty", "answered", "wrong, of all", "right, of the answered"]
+    tables = [figures.table(head, rows, "Thresholds on the uncertainty, on these test samples")]
+    rules = ""
+    if evaluation.referrals:
+        caption = guarantee(evaluation.point)
+        rules = figures.table(REFERRAL_COLUMNS, referral_rows(evaluation), caption)
+        own = evaluation.referrals[0]
+        values = [
+            [name, number(own.ppv[k]), interval(own.ppv_intervals[k]), number(own.npv[k]),
+             interval(own.npv_intervals[k])]
+            for k, name in enumerate(evaluation.classes)
+        ]  # fmt: skip
+        caption = "Predictive values of the samples that the rule answers"
+        tables.append(figures.table(["class", "PPV", "95 %", "NPV", "95 %"], values, caption))
+    return section("Referral to a person", rules, grid(*tables))
+
+
+def roc_figure(subject: Subject) -> str:
+    """Draw a ROC curve per class against the rest, of the fused probabilities."""
+    fused, lines = subject.assessment.predictions()[FUSED], []
+    for k, name in enumerate(subject.evaluation.classes):
+        truth = fused.label == k
+        if truth.any() and not truth.all():
+            false, true, _ = binary_roc(fused.probability[:, k].clamp(0, 1), truth.long())
+            lines.append(Series(name, (100 * false).tolist(), (100 * true).tolist()))
+    if not lines:
+        return text("ROC curves need samples of two classes.")
+    across, up = "false alarms, % (1 - specificity)", "found, % (sensitivity)"
+    return figures.line_chart(
+        "ROC: each class against the rest, fused", across, up, lines,
+        x=Axis(across, 0, 100), y=Axis(up, 0, 100),
+    )  # fmt: skip
 
 
 def curves(subject: Subject) -> str:
-    """Losses, scores on val, throughput and data-wait of each stage, from ``metrics.jsonl``."""
+    """Draw losses, val scores, throughput and data wait per stage, from ``metrics.jsonl``."""
     log = read_log(subject.run.folder)
     other = read_log(subject.rival.classifier.run.folder) if subject.rival else {}
     parts = [
@@ -100,10 +195,12 @@ def curves(subject: Subject) -> str:
 def stage_figures(
     stage: str, lines: Sequence[dict[str, float]], other: Sequence[dict[str, float]]
 ) -> list[str]:
-    """The figures of one stage; ``other``: the same stage of the other run, or nothing."""
+    """Draw one stage; ``other`` holds the same stage of the other run, or nothing."""
     steps = f"optimiser steps of {stage}"
     terms = [name for name in lines[-1] if name == "loss" or name.startswith("loss_")]
     losses = [series(name.removeprefix("loss_"), lines, name) for name in terms]
+    # A single term of weight 1 is the loss: one line, not two on top of each other.
+    losses = [own for own in losses[:1] if not any(own.y == x.y for x in losses[1:])] + losses[1:]
     accepting = [line for line in lines if line.get("pseudo_accepted")]
     scores = [
         series(title, accepting if name == "pseudo_accuracy" else lines, name)
@@ -128,13 +225,13 @@ def stage_figures(
 
 
 def series(title: str, lines: Sequence[dict[str, float]], name: str) -> Series:
-    """One logged value over the steps at which it was logged."""
+    """Collect one logged value over its steps."""
     there = [line for line in lines if name in line]
     return Series(title, [line["step"] for line in there], [line[name] for line in there])
 
 
 def confusion(subject: Subject) -> str:
-    """Counts of the fused answers."""
+    """Tabulate the counts of the fused answers."""
     return section(
         "Confusion matrix",
         figures.confusion_table(
@@ -145,7 +242,7 @@ def confusion(subject: Subject) -> str:
 
 
 def certainty(subject: Subject) -> str:
-    """Calibration, selective prediction, and vacuity of right, wrong and foreign samples."""
+    """Draw calibration, ROC, risk against coverage, and vacuity of right and wrong answers."""
     fused = subject.assessment.predictions()[FUSED]
     right = fused.wrong() == 0
     drawn = [
@@ -153,6 +250,7 @@ def certainty(subject: Subject) -> str:
             "Reliability of the fused probabilities", fused.probability.amax(1).numpy(),
             right.float().numpy(), BINS,
         ),
+        roc_figure(subject),
         risk_figure(subject),
         figures.histogram(
             "Uncertainty of right and wrong answers", "uncertainty (vacuity), fused",
@@ -160,10 +258,7 @@ def certainty(subject: Subject) -> str:
              "wrong": fused.uncertainty[~right].tolist()},
         ),
     ]  # fmt: skip
-    note = ""
-    if subject.outside is None:
-        note = text("No manifest of another distribution was given (--out-of-distribution).")
-    else:
+    if subject.outside is not None:
         drawn.append(
             figures.histogram(
                 "Uncertainty in and out of distribution", "uncertainty (vacuity), fused",
@@ -171,11 +266,11 @@ def certainty(subject: Subject) -> str:
                  "other distribution": subject.outside.tolist()},
             )
         )  # fmt: skip
-    return section("Does it know when it is wrong?", grid(*drawn), note)
+    return section("Does it know when it is wrong?", grid(*drawn))
 
 
 def risk_figure(subject: Subject) -> str:
-    """Error rate over the share answered, most certain first, of every view."""
+    """Draw the error rate over the share answered, most certain first, of every opinion."""
     lines = []
     for source, own in subject.assessment.predictions().items():
         if not source.missing:
@@ -193,7 +288,7 @@ def risk_figure(subject: Subject) -> str:
 
 
 def settings(subject: Subject) -> str:
-    """The options of the run, the data, and what this page was made with."""
+    """List the data, the environment and the options of the run."""
     manifest: Manifest = subject.assessment.manifest
     splits = [row.split for row in manifest.rows]
     environment = [
@@ -205,6 +300,9 @@ def settings(subject: Subject) -> str:
         ["device of this evaluation", str(subject.assessment.classifier.device)],
     ]
     options = (subject.run.folder / "config.yaml").read_text()
+    if not subject.paths:
+        config = with_paths(subject.run.config, lambda path: path and "(not shown)")
+        options = as_yaml(asdict(replace(config, out="(not shown)")))
     return section(
         "Configuration and environment",
         figures.table(["what", "value"], environment, "Data, and the machine that made this page"),

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 from html import escape
 
+from mics_fast.common.files import printable
 from mics_fast.reporting.images import attention, cases, features, reconstructions
-from mics_fast.reporting.numbers import certainty, confusion, curves, metrics, settings, summary
+from mics_fast.reporting.numbers import (
+    certainty,
+    confusion,
+    curves,
+    metrics,
+    referral,
+    settings,
+    summary,
+)
 from mics_fast.reporting.parts import Subject
 from mics_fast.reporting.style import STYLE
 
 
 def page(subject: Subject) -> str:
-    """The whole document; the policy in its head forbids every request."""
-    name = escape(subject.run.folder.resolve().name)
+    """Write the document; the policy in its head forbids every request."""
+    name = escape(printable(subject.run.folder.resolve().name)) if subject.paths else "a run"
+    pictures = (reconstructions(subject), attention(subject)) if subject.frames else ()
     sections = (
-        summary(subject), metrics(subject), curves(subject), confusion(subject),
-        certainty(subject), features(subject), reconstructions(subject), attention(subject),
-        cases(subject), settings(subject),
+        summary(subject), cases(subject), certainty(subject), referral(subject), metrics(subject),
+        confusion(subject), curves(subject), features(subject), *pictures, settings(subject),
     )  # fmt: skip
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'

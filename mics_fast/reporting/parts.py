@@ -22,6 +22,8 @@ class Subject:
         evaluation: Its metrics.
         rival: The run to compare with, assessed on the same rows; None without one.
         outside: Vacuity of the rows of another distribution, (N,); None without them.
+        paths: Whether names of files and folders are shown.
+        frames: Whether images of samples, and what is drawn over them, are shown.
     """
 
     run: Run
@@ -29,6 +31,8 @@ class Subject:
     evaluation: Evaluation
     rival: Assessment | None
     outside: torch.Tensor | None
+    paths: bool = True
+    frames: bool = True
 
 
 def section(title: str, *parts: str) -> str:

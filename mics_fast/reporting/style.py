@@ -35,16 +35,25 @@ svg text.small { font-size: 10px; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: 0.1rem 1rem; margin: 0.2rem 0;
   padding: 0; font-size: 0.88rem; }
 .legend svg { margin-right: 0.4rem; vertical-align: middle; }
-.wide { overflow-x: auto; margin: 0 0 1rem; }
+.opening { font-size: 1.25rem; font-weight: 500; }
+dd { margin: 0 0 0.4rem 1rem; }
+/* Shadows at the sides say that a table goes on there. */
+.wide { overflow-x: auto; margin: 0 0 1rem;
+  background: linear-gradient(to right, #fff 1rem, #fff0),
+    linear-gradient(to left, #fff 1rem, #fff0),
+    linear-gradient(to right, #0003, #0000 0.6rem), linear-gradient(to left, #0003, #0000 0.6rem);
+  background-position: left, right, left, right; background-repeat: no-repeat;
+  background-size: 2rem 100%, 2rem 100%, 1rem 100%, 1rem 100%;
+  background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
 td { white-space: nowrap; }
 th[scope=row], thead th:first-child { text-align: left; font-weight: 500; }
 .confusion td { text-align: center; min-width: 2.6rem; }
 .belief { width: 100%; }
-.belief td { position: relative; min-width: 3.6rem; }
-.belief .bar { position: absolute; left: 0; top: 15%; height: 70%; background: #56B4E9; }
-.belief td span + span { position: relative; }
+.belief td { min-width: 3.6rem; }
+.belief .track { height: 0.45rem; background: #eee; }
+.belief .bar { display: block; height: 100%; background: #56B4E9; }
 .strip { display: flex; flex-wrap: wrap; gap: 0.5rem; }
 .strip > div { flex: 1 1 6rem; max-width: 14rem; min-width: 0; }
 .strip img { width: 100%; height: auto; display: block; image-rendering: auto; }

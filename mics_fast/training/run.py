@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -149,15 +149,18 @@ def refuse_other_manifest(folder: Path, manifest: Manifest) -> None:
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Make the paths of a run independent of the folder that it was started in."""
+    return with_paths(
+        config, lambda path: os.path.abspath(path) if path not in ("", "none") else path
+    )
 
-    def absolute(path: str) -> str:
-        return os.path.abspath(path) if path not in ("", "none") else path
 
+def with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
+    """Change every path that a run reads from."""
     return replace(
         config,
-        data=replace(config.data, manifest=absolute(config.data.manifest)),
-        model=replace(config.model, init=absolute(config.model.init)),
-        finetune=replace(config.finetune, init=absolute(config.finetune.init)),
+        data=replace(config.data, manifest=change(config.data.manifest)),
+        model=replace(config.model, init=change(config.model.init)),
+        finetune=replace(config.finetune, init=change(config.finetune.init)),
     )
 
 

@@ -7,7 +7,9 @@ import torch
 from torch.nn.functional import softplus
 
 from mics_fast.evaluation.answers import answer, flat
+from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import FUSED, Source, collect_opinions
+from mics_fast.evaluation.referral import Rule
 from mics_fast.models.classifier import Classifier
 from mics_kernels import conflict, fuse_evidence, opinion
 
@@ -93,6 +95,9 @@ def test_an_opinion_is_referred_above_the_threshold(model, batch):
     opinions = collect_opinions(model, [batch])
     names = [f"row {n}" for n in range(6)]
     middle = opinions.fused().uncertainty.median().item()
-    stated = answer(opinions, names, ["a", "b", "c"], refer_above=middle)
+    stated = answer(
+        opinions, names, ["a", "b", "c"], OperatingPoint(rule=Rule("uncertainty", middle))
+    )
     assert [own["refer"] for own in stated] == [own["uncertainty"] > middle for own in stated]
     assert sum(bool(own["refer"]) for own in stated) == 3
+    assert all(("reason" in own) == own["refer"] for own in stated)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 
 from mics_fast import evaluate
+from mics_fast.common.anonymity import pseudonym
 from mics_fast.common.errors import InputError
 from mics_fast.evaluation.answers import answer
 from mics_fast.evaluation.opinions import Predictions
 from mics_fast.evaluation.results import describe
-from mics_fast.inference.assessment import assess, compare
+from mics_fast.inference.assessment import assess, compare, trained_on
 from mics_fast.inference.run_classifier import run_manifest
 from mics_fast.training.run import Run
 
@@ -29,8 +32,9 @@ WANTED = {
 def evaluated(trained_run, phantom_manifest, tmp_path_factory):
     """Everything the command can do at once: the JSON, and the rows of the CSV."""
     folder = tmp_path_factory.mktemp("evaluated")
+    shutil.copytree(trained_run, folder / "run")  # it gets an operating point
     evaluate.main(
-        [str(trained_run), "--json", str(folder / "m.json"), "--csv", str(folder / "o.csv"),
+        [str(folder / "run"), "--json", str(folder / "m.json"), "--csv", str(folder / "o.csv"),
          "--resamples", "20", "--against", str(trained_run), "--calibrate", "evidence",
          "--out-of-distribution", str(phantom_manifest)]
     )  # fmt: skip
@@ -72,11 +76,11 @@ def test_a_run_does_not_differ_from_itself(evaluated):
     assert result["against"]["views"]["fused"]["mcc"] == {"difference": 0, "interval": [0, 0]}
 
 
-def test_pseudo_labels_are_judged_on_the_unlabelled_train_rows(evaluated):
+def test_pseudo_labels_are_judged_on_the_unlabelled_train_rows(evaluated, trained_run):
     result, _ = evaluated
     quality = result["views"]["fused"]["pseudo_labels"]
-    assert quality["n"] == 12 and quality["coverage"] == 0  # an untrained model accepts nothing
-    assert quality["precision"] is None  # NaN is not JSON
+    share = Run.open(trained_run).config.finetune.accepted_share  # of each class, rounded down
+    assert quality["n"] == 12 and 0 <= quality["coverage"] <= share + 1e-6
 
 
 def test_the_table_of_opinions_holds_every_row(evaluated):
@@ -86,7 +90,6 @@ def test_the_table_of_opinions_holds_every_row(evaluated):
     assert share == pytest.approx(result["views"]["fused"]["accuracy"])
     for row in rows:
         beliefs = [float(row[f"belief.{name}"]) for name in result["classes"]]
-        # Stated before calibration: what the model says, not what the val rows make of it.
         assert sum(beliefs) + float(row["uncertainty"]) == pytest.approx(1, abs=1e-5)
 
 
@@ -178,3 +181,42 @@ def test_a_test_set_with_a_class_of_its_own_is_refused(trained_run, phantom_mani
     other.write_text(phantom_manifest.read_text().replace("plaque-green", "plaque-blue"))
     with pytest.raises(InputError, match=r"other-class\.csv has class 'plaque-blue', wanted those"):
         evaluate.main([str(trained_run), "--manifest", str(other)])
+
+
+def test_an_anonymised_table_carries_pseudonyms(trained_run, phantom_manifest, tmp_path):
+    key, table = tmp_path / "key", tmp_path / "opinions.csv"
+    key.write_text("a secret of some length")
+    evaluate.main(
+        [str(trained_run), "--csv", str(table), "--resamples", "1", "--anonymise", str(key)]
+    )  # fmt: skip
+    run = Run.open(trained_run)
+    with open(table, newline="") as file:
+        given = [row["id"] for row in csv.DictReader(file)]
+    assert given == [
+        pseudonym(b"a secret of some length", row.id) for row in run_manifest(run).select("test")
+    ]
+
+
+def test_rows_that_were_trained_on_are_warned_about(
+    trained_run, phantom_manifest, tmp_path, capsys
+):
+    run = Run.open(trained_run)
+    lines = phantom_manifest.read_text().splitlines()
+    swapped = tmp_path / "swapped.csv"  # train and test change places
+    names = {",train,": ",test,", ",test,": ",train,"}
+    folder = str(phantom_manifest.parent)
+    rows = []
+    for line in lines[1:]:
+        for before, after in names.items():
+            if before in line:
+                line = line.replace(before, after)
+                break
+        rows.append(line.replace("wli/", f"{folder}/wli/").replace("nbi/", f"{folder}/nbi/"))
+    swapped.write_text("\n".join([lines[0], *rows]) + "\n")
+    assert len(trained_on(assess(run, run_manifest(run, swapped), "test"))) == 24
+    assert trained_on(assess(run, run_manifest(run), "test")) == []
+    other = assess(run, run_manifest(run, swapped), "test")
+    foreign = [replace(row, files={"wli": None, "nbi": None}) for row in other.rows]
+    assert trained_on(replace(other, rows=foreign)) == []  # the same ids, other images
+    evaluate.warn_of_training(other)
+    assert "trained on 24 of the 24 rows" in capsys.readouterr().err

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import random
 import shutil
+import time
+import zipfile
+from contextlib import suppress
 
 import pytest
 import torch
 
+import mics_fast
 from mics_fast import export, predict
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.data.manifest import read_manifest
+from mics_fast.evaluation.operating_point import OperatingPoint
+from mics_fast.evaluation.tables import markdown_text
 from mics_fast.inference.export import Answering, export_model, random_inputs
 from mics_fast.inference.exported_classifier import OUTPUTS
 from mics_fast.inference.model_card import model_card
@@ -37,7 +45,7 @@ def test_the_program_answers_like_the_trained_model(exported, trained_run):
     for rows in (1, 2, 7):
         given = inputs(rows)
         with torch.no_grad():
-            wanted = Answering(model)(*given)
+            wanted = Answering(model, OperatingPoint())(*given)
         for name, exact, other in zip(OUTPUTS, wanted, program(*given), strict=True):
             torch.testing.assert_close(other, exact, rtol=1e-5, atol=1e-6, msg=name)
 
@@ -50,7 +58,7 @@ def test_onnx_answers_like_the_trained_model(exported, trained_run):
         given = inputs(rows)
         named = dict(zip(("present", "wli", "nbi"), (x.numpy() for x in given), strict=True))
         with torch.no_grad():
-            wanted = Answering(model)(*given)
+            wanted = Answering(model, OperatingPoint())(*given)
         outputs = map(torch.from_numpy, session.run(OUTPUTS, named))
         for name, exact, other in zip(OUTPUTS, wanted, outputs, strict=True):
             # Measured: 1e-7.
@@ -64,7 +72,7 @@ def test_what_is_exported_is_the_fused_opinion(tiny):
         torch.nn.init.normal_(head.weight, std=1.0)
     present, *images = random_inputs(("wli", "nbi"), tiny.image, rows=6, seed=0)
     with torch.no_grad():
-        said = dict(zip(OUTPUTS, Answering(model)(present, *images), strict=True))
+        said = dict(zip(OUTPUTS, Answering(model, OperatingPoint())(present, *images), strict=True))
     fused = opinion(fuse_evidence(said["evidence"], present=said["view_present"]))
     torch.testing.assert_close(said["belief"], fused.belief)
     torch.testing.assert_close(said["uncertainty"], fused.uncertainty)
@@ -129,12 +137,65 @@ def test_a_model_card_without_data_says_so(trained_run, tmp_path):
     assert "Not measured when the model was exported: manifest nowhere.csv cannot be read" in card
 
 
+def test_exported_files_name_no_source_file(exported, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the [export] extra")
+    with zipfile.ZipFile(exported / "model.pt2") as archive:
+        parts = [archive.read(name) for name in archive.namelist()]
+    for content in (*parts, (exported / "model.onnx").read_bytes()):
+        assert b".py" not in content and b"site-packages" not in content
+
+
+def test_an_anonymised_model_card_names_no_file_and_no_folder(trained_run):
+    classifier = load_run(Run.open(trained_run))
+    card = model_card(classifier, {"model.pt2": 0.0}, 2, paths=False)
+    assert "Model card: a run" in card and "manifest.csv" not in card
+    assert str(trained_run.parent) not in card
+
+
+def test_names_in_a_model_card_are_text():
+    assert markdown_text("<img src=x>") == "\\<img src=x\\>"
+    assert markdown_text("a|b_c*`d`&amp;") == "a\\|b\\_c\\*\\`d\\`&amp;amp;"
+
+
+def edited(**changes):
+    """A damage that changes entries of the sidecar, those of "preprocessing" too."""
+
+    def damage(folder):
+        file = folder / "model.json"
+        sidecar = json.loads(file.read_text())
+        for name, value in changes.items():
+            holder = sidecar if name in sidecar else sidecar["preprocessing"]
+            holder[name] = value
+        file.write_text(json.dumps(sidecar))
+
+    return damage
+
+
+def without_metadata(folder):
+    model = pytest.importorskip("onnx").load(folder / "model.onnx")
+    del model.metadata_props[:]
+    (folder / "model.onnx").write_bytes(model.SerializeToString())
+
+
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
         (lambda folder: (folder / "model.json").write_text("{}"), "is not that of an exported"),
+        (lambda folder: (folder / "model.json").write_text("[" * 100000), "model.json is no JSON"),
         (lambda folder: (folder / "model.onnx").write_text("no"), "model.onnx cannot be read"),
         (lambda folder: (folder / "model.onnx").unlink(), "model.onnx does not exist"),
+        (without_metadata, "has no metadata of mics-fast"),
+        (edited(normalize="Image"), 'has normalize "Image", wanted fixed or image'),
+        (edited(normalize="fixed"), "disagree about normalize"),
+        (edited(image_size=10**9), "has image_size 1000000000, wanted a number from 1 to 4096"),
+        (edited(image_size=32), "disagree about image_size"),
+        (edited(mean={"wli": [0, 0, 0], "nbi": [0, 0, 0]}), "disagree about mean"),
+        (edited(std={"wli": [1, 1, 1], "nbi": [1, 0, 1]}), "wanted three finite numbers per"),
+        (edited(modalities=["nbi", "wli"], views=["nbi", "wli", "fusion"]), "about modalities"),
+        (edited(views=["wli", "nbi"]), "has views .*, wanted the modalities, then fusion"),
+        (edited(classes=["a", "a"]), "has classes .*, wanted a list of different names"),
+        (edited(classes=list("fedcba")), "disagree about classes"),
+        (edited(classes="abcdef"), "has classes"),
     ],
 )
 def test_a_damaged_export_is_one_sentence(exported, tmp_path, damage, sentence):
@@ -144,3 +205,44 @@ def test_a_damaged_export_is_one_sentence(exported, tmp_path, damage, sentence):
     with pytest.raises(InputError, match=sentence) as error:
         predict.main([str(tmp_path / "model"), "--folder", str(tmp_path)])
     assert "\n" not in str(error.value)
+
+
+def test_a_swapped_class_order_is_refused(exported, tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs the [export] extra")
+    classes = json.loads((exported / "model.json").read_text())["classes"]
+    shutil.copytree(exported, tmp_path / "model")
+    edited(classes=[classes[1], classes[0], *classes[2:]])(tmp_path / "model")
+    with pytest.raises(InputError, match="disagree about classes"):
+        mics_fast.load(tmp_path / "model")
+
+
+def test_mutated_exports_end_in_a_sentence(exported, tmp_path):
+    """For MICS_FUZZ_SECONDS, default 2: bytes of the folder's files changed at random."""
+    pytest.importorskip("onnxruntime", reason="needs the [export] extra")
+    generator = random.Random(0)
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("*.pt2", "*.md"))
+    originals = {file: file.read_bytes() for file in folder.iterdir()}
+    end = time.monotonic() + float(os.environ.get("MICS_FUZZ_SECONDS", "2"))
+    while time.monotonic() < end:
+        file = generator.choice(sorted(originals))
+        file.write_bytes(mutated(originals[file], generator))
+        # A description that still makes sense is fine; anything else is an InputError.
+        with suppress(InputError):
+            mics_fast.load(folder)
+        file.write_bytes(originals[file])
+
+
+def mutated(content, generator):
+    """A few bytes replaced, inserted or cut off."""
+    changed = bytearray(content)
+    for _ in range(generator.randint(1, 8)):
+        place = generator.randrange(len(changed))
+        kind = generator.randrange(3)
+        if kind == 0:
+            changed[place] = generator.randrange(256)
+        elif kind == 1:
+            changed[place:place] = generator.randbytes(generator.randint(1, 16))
+        else:
+            del changed[place : place + generator.randint(1, 64)]
+    return bytes(changed)

@@ -139,7 +139,7 @@ def test_an_empty_folder_is_one_sentence(trained_run, tmp_path):
 def test_an_unreadable_image_is_named_and_leaves_no_file(trained_run, images, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("not an image")
-    with pytest.raises(InputError, match=r"broken\.png cannot be decoded"):
+    with pytest.raises(InputError, match=r"broken\.png is no image"):
         answers(tmp_path, trained_run, "--wli", broken)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.png"]
 
@@ -206,3 +206,14 @@ def test_a_spreadsheet_finds_no_formula_in_the_table(trained_run, images, tmp_pa
     with open(table, newline="") as file:
         (row,) = csv.DictReader(file)
     assert row["id"] == "'=1+cmd" and float(row["uncertainty"]) > 0
+
+
+def test_anonymised_answers_carry_pseudonyms_alone(trained_run, images, tmp_path, capsys):
+    for name in ("wli", "nbi"):
+        (tmp_path / name).mkdir()
+        shutil.copy(images[name], tmp_path / name / "DOE_JOHN.png")
+    (tmp_path / "wli" / "ROE_JANE.png").write_bytes(b"no image")
+    records = answers(tmp_path, trained_run, "--folder", tmp_path, "--anonymise", tmp_path / "key")
+    said = capsys.readouterr().out + json.dumps(records)
+    assert "DOE" not in said and "ROE" not in said and len({own["id"] for own in records}) == 2
+    assert records[1]["error"] == "an image of this sample cannot be read"

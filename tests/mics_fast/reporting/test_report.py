@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from mics_fast import report
+from mics_fast.common.anonymity import pseudonym
+from mics_fast.data.manifest import read_manifest
 from mics_fast.engine.log import read_log
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.masked_autoencoder import random_mask
@@ -40,17 +42,19 @@ def test_the_page_has_every_section(page):
     html = page.read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", html)
     assert titles == [
-        "Metrics", "Training", "Confusion matrix", "Does it know when it is wrong?", "Features",
-        "Reconstructions", "Where it looks", "Cases", "Configuration and environment",
+        "Cases", "Does it know when it is wrong?", "Referral to a person", "Metrics",
+        "Confusion matrix", "Training", "Features", "Reconstructions", "Where it looks",
+        "Configuration and environment",
     ]  # fmt: skip
     for caption in (
         "pretrain: losses", "finetune: throughput", "finetune: time that waited for data",
         "Reliability of the fused probabilities", "Risk and coverage",
         "Uncertainty of right and wrong answers", "Uncertainty in and out of distribution",
-        "Features of the fusion view by class", "This run minus", "vit_nano",
+        "Features of the fusion head by class", "This run minus", "vit_nano",
     ):  # fmt: skip
         assert caption in html, caption
-    assert "Not a medical device" in html
+    assert "Not a medical device" in html and "ROC: each class against the rest" in html
+    assert re.search(r"Of 100 patients like these the model is right on \d+; if it may refer", html)
     assert html.count('<article class="case">') == 8
 
 
@@ -130,7 +134,22 @@ def test_a_run_from_scratch_says_it_has_no_reconstructions(trained_run, tmp_path
     report.main([str(run), "--resamples", "2"])
     html = (run / "report" / "report.html").read_text()
     assert "This run started without pre-training." in html
-    assert "No manifest of another distribution was given" in html
+    assert "--" not in re.sub(r"<(style|details)>.*?</\1>|<!--.*?-->", "", html, flags=re.S)
+
+
+def test_an_anonymised_page_shows_neither_ids_nor_paths_nor_frames(
+    trained_run, phantom_manifest, tmp_path
+):
+    key = tmp_path / "key"
+    key.write_text("a secret of some length")
+    out = tmp_path / "report.html"
+    report.main([str(trained_run), "--out", str(out), "--resamples", "2", "--anonymise", str(key)])
+    html, test = out.read_text(), read_manifest(phantom_manifest).select("test")
+    assert "<img" not in html and "/" + str(phantom_manifest.parent.name) not in html
+    assert str(trained_run.parent) not in html
+    assert not any(row.id in html for row in test)
+    hashed = [pseudonym(b"a secret of some length", row.id) for row in test]
+    assert sum(f"<h4>{name}: answered" in html for name in hashed) >= 4
 
 
 def test_a_reconstruction_leaves_visible_patches_as_they_are(tiny):

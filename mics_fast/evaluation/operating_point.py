@@ -1,0 +1,122 @@
+"""The operating point of a run: calibration and referral rule, chosen on val rows and then kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from torch import Tensor
+
+from mics_fast.common.errors import InputError
+from mics_fast.evaluation import CRITERIA
+from mics_fast.evaluation.calibration import Calibration, Kind, calibrate
+from mics_fast.evaluation.opinions import FUSED, Predictions, Source
+from mics_fast.evaluation.referral import Rule, Target
+from mics_kernels import Opinion, opinion
+
+VALUES = ("ppv", "npv")
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """How the opinions of a run are turned into answers.
+
+    Args:
+        calibration: Factors of the opinions; None: as they are stated.
+        rule: When a person should decide; None: not chosen.
+        target: The guarantee that the rule was chosen for; None without a rule.
+        predictive_values: Class -> "ppv" and "npv" among the answered rows that the rule was
+            measured on; None where undefined.
+    """
+
+    calibration: Calibration | None = None
+    rule: Rule | None = None
+    target: Target | None = None
+    predictive_values: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+
+    def opinion(self, evidence: Tensor) -> Opinion:
+        """State the calibrated opinion of fused evidence (N, C).
+
+        A temperature changes the probabilities alone: belief and uncertainty stay as stated.
+        """
+        factor = self.fused_factor()
+        if self.calibration is None or factor is None:
+            return opinion(evidence)
+        if self.calibration.kind == "evidence":
+            return opinion(evidence * factor)
+        stated = opinion(evidence)
+        zeros = stated.uncertainty.long() * 0
+        own = Predictions(stated.probability, stated.uncertainty, zeros, zeros)
+        return stated._replace(probability=calibrate(own, "temperature", factor).probability)
+
+    def fused_factor(self) -> float | None:
+        """Return the factor of the fused opinion; None without one."""
+        return None if self.calibration is None else self.calibration.factors.get(FUSED)
+
+    def json(self) -> dict[str, Any]:
+        """Return everything as one JSON object."""
+        rule, target = self.rule, self.target
+        return {
+            "calibration": self.calibration and self.calibration.json(),
+            "referral": rule
+            and {
+                "by": rule.by,
+                "limit": rule.limit if math.isfinite(rule.limit) else None,
+                "target_risk": target and target.risk,
+                "confidence": target and target.confidence,
+                "predictive_values": self.predictive_values,
+            },
+        }
+
+
+def read_operating_point(values: Any, classes: Sequence[str], whose: object) -> OperatingPoint:
+    """Check an operating point from elsewhere.
+
+    Args:
+        values: Parsed JSON, as ``OperatingPoint.json`` returns it.
+        classes: Of the model.
+        whose: The file, for the message.
+
+    Raises:
+        InputError: a value is missing or cannot be used.
+    """
+    try:
+        calibration, referral = values["calibration"], values["referral"]
+        found = None
+        if calibration is not None:
+            if calibration["kind"] not in get_args(Kind):
+                raise ValueError(f"calibration is of kind {calibration['kind']!r}")
+            factors = calibration["factors"]
+            found = Calibration(
+                calibration["kind"],
+                {Source(name, key == "missing"): _number(own, 1e-6, 1e6)
+                 for key in ("views", "missing") for name, own in factors[key].items()},
+            )  # fmt: skip
+        if referral is None:
+            return OperatingPoint(found)
+        if referral["by"] not in CRITERIA:
+            raise ValueError(f"referral is by {referral['by']!r}")
+        limit = math.inf if referral["limit"] is None else _number(referral["limit"], 0, 1)
+        confidence = referral["confidence"]
+        target = Target(
+            _number(referral["target_risk"], 0, 1),
+            None if confidence is None else _number(confidence, 0, 1),
+        )
+        given = referral["predictive_values"]
+        if set(given) - set(classes):
+            raise ValueError(f"class {min(set(given) - set(classes))!r} is not the model's")
+        measured = {
+            name: {key: None if own[key] is None else _number(own[key], 0, 1) for key in VALUES}
+            for name, own in given.items()
+        }
+        return OperatingPoint(found, Rule(referral["by"], limit), target, measured)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{whose} holds no operating point: {error}") from None
+
+
+def _number(value: Any, low: float, high: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{value!r} is given, wanted a number from {low:g} to {high:g}")
+    return float(value)
