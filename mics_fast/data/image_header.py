@@ -117,9 +117,8 @@ def _bmp(data: bytes) -> tuple[int, int]:
 
 def _webp(data: bytes) -> tuple[int, int]:
     chunk = data[12:16]
-    if chunk == b"VP8X":
-        width, height = (int.from_bytes(data[at : at + 3], "little") for at in (24, 27))
-        return width + 1, height + 1
+    if chunk == b"VP8X":  # its metadata can crash the decoder of training
+        raise RefusedImage("is a WebP with metadata, alpha or animation, wanted a plain one or PNG")
     if chunk == b"VP8L":
         (packed,) = struct.unpack_from("<I", data, 21)
         return (packed & 0x3FFF) + 1, (packed >> 14 & 0x3FFF) + 1

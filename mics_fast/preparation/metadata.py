@@ -39,7 +39,7 @@ def without_metadata(data: bytes, path: Path) -> bytes:
             return _png(data, _orientation(data))
     except (struct.error, IndexError, ValueError):
         pass  # decoders forgive more than this page does
-    if kind == "BMP" or (kind == "WEBP" and data[12:16] != b"VP8X"):
+    if kind in ("BMP", "WEBP"):
         return data[: _end_of(kind, data)]
     buffer = io.BytesIO()
     Image.fromarray(pixels_of(data, path)).save(buffer, "PNG")

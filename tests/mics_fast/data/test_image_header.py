@@ -62,7 +62,6 @@ def tiff(*, big=False, **tags):
         ("TIFF", {"compression": "jpeg"}),
         ("WEBP", {}),
         ("WEBP", {"lossless": True}),
-        ("WEBP", {"lossless": True, "exif": b"Exif\0\0II*\0"}),
         ("MPO", {"save_all": True, "append_images": [PICTURE]}),
     ],
 )
@@ -86,6 +85,11 @@ def test_a_kind_that_is_not_supported_is_refused(kind):
         check_image(encoded(kind))
 
 
+def test_webp_with_metadata_which_can_crash_the_decoder_is_refused():
+    with pytest.raises(RefusedImage, match="is a WebP with metadata"):
+        check_image(encoded("WEBP", lossless=True, exif=b"Exif\0\0II*\0"))
+
+
 def test_jpeg_2000_under_the_name_of_a_png_is_one_sentence(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(encoded("JPEG2000"))
@@ -100,7 +104,7 @@ def test_jpeg_2000_under_the_name_of_a_png_is_one_sentence(tmp_path):
         b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">II", 13_300, 13_300) + bytes(5),
         b"\xff\xd8\xff\xc0\0\x11\x08" + b"\xea\x60\xea\x60" + bytes(10) + b"\xff\xda",
         b"BM" + bytes(12) + struct.pack("<Iii", 40, 20_000, -20_000),
-        b"RIFF\0\0\0\0WEBPVP8X" + bytes(8) + b"\xff\x3f\0\xff\x3f\0",
+        b"RIFF\0\0\0\0WEBPVP8L" + bytes(5) + b"\xff\xff\xff\x0f",
         tiff(width=100_000, height=100_000),
         tiff(tile_width=100_000, tile_height=100_000),
         b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + struct.pack(">II", 40_000, 1) + bytes(5),

@@ -51,7 +51,6 @@ def encoded(kind, orientation=1, **options):
         ("JPEG", {"progressive": True, "icc_profile": SECRET * 9000}),
         ("PNG", {}),
         ("PNG", {"icc_profile": SECRET}),
-        ("WEBP", {"lossless": True}),
         ("TIFF", {}),
         ("BMP", {}),
     ],
@@ -74,17 +73,17 @@ def test_an_image_without_metadata_keeps_its_bytes(kind):
 
 def test_shards_hold_no_metadata(tmp_path):
     (tmp_path / "in" / "polyps").mkdir(parents=True)
-    for number, kind in enumerate(("JPEG", "PNG", "WEBP", "TIFF")):
+    for number, kind in enumerate(("JPEG", "PNG", "TIFF")):
         (tmp_path / "in" / "polyps" / f"{number}.{kind[:4].lower()}").write_bytes(encoded(kind, 6))
     for path in (tmp_path / "in" / "polyps").glob("*.jpeg"):
         assert SECRET in path.read_bytes()
     run(tmp_path / "in", "--out", tmp_path / "out", "--to-shards", "10")
     rows = read_manifest(tmp_path / "out" / "manifest.csv").rows
-    assert len(rows) == 4
+    assert len(rows) == 3
     for row in rows:
         assert SECRET not in row.files["wli"].parent.read_bytes()
         pixels = pixels_of(read_image(row.files["wli"]).tobytes(), Path("x"))
-        assert pixels.shape[:2] == ((40, 30) if row.id == "polyps/3" else (30, 40))
+        assert pixels.shape[:2] == ((40, 30) if row.id == "polyps/2" else (30, 40))
 
 
 # Pseudonyms
