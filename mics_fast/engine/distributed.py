@@ -8,6 +8,8 @@ Small things travel as CPU tensors over gloo, so that they never wait for a GPU.
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -20,6 +22,7 @@ from mics_fast.common.errors import InputError, RunFailed
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+SECONDS_TO_START = 600  # between the first process of a start and its last one
 
 
 def is_launched() -> bool:
@@ -55,11 +58,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, number, processes = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE") == "1":
-        # On one machine torchrun keeps its store when it starts the processes again, and in it the
-        # addresses of those that are gone. (On several, each start gets a store of its own.)
-        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"start-{start}", store)
+    store = store_of_this_start(store, number, processes)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=processes)
     try:
@@ -74,6 +73,49 @@ def joined(device: torch.device) -> Iterator[None]:
             raise RunFailed(f"process {number} lost another one of this run, which ended") from None
         raise
     dist.destroy_process_group()
+
+
+def store_of_this_start(store: dist.Store, number: int, processes: int) -> dist.Store:
+    """The part of torchrun's store that belongs to this start of all processes.
+
+    torchrun keeps one store for all starts, and in it the addresses of processes that are gone. It
+    counts starts per machine, so that after a fault the counts of machines differ. Rank 0 therefore
+    names the start, and answers each rank under a name that the rank has just drawn: the answers to
+    ranks of an earlier start reach nobody.
+
+    Args:
+        store: of all starts.
+        number: rank of this process.
+        processes: of this start.
+
+    Raises:
+        RunFailed: the processes did not find each other in time.
+    """
+    while isinstance(store, dist.PrefixStore):  # torch's own, of the count of this machine
+        store = store.underlying_store
+    own, end = secrets.token_hex(8), time.monotonic() + SECONDS_TO_START
+
+    def waited_for(key: str) -> bool:
+        if time.monotonic() > end:
+            raise RunFailed(f"process {number} waited {SECONDS_TO_START} s for the others to start")
+        return store.check([key])
+
+    if number == 0:
+        missing = set(range(1, processes))
+        while missing:
+            for other in sorted(missing):
+                if waited_for(f"hello-{other}"):
+                    store.set(f"start-for-{store.get(f'hello-{other}').decode()}", own)
+                if store.check([f"joined-{own}-{other}"]):
+                    missing.discard(other)
+            time.sleep(0.01)
+        return dist.PrefixStore(f"start-{own}", store)
+    store.set(f"hello-{number}", own)
+    while not waited_for(f"start-for-{own}"):
+        time.sleep(0.01)
+    start = store.get(f"start-for-{own}").decode()
+    store.set(f"joined-{start}-{number}", "")
+    return dist.PrefixStore(f"start-{start}", store)
 
 
 def _fails_first(store: dist.Store, number: int) -> bool:
@@ -130,15 +172,25 @@ def from_first(action: Callable[[], T]) -> T:
     return said[0]
 
 
-def first_then_others(action: Callable[[], T]) -> T:
-    """Every rank takes the action, rank 0 before the others: they find what it left mended.
+def refuse_differences(own: Mapping[str, Any]) -> None:
+    """Refuse to train where a rank was started with other values than rank 0.
+
+    Args:
+        own: name -> value of what must be the same on all ranks.
 
     Raises:
-        InputError: what rank 0 raised, on all ranks; or what this rank raised.
+        InputError: on all ranks, names the rank, the value and that of rank 0.
     """
-    own: list[T] = []
-    from_first(lambda: own.append(action()))
-    return own[0] if own else action()
+    first = from_first(lambda: dict(own))
+    changed = [name for name in own if first.get(name) != own[name]]
+    failure = None
+    if changed:
+        name = changed[0]
+        failure = InputError(
+            f"process {rank()} was started with {name} {own[name]!r}, but process 0 with "
+            f"{first.get(name)!r}; all processes of a run need the same options and manifest"
+        )
+    agree(failure=failure)
 
 
 def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:

@@ -29,6 +29,10 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+# What the processes of a run may have each to itself: paths, and shares of their machine.
+OF_ONE_PROCESS = {"out", "data.manifest", "model.init", "finetune.init", "threads", "data.threads"}
+
+
 class Run:
     """The folder of one run.
 
@@ -226,6 +230,17 @@ def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
             f"option {name} is {new[name]!r}, but the run in {folder} was started with "
             f"{old.get(name)!r}{others}; go on with that, or name another --out"
         )
+
+
+def shared_options(config: TrainConfig) -> dict[str, Any]:
+    """The options that all processes of a run need alike, under their names."""
+    own = flatten(asdict(config))
+    return {f"option {name}": own[name] for name in own if name not in OF_ONE_PROCESS}
+
+
+def manifest_entries(manifest: Manifest) -> dict[str, str]:
+    """The digest of a manifest, under names that a message can show."""
+    return {f"manifest {name}": own[:12] for name, own in manifest.digest().items()}
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,9 +17,9 @@ from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, weights_of
 from mics_fast.engine.distributed import (
-    first_then_others,
     from_first,
     rank,
+    refuse_differences,
     world_size,
 )
 from mics_fast.engine.guard import is_out_of_memory
@@ -54,7 +54,13 @@ from mics_fast.training.build import (
     pick_device,
 )
 from mics_fast.training.neighbours import bounded, in_words, neighbour_accuracy
-from mics_fast.training.run import Run, identity, pretraining_of
+from mics_fast.training.run import (
+    Run,
+    identity,
+    manifest_entries,
+    pretraining_of,
+    shared_options,
+)
 
 Batches = Iterator[tuple[PairBatch, ...]]
 
@@ -99,6 +105,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
         check_dali()
+        refuse_differences(shared_options(config) | manifest_entries(manifest))
         self.config, self.manifest = config, manifest
         self.rows = manifest.select("train")
         if not self.rows:
@@ -193,7 +200,7 @@ class Trainer:
         log = RunLog(self.run.folder)
         try:
             loop = Loop(stage, plan, checkpoints, meta, log, validate)
-            state = first_then_others(lambda: checkpoints.load_latest(belongs_to))
+            state = from_first(lambda: checkpoints.load_latest(belongs_to))
             if state is not None:
                 loop.load(state)
             with self.precision.products():
@@ -329,7 +336,7 @@ class Trainer:
 
     def _load_encoder(self, model: Classifier) -> None:
         """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
-        checkpoint = pretraining_of(self.run)
+        checkpoint = from_first(lambda: pretraining_of(self.run))
         if checkpoint is None:
             say("fine-tuning without pre-training")
             if self.config.model.init:
@@ -337,7 +344,8 @@ class Trainer:
                 file, prefix = Path(self.config.model.init), self.config.model.init_prefix
                 say(load_initial_weights(file, encoders, prefix))
             return
-        state = load_checkpoint(checkpoint, identity(self.config, self.manifest, "pretrain"))
+        expected = identity(self.config, self.manifest, "pretrain")
+        state = from_first(lambda: load_checkpoint(checkpoint, expected))
         with fitting(f"checkpoint {checkpoint}"):
             model.load_encoder(weights_of(state, "model.encoder"))
         say(f"fine-tuning from {checkpoint}")

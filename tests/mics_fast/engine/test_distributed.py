@@ -38,11 +38,6 @@ def share(rank, folder):
             raise InputError(sentence)
         return {"rank": rank}
 
-    def in_turn():
-        other = folder / f"turn-{1 - rank}"
-        (folder / f"turn-{rank}").touch()
-        return other.exists()
-
     failure = RunFailed("rank 1 is broken") if rank == 1 else None
     return {
         "gathered": distributed.gather_rows(torch.tensor([[rank, 1], [rank, 2]])).tolist(),
@@ -55,7 +50,8 @@ def share(rank, folder):
         "failed": outcome_of(lambda: distributed.agree(True, failure=failure)),
         "from first": distributed.from_first(first_only),
         "first fails": outcome_of(lambda: distributed.from_first(lambda: first_only("no disk"))),
-        "saw the other": distributed.first_then_others(in_turn),
+        "alike": outcome_of(lambda: distributed.refuse_differences({"seed": 1, "out": "a"})),
+        "apart": outcome_of(lambda: distributed.refuse_differences({"a": 0, "seed": 7 + rank})),
     }
 
 
@@ -168,14 +164,14 @@ def fail_on_one(rank):
 
 
 def work(rank, folder, port):
-    """As ``torchrun`` starts it: twice, with a store that outlives the processes."""
+    """As ``torchrun`` starts it on two machines: twice, with a store that outlives the starts."""
     torch.set_num_threads(1)
     os.environ |= {
         "RANK": str(rank),
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "GROUP_WORLD_SIZE": "1",
+        "GROUP_WORLD_SIZE": "2",
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
@@ -183,7 +179,8 @@ def work(rank, folder, port):
         found = share(rank, folder)
         found["gradients"] = average_gradients()
         found |= run_loops(rank, folder)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+    # On the machine of rank 0 a process has failed; the other machine did not count that.
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - rank)
     found["left"] = fail_on_one(rank)
     torch.save(found, folder / f"found-{rank}")
 
@@ -225,8 +222,10 @@ def test_what_the_first_rank_does_alone_is_done_once_and_known_to_all(ranks):
     assert (ranks[1] / "taken").read_text() == "00"
 
 
-def test_the_others_act_after_the_first_rank(ranks):
-    assert of_both(ranks, "saw the other") == [False, True]
+def test_ranks_that_were_started_differently_are_told_apart_on_both(ranks):
+    assert of_both(ranks, "alike") == [None] * 2
+    told = "InputError: process 1 was started with seed 8, but process 0 with 7; "
+    assert all(sentence.startswith(told) for sentence in of_both(ranks, "apart"))
 
 
 def test_gradients_are_averaged_once_also_of_what_is_used_later(ranks):
