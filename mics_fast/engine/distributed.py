@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mics_fast.common.errors import InputError, RunFailed
+from mics_fast.common.lifetime import end_with_parent
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -55,6 +56,7 @@ def joined(device: torch.device) -> Iterator[None]:
     if not is_launched():
         yield
         return
+    end_with_parent()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     store, number, processes = next(dist.rendezvous("env://"))
