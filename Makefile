@@ -25,6 +25,7 @@ test-native: $(INSTALLED)
 lint: $(INSTALLED)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	.venv/bin/clang-format --dry-run --Werror $(wildcard csrc/*.* csrc/tests/*.cpp csrc/tests/*.h)
 	$(PY) -m mypy
 	$(PY) -m bench.publish --check
 

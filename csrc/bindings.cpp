@@ -1,5 +1,6 @@
-// The Python door of the native module. It takes addresses, sizes, dtypes and streams, and no torch
-// header: one binary serves every torch version. Whoever calls has checked shapes and devices.
+// The native module's Python bindings. They take addresses, sizes, dtypes and streams, and include
+// no torch header: one binary serves every torch version. Private: callers have checked shapes,
+// devices and addresses; sizes are checked here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -22,6 +23,11 @@ namespace {
 
 template <class T> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
 
+// Sizes that the kernels rely on; shapes have been checked in Python.
+void require(bool holds, const char* sentence) {
+    if (!holds) throw std::invalid_argument(sentence);
+}
+
 mics::DType dtype_of(const std::string& name) {
     if (name == "float32") return mics::DType::float32;
     if (name == "bfloat16") return mics::DType::bfloat16;
@@ -43,7 +49,8 @@ mics::EvidentialCall evidential_call(uintptr_t input, const std::string& dtype, 
                                      uintptr_t gradient, int64_t rows, int views, int classes,
                                      const std::string& activation, float kl_weight,
                                      uintptr_t kl_weight_on_gpu, int64_t ignore_index) {
-    if (views < 1 || views > mics::kMaxViews) throw std::invalid_argument("views must be in [1, 8]");
+    require(rows >= 0 && classes >= 1, "rows must be >= 0 and classes >= 1");
+    require(views >= 1 && views <= mics::kMaxViews, "views must be in [1, 8]");
     mics::EvidentialCall call{};
     call.input = pointer<const void>(input);
     call.labels = pointer<const int64_t>(labels);
@@ -69,6 +76,8 @@ mics::EvidentialCall evidential_call(uintptr_t input, const std::string& dtype, 
 mics::FusionCall fusion_call(uintptr_t evidence, const std::string& dtype, uintptr_t present,
                              uintptr_t fused, uintptr_t outer, uintptr_t gradient, int64_t rows,
                              int views, int classes) {
+    require(rows >= 0 && classes >= 1, "rows must be >= 0 and classes >= 1");
+    require(views >= 1 && views <= mics::kMaxViews, "views must be in [1, 8]");
     mics::FusionCall call{};
     call.evidence = pointer<const void>(evidence);
     call.present = pointer<const uint8_t>(present);
@@ -89,6 +98,7 @@ mics::ConsistencyPair consistency_pair(uintptr_t query, uintptr_t teacher, uintp
                                        uintptr_t key_present, uintptr_t queue_ids,
                                        int64_t queue_length, uintptr_t losses, uintptr_t counted,
                                        uintptr_t gradient, uintptr_t temperature) {
+    require(queue_length >= 0, "queue_length must be >= 0");
     mics::ConsistencyPair pair{};
     pair.query = pointer<const float>(query);
     pair.teacher = pointer<const float>(teacher);
@@ -107,9 +117,11 @@ mics::ConsistencyPair consistency_pair(uintptr_t query, uintptr_t teacher, uintp
     return pair;
 }
 
-void consistency_cpu(const std::vector<mics::ConsistencyPair>& pairs, uintptr_t key_ids, int64_t queries,
-                     int64_t keys, int64_t present_stride, int dim, float temperature, float alpha,
-                     bool want_gradient, int threads) {
+void consistency_cpu(const std::vector<mics::ConsistencyPair>& pairs, uintptr_t key_ids,
+                     int64_t queries, int64_t keys, int64_t present_stride, int dim,
+                     float temperature, float alpha, bool want_gradient, int threads) {
+    require(dim >= 1, "dim must be >= 1");
+    require(queries >= 0 && keys >= queries, "queries must be >= 0, and keys at least as many");
     mics::ConsistencyCall call{};
     call.pairs = pairs.data();
     call.pair_count = static_cast<int>(pairs.size());
@@ -130,6 +142,8 @@ mics::ShiftCall shift_call(uintptr_t features, const std::string& dtype, uintptr
                            uintptr_t directions, uintptr_t strengths, uintptr_t row_ids,
                            uintptr_t seed, int64_t rows, int dim, int classes, int rank,
                            float strength) {
+    require(dim >= 1 && classes >= 1, "dim and classes must be >= 1");
+    require(rows >= 0 && rank >= (directions ? 1 : 0), "rows must be >= 0, and directions >= 1");
     mics::ShiftCall call{};
     call.features = pointer<const void>(features);
     call.moved = pointer<void>(moved);
@@ -152,6 +166,7 @@ mics::ShiftCall shift_call(uintptr_t features, const std::string& dtype, uintptr
 mics::MomentsCall moments_call(uintptr_t features, const std::string& dtype, uintptr_t labels,
                                uintptr_t shares, uintptr_t weight, uintptr_t count, uintptr_t mean,
                                uintptr_t m2, int64_t rows, int dim, int classes) {
+    require(rows >= 0 && dim >= 1 && classes >= 1, "rows must be >= 0, dim and classes >= 1");
     mics::MomentsCall call{};
     call.features = pointer<const void>(features);
     call.labels = pointer<const int64_t>(labels);
@@ -171,6 +186,7 @@ mics::ShiftedLossCall shifted_loss_call(uintptr_t logits, const std::string& dty
                                         uintptr_t labels, uintptr_t table, uintptr_t strengths,
                                         uintptr_t losses, uintptr_t gradient, int64_t rows,
                                         int classes, float strength) {
+    require(rows >= 0 && classes >= 1, "rows must be >= 0 and classes >= 1");
     mics::ShiftedLossCall call{};
     call.logits = pointer<const void>(logits);
     call.labels = pointer<const int64_t>(labels);
@@ -212,24 +228,23 @@ PYBIND11_MODULE(_native, module) {
 #endif
         return info;
     });
-    module.def("use_instruction_set", [](const std::string& name) {
-        return mics::use_instruction_set(name.c_str());
-    });
+    module.def("use_instruction_set",
+               [](const std::string& name) { return mics::use_instruction_set(name.c_str()); });
 
     // Addresses of 0 stand for None.
     using namespace py::literals;
     py::class_<mics::EvidentialCall>(module, "EvidentialCall")
         .def(py::init(&evidential_call), py::kw_only(), "input"_a, "dtype"_a, "labels"_a,
              "targets"_a, "present"_a, "weight"_a, "count"_a, "losses"_a, "fused"_a, "gradient"_a,
-             "rows"_a, "views"_a, "classes"_a, "activation"_a, "kl_weight"_a,
-             "kl_weight_on_gpu"_a, "ignore_index"_a);
+             "rows"_a, "views"_a, "classes"_a, "activation"_a, "kl_weight"_a, "kl_weight_on_gpu"_a,
+             "ignore_index"_a);
     py::class_<mics::FusionCall>(module, "FusionCall")
         .def(py::init(&fusion_call), py::kw_only(), "evidence"_a, "dtype"_a, "present"_a, "fused"_a,
              "outer"_a, "gradient"_a, "rows"_a, "views"_a, "classes"_a);
     py::class_<mics::ShiftCall>(module, "ShiftCall")
         .def(py::init(&shift_call), py::kw_only(), "features"_a, "dtype"_a, "moved"_a, "labels"_a,
-             "shares"_a, "spread"_a, "directions"_a, "strengths"_a, "row_ids"_a, "seed"_a,
-             "rows"_a, "dim"_a, "classes"_a, "rank"_a, "strength"_a);
+             "shares"_a, "spread"_a, "directions"_a, "strengths"_a, "row_ids"_a, "seed"_a, "rows"_a,
+             "dim"_a, "classes"_a, "rank"_a, "strength"_a);
     py::class_<mics::MomentsCall>(module, "MomentsCall")
         .def(py::init(&moments_call), py::kw_only(), "features"_a, "dtype"_a, "labels"_a,
              "shares"_a, "weight"_a, "count"_a, "mean"_a, "m2"_a, "rows"_a, "dim"_a, "classes"_a);
@@ -254,10 +269,10 @@ PYBIND11_MODULE(_native, module) {
     module.def("shift_cpu", &mics::shift_cpu, "call"_a, "threads"_a, unlocked);
     module.def("class_moments_cpu", &mics::class_moments_cpu, "call"_a, "threads"_a, unlocked);
     module.def("shifted_loss_cpu", &mics::shifted_loss_cpu, "call"_a, "threads"_a, unlocked);
-    module.def("philox_words_cpu", [](int64_t seed, int64_t offset, int64_t row, int64_t draws,
-                                      uintptr_t words) {
-        mics::philox_words_cpu(seed, offset, row, draws, pointer<uint32_t>(words));
-    });
+    module.def("philox_words_cpu",
+               [](int64_t seed, int64_t offset, int64_t row, int64_t draws, uintptr_t words) {
+                   mics::philox_words_cpu(seed, offset, row, draws, pointer<uint32_t>(words));
+               });
 #ifdef MICS_WITH_CUDA
     // stream: the address of a cudaStream_t
     module.def("count_labels_cuda", [](uintptr_t labels, int64_t rows, int64_t ignore_index,

@@ -1,11 +1,11 @@
-// The consistency losses on a CPU, for one instruction set: compiled once for each (CMakeLists.txt).
+// The consistency losses on a CPU; compiled once per instruction set (CMakeLists.txt).
 //
-// Attention with the keys as values: a block of keys that fits the cache is read once and serves both
-// products of a tile of rows, scores = rows . keys and values += softmax(scores) . keys. Rows lie in
-// the lanes of vectors in the first product, D does in the second, so that keys are used as they
-// stand in memory. Derivation: kernels/mics_kernels/consistency/README.md.
-// No standard containers here: their functions would be compiled for this instruction set and
-// might serve the others.
+// Attention with the keys as values: a block of keys that fits the cache is read once and serves
+// both products of a tile of rows, scores = rows . keys and values += softmax(scores) . keys. The
+// lanes of vectors hold rows in the first product and columns in the second, so that keys are used
+// as they lie in memory. Derivation: kernels/mics_kernels/consistency/README.md. No standard
+// containers here: their functions, compiled for this instruction set, could be linked into the
+// others.
 #include "consistency_cpu.h"
 #include "simd.h"
 #include "vector_memory.h"
@@ -19,7 +19,8 @@ using mics::KeySource;
 using mics::Partial;
 using mics::TilePlan;
 
-constexpr float kLowest = -1e12f;  // of a score; finite, so that products and differences are numbers
+constexpr float kLowest =
+    -1e12f;  // masks a score; finite, so that products and differences stay numbers
 
 // Sizes of the register tiles: 24 accumulators of 32 registers, or 12 of 16.
 constexpr int kKeysAtOnce = kWidth == 16 ? 12 : 6;
@@ -34,8 +35,11 @@ TilePlan plan(const ConsistencyCall& call) {
     plan.queries = plan.lanes / share;
     plan.tiles = (call.queries + plan.queries - 1) / plan.queries;
     plan.padded_dim = (call.dim + kWidth - 1) / kWidth * kWidth;
-    const int fits = 65536 / plan.padded_dim;  // 256 KiB of keys: a part of the second-level cache
-    plan.block = (fits < 16 ? 1 : fits > 512 ? 512 / kKeysAtOnce : fits / kKeysAtOnce) * kKeysAtOnce;
+    const int fits = 65536 / plan.padded_dim;  // 256 KiB of keys, part of the second-level cache
+    plan.block = (fits < 16    ? 1
+                  : fits > 512 ? 512 / kKeysAtOnce
+                               : fits / kKeysAtOnce) *
+                 kKeysAtOnce;
     const int64_t rows = int64_t{plan.block} * plan.padded_dim;
     plan.scratch = rows + int64_t{plan.block} * (plan.lanes + 3) + 4 * kWidth;
     return plan;
@@ -52,8 +56,8 @@ MICS_INLINE bool counts(const ConsistencyCall& call, const ConsistencyPair& pair
 }
 
 // A query that does not count is never read: its rows are 0.
-void pack(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair, int64_t tile,
-          float* packed) {
+void pack(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair,
+          int64_t tile, float* packed) {
     memset(packed, 0, sizeof(float) * plan.padded_dim * plan.lanes);
     for (int lane = 0; lane < plan.lanes; ++lane) {
         const int64_t query = tile * plan.queries + lane % plan.queries;
@@ -63,12 +67,12 @@ void pack(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPa
     }
 }
 
-// Readable keys as float32 rows, in place where they lie so already.
+// Readable keys as float32 rows, in place if they are float32 rows already.
 struct Block {
     const float* rows;
     int64_t stride;
     int count;
-    int64_t* ids;  // with key_ids only; -1: nobody's repeat
+    int64_t* ids;  // with key_ids only; -1: equal to no query's id
     int32_t* own;  // the query whose positive a key is, or -1
 };
 
@@ -89,15 +93,17 @@ Scratch divide(const TilePlan& plan, float* scratch) {
 }
 
 // Keys [first, last), which lie all in `keys` or all in `queue`.
-Block gather(const ConsistencyCall& call, const TilePlan& plan, const KeySource& source, int64_t first,
-             int64_t last, const Scratch& scratch) {
+Block gather(const ConsistencyCall& call, const TilePlan& plan, const KeySource& source,
+             int64_t first, int64_t last, const Scratch& scratch) {
     const bool queued = first >= call.keys;
     const void* array = queued ? source.queue : source.keys;
     const mics::DType dtype = queued ? source.queue_dtype : source.keys_dtype;
     const int64_t start = queued ? first - call.keys : first;
     Block block{scratch.rows, plan.padded_dim, 0, scratch.ids, scratch.own};
     for (int64_t i = start; i < start + last - first; ++i) {
-        const int64_t id = !queued && call.key_ids ? call.key_ids[i] : queued && source.queue_ids ? source.queue_ids[i] : 0;
+        const int64_t id = !queued && call.key_ids      ? call.key_ids[i]
+                           : queued && source.queue_ids ? source.queue_ids[i]
+                                                        : 0;
         if (queued ? id < 0 : !readable(call, source, i)) continue;
         block.ids[block.count] = !queued || source.queue_ids ? id : -1;
         block.own[block.count++] = queued || i >= call.queries ? -1 : static_cast<int32_t>(i);
@@ -109,7 +115,8 @@ Block gather(const ConsistencyCall& call, const TilePlan& plan, const KeySource&
     }
     float* to = scratch.rows;
     for (int64_t i = start; i < start + last - first; ++i) {
-        if (queued ? source.queue_ids && source.queue_ids[i] < 0 : !readable(call, source, i)) continue;
+        if (queued ? source.queue_ids && source.queue_ids[i] < 0 : !readable(call, source, i))
+            continue;
         for (int d = call.dim; d < plan.padded_dim; ++d) to[d] = 0.0f;
         read_floats(array, i * call.dim, dtype, to, call.dim);
         to += plan.padded_dim;
@@ -117,11 +124,11 @@ Block gather(const ConsistencyCall& call, const TilePlan& plan, const KeySource&
     return block;
 }
 
-// scores[key][row] = rows . keys for `Keys` keys; packed (D, Vectors * kWidth). Fetch: bring in the
-// keys behind them meanwhile, which the processor does not see coming in so many streams.
+// scores[key][row] = rows . keys for `Keys` keys; packed (D, Vectors * kWidth). Fetch: prefetch the
+// next keys, since the hardware does not follow so many streams.
 template <int Keys, int Vectors, bool Fetch>
-MICS_INLINE void score(const float* __restrict packed, const float* __restrict key, int64_t stride, int dim,
-                       float* __restrict scores) {
+MICS_INLINE void score(const float* __restrict packed, const float* __restrict key, int64_t stride,
+                       int dim, float* __restrict scores) {
     constexpr int kLine = 16;  // floats
     Vec sums[Keys][Vectors] = {};
     for (int start = 0; start < dim; start += kLine) {
@@ -131,14 +138,17 @@ MICS_INLINE void score(const float* __restrict packed, const float* __restrict k
         const int end = dim < start + kLine ? dim : start + kLine;
         for (int d = start; d < end; ++d) {
             Vec rows[Vectors];
-            MICS_UNROLLED for (int v = 0; v < Vectors; ++v) rows[v] = load(packed + (d * Vectors + v) * kWidth);
+            MICS_UNROLLED for (int v = 0; v < Vectors; ++v) rows[v] =
+                load(packed + (d * Vectors + v) * kWidth);
             MICS_UNROLLED for (int k = 0; k < Keys; ++k) {
-                MICS_UNROLLED for (int v = 0; v < Vectors; ++v) sums[k][v] += rows[v] * key[k * stride + d];
+                MICS_UNROLLED for (int v = 0; v < Vectors; ++v) sums[k][v] +=
+                    rows[v] * key[k * stride + d];
             }
         }
     }
     MICS_UNROLLED for (int k = 0; k < Keys; ++k) {
-        MICS_UNROLLED for (int v = 0; v < Vectors; ++v) store(scores + (k * Vectors + v) * kWidth, sums[k][v]);
+        MICS_UNROLLED for (int v = 0; v < Vectors; ++v)
+            store(scores + (k * Vectors + v) * kWidth, sums[k][v]);
     }
 }
 
@@ -146,8 +156,8 @@ template <int Vectors, bool Fetch>
 void score_block(const float* packed, const Block& block, int dim, float* scores) {
     int key = 0;
     for (; key + kKeysAtOnce <= block.count; key += kKeysAtOnce) {
-        score<kKeysAtOnce, Vectors, Fetch>(packed, block.rows + key * block.stride, block.stride, dim,
-                                           scores + int64_t{key} * Vectors * kWidth);
+        score<kKeysAtOnce, Vectors, Fetch>(packed, block.rows + key * block.stride, block.stride,
+                                           dim, scores + int64_t{key} * Vectors * kWidth);
     }
     for (; key < block.count; ++key) {
         score<1, Vectors, Fetch>(packed, block.rows + key * block.stride, block.stride, dim,
@@ -155,11 +165,12 @@ void score_block(const float* packed, const Block& block, int dim, float* scores
     }
 }
 
-// values[row][d] = values[row][d] * fade[row] + sum_k weights[k][row] * keys[k][d], for Rows rows and
-// Vectors vectors of d.
+// values[row][d] = values[row][d] * fade[row] + sum_k weights[k][row] * keys[k][d], for Rows rows
+// and Vectors vectors of d.
 template <int Rows, int Vectors>
 MICS_INLINE void add_values(const float* __restrict weights, int lanes, const Block& block,
-                            const float* __restrict fade, float* __restrict values, int padded_dim) {
+                            const float* __restrict fade, float* __restrict values,
+                            int padded_dim) {
     Vec sums[Rows][Vectors];
     MICS_UNROLLED for (int r = 0; r < Rows; ++r) {
         MICS_UNROLLED for (int v = 0; v < Vectors; ++v) {
@@ -199,13 +210,14 @@ void add_all_values(const float* weights, int lanes, Block block, const float* f
     }
 }
 
-// The queries whose rows stand in a vector, and the ids that they carry: a key with the id of a query
-// is left out for it, except its positive.
+// Queries whose rows are in a vector, and their ids: a key with the id of a
+// query is left out for this query, unless it is the positive.
 struct Owners {
     IntVec query, low, high;
 
     MICS_INLINE IntVec leave_out(int64_t id, int32_t own) const {
-        return (low == static_cast<int32_t>(id)) & (high == static_cast<int32_t>(id >> 32)) & (query != own);
+        return (low == static_cast<int32_t>(id)) & (high == static_cast<int32_t>(id >> 32)) &
+               (query != own);
     }
 };
 
@@ -216,7 +228,7 @@ Owners owners_of(const ConsistencyCall& call, const TilePlan& plan, int64_t tile
         const int64_t id = at < call.queries ? call.key_ids[at] : -1;
         query[lane] = static_cast<int32_t>(at);
         low[lane] = static_cast<int32_t>(id);
-        // A negative id is never read, nor is any query asked with it: no key has this one.
+        // Queries with a negative id do not count; no key has this one.
         high[lane] = id < 0 ? INT32_MIN : static_cast<int32_t>(id >> 32);
     }
     Owners owners;
@@ -226,23 +238,24 @@ Owners owners_of(const ConsistencyCall& call, const TilePlan& plan, int64_t tile
     return owners;
 }
 
-// Scales and masks the scores of one vector of rows, and returns the largest of each.
-MICS_INLINE Vec scale_and_mask(const ConsistencyCall& call, const TilePlan& plan, const Block& block,
-                               int64_t tile, int vector, float* scores) {
+// Scales and masks the scores of one vector of rows; returns the largest of each row.
+MICS_INLINE Vec scale_and_mask(const ConsistencyCall& call, const TilePlan& plan,
+                               const Block& block, int64_t tile, int vector, float* scores) {
     const float scale = 1.0f / call.temperature;
     Vec top = Vec{} + kLowest;
     const Owners owners = call.key_ids ? owners_of(call, plan, tile, vector) : Owners{};
     for (int k = 0; k < block.count; ++k) {
         float* at = scores + int64_t{k} * plan.lanes + vector * kWidth;
         Vec s = load(at) * scale;
-        if (call.key_ids) s = select(owners.leave_out(block.ids[k], block.own[k]), Vec{} + kLowest, s);
+        if (call.key_ids)
+            s = select(owners.leave_out(block.ids[k], block.own[k]), Vec{} + kLowest, s);
         store(at, s);
         top = select(s > top, s, top);
     }
     return top;
 }
 
-// In the lanes of a teacher, the score of its query: what a forward pass alone sums up.
+// In the lanes of a teacher, the score of its query, which the forward pass alone sums.
 template <int Vectors> MICS_INLINE Vec scores_of_queries(const float* scores) {
     if constexpr (Vectors == 2) return load(scores);
     return shuffle(load(scores), lane_numbers() ^ (kWidth / 2));
@@ -287,25 +300,25 @@ void attend(const ConsistencyCall& call, const TilePlan& plan, const Block& bloc
 }
 
 template <int Vectors, bool Gradient>
-void sweep_as(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair, int64_t first,
-              int64_t last, int64_t first_tile, int64_t last_tile, const float* packed, const Partial& part,
-              float* scratch) {
+void sweep_as(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair,
+              int64_t first, int64_t last, int64_t first_tile, int64_t last_tile,
+              const float* packed, const Partial& part, float* scratch) {
     const Scratch parts = divide(plan, scratch);
     while (first < last) {
         int64_t end = first + plan.block < last ? first + plan.block : last;
         if (first < call.keys && end > call.keys) end = call.keys;
         const Block block = gather(call, plan, pair.source, first, end, parts);
         for (int64_t tile = first_tile; block.count > 0 && tile < last_tile; ++tile) {
-            const bool unseen = tile == first_tile;  // the block is not in the cache yet
+            const bool unseen = tile == first_tile;  // the block is not in cache yet
             attend<Vectors, Gradient>(call, plan, block, tile, packed, part, parts.scores, unseen);
         }
         first = end;
     }
 }
 
-void sweep(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair, int64_t first,
-           int64_t last, int64_t first_tile, int64_t last_tile, const float* packed, const Partial& part,
-           float* scratch) {
+void sweep(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair,
+           int64_t first, int64_t last, int64_t first_tile, int64_t last_tile, const float* packed,
+           const Partial& part, float* scratch) {
     const int64_t rows = plan.lanes * (last_tile - first_tile), start = plan.lanes * first_tile;
     const int64_t width = call.want_gradient ? plan.padded_dim : 1;
     for (int64_t i = start; i < start + rows; ++i) part.top[i] = kLowest;
@@ -317,11 +330,12 @@ void sweep(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyP
     run(call, plan, pair, first, last, first_tile, last_tile, packed, part, scratch);
 }
 
-// A row's softmax over all parts: log of its sum, and its values divided by it.
+// Softmax of a row over all parts: the log of its sum, and its values divided by the sum.
 float finish(const TilePlan& plan, const Partial* parts, int64_t part_count, int64_t row, int width,
              float* values) {
     float top = kLowest;
-    for (int64_t p = 0; p < part_count; ++p) top = parts[p].top[row] > top ? parts[p].top[row] : top;
+    for (int64_t p = 0; p < part_count; ++p)
+        top = parts[p].top[row] > top ? parts[p].top[row] : top;
     double weight = 0.0;
     for (int d = 0; d < width; ++d) values[d] = 0.0f;
     for (int64_t p = 0; p < part_count; ++p) {
@@ -341,10 +355,10 @@ double dot(const float* a, const float* b, int dim) {
     return sum;
 }
 
-// loss = log sum - x . g / T with g = alpha softmax(r) K + (1 - alpha) k_i; where the gradient is not
-// wanted, softmax(r) . s stands in for softmax(r) K . x / T.
-void combine_query(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair, int64_t query,
-                   const Partial* parts, int64_t part_count, float* scratch) {
+// loss = log sum - x . g / T with g = alpha softmax(r) K + (1 - alpha) k_i; without a gradient,
+// softmax(r) . s replaces softmax(r) K . x / T.
+void combine_query(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair,
+                   int64_t query, const Partial* parts, int64_t part_count, float* scratch) {
     const int width = call.want_gradient ? call.dim : 1;
     float* const own = scratch;
     float* const outer = own + plan.padded_dim;
@@ -369,9 +383,10 @@ void combine_query(const ConsistencyCall& call, const TilePlan& plan, const Cons
     pair.temperature[query] = static_cast<float>(-scale * dot(x, gradient, call.dim));
 }
 
-void combine(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair, int64_t tile,
-             const Partial* parts, int64_t part_count, float* scratch) {
-    for (int64_t query = tile * plan.queries; query < (tile + 1) * plan.queries && query < call.queries; ++query) {
+void combine(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair,
+             int64_t tile, const Partial* parts, int64_t part_count, float* scratch) {
+    for (int64_t query = tile * plan.queries;
+         query < (tile + 1) * plan.queries && query < call.queries; ++query) {
         pair.counted[query] = counts(call, pair, query);
         if (pair.counted[query]) {
             combine_query(call, plan, pair, query, parts, part_count, scratch);

@@ -1,4 +1,4 @@
-// The CPU entry points of the consistency losses.
+// CPU entry points of the consistency losses.
 #pragma once
 
 #include <cstdint>
@@ -7,13 +7,13 @@
 
 namespace mics {
 
-// The keys of one modality: the rows of `keys`, of which the first B are the positives, then `queue`.
+// Keys of one modality: the rows of `keys`, the first B of them positives, then `queue`.
 struct KeySource {
     const void* keys;          // (K, D)
     const void* queue;         // (Q, D), or null
-    const uint8_t* present;    // K flags, `present_stride` apart, or null: all are there
-    const int64_t* queue_ids;  // (Q,), or null: nobody's repeats
-    int64_t queue_length;      // rows of the queue that are filled
+    const uint8_t* present;    // K flags, `present_stride` apart, or null: all present
+    const int64_t* queue_ids;  // (Q,), or null: equal to no key's id
+    int64_t queue_length;      // filled rows of the queue
     DType keys_dtype, queue_dtype;
 };
 
@@ -21,7 +21,7 @@ struct KeySource {
 struct ConsistencyPair {
     const float* query;      // (B, D)
     const float* teacher;    // (B, D)
-    const uint8_t* present;  // B flags, `present_stride` apart, or null: all queries are there
+    const uint8_t* present;  // B flags, `present_stride` apart, or null: all present
     KeySource source;
     float* losses;       // (B,)
     uint8_t* counted;    // (B,)
@@ -42,15 +42,15 @@ struct ConsistencyCall {
     bool want_gradient;
 };
 
-// How queries lie in vectors: a tile is `lanes` rows with one row a lane. Where alpha is not 0 its
-// second half is the teachers of the queries in its first half.
+// Layout of queries in vectors: a tile is `lanes` rows, one per lane. Unless alpha is 0, its second
+// half holds the teachers of the queries in its first half.
 struct TilePlan {
     int lanes;
-    int queries;        // a tile
-    int64_t tiles;      // for all queries
-    int padded_dim;     // D in whole vectors
-    int block;          // keys that are worked on together
-    int64_t scratch;    // floats that `sweep` and `combine` need
+    int queries;      // per tile
+    int64_t tiles;    // of all queries
+    int padded_dim;   // D in whole vectors
+    int block;        // keys per step
+    int64_t scratch;  // floats needed by `sweep` and `combine`
 };
 
 // The running softmaxes of all tiles over a part of the keys; a row is a lane of a tile.
@@ -61,15 +61,18 @@ struct Partial {
                     // else: (tiles, lanes) of a teacher the sum of exp(score - top) * query's score
 };
 
-// What consistency_cpu.cpp offers, for one instruction set.
+// Functions of consistency_cpu.cpp, for one instruction set.
 struct ConsistencyKernels {
     TilePlan (*plan)(const ConsistencyCall&);
     // A tile of a pair, transposed: (padded D, lanes).
-    void (*pack)(const ConsistencyCall&, const TilePlan&, const ConsistencyPair&, int64_t tile, float* packed);
-    // Keys [first, last) against tiles [first_tile, last_tile); `packed` and `part` are of all tiles.
-    void (*sweep)(const ConsistencyCall&, const TilePlan&, const ConsistencyPair&, int64_t first, int64_t last,
-                  int64_t first_tile, int64_t last_tile, const float* packed, const Partial& part, float* scratch);
-    // A tile's losses and gradients from the partials of all parts of the keys.
+    void (*pack)(const ConsistencyCall&, const TilePlan&, const ConsistencyPair&, int64_t tile,
+                 float* packed);
+    // Keys [first, last) against tiles [first_tile, last_tile); `packed` and `part` are of all
+    // tiles.
+    void (*sweep)(const ConsistencyCall&, const TilePlan&, const ConsistencyPair&, int64_t first,
+                  int64_t last, int64_t first_tile, int64_t last_tile, const float* packed,
+                  const Partial& part, float* scratch);
+    // Losses and gradients of a tile from the partials of all parts of the keys.
     void (*combine)(const ConsistencyCall&, const TilePlan&, const ConsistencyPair&, int64_t tile,
                     const Partial* parts, int64_t part_count, float* scratch);
 };

@@ -1,6 +1,6 @@
-// Cuts the consistency losses into parts of the keys and groups of rows, and spreads these over
-// threads. The cut depends on sizes alone and parts are combined in their order: the same inputs give
-// the same bits on any number of threads.
+// Cuts the consistency losses into parts of the keys and groups of rows, and runs these on threads.
+// The cut depends on sizes alone and parts are combined in order: the same inputs give the same
+// bits on any number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -12,42 +12,46 @@
 namespace mics {
 namespace {
 
-constexpr int64_t kKeysPerPart = 2048;            // enough to be worth a combination, and many parts
+constexpr int64_t kKeysPerPart = 2048;                // enough to pay for a combination
 constexpr int64_t kPartialFloats = int64_t{1} << 22;  // 16 MiB for all parts together
-constexpr int64_t kRowsPerGroup = 512;            // whose values stay in the cache
+constexpr int64_t kRowsPerGroup = 512;                // their values stay in cache
 
 int64_t all_keys(const ConsistencyCall& call, const ConsistencyPair& pair) {
     return call.keys + (pair.source.queue ? pair.source.queue_length : 0);
 }
 
-// How a call is cut: parts of the keys, and groups of the tiles.
+// Cut of a call into parts of the keys and groups of the tiles.
 struct Cut {
     int64_t parts, groups;
     int64_t tiles_per_group;
 
     Cut(const ConsistencyCall& call, const TilePlan& plan) {
         int64_t keys = 0;
-        for (int p = 0; p < call.pair_count; ++p) keys = std::max(keys, all_keys(call, call.pairs[p]));
+        for (int p = 0; p < call.pair_count; ++p)
+            keys = std::max(keys, all_keys(call, call.pairs[p]));
         const int64_t width = call.want_gradient ? plan.padded_dim + 2 : 3;
-        const int64_t floats = std::max<int64_t>(1, call.pair_count * plan.tiles * plan.lanes * width);
+        const int64_t floats =
+            std::max<int64_t>(1, call.pair_count * plan.tiles * plan.lanes * width);
         parts = std::max<int64_t>(1, std::min(keys / kKeysPerPart, kPartialFloats / floats));
         tiles_per_group = std::max<int64_t>(1, kRowsPerGroup / plan.lanes);
         groups = (plan.tiles + tiles_per_group - 1) / tiles_per_group;
     }
 
-    // The first key of a part, at the edge of a block.
-    int64_t edge(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair, int64_t part) const {
+    // First key of a part, at the edge of a block.
+    int64_t edge(const ConsistencyCall& call, const TilePlan& plan, const ConsistencyPair& pair,
+                 int64_t part) const {
         const int64_t keys = all_keys(call, pair);
         const int64_t blocks = (keys + plan.block - 1) / plan.block;
         return std::min(keys, blocks * part / parts * plan.block);
     }
 };
 
-// Room for the partial softmaxes of every pair and part.
+// Memory for the partial softmaxes of every pair and part.
 class Partials {
   public:
     Partials(const ConsistencyCall& call, const TilePlan& plan, const Cut& cut)
-        : rows_(plan.tiles * plan.lanes), parts_(cut.parts),
+        : rows_(plan.tiles * plan.lanes),
+          parts_(cut.parts),
           width_(call.want_gradient ? plan.padded_dim : 1),
           memory_(call.pair_count * parts_ * rows_ * (width_ + 2)) {
         float* at = memory_.get();
@@ -86,14 +90,16 @@ void consistency_cpu(const ConsistencyCall& call, int threads) {
         const int64_t part = piece / cut.groups % cut.parts, group = piece % cut.groups;
         const ConsistencyPair& one = call.pairs[pair];
         const Scratch scratch(plan.scratch);
-        kernels.sweep(call, plan, one, cut.edge(call, plan, one, part), cut.edge(call, plan, one, part + 1),
-                      group * cut.tiles_per_group, std::min(plan.tiles, (group + 1) * cut.tiles_per_group),
+        kernels.sweep(call, plan, one, cut.edge(call, plan, one, part),
+                      cut.edge(call, plan, one, part + 1), group * cut.tiles_per_group,
+                      std::min(plan.tiles, (group + 1) * cut.tiles_per_group),
                       packed.get() + pair * packed_floats, partials.of(pair)[part], scratch.get());
     });
     each_piece(call.pair_count * plan.tiles, threads, [&](int64_t piece) {
         const int pair = static_cast<int>(piece / plan.tiles);
         const Scratch scratch(plan.scratch);
-        kernels.combine(call, plan, call.pairs[pair], piece % plan.tiles, partials.of(pair), cut.parts, scratch.get());
+        kernels.combine(call, plan, call.pairs[pair], piece % plan.tiles, partials.of(pair),
+                        cut.parts, scratch.get());
     });
 }
 

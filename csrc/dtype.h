@@ -1,4 +1,4 @@
-// The element types that tensors may have; arithmetic is float32 throughout.
+// Element types of tensors; arithmetic is float32 throughout.
 #pragma once
 
 namespace mics {

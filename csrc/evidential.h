@@ -1,7 +1,7 @@
 // Evidential fusion and its loss for one row, or for a vector of rows: the formulas of
 // kernels/mics_kernels/evidential/README.md, written once for every device.
 //
-// A row is V views of C classes. `Lanes` says how a row lies in a processor: a thread group of a GPU
+// A row is V views of C classes. `Lanes` is the layout of a row in a processor: a GPU thread group
 // or a vector register spread over the classes, or a vector register spread over rows. It provides
 //
 //   F                          float, or a vector of floats
@@ -27,9 +27,9 @@ enum class Activation : int { identity, softplus, exp, relu };
 // A call of evidential_loss (fuse = false) or evidential_fusion_loss; every array is contiguous.
 struct EvidentialCall {
     const void* input;       // (B, V, C) logits, or evidence with Activation::identity
-    const int64_t* labels;   // (B,), or null where `targets` stands
+    const int64_t* labels;   // (B,), or null if there are `targets`
     const float* targets;    // (B, C) probabilities, or null
-    const uint8_t* present;  // (B, V), or null: all are
+    const uint8_t* present;  // (B, V), or null: all present
     const float* weight;     // (B,), or null: all are 1
     const float* count;      // 1 float: every loss and gradient is divided by it; null: by 1
     float* losses;           // fuse: (B,), else (B, V)
@@ -40,7 +40,7 @@ struct EvidentialCall {
     int views;
     int classes;
     float kl_weight;
-    const float* kl_weight_on_gpu;  // stands in for kl_weight where not null
+    const float* kl_weight_on_gpu;  // replaces kl_weight if not null
     Activation activation;
     DType dtype;
     bool fuse;
@@ -76,7 +76,7 @@ template <class F> MICS_INLINE F activate(F z, Activation activation, F& slope) 
     return z;
 }
 
-// What an opinion's loss needs from its classes.
+// Sums over classes that the loss of an opinion needs.
 template <class F> struct Sums {
     F evidence{};     // of all classes
     F misleading{};   // of the wrong ones, (1 - y) e
@@ -97,12 +97,12 @@ template <bool Soft, class F> MICS_INLINE void add_class(Sums<F>& sums, F e, F y
     }
 }
 
-// The same of the classes that all lanes hold.
+// The same sums over the classes of all lanes.
 template <class F> struct Totals {
     F evidence, misleading, h, expected;
 };
 
-// An opinion's loss, and the parts of its gradient that all classes share.
+// Loss of an opinion, and the gradient terms that all classes share.
 template <class F> struct Opinion {
     F loss;
     F strength;  // sum(y) trigamma(S)
@@ -185,7 +185,8 @@ MICS_INLINE void evidential_row(Lanes& lanes, const EvidentialCall& call) {
                                   lanes.sum(s.h.value()), lanes.sum(s.expected)};
         opinions[v] = judge<Soft>(totals, lanes.target_mass(), call.classes, call.kl_weight);
         const F there = v < kMaxViews ? lanes.present(v) : lanes.any_present();
-        const F loss = select(there * lanes.counted() > 0.0f, lanes.weight() * opinions[v].loss, F{});
+        const F loss =
+            select(there * lanes.counted() > 0.0f, lanes.weight() * opinions[v].loss, F{});
         total += loss;
         if constexpr (!Fuse) lanes.keep_loss(v, loss);
     }

@@ -1,18 +1,17 @@
-// Evidential operators on a CPU, for one instruction set: compiled once for each (CMakeLists.txt).
+// Evidential operators on a CPU; compiled once per instruction set (CMakeLists.txt).
 //
-// A tile is MICS_WIDTH rows with one row in each lane where classes are few, and a single row with
-// its classes spread over the lanes where they are many. Either way evidential.h sees vectors.
-// No standard containers here: their functions would be compiled for this instruction set and
-// might serve the others.
-#include "evidential.h"
+// With few classes a tile is MICS_WIDTH rows, one per lane; with many, a single row with its
+// classes spread over the lanes. In both cases evidential.h sees vectors. No standard containers
+// here: their functions, compiled for this instruction set, could be linked into the others.
 #include "evidential_cpu.h"
+#include "evidential.h"
 #include "simd.h"
 #include "vector_memory.h"
 
 namespace MICS_NAMESPACE {
 namespace {
 
-// From here on the work of a row (digammas of its sums) costs less than transposing it.
+// Above this the work per row (digammas of its sums) costs less than a transpose.
 constexpr int kManyClasses = 8 * kWidth;
 
 // The lanes of evidential.h. AcrossClasses: lane l of step j is class j * width + l of row `first`;
@@ -22,7 +21,9 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
     using F = Vec;
 
     CpuLanes(const EvidentialCall& call, float scale, float* scratch)
-        : call_(call), scale_(scale), steps_(AcrossClasses ? (call.classes + kWidth - 1) / kWidth : call.classes) {
+        : call_(call),
+          scale_(scale),
+          steps_(AcrossClasses ? (call.classes + kWidth - 1) / kWidth : call.classes) {
         const int64_t block = static_cast<int64_t>(call.views) * steps_;
         values_ = reinterpret_cast<Vec*>(scratch);
         evidence_ = values_ + block;
@@ -36,7 +37,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
         return (3 * views + 2) * steps * kWidth;
     }
 
-    // Bring the rows from `first` on into the scratch.
+    // Load the rows from `first` on into the scratch.
     void begin(int64_t first) {
         first_ = first;
         const int64_t left = call_.rows - first;
@@ -46,7 +47,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
         read_flags();
     }
 
-    // Send what was kept back to the arrays of the call.
+    // Store the results in the arrays of the call.
     void end() {
         if (call_.gradient) write_block(values_, call_.views, call_.gradient, call_.dtype);
         if (call_.fused) write_block(fused_, 1, call_.fused, mics::DType::float32);
@@ -95,11 +96,12 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
     }
 
   private:
-    // Lane by lane into arrays, and then at once into vectors: setting one lane of a vector costs
-    // a store and a load of all of it.
+    // Lane by lane into arrays, then into vectors at once: setting one lane of a vector stores and
+    // loads all of it.
     void read_flags() {
         float present[kMaxViews][kWidth], any[kWidth] = {}, weight[kWidth] = {};
-        for (int l = 0; l < kWidth; ++l) weight[l] = call_.weight ? call_.weight[row_of(l)] * scale_ : scale_;
+        for (int l = 0; l < kWidth; ++l)
+            weight[l] = call_.weight ? call_.weight[row_of(l)] * scale_ : scale_;
         for (int v = 0; v < call_.views; ++v) {
             for (int l = 0; l < kWidth; ++l) {
                 const bool there = !call_.present || call_.present[row_of(l) * call_.views + v];
@@ -110,7 +112,8 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
         }
         any_present_ = load(any);
         weight_ = load(weight);
-        last_step_ = select(lane_numbers() + (steps_ - 1) * kWidth < call_.classes, Vec{} + 1.0f, Vec{});
+        last_step_ =
+            select(lane_numbers() + (steps_ - 1) * kWidth < call_.classes, Vec{} + 1.0f, Vec{});
         counted_ = Vec{} + 1.0f;
         target_mass_ = Vec{};
         if constexpr (Soft) {
@@ -134,7 +137,7 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
         target_mass_ = select(labels_ >= 0, Vec{} + 1.0f, Vec{});
     }
 
-    // The row of a lane; lanes past the last row repeat the first, and are kept nowhere.
+    // Row of a lane; lanes past the last row repeat the first and are not stored.
     MICS_INLINE int64_t row_of(int l) const { return first_ + (l < rows_ ? l : 0); }
 
     // (rows, views, C) of an array, to `views` blocks of steps.
@@ -151,15 +154,17 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
             for (int done = 0; done < width; done += kWidth) {
                 Vec tile[kWidth];
                 const int columns = width - done < kWidth ? width - done : kWidth;
-                for (int l = 0; l < kWidth; ++l) tile[l] = read_lanes(array, dtype, l, done, columns, width);
+                for (int l = 0; l < kWidth; ++l)
+                    tile[l] = read_lanes(array, dtype, l, done, columns, width);
                 transpose(tile);
                 for (int i = 0; i < columns; ++i) block[done + i] = tile[i];
             }
         }
     }
 
-    // `columns` numbers of row l from `done` on; behind them may stand others of the same tile.
-    MICS_INLINE Vec read_lanes(const void* array, mics::DType dtype, int l, int done, int columns, int width) const {
+    // `columns` numbers of row l from `done` on; others of the same tile may follow.
+    MICS_INLINE Vec read_lanes(const void* array, mics::DType dtype, int l, int done, int columns,
+                               int width) const {
         if (l >= rows_) return Vec{};
         const int64_t from = (first_ + l) * width + done;
         if (dtype == mics::DType::float32 && l * width + done + kWidth <= rows_ * width) {
@@ -178,21 +183,22 @@ template <bool Soft, bool AcrossClasses> class CpuLanes {
                 write_floats(view, array, to, dtype, call_.classes);
             }
         } else {
-            // Backwards and then down the rows: what a vector writes past its columns is put right
-            // by those that follow.
+            // Columns backwards, then down the rows: later vectors overwrite what a vector writes
+            // past its columns.
             const int width = views * call_.classes;
             for (int done = (width - 1) / kWidth * kWidth; done >= 0; done -= kWidth) {
                 Vec tile[kWidth];
                 const int columns = width - done < kWidth ? width - done : kWidth;
                 for (int i = 0; i < kWidth; ++i) tile[i] = i < columns ? block[done + i] : Vec{};
                 transpose(tile);
-                for (int l = 0; l < rows_; ++l) write_lanes(tile[l], array, dtype, l, done, columns, width);
+                for (int l = 0; l < rows_; ++l)
+                    write_lanes(tile[l], array, dtype, l, done, columns, width);
             }
         }
     }
 
-    MICS_INLINE void write_lanes(Vec values, void* array, mics::DType dtype, int l, int done, int columns,
-                                 int width) const {
+    MICS_INLINE void write_lanes(Vec values, void* array, mics::DType dtype, int l, int done,
+                                 int columns, int width) const {
         const int64_t to = (first_ + l) * width + done;
         if (dtype == mics::DType::float32 && l * width + done + kWidth <= rows_ * width) {
             store(static_cast<float*>(array) + to, values);
@@ -230,9 +236,11 @@ void run(const EvidentialCall& call, int64_t first, int64_t last, float* scratch
 void rows(const EvidentialCall& call, int64_t first, int64_t last, float* scratch) {
     const bool many = call.classes >= kManyClasses;
     if (call.labels) {
-        many ? run<false, true>(call, first, last, scratch) : run<false, false>(call, first, last, scratch);
+        many ? run<false, true>(call, first, last, scratch)
+             : run<false, false>(call, first, last, scratch);
     } else {
-        many ? run<true, true>(call, first, last, scratch) : run<true, false>(call, first, last, scratch);
+        many ? run<true, true>(call, first, last, scratch)
+             : run<true, false>(call, first, last, scratch);
     }
 }
 
@@ -241,16 +249,19 @@ int64_t scratch_floats(int views, int classes) {
                                    : CpuLanes<true, false>::scratch_floats(views, classes);
 }
 
-// `count` numbers from index `at` on; up to `end` of the array more may be read than are wanted.
-MICS_INLINE Vec read_piece(const void* array, int64_t at, int64_t end, mics::DType dtype, int count) {
-    if (dtype == mics::DType::float32 && at + kWidth <= end) return load(static_cast<const float*>(array) + at);
+// `count` numbers from index `at` on; up to `end` more may be read than wanted.
+MICS_INLINE Vec read_piece(const void* array, int64_t at, int64_t end, mics::DType dtype,
+                           int count) {
+    if (dtype == mics::DType::float32 && at + kWidth <= end)
+        return load(static_cast<const float*>(array) + at);
     float lanes[kWidth] = {};
     read_floats(array, at, dtype, lanes, count);
     return load(lanes);
 }
 
-// Up to `end` more may be written than is wanted: only where it is written again, later.
-MICS_INLINE void write_piece(Vec values, void* array, int64_t at, int64_t end, mics::DType dtype, int count) {
+// Up to `end` more may be written than wanted, if it is overwritten later.
+MICS_INLINE void write_piece(Vec values, void* array, int64_t at, int64_t end, mics::DType dtype,
+                             int count) {
     if (dtype == mics::DType::float32 && (count == kWidth || at + kWidth <= end)) {
         return store(static_cast<float*>(array) + at, values);
     }
@@ -265,7 +276,7 @@ void fuse_as(const mics::FusionCall& call, int64_t first, int64_t last) {
     constexpr mics::DType kFloat = mics::DType::float32;
     const float share = 1.0f / static_cast<float>(call.classes);
     const int64_t end = last * call.classes, views_end = end * call.views;
-    const int64_t rewritten = call.classes < kWidth ? views_end : 0;  // else views take turns
+    const int64_t rewritten = call.classes < kWidth ? views_end : 0;  // else views alternate
     for (int64_t row = first; row < last; ++row) {
         for (int k = 0; k < call.classes; k += kWidth) {
             const int count = call.classes - k < kWidth ? call.classes - k : kWidth;
@@ -301,6 +312,7 @@ template <bool Gradient> void fuse_rows(const mics::FusionCall& call, int64_t fi
 }  // namespace
 
 extern const mics::EvidentialKernels evidential;
-const mics::EvidentialKernels evidential = {kWidth, scratch_floats, rows, fuse_rows<false>, fuse_rows<true>};
+const mics::EvidentialKernels evidential = {kWidth, scratch_floats, rows, fuse_rows<false>,
+                                            fuse_rows<true>};
 
 }  // namespace MICS_NAMESPACE

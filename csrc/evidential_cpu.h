@@ -1,4 +1,4 @@
-// The CPU entry points of the evidential operators.
+// CPU entry points of the evidential operators.
 #pragma once
 
 #include "evidential.h"
@@ -8,9 +8,9 @@ namespace mics {
 // A call of fuse_evidence, or of its gradient; every array is contiguous.
 struct FusionCall {
     const void* evidence;    // (B, V, C)
-    const uint8_t* present;  // (B, V), or null: all are
+    const uint8_t* present;  // (B, V), or null: all present
     float* fused;            // (B, C); read by the gradient
-    const float* outer;      // (B, C) gradient that arrives, gradient only
+    const float* outer;      // (B, C) gradient of the result, gradient only
     void* gradient;          // (B, V, C) of the evidence's dtype, gradient only
     int64_t rows;
     int views;
@@ -18,9 +18,9 @@ struct FusionCall {
     DType dtype;
 };
 
-// What evidential_cpu.cpp offers, for one instruction set. Rows are a range [first, last).
+// Functions of evidential_cpu.cpp, for one instruction set. Rows are a range [first, last).
 struct EvidentialKernels {
-    int tile;  // rows that are worked on together
+    int tile;  // rows per step
     int64_t (*scratch_floats)(int views, int classes);
     void (*rows)(const EvidentialCall&, int64_t first, int64_t last, float* scratch);
     void (*fuse)(const FusionCall&, int64_t first, int64_t last);

@@ -1,6 +1,6 @@
-// Evidential operators on an NVIDIA GPU: a group of 2 to 32 threads for each row, its threads spread
-// over the classes. Sums cross a group by shuffles in a fixed order; there are no atomics, so the
-// same inputs give the same bits.
+// Evidential operators on an NVIDIA GPU: a group of 2 to 32 threads per row, spread over the
+// classes. Sums cross a group by shuffles in a fixed order; there are no atomics, so the same
+// inputs give the same bits.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -29,8 +29,8 @@ template <bool Soft, class T> class GpuLanes {
   public:
     using F = float;
 
-    // A group past the last row works on the last one and keeps nothing: every thread of a warp
-    // must take part in its shuffles.
+    // A group past the last row repeats it and stores nothing: shuffles need every thread of a
+    // warp.
     __device__ GpuLanes(const EvidentialCall& call, int group)
         : call_(call), group_(group), lane_(threadIdx.x % group) {
         const int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / group;
@@ -69,7 +69,8 @@ template <bool Soft, class T> class GpuLanes {
     __device__ float evidence(int v, int j, float& slope) const {
         slope = 0.0f;
         if (!(present_ >> v & 1u)) return 0.0f;
-        return activate(wide(static_cast<const T*>(call_.input)[place(v, j)]), call_.activation, slope);
+        return activate(wide(static_cast<const T*>(call_.input)[place(v, j)]), call_.activation,
+                        slope);
     }
 
     __device__ void keep_fused(int j, float fused) {
@@ -110,14 +111,15 @@ template <bool Soft, class T> class GpuLanes {
     float weight_ = 1.0f, counted_ = 1.0f, target_mass_ = 0.0f;
 };
 
-template <bool Soft, bool Fuse, class T>
-__global__ void __launch_bounds__(kThreads) rows_kernel(EvidentialCall call, int group) {
+template <bool Soft, bool Fuse, class T> __global__ void __launch_bounds__(kThreads)
+    rows_kernel(EvidentialCall call, int group) {
     if (call.kl_weight_on_gpu) call.kl_weight = *call.kl_weight_on_gpu;
     GpuLanes<Soft, T> lanes(call, group);
     evidential_row<Soft, Fuse>(lanes, call);
 }
 
-__global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index, float* count) {
+__global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore_index,
+                             float* count) {
     __shared__ int warps[32];
     int mine = 0;
     for (int64_t i = threadIdx.x; i < rows; i += blockDim.x) mine += labels[i] != ignore_index;
@@ -130,7 +132,7 @@ __global__ void count_kernel(const int64_t* labels, int64_t rows, int64_t ignore
     }
 }
 
-// One thread for each class of each row.
+// One thread per class and row.
 template <bool Gradient, class T> __global__ void fuse_kernel(mics::FusionCall call) {
     const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
     if (i >= call.rows * call.classes) return;
@@ -209,8 +211,8 @@ void evidential_cuda(const EvidentialCall& call, uintptr_t stream) {
 
 void count_labels_cuda(const int64_t* labels, int64_t rows, int64_t ignore_index, float* count,
                        uintptr_t stream) {
-    mics_cuda::count_kernel<<<1, 1024, 0, mics_cuda::stream_at(stream)>>>(labels, rows, ignore_index,
-                                                                         count);
+    mics_cuda::count_kernel<<<1, 1024, 0, mics_cuda::stream_at(stream)>>>(labels, rows,
+                                                                          ignore_index, count);
     mics_cuda::check_launch();
 }
 

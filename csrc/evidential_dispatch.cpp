@@ -1,4 +1,4 @@
-// Spreads the rows of the evidential operators over threads.
+// Runs the rows of the evidential operators on threads.
 #include "evidential_cpu.h"
 #include "instruction_set.h"
 #include "scratch.h"

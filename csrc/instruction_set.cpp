@@ -24,8 +24,9 @@ const std::vector<InstructionSet>& instruction_sets() {  // best first
     static const std::vector<InstructionSet> sets = [] {
 #if defined(__x86_64__)
         const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-        const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
+        const bool avx512 =
+            __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw");
         return std::vector<InstructionSet>{{"avx512", avx512, MICS_KERNELS(mics_avx512)},
                                            {"avx2", avx2, MICS_KERNELS(mics_avx2)},
                                            {"sse2", true, MICS_KERNELS(mics_baseline)}};

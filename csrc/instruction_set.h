@@ -1,5 +1,4 @@
-// The CPU kernels of one instruction set, and the set that runs: the best one that this processor and
-// this build have.
+// CPU kernels of one instruction set, and the set in use: the best of this processor and build.
 #pragma once
 
 #include "consistency_cpu.h"
@@ -17,7 +16,7 @@ struct InstructionSet {
 };
 
 const InstructionSet& instruction_set();
-// For tests: use the named instruction set from now on; false where it is not to be had.
+// For tests: use the named instruction set from now on; false if it is not available.
 bool use_instruction_set(const char* name);
 
 }  // namespace mics

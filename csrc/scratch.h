@@ -13,7 +13,8 @@ class Scratch {
 
     float* get() const {
         const uintptr_t bytes = kAlignment * sizeof(float);
-        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + bytes - 1) / bytes * bytes);
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.get()) + bytes - 1) /
+                                        bytes * bytes);
     }
 
   private:

@@ -1,6 +1,6 @@
-// The CPU entry points of the feature shift, of the class moments, and of the shifted cross-entropy;
-// formulas: kernels/mics_kernels/shift/README.md. B rows, D columns, C classes; every array is
-// contiguous. A label outside [0, C) is no class: its row is left alone, skipped, or has loss 0.
+// CPU entry points of feature shift, class moments and shifted cross-entropy; formulas:
+// kernels/mics_kernels/shift/README.md. B rows, D columns, C classes; arrays are contiguous. Rows
+// with a label outside [0, C) stay unchanged, are skipped, or have loss 0.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace mics {
 struct ShiftCall {
     const void* features;     // (B, D)
     void* moved;              // (B, D), of the features' dtype
-    const int64_t* labels;    // (B,), or null where `shares` stands
+    const int64_t* labels;    // (B,), or null if there are `shares`
     const float* shares;      // (B, C) posteriors, or null
-    const float* spread;      // (C, D): for labels the deviation, for shares the variance
-    const float* directions;  // (C, rank, D) in place of `spread`, or null
+    const float* spread;      // (C, D): deviations for labels, variances for shares
+    const float* directions;  // (C, rank, D) instead of `spread`, or null
     const float* strengths;   // (B,), or null: `strength` for all rows
     const int64_t* row_ids;   // (B,), or null: 0 .. B - 1
     const int64_t* seed;      // 2: seed and offset
@@ -29,7 +29,7 @@ struct ShiftCall {
 
 struct MomentsCall {
     const void* features;   // (B, D)
-    const int64_t* labels;  // (B,), or null where `shares` stands
+    const int64_t* labels;  // (B,), or null if there are `shares`
     const float* shares;    // (B, C) posteriors, or null
     const float* weight;    // (B,), or null: all are 1
     double* count;          // (C,)
@@ -41,7 +41,7 @@ struct MomentsCall {
     DType dtype;
 };
 
-// The rows of each class, in ascending order: rows[starts[c]] .. rows[starts[c + 1] - 1].
+// Rows of each class, in ascending order: rows[starts[c]] .. rows[starts[c + 1] - 1].
 struct RowsByClass {
     const int64_t* rows;
     const int64_t* starts;
@@ -60,12 +60,13 @@ struct ShiftedLossCall {
     DType dtype;
 };
 
-// What shift_cpu.cpp offers, for one instruction set.
+// Functions of shift_cpu.cpp, for one instruction set.
 struct ShiftKernels {
     int64_t (*shift_scratch)(const ShiftCall&);  // floats
     void (*shift)(const ShiftCall&, int64_t first_row, int64_t last_row, float* scratch);
     int64_t (*moments_scratch)(const MomentsCall&, int64_t columns);  // doubles
-    void (*moments)(const MomentsCall&, const RowsByClass&, int64_t first_column, int64_t last_column, double* scratch);
+    void (*moments)(const MomentsCall&, const RowsByClass&, int64_t first_column,
+                    int64_t last_column, double* scratch);
     int64_t (*loss_scratch)(const ShiftedLossCall&);  // floats
     void (*loss)(const ShiftedLossCall&, int64_t first_row, int64_t last_row, float* scratch);
     void (*words)(int64_t seed, int64_t offset, int64_t row, int64_t draws, uint32_t* words);
@@ -74,7 +75,7 @@ struct ShiftKernels {
 void shift_cpu(const ShiftCall& call, int threads);
 void class_moments_cpu(const MomentsCall& call, int threads);
 void shifted_loss_cpu(const ShiftedLossCall& call, int threads);
-// For tests: the words of draws 0 .. draws - 1 of a row, (draws, 4).
+// For tests: words of draws 0 .. draws - 1 of a row, (draws, 4).
 void philox_words_cpu(int64_t seed, int64_t offset, int64_t row, int64_t draws, uint32_t* words);
 
 }  // namespace mics

@@ -1,6 +1,6 @@
-// Feature shift, class moments and shifted cross-entropy on a CPU, for one instruction set: compiled
-// once for each (CMakeLists.txt). No standard containers here: their functions would be compiled
-// for this instruction set and might serve the others.
+// Feature shift, class moments and shifted cross-entropy on a CPU; compiled once per instruction
+// set (CMakeLists.txt). No standard containers here: their functions, compiled for this instruction
+// set, could be linked into the others.
 #include "shift.h"
 
 #include "philox.h"
@@ -15,7 +15,7 @@ using mics::RowsByClass;
 using mics::ShiftCall;
 using mics::ShiftedLossCall;
 
-constexpr int kBlock = 4 * kWidth;  // columns that one block of draws serves
+constexpr int kBlock = 4 * kWidth;  // columns per block of draws
 constexpr auto kFloat = DType::float32;
 
 constexpr int64_t whole_blocks(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
@@ -24,8 +24,8 @@ constexpr int lanes(int64_t left) { return static_cast<int>(left < kWidth ? left
 // --- Shift ---------------------------------------------------------------------------------------
 
 // moved = features + strength * deviation * normal, for one row
-template <DType D>
-void add_noise(const ShiftCall& call, const PhiloxKey& key, int64_t row, const float* deviation, float strength) {
+template <DType D> void add_noise(const ShiftCall& call, const PhiloxKey& key, int64_t row,
+                                  const float* deviation, float strength) {
     const int64_t id = call.row_ids ? call.row_ids[row] : row, start = row * call.dim;
     for (int64_t column = 0; column < call.dim; column += kBlock) {
         Vec normals[4];
@@ -38,7 +38,8 @@ void add_noise(const ShiftCall& call, const PhiloxKey& key, int64_t row, const f
             } else if (left > 0) {
                 const int count = lanes(left);
                 const Vec noise = strength * load_as<kFloat>(deviation, d, count) * normals[k];
-                store_as<D>(call.moved, start + d, load_as<D>(call.features, start + d, count) + noise, count);
+                store_as<D>(call.moved, start + d,
+                            load_as<D>(call.features, start + d, count) + noise, count);
             }
         }
     }
@@ -51,14 +52,16 @@ void mix_deviation(const ShiftCall& call, const float* shares, float* deviation)
         Vec variance{};
         for (int c = 0; c < call.classes; ++c) {
             const float* own = call.spread + static_cast<int64_t>(c) * call.dim;
-            variance += shares[c] * (count == kWidth ? load(own + d) : load_as<kFloat>(own, d, count));
+            variance +=
+                shares[c] * (count == kWidth ? load(own + d) : load_as<kFloat>(own, d, count));
         }
         store(deviation + d, square_root(variance));
     }
 }
 
 // coefficients (n,): strength / sqrt(rank) times the first n normals of the row
-void draw_coefficients(const ShiftCall& call, const PhiloxKey& key, int64_t row, int64_t n, float strength, float* coefficients) {
+void draw_coefficients(const ShiftCall& call, const PhiloxKey& key, int64_t row, int64_t n,
+                       float strength, float* coefficients) {
     const int64_t id = call.row_ids ? call.row_ids[row] : row;
     const float scale = strength / __builtin_sqrtf(static_cast<float>(call.rank));
     for (int64_t j = 0; j < n; j += kBlock) {
@@ -69,8 +72,9 @@ void draw_coefficients(const ShiftCall& call, const PhiloxKey& key, int64_t row,
 }
 
 // moved = features + sum_j coefficients[j] * directions[j], for one row; directions (n, D)
-template <DType D>
-void add_combination(const ShiftCall& call, int64_t row, const float* coefficients, const float* directions, int64_t n) {
+template <DType D> void add_combination(const ShiftCall& call, int64_t row,
+                                        const float* coefficients, const float* directions,
+                                        int64_t n) {
     const int64_t start = row * call.dim;
     for (int64_t column = 0; column < call.dim; column += kBlock) {
         Vec sums[4] = {};
@@ -81,7 +85,8 @@ void add_combination(const ShiftCall& call, int64_t row, const float* coefficien
                 if (whole) {
                     sums[k] += coefficients[j] * load(directions + at);
                 } else if (d < call.dim) {
-                    sums[k] += coefficients[j] * load_as<kFloat>(directions, at, lanes(call.dim - d));
+                    sums[k] +=
+                        coefficients[j] * load_as<kFloat>(directions, at, lanes(call.dim - d));
                 }
             }
         }
@@ -89,17 +94,20 @@ void add_combination(const ShiftCall& call, int64_t row, const float* coefficien
             const int64_t d = column + k * kWidth;
             if (d >= call.dim) break;
             const int count = lanes(call.dim - d);
-            store_as<D>(call.moved, start + d, load_as<D>(call.features, start + d, count) + sums[k], count);
+            store_as<D>(call.moved, start + d,
+                        load_as<D>(call.features, start + d, count) + sums[k], count);
         }
     }
 }
 
-template <DType D> void shift_row(const ShiftCall& call, const PhiloxKey& key, int64_t row, float* scratch) {
+template <DType D>
+void shift_row(const ShiftCall& call, const PhiloxKey& key, int64_t row, float* scratch) {
     const float strength = call.strengths ? call.strengths[row] : call.strength;
     const int64_t label = call.labels ? call.labels[row] : 0;
     if (label < 0 || label >= call.classes) {
         const size_t size = (D == DType::float32 ? 4 : 2) * static_cast<size_t>(call.dim);
-        memcpy(static_cast<char*>(call.moved) + row * size, static_cast<const char*>(call.features) + row * size, size);
+        memcpy(static_cast<char*>(call.moved) + row * size,
+               static_cast<const char*>(call.features) + row * size, size);
         return;
     }
     const float* shares = call.labels ? nullptr : call.shares + row * call.classes;
@@ -111,7 +119,7 @@ template <DType D> void shift_row(const ShiftCall& call, const PhiloxKey& key, i
         }
         return add_noise<D>(call, key, row, deviation, strength);
     }
-    // Of posteriors, every class takes normals of its own, so that the covariances add up.
+    // With posteriors each class takes its own normals, so that covariances add up.
     const int64_t n = shares ? static_cast<int64_t>(call.classes) * call.rank : call.rank;
     draw_coefficients(call, key, row, n, strength, scratch);
     if (shares) {
@@ -125,7 +133,8 @@ int64_t shift_scratch(const ShiftCall& call) {
     return whole_blocks(call.labels ? call.rank : static_cast<int64_t>(call.classes) * call.rank);
 }
 
-template <DType D> void shift_as(const ShiftCall& call, int64_t first, int64_t last, float* scratch) {
+template <DType D>
+void shift_as(const ShiftCall& call, int64_t first, int64_t last, float* scratch) {
     const PhiloxKey key(call.seed[0]);
     for (int64_t row = first; row < last; ++row) shift_row<D>(call, key, row, scratch);
 }
@@ -150,11 +159,11 @@ void words(int64_t seed, int64_t offset, int64_t row, int64_t draws, uint32_t* t
 
 // --- Moments -------------------------------------------------------------------------------------
 
-// Rows that are summed in float32 before they are merged into float64: few enough for the rounding
-// of a sum to stay below 1e-6 of it, many enough for the merge to cost little.
+// Rows summed in float32 before they are merged into float64: few enough to keep the rounding below
+// 1e-6 of the sum, many enough to make the merge cheap.
 constexpr int kChunk = 16;
 
-// Rows of one class, or parts of rows, that enter its moments together.
+// Rows of one class, with weights, merged into its moments together.
 struct Chunk {
     int size = 0;
     int64_t rows[kChunk];
@@ -169,17 +178,20 @@ struct Chunk {
     }
 };
 
-// Merges the chunk into the moments of its class, whose rows so far weigh `before`; Chan, Golub,
-// LeVeque, 1979. Columns d .. of `Vectors` whole vectors, or of one of which `count` lanes are real.
+// Merges the chunk into the moments of its class, whose rows weigh `before` so far; Chan, Golub,
+// LeVeque, 1979. Columns d .. of `Vectors` whole vectors, or of one of which `count` lanes are
+// real.
 template <DType D, int Vectors, bool Whole>
-MICS_INLINE void merge_columns(const MomentsCall& call, const Chunk& chunk, double before, int64_t d, int count, double* __restrict mean, double* __restrict m2) {
+MICS_INLINE void merge_columns(const MomentsCall& call, const Chunk& chunk, double before,
+                               int64_t d, int count, double* __restrict mean,
+                               double* __restrict m2) {
     const auto load_row = [&](int i, int k) {
         const int64_t at = chunk.rows[i] * call.dim + d + k * kWidth;
         return Whole ? load_as<D>(call.features, at) : load_as<D>(call.features, at, count);
     };
     const double per_mass = 1.0 / chunk.mass, share = chunk.mass / (before + chunk.mass);
-    // The mean but for rounding; then what that left over, and the squares around it, on a second
-    // look at rows that are still in cache.
+    // The mean up to rounding; then the remainder and the squares around it, from rows still in
+    // cache.
     Vec centre[Vectors] = {}, rest[Vectors] = {}, squares[Vectors] = {};
     for (int i = 0; i < chunk.size; ++i) {
         for (int k = 0; k < Vectors; ++k) centre[k] += chunk.weights[i] * load_row(i, k);
@@ -208,18 +220,21 @@ MICS_INLINE void merge_columns(const MomentsCall& call, const Chunk& chunk, doub
 }
 
 // The same for columns [first, last), whose moments are mean and m2.
-template <DType D>
-void merge(const MomentsCall& call, const Chunk& chunk, double before, int64_t first, int64_t last, double* mean, double* m2) {
+template <DType D> void merge(const MomentsCall& call, const Chunk& chunk, double before,
+                              int64_t first, int64_t last, double* mean, double* m2) {
     int64_t d = first;
     for (; d + kBlock <= last; d += kBlock) {
-        merge_columns<D, 4, true>(call, chunk, before, d, kWidth, mean + (d - first), m2 + (d - first));
+        merge_columns<D, 4, true>(call, chunk, before, d, kWidth, mean + (d - first),
+                                  m2 + (d - first));
     }
     for (; d < last; d += kWidth) {
-        merge_columns<D, 1, false>(call, chunk, before, d, lanes(last - d), mean + (d - first), m2 + (d - first));
+        merge_columns<D, 1, false>(call, chunk, before, d, lanes(last - d), mean + (d - first),
+                                   m2 + (d - first));
     }
 }
 
-void write_moments(const MomentsCall& call, int64_t label, double count, int64_t first, int64_t last, const double* mean, const double* m2) {
+void write_moments(const MomentsCall& call, int64_t label, double count, int64_t first,
+                   int64_t last, const double* mean, const double* m2) {
     if (first == 0) call.count[label] = count;
     for (int64_t d = first; d < last; ++d) {
         call.mean[label * call.dim + d] = static_cast<float>(mean[d - first]);
@@ -227,9 +242,9 @@ void write_moments(const MomentsCall& call, int64_t label, double count, int64_t
     }
 }
 
-// Labels: class by class, so that the running moments of one class are all that is in use.
-template <DType D>
-void moments_of_labels(const MomentsCall& call, const RowsByClass& by_class, int64_t first, int64_t last, double* scratch) {
+// Labels: class by class, so that only the running moments of one class are in use.
+template <DType D> void moments_of_labels(const MomentsCall& call, const RowsByClass& by_class,
+                                          int64_t first, int64_t last, double* scratch) {
     const int64_t columns = last - first;
     for (int64_t c = 0; c < call.classes; ++c) {
         double count = 0.0;
@@ -248,8 +263,9 @@ void moments_of_labels(const MomentsCall& call, const RowsByClass& by_class, int
     }
 }
 
-// Posteriors: chunk by chunk, so that a row is read from memory once, whatever its classes.
-template <DType D> void moments_of_shares(const MomentsCall& call, int64_t first, int64_t last, double* scratch) {
+// Posteriors: chunk by chunk, so that a row is read from memory once for all classes.
+template <DType D>
+void moments_of_shares(const MomentsCall& call, int64_t first, int64_t last, double* scratch) {
     const int64_t columns = last - first, stride = 2 * columns + 1;  // of a class: count, mean, m2
     memset(scratch, 0, sizeof(double) * static_cast<size_t>(stride * call.classes));
     for (int64_t start = 0; start < call.rows; start += kChunk) {
@@ -276,15 +292,18 @@ int64_t moments_scratch(const MomentsCall& call, int64_t columns) {
     return call.labels ? 2 * columns : (2 * columns + 1) * call.classes;
 }
 
-template <DType D>
-void moments_as(const MomentsCall& call, const RowsByClass& by_class, int64_t first, int64_t last, double* scratch) {
+template <DType D> void moments_as(const MomentsCall& call, const RowsByClass& by_class,
+                                   int64_t first, int64_t last, double* scratch) {
     if (call.labels) return moments_of_labels<D>(call, by_class, first, last, scratch);
     moments_of_shares<D>(call, first, last, scratch);
 }
 
-void moments(const MomentsCall& call, const RowsByClass& by_class, int64_t first, int64_t last, double* scratch) {
-    if (call.dtype == DType::float32) return moments_as<DType::float32>(call, by_class, first, last, scratch);
-    if (call.dtype == DType::bfloat16) return moments_as<DType::bfloat16>(call, by_class, first, last, scratch);
+void moments(const MomentsCall& call, const RowsByClass& by_class, int64_t first, int64_t last,
+             double* scratch) {
+    if (call.dtype == DType::float32)
+        return moments_as<DType::float32>(call, by_class, first, last, scratch);
+    if (call.dtype == DType::bfloat16)
+        return moments_as<DType::bfloat16>(call, by_class, first, last, scratch);
     moments_as<DType::float16>(call, by_class, first, last, scratch);
 }
 
@@ -331,13 +350,15 @@ template <DType D> void loss_of_row(const ShiftedLossCall& call, int64_t row, fl
     call.losses[row] = log_of(sum) - right;
     for (int k = 0; call.gradient && k < call.classes; k += kWidth) {
         const Vec one = select(lane_numbers() + k == static_cast<int>(label), Vec{} + 1.0f, Vec{});
-        store_as<D>(call.gradient, start + k, load(scratch + k) * (1.0f / sum) - one, lanes(call.classes - k));
+        store_as<D>(call.gradient, start + k, load(scratch + k) * (1.0f / sum) - one,
+                    lanes(call.classes - k));
     }
 }
 
 int64_t loss_scratch(const ShiftedLossCall& call) { return whole_blocks(call.classes); }
 
-template <DType D> void loss_as(const ShiftedLossCall& call, int64_t first, int64_t last, float* scratch) {
+template <DType D>
+void loss_as(const ShiftedLossCall& call, int64_t first, int64_t last, float* scratch) {
     for (int64_t row = first; row < last; ++row) loss_of_row<D>(call, row, scratch);
 }
 
@@ -350,6 +371,7 @@ void loss(const ShiftedLossCall& call, int64_t first, int64_t last, float* scrat
 }  // namespace
 
 extern const mics::ShiftKernels shifts;
-const mics::ShiftKernels shifts = {shift_scratch, shift, moments_scratch, moments, loss_scratch, loss, words};
+const mics::ShiftKernels shifts = {shift_scratch, shift, moments_scratch, moments, loss_scratch,
+                                   loss,          words};
 
 }  // namespace MICS_NAMESPACE

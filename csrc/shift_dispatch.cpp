@@ -1,4 +1,4 @@
-// Spreads the rows, or the columns, of the shift's operators over threads.
+// Runs the rows, or columns, of the shift's operators on threads.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -11,20 +11,22 @@
 namespace mics {
 namespace {
 
-// Columns that a thread takes at a time: two pieces for each, but few enough for long reads of each
-// row, and in whole cache lines, so that no two threads write to the same one.
+// Columns per piece: two pieces per thread, but wide enough for long reads of each row, in whole
+// cache lines, so that no two threads write to the same one.
 int columns_at_once(int columns, int threads) {
     constexpr int kLine = 16, kLeast = 192;
     const int share = columns / (2 * std::max(threads, 1));
     return std::max(kLeast, (share + kLine - 1) / kLine * kLine);
 }
 
-// Counting sort of the rows by label; in ascending order within a class.
+// Counting sort of the rows by label, ascending within a class.
 struct SortedRows {
     std::vector<int64_t> rows, starts;
 
     explicit SortedRows(const MomentsCall& call) : rows(call.rows), starts(call.classes + 1) {
-        const auto counts = [&](int64_t row) { return call.labels[row] >= 0 && call.labels[row] < call.classes; };
+        const auto counts = [&](int64_t row) {
+            return call.labels[row] >= 0 && call.labels[row] < call.classes;
+        };
         for (int64_t row = 0; row < call.rows; ++row) {
             if (counts(row)) ++starts[call.labels[row] + 1];
         }
@@ -46,8 +48,8 @@ void shift_cpu(const ShiftCall& call, int threads) {
     });
 }
 
-// Threads share the columns: every one sees all rows in the same order, so nothing is left to merge
-// and any number of threads gives the same bits.
+// Threads share columns and see all rows in the same order: there is nothing to merge, and any
+// number of threads gives the same bits.
 void class_moments_cpu(const MomentsCall& call, int threads) {
     const ShiftKernels& k = *instruction_set().shift;
     std::unique_ptr<SortedRows> sorted;
@@ -56,10 +58,12 @@ void class_moments_cpu(const MomentsCall& call, int threads) {
         sorted.reset(new SortedRows(call));
         by_class = {sorted->rows.data(), sorted->starts.data()};
     }
-    spread(call.dim, call.rows * call.dim, columns_at_once(call.dim, threads), threads, [&](int64_t first, int64_t last) {
-        const std::unique_ptr<double[]> scratch(new double[k.moments_scratch(call, last - first)]);
-        k.moments(call, by_class, first, last, scratch.get());
-    });
+    spread(call.dim, call.rows * call.dim, columns_at_once(call.dim, threads), threads,
+           [&](int64_t first, int64_t last) {
+               const std::unique_ptr<double[]> scratch(
+                   new double[k.moments_scratch(call, last - first)]);
+               k.moments(call, by_class, first, last, scratch.get());
+           });
 }
 
 void shifted_loss_cpu(const ShiftedLossCall& call, int threads) {

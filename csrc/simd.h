@@ -11,7 +11,7 @@
 #define MICS_WIDTH 4  // SSE2 and NEON, the baselines of x86-64 and arm64
 #endif
 
-// Before a loop whose arrays are to live in registers.
+// Before loops whose arrays must stay in registers.
 #define MICS_UNROLLED _Pragma("GCC unroll 32")
 
 namespace MICS_NAMESPACE {
@@ -23,11 +23,12 @@ typedef uint32_t UintVec __attribute__((vector_size(4 * MICS_WIDTH)));
 
 template <> struct Lanes32<Vec> {
     using Int = IntVec;
+    using Unsigned = UintVec;
     static MICS_INLINE Vec to_float(IntVec i) { return __builtin_convertvector(i, Vec); }
 };
 
 #if defined(__AVX512F__) && MICS_WIDTH == 16
-// 14 bits and a step of Newton's method, within 1 ulp: a third of the time of a division.
+// 14 bits and a Newton step, within 1 ulp, in a third of the time of a division.
 template <> MICS_INLINE Vec reciprocal<Vec>(Vec a) {
     const Vec t = (Vec)_mm512_rcp14_ps((__m512)a);
     return t + t * (1.0f - a * t);
@@ -94,7 +95,7 @@ template <int Half, int Rows> MICS_INLINE void swap_blocks(Vec (&rows)[Rows]) {
     }
 }
 
-// Transposes Rows vectors in blocks of Rows lanes: of as many rows as lanes, the whole.
+// Transposes Rows vectors in blocks of Rows lanes.
 template <int Rows, int Half = Rows / 2> MICS_INLINE void transpose(Vec (&rows)[Rows]) {
     swap_blocks<Half>(rows);
     if constexpr (Half > 1) transpose<Rows, Half / 2>(rows);
@@ -121,7 +122,8 @@ template <class U, class F> MICS_INLINE U narrow_bfloat16(F x) {  // to nearest,
 template <class F, class U> MICS_INLINE F widen_float16(U x) {
     const U sign = (x & 0x8000u) << 16;
     const U rest = (x & 0x7fffu) << 13;
-    // Read as float32 the exponent is 112 too small; a product with 2^112 mends subnormals too.
+    // Read as float32 the exponent is 112 too small; a product with 2^112 corrects it, for
+    // subnormals, too.
     const F scaled = bits<F>(rest) * 5.192296858534828e33f;
     const U magnitude = select((x & 0x7c00u) == 0x7c00u, U(rest | 0x7f800000u), bits<U>(scaled));
     return bits<F>(U(sign | magnitude));

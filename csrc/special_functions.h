@@ -1,11 +1,11 @@
 // Digamma, trigamma and their relatives for arguments a = 1 + e >= 1, e >= 0, in float32.
 //
-// With t = 1/a in (0, 1], what is left of each function once its logarithm is taken out is a
-// polynomial in t (special_coefficients.h; derivation: kernels/mics_kernels/evidential/README.md).
-// No branch, no recurrence, no table: F is float on a GPU and a vector of floats on a CPU.
+// With t = 1/a in (0, 1], each function without its logarithm is a polynomial in t
+// (special_coefficients.h; derivation: kernels/mics_kernels/evidential/README.md). No branch, no
+// recurrence, no table: F is float on a GPU and a vector of floats on a CPU.
 //
-// Each translation unit may be compiled for another instruction set, so everything here lies in a
-// namespace of its own, MICS_NAMESPACE: the linker must never merge two versions of one function.
+// Translation units are compiled for different instruction sets, so everything here is in a
+// namespace of its own, MICS_NAMESPACE: the linker must never merge two versions of a function.
 #pragma once
 
 #include <cstdint>
@@ -27,10 +27,12 @@
 
 namespace MICS_NAMESPACE {
 
-// The integer type with the lanes of F, and the conversion between both.
+// Integer types with the lanes of F, and the conversion to F. Bit patterns are computed on without
+// sign: those of NaN and infinity would overflow.
 template <class F> struct Lanes32;
 template <> struct Lanes32<float> {
     using Int = int32_t;
+    using Unsigned = uint32_t;
     static MICS_INLINE float to_float(int32_t i) { return static_cast<float>(i); }
 };
 
@@ -45,18 +47,20 @@ template <class Mask, class F> MICS_INLINE F select(Mask mask, F yes, F no) {
     return mask ? yes : no;
 }
 
-// 1 / a; a vector type may know a faster way (simd.h).
+// 1 / a; vector types may have a faster way (simd.h).
 template <class F> MICS_INLINE F reciprocal(F a) { return 1.0f / a; }
 
-// c0 + c1 t + c2 t^2 + ... in pairs, by Horner's rule in t^2: half as long a chain of operations that
-// wait for each other, which is what limits these kernels.
+// c0 + c1 t + c2 t^2 + ... in pairs, by Horner's rule in t^2: the chain of dependent operations,
+// which limits these kernels, is half as long.
 template <class F> MICS_INLINE F pairs(F, F, float c) { return F{} + c; }
 template <class F> MICS_INLINE F pairs(F t, F, float c0, float c1) { return c0 + t * c1; }
 template <class F, class... Rest>
 MICS_INLINE F pairs(F t, F square, float c0, float c1, float c2, Rest... rest) {
     return (c0 + t * c1) + square * pairs(t, square, c2, rest...);
 }
-template <class F, class... C> MICS_INLINE F polynomial(F t, C... c) { return pairs(t, t * t, c...); }
+template <class F, class... C> MICS_INLINE F polynomial(F t, C... c) {
+    return pairs(t, t * t, c...);
+}
 
 // ln(x) for positive, normal x.
 template <class F> MICS_INLINE F log_of(F x) {
@@ -64,27 +68,28 @@ template <class F> MICS_INLINE F log_of(F x) {
     return logf(x);
 #else
     using Int = typename Lanes32<F>::Int;
-    const Int pattern = bits<Int>(x);
-    const Int exponent = (pattern - 0x3f3504f3) >> 23;  // so that x / 2^exponent >= sqrt(1/2)
-    const F f = bits<F>(Int(pattern - exponent * (1 << 23))) - 1.0f;
+    using Unsigned = typename Lanes32<F>::Unsigned;
+    const Unsigned pattern = bits<Unsigned>(x);
+    const Int exponent = Int(pattern - 0x3f3504f3u) >> 23;  // so that x / 2^exponent >= sqrt(1/2)
+    const F f = bits<F>(Unsigned(pattern - (Unsigned(exponent) << 23))) - 1.0f;
     const F k = Lanes32<F>::to_float(exponent);
     const F rest = f * f * (f * polynomial(f, MICS_LOG_COEFFICIENTS) - 0.5f);
     return k * 0.693359375f + (f + (rest - k * 2.12194440e-4f));  // ln(2) in two parts
 #endif
 }
 
-// exp(x) for x <= 88; below -87 it stays at exp(-87).
+// exp(x) for x <= 88, constant below -87.
 template <class F> MICS_INLINE F exp_of(F x) {
 #if defined(__CUDA_ARCH__)
     return expf(x);
 #else
-    using Int = typename Lanes32<F>::Int;
+    using Unsigned = typename Lanes32<F>::Unsigned;
     x = select(x < -87.0f, F{} - 87.0f, x);
     const F shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the fraction is rounded off
     const F n = shifted - 12582912.0f;
     const F r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     const F p = 1.0f + (r + r * r * polynomial(r, MICS_EXP_COEFFICIENTS));
-    const Int power = (bits<Int>(shifted) - 0x4b400000 + 127) * (1 << 23);
+    const Unsigned power = (bits<Unsigned>(shifted) - 0x4b400000u + 127u) << 23;
     return p * bits<F>(power);
 #endif
 }
@@ -94,17 +99,17 @@ template <class F> MICS_INLINE F log1p_of_unit(F q) {
     return q * polynomial(q, MICS_LOG1P_COEFFICIENTS);
 }
 
-// What ln(1 + e) loses when 1 + e is rounded.
+// Error of ln(1 + e) from rounding 1 + e.
 template <class F> MICS_INLINE F rounded_off(F e, F t) {
     return select(e < 1.0f, (e - ((1.0f + e) - 1.0f)) * t, F{});
 }
 
-// ln(1 + e), relatively accurate for small e too: what rounding 1 + e lost is added back.
+// ln(1 + e), relatively accurate for small e, too: the rounding error of 1 + e is added back.
 template <class F> MICS_INLINE F log1p_of(F e, F t) { return log_of(1.0f + e) + rounded_off(e, t); }
 
-// The sum of ln(x) / 2 + rest over positive, normal x. On a CPU it takes one logarithm, that of their
-// product, which hands over its exponent after each factor; a GPU has a logarithm cheaper than that,
-// and registers for one number only.
+// The sum of ln(x) / 2 + rest over positive, normal x. On a CPU it takes one logarithm, that of
+// their product, whose exponent is moved to a sum after each factor. A GPU has a cheap logarithm
+// and needs the registers.
 template <class F> class HalfLogSum {
   public:
 #if defined(__CUDA_ARCH__)
@@ -112,10 +117,10 @@ template <class F> class HalfLogSum {
     MICS_INLINE F value() const { return rest_; }
 #else
     MICS_INLINE void add(F x, F rest) {
-        const Int pattern = bits<Int>(product_ * x);
-        const Int exponent = (pattern - 0x3f3504f3) >> 23;  // so that a product >= sqrt(1/2) is left
+        const Unsigned pattern = bits<Unsigned>(product_ * x);
+        const Int exponent = Int(pattern - 0x3f3504f3u) >> 23;  // leaves a product >= sqrt(1/2)
         exponents_ += exponent;
-        product_ = bits<F>(Int(pattern - exponent * (1 << 23)));
+        product_ = bits<F>(Unsigned(pattern - (Unsigned(exponent) << 23)));
         rest_ += rest;
     }
     MICS_INLINE F value() const {
@@ -128,6 +133,7 @@ template <class F> class HalfLogSum {
     F rest_{};
 #if !defined(__CUDA_ARCH__)
     using Int = typename Lanes32<F>::Int;
+    using Unsigned = typename Lanes32<F>::Unsigned;
     F product_ = F{} + 1.0f;
     Int exponents_{};
 #endif

@@ -12,7 +12,7 @@
 namespace mics {
 namespace {
 
-// How long a helper looks for more work before it sleeps: a wake-up costs about as much.
+// Time a helper spins for more work before it sleeps; a wake-up costs about as much.
 constexpr auto kPatience = std::chrono::microseconds(50);
 
 void pause_briefly() {
@@ -45,7 +45,7 @@ class Pool {
         wake_.notify_all();
         take_pieces();
         {
-            const std::lock_guard<std::mutex> lock(door_);  // who has not come by now need not
+            const std::lock_guard<std::mutex> lock(door_);  // helpers that are late stay out
             seats_ = 0;
         }
         while (inside_.load(std::memory_order_acquire) > 0) pause_briefly();
@@ -88,10 +88,10 @@ class Pool {
         }
     }
 
-    std::mutex busy_;  // held by the caller whose work is shared
+    std::mutex busy_;  // held while the work of a caller is shared
     int started_ = 0;
 
-    std::mutex door_;  // what a round is, and who may take part in it
+    std::mutex door_;  // guards the round and its seats
     std::condition_variable wake_;
     void (*work_)(void*, int64_t) = nullptr;
     void* context_ = nullptr;
@@ -108,7 +108,7 @@ alignas(Pool) unsigned char memory[sizeof(Pool)];
 
 Pool& pool() {
     static Pool* const made = [] {
-        // A forked child has none of the threads, and locks in any state: it starts afresh.
+        // A forked child has no threads, and locks in any state: it starts anew.
         pthread_atfork(nullptr, nullptr, [] { new (memory) Pool; });
         return new (memory) Pool;
     }();

@@ -1,6 +1,6 @@
-// Work shared among threads that stay: woken in microseconds, asleep when there is nothing to do.
+// A persistent pool of threads, woken in microseconds and asleep without work.
 //
-// A second OpenMP beside the one inside torch would spin against it on the same cores.
+// A second OpenMP runtime would spin against torch's on the same cores.
 #pragma once
 
 #include <algorithm>
@@ -9,19 +9,22 @@
 namespace mics {
 
 // work(context, piece) for every piece in [0, pieces), on the caller and up to threads - 1 others.
-// Who takes which piece is open, so a piece must not depend on it. Safe in a forked child, and from
+// Pieces must not depend on which thread takes them. Safe in a forked child, and from
 // several threads at once (the second caller then works alone).
-void run_pieces(int64_t pieces, int threads, void (*work)(void* context, int64_t piece), void* context);
+void run_pieces(int64_t pieces, int threads, void (*work)(void* context, int64_t piece),
+                void* context);
 
 // work(piece), a callable, for every piece in [0, pieces).
 template <class Work> void each_piece(int64_t pieces, int threads, Work work) {
-    run_pieces(pieces, threads,
-               [](void* context, int64_t piece) { (*static_cast<Work*>(context))(piece); }, &work);
+    run_pieces(
+        pieces, threads,
+        [](void* context, int64_t piece) { (*static_cast<Work*>(context))(piece); }, &work);
 }
 
-// work(first, last) over [0, rows) in whole tiles, about `elements` numbers in all: small ranges, so
-// that a thread that comes late leaves its share to the others; one where there is little to do.
-template <class Work> void spread(int64_t rows, int64_t elements, int tile, int threads, Work work) {
+// work(first, last) over [0, rows) in whole tiles, about `elements` numbers in all: small ranges,
+// so that others take the share of a late thread; one range if there is little work.
+template <class Work>
+void spread(int64_t rows, int64_t elements, int tile, int threads, Work work) {
     constexpr int64_t kElementsPerPiece = 16384;  // 20 to 50 microseconds
     const int64_t tiles = (rows + tile - 1) / tile;
     const int64_t pieces = std::max<int64_t>(1, std::min(elements / kElementsPerPiece, tiles));

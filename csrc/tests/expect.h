@@ -1,4 +1,4 @@
-// The least a test needs: count what is wrong, say where, and end with that number.
+// Minimal test support: report each wrong number, and count them for the exit status.
 #pragma once
 
 #include <cmath>
@@ -8,8 +8,8 @@ inline int failures = 0;
 
 inline void expect_near(const char* what, double at, double got, double wanted, double tolerance) {
     if (std::fabs(got - wanted) <= tolerance) return;  // false for NaN
-    std::printf("%s at %g: got %.9g, wanted %.9g (off by %.2g, allowed %.2g)\n", what, at, got, wanted,
-                std::fabs(got - wanted), tolerance);
+    std::printf("%s at %g: got %.9g, wanted %.9g (off by %.2g, allowed %.2g)\n", what, at, got,
+                wanted, std::fabs(got - wanted), tolerance);
     ++failures;
 }
 

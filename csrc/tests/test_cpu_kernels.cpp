@@ -1,5 +1,5 @@
-// The CPU kernels with every instruction set of this processor: the consistency loss against its
-// formula in double, the evidential loss against the first set, and no number written outside an array.
+// CPU kernels with every instruction set of this processor: the consistency loss against its
+// formula in double, the evidential loss against the first set, and no write outside an array.
 #include <cmath>
 #include <cstdlib>
 #include <vector>
@@ -14,7 +14,9 @@ namespace {
 constexpr float kCanary = 12345.0f;
 constexpr const char* kSets[] = {"avx512", "avx2", "sse2", "neon", "generic"};
 
-float random_number() { return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f; }
+float random_number() {
+    return static_cast<float>(std::rand()) / static_cast<float>(RAND_MAX) - 0.5f;
+}
 
 std::vector<float> random_numbers(int64_t count) {
     std::vector<float> numbers(count);
@@ -22,13 +24,14 @@ std::vector<float> random_numbers(int64_t count) {
     return numbers;
 }
 
-// An array with a number before and behind it that must stay.
+// An array between two guard numbers.
 class Guarded {
   public:
     explicit Guarded(int64_t count) : numbers_(count + 2, kCanary) {}
     float* get() { return numbers_.data() + 1; }
     void expect_intact() const {
-        expect("nothing is written outside", numbers_.front() == kCanary && numbers_.back() == kCanary);
+        expect("nothing is written outside",
+               numbers_.front() == kCanary && numbers_.back() == kCanary);
     }
 
   private:
@@ -42,8 +45,8 @@ struct Shape {
 };
 
 // Scores of one row against all keys, as probabilities; returns the log of their sum.
-double softmax(const float* row, const std::vector<float>& keys, const std::vector<float>& queue, int dim,
-               double temperature, std::vector<double>& p) {
+double softmax(const float* row, const std::vector<float>& keys, const std::vector<float>& queue,
+               int dim, double temperature, std::vector<double>& p) {
     const int64_t count = static_cast<int64_t>(keys.size() + queue.size()) / dim;
     p.assign(count, 0.0);
     double top = -1e300, sum = 0.0;
@@ -96,7 +99,8 @@ void check_consistency(const Shape& shape) {
                 const bool own = static_cast<int64_t>(j) == i;
                 const double target = shape.alpha * t[j] + (own ? 1.0 - shape.alpha : 0.0);
                 const int64_t at = static_cast<int64_t>(j) * shape.dim;
-                const float* key = at < static_cast<int64_t>(keys.size()) ? &keys[at] : &queue[at - keys.size()];
+                const float* key =
+                    at < static_cast<int64_t>(keys.size()) ? &keys[at] : &queue[at - keys.size()];
                 for (int d = 0; d < shape.dim; ++d) {
                     loss -= target * query[i * shape.dim + d] * key[d] / 0.5;
                     outer[d] += (p[j] - target) * key[d] / 0.5;
@@ -109,7 +113,8 @@ void check_consistency(const Shape& shape) {
                 expect_near("gradient", d, gradient.get()[i * shape.dim + d], outer[d], 2e-6);
                 by_temperature -= query[i * shape.dim + d] * outer[d] / 0.5;
             }
-            expect_near("gradient in T", static_cast<double>(i), slope.get()[i], by_temperature, 1e-5);
+            expect_near("gradient in T", static_cast<double>(i), slope.get()[i], by_temperature,
+                        1e-5);
         }
     }
     for (const Guarded* array : {&losses, &gradient, &slope}) array->expect_intact();
@@ -140,22 +145,27 @@ EvidentialResult solve_evidential(int rows, int views, int classes) {
     call.fuse = true;
     mics::evidential_cpu(call, 2);
     for (const Guarded* array : {&losses, &fused, &gradient}) array->expect_intact();
-    const auto copy = [](Guarded& from, int64_t count) { return std::vector<float>(from.get(), from.get() + count); };
-    return {copy(losses, rows), copy(fused, int64_t{rows} * classes), copy(gradient, logits.size())};
+    const auto copy = [](Guarded& from, int64_t count) {
+        return std::vector<float>(from.get(), from.get() + count);
+    };
+    return {copy(losses, rows), copy(fused, int64_t{rows} * classes),
+            copy(gradient, logits.size())};
 }
 
-void expect_equal(const char* what, const std::vector<float>& got, const std::vector<float>& wanted) {
+void expect_equal(const char* what, const std::vector<float>& got,
+                  const std::vector<float>& wanted) {
     for (size_t i = 0; i < got.size(); ++i) {
-        expect_near(what, static_cast<double>(i), got[i], wanted[i], 4e-6 + 2e-6 * std::fabs(wanted[i]));
+        expect_near(what, static_cast<double>(i), got[i], wanted[i],
+                    4e-6 + 2e-6 * std::fabs(wanted[i]));
     }
 }
 
 void check_evidential(int rows, int views, int classes) {
     const EvidentialResult here = solve_evidential(rows, views, classes);
     const char* const name = mics::instruction_set().name;
-    expect("the baseline is always there",
-           mics::use_instruction_set("sse2") || mics::use_instruction_set("neon") ||
-               mics::use_instruction_set("generic"));
+    expect("the baseline is always there", mics::use_instruction_set("sse2") ||
+                                               mics::use_instruction_set("neon") ||
+                                               mics::use_instruction_set("generic"));
     const EvidentialResult base = solve_evidential(rows, views, classes);
     mics::use_instruction_set(name);
     expect_equal("losses", here.losses, base.losses);
@@ -170,8 +180,9 @@ int main() {
         if (!mics::use_instruction_set(name)) continue;
         std::srand(0);
         for (const float alpha : {0.0f, 0.4f}) {
-            for (const Shape& shape : {Shape{1, 1, 0, 32, alpha}, Shape{3, 5, 700, 40, alpha},
-                                       Shape{19, 19, 5000, 64, alpha}, Shape{70, 80, 30, 104, alpha}}) {
+            for (const Shape& shape :
+                 {Shape{1, 1, 0, 32, alpha}, Shape{3, 5, 700, 40, alpha},
+                  Shape{19, 19, 5000, 64, alpha}, Shape{70, 80, 30, 104, alpha}}) {
                 check_consistency(shape);
             }
         }

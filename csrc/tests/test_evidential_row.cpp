@@ -1,4 +1,4 @@
-// evidential.h, the formulas of the CPU and of the GPU kernels, on one row with one class a step:
+// evidential.h, the formulas of the CPU and of the GPU kernels, on one row, one class per step:
 // loss against the textbook formula in double, gradient against its central differences.
 #include <initializer_list>
 
@@ -56,7 +56,8 @@ double digamma(double a) {
     double shift = 0.0;
     for (; a < 20.0; a += 1.0) shift -= 1.0 / a;
     const double q = 1.0 / (a * a);
-    return shift + std::log(a) - 0.5 / a - q * (1.0 / 12 - q * (1.0 / 120 - q * (1.0 / 252 - q / 240)));
+    return shift + std::log(a) - 0.5 / a -
+           q * (1.0 / 12 - q * (1.0 / 120 - q * (1.0 / 252 - q / 240)));
 }
 
 double opinion_loss(const double* e, const double* y) {

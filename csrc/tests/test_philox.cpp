@@ -1,8 +1,8 @@
-// philox.h: known answers of Random123 (tests/kat_vectors), one word a lane and in vectors; normals
+// philox.h: known answers of Random123 (tests/kat_vectors), as scalars and in vectors; normals
 // against the standard library in double.
 #define MICS_NAMESPACE mics_test
-#include "philox.h"
 #include "expect.h"
+#include "philox.h"
 
 namespace {
 
@@ -22,12 +22,14 @@ constexpr Answer kAnswers[] = {
      {0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}},
 };
 
-int64_t seed_of(const uint32_t* key) { return static_cast<int64_t>(uint64_t{key[1]} << 32 | key[0]); }
+int64_t seed_of(const uint32_t* key) {
+    return static_cast<int64_t>(uint64_t{key[1]} << 32 | key[0]);
+}
 
 template <class W> void check_answers() {
     for (const Answer& answer : kAnswers) {
         W c[1][4];
-        // What lies above the low word must not matter.
+        // Bits above the low word must not matter.
         for (int k = 0; k < 4; ++k) c[0][k] = W{} + (0xabcdef0100000000u | answer.counter[k]);
         philox4x32(PhiloxKey(seed_of(answer.key)), c);
         for (int k = 0; k < 4; ++k) {
@@ -41,7 +43,8 @@ template <class W> void check_answers() {
 double uniform(uint32_t word) { return ((word >> 8) + 0.5) / 16777216.0; }
 
 void check_draws() {
-    const int64_t seed = (int64_t{1} << 40) + 17, row = (int64_t{1} << 35) + 7, offset = 5, first = 12;
+    const int64_t seed = (int64_t{1} << 40) + 17, row = (int64_t{1} << 35) + 7, offset = 5,
+                  first = 12;
     const PhiloxKey key(seed);
     UintVec words[4];
     Vec normals[4];
@@ -52,7 +55,8 @@ void check_draws() {
         uint64_t c[1][4] = {{static_cast<uint64_t>(first + draw), static_cast<uint32_t>(row),
                              static_cast<uint64_t>(row) >> 32, static_cast<uint64_t>(offset)}};
         philox4x32(key, c);
-        for (int k = 0; k < 4; ++k) expect_near("word", draw, words[k][l], static_cast<uint32_t>(c[0][k]), 0);
+        for (int k = 0; k < 4; ++k)
+            expect_near("word", draw, words[k][l], static_cast<uint32_t>(c[0][k]), 0);
         for (int k = 0; k < 4; ++k) {
             const double radius = std::sqrt(-2.0 * std::log(uniform(words[k & 2][l])));
             const double angle = 2.0 * 3.14159265358979323846 * uniform(words[(k & 2) + 1][l]);
@@ -66,9 +70,10 @@ void check_draws() {
 // Box-Muller over all words that matter: every exponent, both ends, every octant.
 void check_box_muller() {
     for (uint64_t step = 0; step < 100003; ++step) {
-        const uint32_t word = step < 600    ? static_cast<uint32_t>(step << 8)
-                              : step < 1200 ? static_cast<uint32_t>(0xffffffffu - ((step - 600) << 8))
-                                            : static_cast<uint32_t>(step * 2654435761u);
+        const uint32_t word = step < 600 ? static_cast<uint32_t>(step << 8)
+                              : step < 1200
+                                  ? static_cast<uint32_t>(0xffffffffu - ((step - 600) << 8))
+                                  : static_cast<uint32_t>(step * 2654435761u);
         const UintVec lanes = UintVec{} + word;
         Vec cosine, sine;
         turn_of(lanes, cosine, sine);

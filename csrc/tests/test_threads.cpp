@@ -1,5 +1,5 @@
-// Every piece is worked on once, whoever shares the work: alone, with helpers, from several threads
-// at once, and in a forked child, which has none of its parent's threads.
+// Every piece runs once: on one thread, with helpers, called from several threads at once, and in a
+// forked child, which has none of its parent's threads.
 #include <sys/wait.h>
 #include <unistd.h>
 
