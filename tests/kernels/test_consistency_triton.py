@@ -407,8 +407,11 @@ def test_splits_fill_the_gpu_but_take_little_memory(processors: int, batch: int)
     for capability in (80, 90, 100, 120):
         tile = triton_kernels.tile_for(capability, batch, 256, 2, False, False)
         row_tiles = 2 * triton.cdiv(2 * batch, tile.rows)
-        splits = triton_kernels.splits_for(row_tiles, (batch + 65536) // tile.keys, processors)
+        key_tiles, residents = (batch + 65536) // tile.keys, 8 // tile.warps
+        splits = triton_kernels.splits_for(row_tiles, key_tiles, processors, residents)
         programs = splits * row_tiles
+        if batch <= 100:  # one wave: a second one would only take memory
+            assert programs <= residents * processors
         assert programs >= 0.85 * processors * triton.cdiv(programs, processors)
         scratch = 2 * splits * 2 * batch * (256 + 4) * 4
         assert batch > 1024 or scratch < 58e6

@@ -333,14 +333,20 @@ def shared_memory(capability: int) -> int:
 def tile_for(
     capability: int, batch: int, width: int, itemsize: int, has_ids: bool, exact: bool
 ) -> Tile:
-    """The largest tile that a chip holds in registers and shared memory without spilling, as
-    tools/check_kernels verifies; fewer rows where the batch has no more.
+    """Largest tile that registers and shared memory of a chip hold without spilling.
+
+    tools/check_kernels verifies it. Small batches get fewer rows.
 
     Args:
-        width: of features, padded to a power of two.
-        itemsize: bytes of a feature, in the products.
+        capability: compute capability, 90 for 9.0.
+        batch: number of queries.
+        width: feature width, padded to a power of two.
+        itemsize: bytes of a feature in the products.
         has_ids: whether ids are compared, which takes registers.
-        exact: products of float32 as they are, without tensor cores.
+        exact: exact float32 products, without tensor cores.
+
+    Raises:
+        RuntimeError: not even the smallest tile fits.
     """
     if exact or width > 512:
         rows = 16
@@ -360,8 +366,8 @@ def tile_for(
     for keys, stages in ((64, 3), (32, 3), (32, 2), (16, 3), (16, 2)):
         if keys > most:
             continue
-        # From 64 rows on, tensor cores read shared memory, and a stage more waits there.
-        # TensorFloat-32 wants the keys in two orders, and both there.
+        # From 64 rows on, tensor cores read shared memory, which holds one stage more.
+        # TensorFloat-32 needs the keys there in two orders.
         buffers = stages if rows >= 64 else stages - 1
         if itemsize == 4 and not exact:
             buffers = 2
@@ -373,10 +379,16 @@ def tile_for(
     )
 
 
-def splits_for(row_tiles: int, key_tiles: int, processors: int) -> int:
-    """Into how many parts the keys are cut: the fewest from which two programs run for each
-    processor of the GPU, or one after the other, and the last wave of them is nearly full."""
-    splits = max(1, 2 * processors // row_tiles)
+def splits_for(row_tiles: int, key_tiles: int, processors: int, residents: int) -> int:
+    """Number of parts the keys are cut into: the fewest that fill the GPU, the last wave included.
+
+    Args:
+        row_tiles: tiles of rows, of all pairs.
+        key_tiles: tiles of keys and queue of a pair.
+        processors: multiprocessors of the GPU.
+        residents: programs that a multiprocessor holds at a time.
+    """
+    splits = max(1, residents * processors // row_tiles)
     while splits < key_tiles:
         programs = splits * row_tiles
         if programs >= 0.85 * processors * triton.cdiv(programs, processors):
@@ -413,7 +425,8 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
     tile = tile_for(capability, rows, padded, dtype.itemsize, has_ids, exact)
     row_tiles = triton.cdiv(2 * rows, tile.rows)
     key_tiles = triton.cdiv(key_rows, tile.keys) + triton.cdiv(queue_rows, tile.keys)
-    splits = splits_for(row_tiles * len(pairs), key_tiles, processors)
+    residents = 8 // tile.warps  # 8 warps of these programs take all registers
+    splits = splits_for(row_tiles * len(pairs), key_tiles, processors, residents)
     sums = query.new_empty((len(pairs), splits, 4, 2, rows), dtype=torch.float32)
     pulls = sums.new_empty((len(pairs), splits, 2, rows, width) if wanted else 0)
     lengths, lengths_in_memory = _lengths(inputs.queue_lengths, query)
