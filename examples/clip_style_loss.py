@@ -1,8 +1,8 @@
-"""Contrastive learning of two views with a momentum teacher and a queue, by ``mics_kernels`` alone.
+"""Contrastive learning of two modalities with a momentum teacher and a queue.
 
-Both views are noisy, nonlinear functions of something hidden that they share. Two encoders learn
-to find each view's partner among all others; the loss reads the batch's keys and a queue of older
-ones, and never holds their logits.
+It uses ``mics_kernels`` alone. Both modalities are noisy, nonlinear functions of a shared hidden
+vector. Two encoders learn to find the partner of each sample among all others. The loss reads the
+keys of the batch and a queue of older ones, and never holds their logits.
 
     python examples/clip_style_loss.py [--steps 600] [--device cuda]
 """
@@ -18,29 +18,29 @@ from torch.nn.functional import normalize
 
 from mics_kernels import FeatureQueue, multimodal_consistency_loss
 
-VIEWS, HIDDEN, WIDTH, FEATURES, BATCH, QUEUE = 2, 8, 64, 64, 128, 4096
+MODALITIES, HIDDEN, WIDTH, FEATURES, BATCH, QUEUE = 2, 8, 64, 64, 128, 4096
 
 
-def views(count: int, seed: int) -> list[Tensor]:
-    """``count`` pairs: VIEWS tensors (count, WIDTH) of one hidden (count, HIDDEN)."""
+def pairs(count: int, seed: int) -> list[Tensor]:
+    """Generate pairs: one tensor (count, WIDTH) per modality, of one hidden (count, HIDDEN)."""
     fixed, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     hidden = torch.randn(count, HIDDEN, generator=drawn)
-    noise = 0.1 * torch.randn(VIEWS, count, WIDTH, generator=drawn)
-    return list(torch.sin(hidden @ torch.randn(VIEWS, HIDDEN, WIDTH, generator=fixed)) + noise)
+    noise = 0.1 * torch.randn(MODALITIES, count, WIDTH, generator=drawn)
+    return list(torch.sin(hidden @ torch.randn(MODALITIES, HIDDEN, WIDTH, generator=fixed)) + noise)
 
 
 def train(steps: int, device: torch.device) -> nn.ModuleList:
-    """The loop: features, loss, step; then teacher and queue advance, once."""
+    """Train two encoders; after each step, teacher and queue advance once."""
     students = nn.ModuleList(
         nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, FEATURES))
-        for _ in range(VIEWS)
+        for _ in range(MODALITIES)
     ).to(device)
     teachers = copy.deepcopy(students).requires_grad_(False)
-    queues = [FeatureQueue(QUEUE, FEATURES).to(device) for _ in range(VIEWS)]
+    queues = [FeatureQueue(QUEUE, FEATURES).to(device) for _ in range(MODALITIES)]
     log_temperature = nn.Parameter(torch.tensor(0.1, device=device).log())
     optimiser = torch.optim.AdamW([*students.parameters(), log_temperature], lr=2e-3)
     for step in range(steps):
-        batch = [view.to(device) for view in views(BATCH, seed=step + 1)]
+        batch = [x.to(device) for x in pairs(BATCH, seed=step + 1)]
         features = [normalize(f(x), dim=1) for f, x in zip(students, batch, strict=True)]
         with torch.no_grad():
             keys = [normalize(f(x), dim=1) for f, x in zip(teachers, batch, strict=True)]
@@ -67,15 +67,15 @@ def train(steps: int, device: torch.device) -> nn.ModuleList:
 
 @torch.no_grad()
 def found(students: nn.ModuleList, device: torch.device, count: int = 1000) -> float:
-    """Share of new pairs whose second view is the first one's nearest of ``count``."""
-    pair = [x.to(device) for x in views(count, seed=0)]
+    """Share of new pairs in which the partner is the nearest of ``count``."""
+    pair = [x.to(device) for x in pairs(count, seed=0)]
     first, second = (normalize(f(x), dim=1) for f, x in zip(students, pair, strict=True))
     nearest = (first @ second.T).argmax(1)
     return (nearest == torch.arange(count, device=device)).float().mean().item()
 
 
 def main() -> None:
-    """Train, and say how many of 1,000 new pairs find each other."""
+    """Train, then print the share of 1,000 new pairs found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
