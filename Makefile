@@ -34,6 +34,12 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
 	$(PY) -m mkdocs build --quiet --strict
 
+# Arbitrary arguments, mutated files and folders: every such test for so many seconds, about 20 minutes
+# in all. In `make test` each has a few.
+fuzz: export MICS_FUZZ_SECONDS ?= 150
+fuzz: $(INSTALLED)
+	$(PY) -m pytest -k "fuzz or mutated"
+
 # Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
 drill: $(INSTALLED)
 	MICS_DRILL_KILLS=20 $(PY) -m pytest tests/mics_fast/test_drill.py
