@@ -74,7 +74,7 @@ class FinetuneConfig:
     accepted_share: float = option(
         0.8,
         'share of the unlabelled rows of each class that "curriculum" accepts in the end; it grows '
-        "from a quarter of that",
+        "from 0",
         least=0, most=1,
     )  # fmt: skip
     max_uncertainty: float = option(

@@ -16,7 +16,7 @@ class ModelConfig:
 
     size: ModelSize = option(
         "vit_base",
-        "of the encoder: vit_nano (64 px / 16), vit_micro (64 / 8), vit_tiny, vit_small (224 / "
+        "of the encoder: vit_nano and vit_micro (64 px / 8), vit_tiny, vit_small (224 / "
         "16), vit_base (384 / 16)",
         source="paper",
     )

@@ -34,7 +34,6 @@ from mics_kernels import (
     shifted_cross_entropy,
 )
 
-FIRST_SHARE = 0.25  # of the accepted share, at the first step
 Seen = tuple[Tensor, Tensor, Tensor]  # features (R, D), labels (R,), weights (R,)
 
 
@@ -167,7 +166,7 @@ class FinetuneStage(nn.Module):
             config.kl_weight * annealed,
             config.unlabelled_weight * ramp(step, config.unlabelled_ramp * self.steps),
             config.shift_strength * ramp(step, self.steps),
-            config.accepted_share * (FIRST_SHARE + (1 - FIRST_SHARE) * ramp(step, self.steps)),
+            config.accepted_share * ramp(step, self.steps),
         )
 
     def _compute(

@@ -101,7 +101,7 @@ class CurriculumLimits(nn.Module):
     """
 
     limit: Tensor
-    RATE = 0.05  # of probability, per step, where all rows are accepted and none should be
+    RATE = 0.1  # of probability, per step, where all rows are accepted and none should be
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

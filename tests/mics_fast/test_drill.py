@@ -25,7 +25,7 @@ KILLS = int(os.environ.get("MICS_DRILL_KILLS", "3"))
 RUN = [
     "--config", CONFIG, "--log_every", "1", "--checkpoint_every", "1",
     "--pretrain.steps", "null", "--finetune.steps", "null",
-    "--pretrain.adversarial_weight", "0.1",  # off in the demo
+    "--pretrain.adversarial_weight", "0.1", "--pretrain.consistency_weight", "1",  # off in the demo
     "--pretrain.batch_size", "8", "--pretrain.epochs", str(2 + KILLS),
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8",
     "--finetune.epochs", str(2 + KILLS),

@@ -42,7 +42,7 @@ def test_encoder_decoder_and_discriminator_fit_together(size: Size):
 @pytest.mark.parametrize(
     ("name", "trainable"),
     [
-        ("vit_nano", 1_085_441),
+        ("vit_nano", 224_241),
         ("vit_micro", 980_417),
         ("vit_tiny", 6_491_073),
         ("vit_small", 25_219_969),

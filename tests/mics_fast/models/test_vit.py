@@ -77,7 +77,7 @@ def test_parameters_of_vit_base_have_timms_names_and_shapes():
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
-        ("vit_nano", 894_080),
+        ("vit_nano", 166_656),
         ("vit_micro", 826_496),
         ("vit_tiny", 5_524_416),
         ("vit_small", 21_665_664),

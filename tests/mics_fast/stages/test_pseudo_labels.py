@@ -93,7 +93,7 @@ def test_the_curriculum_begins_with_nothing_and_finds_the_share_of_each_class():
         first = 0.4 + 0.6 * torch.rand(12, generator=generator)
         second = 0.4 + 0.2 * torch.rand(12, generator=generator)
         limits.update(named(first, 0, second, 1), torch.tensor(0.25))
-    assert limits().tolist() == pytest.approx([0.85, 0.55, 1.0], abs=0.04)
+    assert limits().tolist() == pytest.approx([0.85, 0.55, 1.0], abs=0.06)
 
 
 def named(first, a, second, b):
@@ -106,7 +106,7 @@ def named(first, a, second, b):
 def test_the_share_grows_to_its_end_over_the_steps(make_finetuning):
     stage = make_finetuning(pseudo_labels="curriculum", accepted_share=0.8)  # of 100 steps
     shares = [stage._scalars(torch.tensor(step)).accepted_share for step in (0, 50, 100)]
-    assert shares == pytest.approx([0.2, 0.5, 0.8])
+    assert shares == pytest.approx([0.0, 0.4, 0.8])
 
 
 def test_metrics_tell_accepted_share_accuracy_and_classes():
