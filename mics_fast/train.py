@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mics_fast.training.build import pick_device
     from mics_fast.training.trainer import train
 
-    with joined(pick_device(config.device)):
+    with joined(pick_device(config.device), config.timeout_minutes):
         train(config, resume=resume)
 
 

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -42,16 +43,17 @@ def world_size() -> int:
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
     """Within this context the processes that ``torchrun`` started belong together.
 
     Where one fails, it alone tells why; the others, which miss it, leave without a word.
 
     Args:
         device: what this process trains on: NCCL on a GPU, gloo on a CPU.
+        minutes: how long a process waits for another one, such as for rank 0's validation.
 
     Raises:
-        RunFailed: another process ended without telling why.
+        RunFailed: another process ended without telling why, or did not answer in time.
     """
     if not is_launched():
         yield
@@ -62,7 +64,9 @@ def joined(device: torch.device) -> Iterator[None]:
     store, number, processes = next(dist.rendezvous("env://"))
     store = store_of_this_start(store, number, processes)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=processes)
+    dist.init_process_group(
+        backend, store=store, rank=number, world_size=processes, timeout=timedelta(minutes=minutes)
+    )
     try:
         yield
     except Exception as error:
@@ -71,6 +75,11 @@ def joined(device: torch.device) -> Iterator[None]:
             dist.destroy_process_group()
         if not first:
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+        if "timed out" in str(error).lower():
+            raise RunFailed(
+                f"process {number} waited {minutes:g} minutes for another one of this run that did "
+                "not answer; raise timeout_minutes if it had work to do"
+            ) from None
         if isinstance(error, dist.DistError) or "/gloo/" in str(error):
             raise RunFailed(f"process {number} lost another one of this run, which ended") from None
         raise

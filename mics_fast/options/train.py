@@ -55,6 +55,12 @@ class TrainConfig:
         "the same run. A block is whole only while it runs; in bf16 its half-precision weights "
         "stay until the backward pass, unless model.activation_checkpointing is on",
     )
+    timeout_minutes: float = option(
+        30.0,
+        "how long one of several processes waits for another, such as for the first one's "
+        "validation",
+        above=0, most=10080,
+    )  # fmt: skip
     threads: int | None = option(
         None,
         "CPU threads that torch, the operators and the image pipeline share; null: all cores that "

@@ -26,6 +26,7 @@ FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
     "data.threads", "data.prefetch", "data.on_bad_file", "shard_parameters",
+    "timeout_minutes",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -116,6 +117,38 @@ def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, t
         for name in whole:
             assert torch.equal(whole[name], restarted[name]), name
     assert records(run)["finetune", 3]["loss"] == records(two)["finetune", 3]["loss"]
+
+
+TWO_MACHINES = """
+import os, signal, sys, torch
+from pathlib import Path
+from mics_fast.engine.distributed import joined, rank, sum_over_ranks
+with joined(torch.device("cpu")):
+    sum_over_ranks(torch.ones(1))
+    fault = Path(sys.argv[1])
+    if rank() == 1 and not fault.exists():
+        fault.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    together = int(sum_over_ranks(torch.ones(1)))
+    print("together", together, "start", os.environ["TORCHELASTIC_RESTART_COUNT"], flush=True)
+"""
+
+
+def test_after_a_fault_on_one_machine_both_start_again_and_find_each_other(tmp_path):
+    """Two launchers on the loopback; the one without the fault does not count the new start."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "work.py").write_text(TWO_MACHINES)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+               "--max-restarts", "2",
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "x",
+               "--monitor-interval", "0.2", str(tmp_path / "work.py"),
+               str(tmp_path / "fault")]  # fmt: skip
+    machines = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [machine.communicate(timeout=300)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0]
+    assert sorted(told) == ["together 2 start 0\n", "together 2 start 1\n"]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -163,6 +164,21 @@ def fail_on_one(rank):
     return outcome_of(fail)
 
 
+def wait_in_vain(rank, folder):
+    """Rank 1 is busy for longer than rank 0 waits for it."""
+
+    def wait():
+        with distributed.joined(CPU, minutes=1 / 60):
+            if rank == 1:
+                while not (folder / "tired").exists():
+                    time.sleep(0.05)
+            distributed.sum_over_ranks(torch.ones(1))
+
+    outcome = outcome_of(wait)
+    (folder / "tired").touch()
+    return outcome
+
+
 def work(rank, folder, port):
     """As ``torchrun`` starts it on two machines: twice, with a store that outlives the starts."""
     torch.set_num_threads(1)
@@ -182,6 +198,8 @@ def work(rank, folder, port):
     # On the machine of rank 0 a process has failed; the other machine did not count that.
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - rank)
     found["left"] = fail_on_one(rank)
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "2"
+    found["waited"] = wait_in_vain(rank, folder)
     torch.save(found, folder / f"found-{rank}")
 
 
@@ -275,6 +293,11 @@ def test_the_log_holds_the_mean_over_ranks(ranks):
 
 def test_the_rank_that_fails_tells_why_and_the_others_leave_in_silence(ranks):
     assert of_both(ranks, "left") == ["SystemExit: 1", "RunFailed: rank 1 has no memory left"]
+
+
+def test_a_rank_that_does_not_answer_is_not_called_dead(ranks):
+    told = of_both(ranks, "waited")[0]
+    assert told.startswith("RunFailed: process 0 waited 0.0166667 minutes for another one"), told
 
 
 def test_one_process_alone_needs_no_group():
