@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench.machine import ROOT
 from bench.rows import Options, Row
+from bench.stub import Stub, install, obstacle
 from mics_kernels import (
     ClassStatistics,
     class_moments,
@@ -150,6 +151,10 @@ def shift_calls(rows: int = 64, dim: int = 768, classes: int = 8) -> Iterator[Ca
 
 def rows(options: Options) -> Iterator[Row]:
     """One row per call, from a process of its own: a stand-in for the driver cannot be undone."""
+    if reason := obstacle():
+        print(f"host: not measured ({reason})")
+        yield {"absent": reason}
+        return
     command = [sys.executable, "-m", "bench.host", str(2000 if options.full else 200)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
@@ -165,7 +170,7 @@ def rows(options: Options) -> Iterator[Row]:
         raise RuntimeError(f"bench.host ended with exit status {process.returncode}")
 
 
-def measured(call: Call, stub: Any, count: int) -> Row:
+def measured(call: Call, stub: Stub, count: int) -> Row:
     """Time ``count`` calls in rounds, and count what one of them launches."""
     for _ in range(WARM_UP):
         call.run()
@@ -196,8 +201,6 @@ def kernels_of(event: Any) -> int:
 
 def main() -> None:
     """Measure every call; one JSON object per line."""
-    from bench.stub import install
-
     torch.set_num_threads(1)
     stub = install()
     for call in calls():

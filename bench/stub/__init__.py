@@ -102,6 +102,8 @@ def obstacle() -> str:
     """Why the stand-in cannot be installed here; "" where it can."""
     if sys.platform != "linux":
         return "it needs Linux"
+    if torch.cuda.is_available():
+        return "it would stand in for the driver of a GPU that is there"
     return "" if compiler() else "it needs a C compiler"
 
 
@@ -115,7 +117,7 @@ def install() -> Stub:
     """Put the stand-in below Triton, and let the operators take CPU tensors for a GPU's.
 
     Raises:
-        RuntimeError: there is no C compiler.
+        RuntimeError: it cannot be installed here; see ``obstacle``.
     """
     if reason := obstacle():
         raise RuntimeError(f"no stand-in for the CUDA driver: {reason}")

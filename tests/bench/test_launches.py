@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench import host, stub
 from bench.machine import ROOT
+from bench.rows import Options
 from bench.stub import Launch
 
 pytestmark = pytest.mark.skipif(bool(stub.obstacle()), reason=stub.obstacle())
@@ -119,8 +121,6 @@ def test_host_time_and_launches_of_every_operator_are_measured() -> None:
 
 
 def test_only_what_launches_is_counted_among_the_operators_of_torch() -> None:
-    import torch
-
     x = torch.ones(4, 4)
     with torch.autograd.profiler.profile() as profiled:
         y = x.T.reshape(2, 8).unsqueeze(0)[:, :1]  # views and one copy
@@ -128,3 +128,14 @@ def test_only_what_launches_is_counted_among_the_operators_of_torch() -> None:
         torch.empty(3).to(torch.float64)  # a conversion
     roots = [event for event in profiled.function_events if event.cpu_parent is None]
     assert sum(map(host.kernels_of, roots)) == 5
+
+
+def test_beside_a_gpu_nothing_is_put_in_the_place_of_its_driver(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = Options(torch.device("cuda"), full=False, threads=1, budget=1.0, end=math.inf)
+    (row,) = host.rows(options)
+    assert "a GPU that is there" in row["absent"] and "failed" not in row
+    with pytest.raises(RuntimeError, match="no stand-in for the CUDA driver"):
+        stub.install()
