@@ -22,7 +22,7 @@ CONFIG = str(Path(__file__).parents[3] / "configs" / "demo.yaml")
 SHORT = [
     "--config", CONFIG, "--log_every", "1", "--checkpoint_every", "2",
     "--pretrain.batch_size", "8", "--pretrain.epochs", "1",
-    "--pretrain.steps", "null", "--finetune.steps", "null",
+    "--pretrain.steps", "null", "--finetune.steps", "null", "--finetune.select", "best",
     "--pretrain.adversarial_weight", "0.1", "--pretrain.consistency_weight", "1",  # off in the demo
     "--finetune.labelled_batch", "6", "--finetune.unlabelled_batch", "8", "--finetune.epochs", "1",
 ]  # fmt: skip
