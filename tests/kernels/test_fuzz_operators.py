@@ -79,7 +79,7 @@ def disguised(draw: Draw, x: Tensor) -> Any:
         lambda: torch._efficientzerotensor(x.shape, dtype=x.dtype),
         lambda: torch.nested.nested_tensor([x, x]),
         lambda: x.tolist(),
-        lambda: x.to(torch.float32).numpy(),
+        lambda: x.detach().to(torch.float32).numpy(),
         lambda: None,
         lambda: "text",
     ]
