@@ -5,6 +5,8 @@ PY := .venv/bin/python
 # Run once more in Triton's interpreter, in a process of their own.
 INTERPRETED := $(wildcard tests/kernels/test_*_backends.py) tests/kernels/test_consistency_triton.py
 INSTALLED := .venv/.installed
+# The tools of the build, too; pip 25.3 and later read the second name.
+PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt
 
 .PHONY: demo test test-native lint docs fuzz drill bench tables gpu check-kernels check-wheel clean
 
@@ -70,7 +72,7 @@ check-wheel:
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test,bench,docs]'
+	$(PINNED) $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test,bench,docs]'
 	touch $@
 
 clean:
