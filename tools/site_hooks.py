@@ -75,16 +75,12 @@ def option_tables() -> str:
     parts: dict[str, list[str]] = {}
     for option in describe():
         meaning = option.text if not option.range else f"{option.text} ({option.range})"
-        cells = [
-            option.type,
-            f"`{option.default}`" if option.default else "",
-            option.source,
-            meaning,
-        ]
+        default = f"`{option.default}`" if option.default else ""
+        cells = [meaning, default, option.type, option.source]
         words = " | ".join(cell.replace("|", "\\|").replace("[", "\\[") for cell in cells)
         part, _, name = option.name.rpartition(".")
         parts.setdefault(part, []).append(f"| `{name}` | {words} |")
-    head = "| option | type | default | source | meaning, range |\n" + "| --- " * 5 + "|\n"
+    head = "| option | meaning, range | default | type | source |\n" + "| --- " * 5 + "|\n"
     return "\n\n".join(
         f"## {part or 'The run'}\n\n{head}" + "\n".join(lines) for part, lines in parts.items()
     )
