@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from mics_fast.data import batch as batches
 from mics_fast.data import cache, views
+from mics_kernels import registration
 
 GPU = torch.device("cuda", 0)
 STREAM = object()
@@ -160,6 +161,9 @@ def pretended_gpu(folder):
     patch.setattr(torch.nn.Module, "to", move)
     patch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
     patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**30))
+    # The operators would hand tensors without storage to torch's dispatcher, not to a launch.
+    patch.setattr(registration, "is_intercepted", lambda: False)
+    patch.setattr(registration, "is_plain", lambda tensor: True)
     for module in (batches, cache):
         patch.setattr(module, "to_torch", lambda output, device: output.to_torch(device))
     try:
