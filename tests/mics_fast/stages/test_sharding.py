@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from mics_fast.engine.checkpoint import Checkpoints
-from mics_fast.engine.distributed import first_then_others
+from mics_fast.engine.distributed import from_first
 from mics_fast.engine.log import RunLog
 from mics_fast.engine.loop import Loop
 from mics_fast.engine.optimiser import decay_groups
@@ -74,7 +74,7 @@ def run(case, stage, batches, folder, *, steps=STEPS, sharded=False):
 
     checkpoints = Checkpoints(folder / "checkpoints", keep=9)
     loop = Loop(stage, plan, checkpoints, {}, RunLog(folder), validate)
-    if (state := first_then_others(lambda: checkpoints.load_latest({}))) is not None:
+    if (state := from_first(lambda: checkpoints.load_latest({}))) is not None:
         loop.load(state)
     loop.run(lambda step: iter(batches[step:]))
     return loop
@@ -88,7 +88,7 @@ def saved(folder, step):
 def go_on(case, stage, batches, folder, *, after, sharded=False):
     """Go on in the folder with another run's second checkpoint."""
     first = "checkpoints/step-00000002"
-    first_then_others(lambda: shutil.copytree(after / first, folder / first, dirs_exist_ok=True))
+    from_first(lambda: shutil.copytree(after / first, folder / first, dirs_exist_ok=True))
     run(case, stage, batches, folder, sharded=sharded)
 
 
