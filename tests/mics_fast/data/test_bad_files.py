@@ -193,7 +193,7 @@ def test_a_file_is_good_or_bad_for_each_crop_on_its_own(rows):
 
 
 def test_an_error_that_is_no_file_s_fault_is_not_hidden(rows, monkeypatch):
-    monkeypatch.setattr("mics_fast.data.image_files.DecodeCheck.__call__", lambda *_: True)
+    monkeypatch.setattr("mics_fast.data.image_files.SingleDecoder.__call__", lambda *_: True)
     spoil(rows[5].files["nbi"], "cut in the scan")
     with pytest.raises(RuntimeError, match="decode"):
         take(train(rows), 3)
