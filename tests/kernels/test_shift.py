@@ -122,7 +122,7 @@ def test_no_rows_are_shifted_to_no_rows():
 
 def test_something_to_vary_by_is_asked_for_in_words():
     target = torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(ValueError, match="variance must be given where directions are not"):
+    with pytest.raises(ValueError, match="variance or directions must be given"):
         shift(torch.zeros(2, 3), target, None)
     with pytest.raises(ValueError, match=r"directions must have shape \(2, r, 3\)"):
         shift(torch.zeros(2, 3), target, torch.ones(2, 3), directions=torch.ones(4, 1, 3))
