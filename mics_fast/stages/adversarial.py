@@ -134,7 +134,8 @@ def gradient_ratio(sequences: Sequences, gradient: Tensor, scale: float) -> Tens
     errors = sequences.fake - sequences.real  # 0 where a patch is visible
     predicted = (errors != 0).any(-1, keepdim=True)
     there = sequences.present[:, None, None]
-    images = sum_over_ranks(sequences.present.sum()).clamp(min=1)
+    # In the dtype of the errors: a number over an integer tensor would be float32.
+    images = sum_over_ranks(sequences.present.sum()).clamp(min=1).to(errors.dtype)
     ours = torch.where(there, 2 * errors, torch.zeros_like(errors)) * (
         scale * world_size() / images
     )
