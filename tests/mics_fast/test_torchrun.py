@@ -72,7 +72,7 @@ def test_two_processes_make_the_run_of_one(two, trained_run):
 def test_one_process_goes_on_with_the_checkpoint_of_two(two, trained_run, arguments, tmp_path):
     run = shutil.copytree(two, tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "finetune" / "step-00000003")
-    (run / "checkpoints" / "finetune" / "best.json").unlink()
+    (run / "checkpoints" / "finetune" / "best.json").unlink(missing_ok=True)
     train.main([*arguments, "--out", str(run), "--resume"])
     assert_same_run(run, trained_run)
 
@@ -90,7 +90,7 @@ def test_two_processes_with_a_part_each_make_the_run_of_one(
     assert done.stdout.count("pretrain  knn accuracy") == 3
     whole = weights(run, "finetune")
     shutil.rmtree(run / "checkpoints" / "finetune" / "step-00000003")
-    (run / "checkpoints" / "finetune" / "best.json").unlink()
+    (run / "checkpoints" / "finetune" / "best.json").unlink(missing_ok=True)
     subprocess.run([*torchrun(), *sharded, "--resume"], check=True)
     resumed = weights(run, "finetune")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
