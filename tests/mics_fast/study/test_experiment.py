@@ -191,7 +191,11 @@ def test_an_experiment_does_not_go_on_with_other_options(finished, options):
         ("experiment.seeds", "[1, 1]", r"experiment\.seeds is \[1, 1\], wanted each value once"),
         ("experiment.label_fractions", "[]", "label_fractions and .*label_counts are empty"),
         ("experiment.label_counts", "[0]", r"label_counts holds 0, wanted a number of at least 1"),
-        ("experiment.label_fractions", "[2]", r"label_fractions holds 2\.0, wanted a number above 0"),
+        (
+            "experiment.label_fractions",
+            "[2]",
+            r"label_fractions holds 2\.0, wanted a number above 0",
+        ),
         ("experiment.variants", "[magic]", "magic"),
         ("experiment.processes", "0", r"experiment\.processes is 0, wanted a number above 0"),
         ("experiment.out_of_distribution", "no.csv", r"manifest .*no\.csv cannot be read"),
