@@ -11,7 +11,6 @@ the largest crop and no flip. Colour and normalisation follow in ``views.py``.
 from __future__ import annotations
 
 import platform
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -221,7 +220,7 @@ def check_dali() -> None:
     try:
         import nvidia.dali  # noqa: F401
     except ImportError:
-        if sys.platform == "linux":
+        if platform.system() == "Linux":
             what = "cannot be imported, wanted: pip install 'mics-fast[train]'"
         else:
             what = f"exists for Linux alone, and this is {platform.system()}"
