@@ -1,1 +1,1 @@
-"""Shared by all packages: errors that end a command in one sentence, and files written whole."""
+"""Helpers that all packages share: errors, files, locks, pseudonyms, child processes."""

@@ -1,4 +1,4 @@
-"""Pseudonyms: names hashed with a key, so that only who holds the key can tell whose they are."""
+"""Pseudonyms: names hashed with a secret key; only the key's holder can link them to names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ _LEAST, _MOST = 16, 4096  # characters of a key
 
 
 def read_key(file: Path) -> bytes:
-    """The key in a file; a file that is not there is made, with a random key, for its owner alone.
+    """Read the key in a file; create the file with a random key if it does not exist.
+
+    A new key file is readable by its owner only.
 
     Raises:
-        InputError: the file cannot be read or made, or holds too short a key.
+        InputError: the file cannot be read or created, or its key is too short.
     """
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -36,7 +38,7 @@ def read_key(file: Path) -> bytes:
 
 
 def pseudonym(key: bytes, name: str) -> str:
-    """16 hexadecimal digits in the place of a name: the same for the same key and name.
+    """Replace a name by 16 hexadecimal digits; the same key and name give the same digits.
 
     Example:
         >>> len(pseudonym(b"a key of 16 bytes", "DOE_JOHN"))

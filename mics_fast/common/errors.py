@@ -1,4 +1,4 @@
-"""What went wrong, told in one sentence, and the exit status that goes with it."""
+"""Errors that end a command in one sentence, with their exit status."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ LONGEST = 1000  # characters of a message
 
 
 class InputError(Exception):
-    """Bad input: the message is one sentence with what was given, what is wanted, and where."""
+    """Bad input. The message is one sentence: what was given, what is wanted, where."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on, through no fault of its input: the message is one sentence."""
+    """A run that cannot go on although its input is valid. The message is one sentence."""
 
 
 class SentenceParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one sentence, and which guesses no shortened option."""
+    """An argument parser that reports errors in one sentence and accepts no abbreviations."""
 
     def __init__(self, *, description: str | None, **settings: Any) -> None:
-        # Of a module's docstring: what follows the command's own name, with its lines.
+        # The description follows the command's name in the first line of the module's docstring.
         text = (description or "").partition("``: ")[2].replace("``", "")
         super().__init__(
             description=text[:1].upper() + text[1:],
@@ -48,7 +48,7 @@ class SentenceParser(argparse.ArgumentParser):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: "; did you mean ...?", or nothing."""
+    """Return "; did you mean ...?" for an unknown name, or "" if no known name is close."""
     last = {other: other.lstrip("-").rpartition(".")[2] for other in known}
     own = name.lstrip("-").rpartition(".")[2]
     near = [other for other, end in last.items() if end == own]
@@ -58,10 +58,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class OutlivingStream:
-    """A standard stream that outlives its reader: once a pipe is closed, writes go nowhere.
+    """A standard stream that survives its reader: once the pipe is closed, output is discarded.
 
     Args:
-        stream: What to write to.
+        stream: the stream to write to.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -90,26 +90,26 @@ class OutlivingStream:
 
 
 def in_a_line(text: str) -> str:
-    """A message on one line of a bounded length, with control characters shown as "?"."""
+    """Return a message on one line of bounded length, with control characters shown as "?"."""
     line = "".join(char if char.isprintable() else "?" for char in " ".join(text.split()))
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command line's ``main``, and end with a sentence instead of a traceback.
+    """Run the ``main`` of a command, ending with a sentence instead of a traceback.
 
-    Trouble with the output is no trouble of the command: characters that the terminal lacks are
-    escaped, and a reader that goes away (``| head``) changes nothing.
+    Output problems do not fail the command: characters that the terminal lacks are escaped, and
+    output to a closed pipe (``| head``) is discarded.
 
-    Exit status: 2 for an ``InputError``, 1 for a ``RunFailed`` (and, by Python, for anything else),
-    130 for Ctrl-C.
+    Exit status: 2 for an ``InputError``, 1 for a ``RunFailed`` and, by Python's default, for any
+    other error, 130 for Ctrl-C.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & set(os.environ):
         # By default OpenMP's threads spin while they wait for each other: beside another busy
-        # process every parallel loop then lasts as long as the scheduler's slice. torch reads this
-        # when it is imported, which no command has done yet.
+        # process every parallel loop then lasts as long as the scheduler's slice. torch reads the
+        # variable on import, so it is set before any command imports torch.
         os.environ["OMP_WAIT_POLICY"] = "passive"
-    os.environ["PYTHONSAFEPATH"] = "1"  # of processes started from here: see mics_fast/__init__.py
+    os.environ["PYTHONSAFEPATH"] = "1"  # for child processes: see mics_fast/__init__.py
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper):

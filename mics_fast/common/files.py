@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written under a temporary name, then renamed."""
+"""Atomic files: written under a temporary name, then renamed, so none is ever half written."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from typing import Any, TextIO
 from mics_fast.common.errors import InputError
 
 STANDARD_OUTPUT = Path("-")
-"""Stands for standard output where a command takes the name of a file."""
+"""Stands for standard output where a command takes a file name."""
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those it lies in, where they are not there yet.
+    """Make a folder and its missing parents.
 
     Raises:
-        InputError: it cannot be made.
+        InputError: the folder cannot be made.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -34,16 +34,16 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def open_regular(file: Path) -> Iterator[io.BufferedReader]:
-    """Open a file to read that other people may have written.
+    """Open an untrusted file for reading.
 
     Args:
-        file: a regular file; devices, pipes and folders are refused without being read.
+        file: a regular file; devices, pipes and folders are refused unread.
 
     Raises:
-        InputError: no such file, or no regular one.
+        InputError: the file does not exist or is not a regular file.
     """
     try:
-        # Opening a pipe would wait for a writer.
+        # Without O_NONBLOCK, opening a pipe would wait for a writer.
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
@@ -59,14 +59,14 @@ def open_regular(file: Path) -> Iterator[io.BufferedReader]:
 
 
 def read_small(file: Path, largest: int) -> str:
-    """The text of a file that other people may have written.
+    """Read the text of an untrusted file.
 
     Args:
         file: as for ``open_regular``.
-        largest: bytes that it may hold.
+        largest: size limit in bytes.
 
     Raises:
-        InputError: no such file, no regular one, a larger one, or not UTF-8.
+        InputError: the file does not exist, is not a regular file, is too large or not UTF-8.
     """
     try:
         with open_regular(file) as opened:
@@ -82,10 +82,10 @@ def read_small(file: Path, largest: int) -> str:
 
 
 def read_json(file: Path, largest: int = 2**20) -> Any:
-    """The value in a small JSON file that other people may have written.
+    """Read the value in a small, untrusted JSON file.
 
     Raises:
-        InputError: as ``read_small``, or no JSON.
+        InputError: as ``read_small``, or the text is not JSON.
     """
     text = read_small(file, largest)
     try:
@@ -96,10 +96,10 @@ def read_json(file: Path, largest: int = 2**20) -> Any:
 
 @contextmanager
 def renamed(file: Path) -> Iterator[Path]:
-    """Make an empty file, for its owner alone, that gets the file's name when all is written.
+    """Create an empty file, private to its owner, and rename it to ``file`` on success.
 
-    Its name is random, with the file's suffix: nobody can have put a link to another file there.
-    Whatever fails before the end removes it.
+    The temporary name is random and keeps the suffix, so nobody can plant a link there. On any
+    error the temporary file is removed.
     """
     partial = file.with_name(f".partial-{secrets.token_hex(8)}{file.suffix}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -113,7 +113,7 @@ def renamed(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(file: Path) -> Iterator[TextIO]:
-    """A text file to write to, which gets its name when all is written and none otherwise.
+    """Open a text file for writing; it gets its name only when everything is written.
 
     Raises:
         InputError: the file cannot be written.
@@ -126,7 +126,7 @@ def whole_file(file: Path) -> Iterator[TextIO]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a text file, or nothing at all.
+    """Write a text file atomically.
 
     Raises:
         InputError: the file cannot be written.
@@ -136,7 +136,7 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write JSON; a number that is not finite becomes null.
+    """Write a value as JSON; non-finite numbers become null.
 
     Raises:
         InputError: as ``write_text``.
@@ -147,12 +147,12 @@ def write_json(file: Path, value: Any) -> None:
 def write_csv(
     file: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
 ) -> None:
-    """Write records as a table that its owner alone can read, and no spreadsheet executes.
+    """Write records as a CSV file, readable by its owner only and safe to open in a spreadsheet.
 
     Args:
         file: CSV file.
         records: column -> cell; a missing cell is empty.
-        columns: in this order; default: the keys of all records, in order of appearance.
+        columns: names in order; default: the keys of all records, in order of appearance.
 
     Raises:
         InputError: as ``write_text``.
@@ -167,15 +167,15 @@ def write_csv(
 
 
 def make_private(file: Path | int) -> None:
-    """Let nobody but its owner read a file, or an open one: it tells of patients."""
+    """Restrict a file (a path or a descriptor) to its owner: it may contain patient data."""
     if os.name == "posix":
         os.chmod(file, 0o600)
 
 
 def inert_cell(cell: Any) -> Any:
-    """A cell that no spreadsheet executes: a text that begins like a formula gets an apostrophe.
+    """Make a cell inert: text that begins like a formula gets a leading apostrophe.
 
-    ``restored_cell`` takes it away again: every text survives the way there and back.
+    ``restored_cell`` removes the apostrophe, so every text survives the round trip.
 
     Example:
         >>> inert_cell("=1+1"), restored_cell("'=1+1"), inert_cell("polyp"), inert_cell(-1.5)
@@ -185,7 +185,7 @@ def inert_cell(cell: Any) -> Any:
 
 
 def restored_cell(cell: str) -> str:
-    """The text that ``inert_cell`` was given."""
+    """Return the original text of a cell that ``inert_cell`` wrote."""
     return cell[1:] if cell.startswith("'") and _like_a_formula(cell) else cell
 
 
@@ -194,12 +194,12 @@ def _like_a_formula(cell: str) -> bool:
 
 
 def printable(text: str) -> str:
-    """A name as a terminal may show it: control characters become question marks."""
+    """Replace the control characters of a name by question marks, for a terminal."""
     return "".join(char if char.isprintable() else "?" for char in text)
 
 
 def finite(value: Any) -> Any:
-    """The same nested value with None for every number that JSON cannot hold."""
+    """Return the same nested value with None for every number that JSON cannot represent."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

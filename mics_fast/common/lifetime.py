@@ -1,4 +1,4 @@
-"""Processes that do not outlive the one that started them."""
+"""Child processes that end with their parent."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 
 def end_with_parent() -> None:
-    """Have the system kill this process when its parent ends, however that ends (Linux).
+    """Have the kernel kill this process when its parent ends for any reason (Linux only).
 
-    A parent that is killed passes no signal on: its children would go on to train, and hold their
-    devices and their run folder.
+    A killed parent passes on no signal: without this, its children would go on training and keep
+    their devices and run folder.
     """
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent ended before prctl took effect
         os.kill(os.getpid(), signal.SIGKILL)

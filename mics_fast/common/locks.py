@@ -1,4 +1,4 @@
-"""One process at a time in a folder."""
+"""Locks that let one process at a time use a folder."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _held: dict[Path, int] = {}
 
 
 def lock_folder(folder: Path) -> None:
-    """Take a folder for this process until it ends, however it ends.
+    """Lock a folder for this process until the process ends.
 
-    The lock is the system's, on the file ``.lock``: it outlives no process, and the file that is
-    left behind locks nothing. A process may take a folder again that it holds.
+    The lock is an OS lock on the file ``.lock``: it is released when the process dies, and a
+    left-over file locks nothing. A process may lock the same folder again.
 
     Raises:
-        InputError: another process holds it, or the file cannot be written.
+        InputError: another process holds the lock, or the lock file cannot be written.
     """
     file = folder.resolve() / ".lock"
     held = _held.get(file)

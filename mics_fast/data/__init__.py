@@ -1,1 +1,1 @@
-"""From a manifest to batches: files, decoding, augmentation, loaders, cache, shards."""
+"""Data: manifest, files, decoding, augmentation, cache, shards and the loaders of batches."""

@@ -1,9 +1,9 @@
-"""The random numbers of training: the order of the rows, and how each image pair is changed.
+"""Random numbers of training: the order of the rows and the augmentation of each image pair.
 
-Every number is a pure function of (seed, epoch, sample id): the raw 64-bit words of numpy's
-Philox4x64, keyed by the seed and what the numbers are for, counted from (sample id, epoch). So
-they depend on no worker, rank, thread or resume point, and raw words, unlike the methods of
-``numpy.random.Generator``, stay the same from one numpy version to the next.
+Every number is a pure function of (seed, epoch, sample id): a raw 64-bit word of numpy's
+Philox4x64, keyed by the seed and the purpose of the number, counted from (sample id, epoch). It
+does not depend on workers, ranks, threads or resume points. Raw words, unlike the methods of
+``numpy.random.Generator``, stay the same across numpy versions.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mics_fast.options import AugmentConfig, ColourConfig
 BRIGHTNESS, CONTRAST, SATURATION, HUE, BLUR = range(5)
 """Columns of ``Augmentation.weak`` and ``Augmentation.strong``."""
 
-_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS, _DISTORT, _TEACHER = range(6)  # what numbers are for
+_ORDER, _AUGMENT, CLASS_ORDER, CLASS_ROWS, _DISTORT, _TEACHER = range(6)  # purposes of numbers
 _GEOMETRY_NUMBERS, _COLOUR_NUMBERS, _BOX_NUMBERS = 6, 5, 4
 
 View = Literal["weak", "strong", "teacher"]
-"""What an image is made into: the weak view (in evaluation, the only one, it is the whole frame),
-the strong view of the same crop, or the weak view of another crop for the teacher."""
+"""A view of an image: weak (in evaluation the only view, of the whole frame), strong (of the same
+crop), or teacher (a weak view of another crop)."""
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How one pair is changed in one epoch.
+    """Augmentation of one pair in one epoch.
 
     Args:
         anchor: (2,) float32, left and top of the crop as fractions of the frame.
@@ -39,9 +39,9 @@ class Augmentation:
         flip: (2,) int32, 1 = flipped horizontally, vertically.
         weak: (M, 5) float32, one row per modality: brightness, contrast and saturation factors, hue
             in degrees, blur in pixels.
-        strong: the same of the strong view.
+        strong: the same for the strong view.
         affine: (2, 3) float32, rotation and shear of the strong view (``distortions.py``).
-        boxes: (M, 4) float32, what is erased of the strong view of each modality.
+        boxes: (M, 4) float32, box erased from the strong view of each modality.
     """
 
     anchor: np.ndarray
@@ -53,26 +53,26 @@ class Augmentation:
     boxes: np.ndarray
 
     def colours(self, view: View) -> np.ndarray:
-        """(M, 5) colour numbers of a view."""
+        """Return the (M, 5) colour numbers of a view."""
         return self.strong if view == "strong" else self.weak
 
     def crop(self) -> np.ndarray:
-        """(4,) float32: left, top, width and height of the crop."""
+        """Return the crop, (4,) float32: left, top, width and height."""
         return np.concatenate([self.anchor, self.shape])
 
     def flips(self) -> np.ndarray:
-        """(4,) float32: the region of the crop, top, left, bottom, right, that is all of it; a
-        flipped axis runs backwards."""
+        """Return the whole crop as a region, (4,) float32: top, left, bottom, right; start and end
+        of a flipped axis are swapped."""
         start = self.flip[::-1].astype(np.float32)
         return np.concatenate([start, 1 - start])
 
     def region(self) -> np.ndarray:
-        """(4,) float32: the region of the frame that the crop is, flipped in the same way."""
+        """Return the crop as a region of the frame, (4,) float32, flipped in the same way."""
         flips = self.flips()
         return np.tile(self.anchor[::-1], 2) + flips * np.tile(self.shape[::-1], 2)
 
     def region_in(self, crop: np.ndarray) -> np.ndarray:
-        """(4,) float32: the same region as fractions of a larger crop, (4,) as ``crop`` gives."""
+        """Return the same region as fractions of a larger crop, (4,) as from ``crop``."""
         corner, shape = np.tile(crop[1::-1], 2), np.tile(crop[:1:-1], 2)
         return (self.region() - corner) / shape
 
@@ -86,22 +86,22 @@ def draw_augmentation(
     modalities: int,
     teacher: bool = False,
 ) -> Augmentation:
-    """The changes of one pair: one crop and one flip for all, colour for each modality.
+    """Draw the augmentation of one pair: crop and flip for the pair, colour per modality.
 
-    The strong view is also rotated and sheared, for all alike, and a box of each modality erased.
+    The strong view is also rotated and sheared, equally for all modalities, and loses a box per
+    modality.
 
-    The crop's area is uniform in ``crop_scale``, the logarithm of its aspect ratio in
-    ``crop_ratio``, its place uniform in the frame; a side that would be longer than the frame's is
-    the frame's.
+    The crop's area is uniform in ``crop_scale``, the logarithm of its aspect ratio is uniform over
+    ``crop_ratio`` and its position is uniform in the frame. Sides are clipped to the frame's.
 
     Args:
         config: the ranges.
         seed: of the run.
-        epoch: how often the row has been drawn before.
+        epoch: number of earlier draws of the row.
         sample_id: manifest row.
-        modalities: M, in a fixed order; a modality keeps its numbers when others are added after
-            it, whether its image exists or not and whether the strong view is used or not.
-        teacher: draw the crop, flip and colour of the teacher's view, independent of the others.
+        modalities: M, in a fixed order. A modality keeps its numbers when others are appended,
+            whether or not its image exists, and whether or not the strong view is used.
+        teacher: draw crop, flip and colour of the teacher's view, independent of the others.
     """
     words = _GEOMETRY_NUMBERS + 2 * _COLOUR_NUMBERS * modalities
     purpose = _TEACHER if teacher else _AUGMENT
@@ -125,7 +125,7 @@ def draw_augmentation(
 
 
 def union(crops: Sequence[np.ndarray]) -> np.ndarray:
-    """(4,) float32: the smallest crop that holds some crops; left, top, width and height."""
+    """Return the smallest crop that contains all crops, (4,) float32: left, top, width, height."""
     corners = np.array([np.concatenate([crop[:2], crop[:2] + crop[2:]]) for crop in crops])
     start, end = corners[:, :2].min(0), corners[:, 2:].max(0)
     return np.concatenate([start, end - start])
@@ -133,19 +133,19 @@ def union(crops: Sequence[np.ndarray]) -> np.ndarray:
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """(rows,) a permutation of the row positions, uniform over permutations."""
+    """Draw a uniform permutation of the row positions, (rows,)."""
     order = draw_order(seed, _ORDER, epoch, 0, rows)
     order.flags.writeable = False
     return order
 
 
 def draw_order(seed: int, purpose: int, epoch: int, stream: int, count: int) -> np.ndarray:
-    """(count,) a permutation, uniform over permutations, for one purpose of its own."""
+    """Draw a uniform permutation, (count,), for one purpose."""
     return np.argsort(_raw(seed, purpose, epoch, stream, count), kind="stable")
 
 
 def _colour(config: ColourConfig, uniform: np.ndarray) -> np.ndarray:
-    """(M, 5) colour numbers from (M, 5) uniform ones."""
+    """Map (M, 5) uniform numbers to colour numbers."""
     spread = np.array([config.brightness, config.contrast, config.saturation, config.hue])
     numbers = np.empty_like(uniform)
     numbers[:, :BLUR] = (2 * uniform[:, :BLUR] - 1) * spread + [1, 1, 1, 0]

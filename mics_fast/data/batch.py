@@ -1,8 +1,8 @@
-"""From samples and what was decoded of them to a batch of views on the training device.
+"""Batches: decoded samples become views on the training device.
 
-On a GPU the DALI graph has resized and blurred whole batches of squares. On a CPU it has decoded
-frames, each of its own size, or the frames were kept; resize, blur, colour and normalisation follow
-here, sample by sample, in threads that share a batch; DALI decodes the next ones meanwhile.
+On a GPU the DALI graph has already resized and blurred whole batches of squares. On a CPU it has
+only decoded frames of different sizes, or the frames come from the cache; then threads resize,
+blur, colour and normalise here, sample by sample, while DALI decodes the next batches.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class PairBatch:
     """B rows of the manifest on the training device.
 
     Args:
-        views: modality -> (B, 3, H, W) float32 (bfloat16 where asked for), normalised: the weak or
-            the evaluation view; 0 where the image is missing.
-        strong: the strong view of the same crops, where asked for.
+        views: modality -> (B, 3, H, W) float32 or bfloat16, normalised: the weak or evaluation
+            view; 0 if the image is missing.
+        strong: the strong view of the same crops, if requested.
         present: (B, M) bool, columns in the order of ``views``.
         label: (B,) int64 class, -1 = unknown.
-        labelled: (B,) bool, may training use the label.
+        labelled: (B,) bool, True if training may use the label.
         sample_id: (B,) int64 manifest row.
         group_id: (B,) int64 contrastive id.
-        teacher: a weak view of other crops, for the teacher of pre-training, where asked for.
+        teacher: a weak view of other crops for the teacher of pre-training, if requested.
     """
 
     views: dict[str, Tensor]
@@ -49,7 +49,7 @@ class PairBatch:
     teacher: dict[str, Tensor] | None = None
 
     def split(self, parts: int) -> list[PairBatch]:
-        """Equal parts of B / ``parts`` rows, in order; they share this batch's memory."""
+        """Split into parts of B / ``parts`` rows, in order; they share this batch's memory."""
         size = len(self.label) // parts
         if size * parts != len(self.label):
             raise ValueError(f"a batch of {len(self.label)} rows has no {parts} equal parts")
@@ -70,22 +70,22 @@ class PairBatch:
 
 
 FrameOrFile = np.ndarray | Tensor
-"""An encoded image or a kept frame."""
+"""An encoded image or a cached frame."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Input of the graph for one sample, with the row that it belongs to.
+    """Input of the graph for one sample, with its row.
 
     Args:
-        row: of the manifest; None: none.
-        present: (M,) bool, which modalities it has.
-        images: of each modality, encoded or kept; where there is none, another image, whose view is
-            made black.
-        numbers: of its augmentation, as ``PairGraph.numbers`` gives them.
-        crop: (4,) float32, what is decoded of the encoded images.
-        drawn: how each view is augmented; empty: not at all.
-        problems: a sentence on each bad image that it goes without.
+        row: of the manifest; None for padding.
+        present: (M,) bool, True for each modality that the sample has.
+        images: one per modality, encoded or cached; a missing one is replaced by another image,
+            whose view is set to 0.
+        numbers: of its augmentation, from ``PairGraph.numbers``.
+        crop: (4,) float32, region of the encoded images to decode.
+        drawn: augmentation of each view; empty if there is none.
+        problems: a sentence for each bad image that was skipped.
     """
 
     row: Row | None
@@ -98,7 +98,7 @@ class Sample:
 
 
 Views = dict[View, dict[str, Tensor]]
-"""The views of each modality: (B, 3, H, W)."""
+"""View -> modality -> (B, 3, H, W)."""
 
 
 def batch_of(
@@ -108,16 +108,16 @@ def batch_of(
     dtype: torch.dtype,
     workers: Executor,
 ) -> PairBatch:
-    """Make a batch of views and of what the manifest says of their rows.
+    """Make a batch of views and labels.
 
     Samples without any image are dropped.
 
     Args:
-        graph: how images become views.
+        graph: the steps from images to views.
         samples: of the batch.
-        outputs: of the graph; where it does not run, the kept frames, one list per modality.
+        outputs: of the graph; if it does not run, the cached frames, one list per modality.
         dtype: of the views.
-        workers: make the samples where the graph does not resize.
+        workers: process the samples if the graph does not resize.
     """
     kept = [k for k, sample in enumerate(samples) if sample.row and sample.present.any()]
     rows = [row for k in kept if (row := samples[k].row)]
@@ -151,7 +151,7 @@ def batch_of(
 def _of_squares(
     graph: PairGraph, samples: Sequence[Sample], squares: Sequence[Tensor], dtype: torch.dtype
 ) -> Views:
-    """The views of the graph's (B, side, side, 3) uint8 squares."""
+    """Make views of the graph's (B, side, side, 3) uint8 squares."""
     views: Views = {}
     for kind, own in graph.frames_of(squares).items():
         views[kind] = {}
@@ -174,7 +174,7 @@ def _of_frames(
     dtype: torch.dtype,
     workers: Executor,
 ) -> Views:
-    """The views of (H, W, 3) uint8 frames, decoded or kept, one list per modality."""
+    """Make views of (H, W, 3) uint8 frames, decoded or cached, one list per modality."""
     shape = (len(samples), 3, graph.image_size, graph.image_size)
     views: Views = {
         kind: {name: torch.empty(shape, dtype=dtype) for name in graph.modalities}
@@ -186,7 +186,7 @@ def _of_frames(
     }
 
     def make(k: int) -> None:
-        """All views of a sample."""
+        """Make all views of a sample."""
         sample = samples[k]
         for column, name in enumerate(graph.modalities):
             if not sample.present[column]:
@@ -195,7 +195,7 @@ def _of_frames(
                 continue
             frame = torch.from_numpy(np.asarray(frames[column][k]))
             for kind, view in views.items():
-                if kind in graph.crops:  # else it shares the square of the view before
+                if kind in graph.crops:  # otherwise it shares the square of the previous view
                     drawn = sample.drawn.get(kind)
                     region = WHOLE if drawn is None else graph.region(drawn, sample.crop)
                     square = resized_square(frame, graph.image_size, region)
@@ -214,7 +214,7 @@ def _of_frames(
 def _changes(
     graph: PairGraph, samples: Sequence[Sample], view: View, column: int
 ) -> Changes | None:
-    """The changes of one view of one modality; None where nothing is augmented."""
+    """Collect the changes of one view of one modality; None without augmentation."""
     drawn = [sample.drawn[view] for sample in samples if sample.drawn]
     if graph.augment is None or not drawn:
         return None
@@ -234,7 +234,7 @@ def _changes(
 
 
 def _on_device(values: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for a GPU, which would first finish the steps that it was given."""
+    """Copy to the device without a host sync, which would wait for all queued GPU work."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values

@@ -1,8 +1,8 @@
-"""Decoded frames kept in memory, so that an epoch after the first reads and decodes nothing.
+"""Cache of decoded frames, so that only the first epoch reads and decodes files.
 
-A kept frame is the whole frame, resized to a square a little larger than the views, as uint8. It
-takes the place of a decoded image, in the first epoch too: a batch is the same whether its frames
-were kept before it or are decoded for it.
+A cached frame is the whole frame as uint8, resized to a square a little larger than the views. It
+replaces the decoded image in the first epoch, too, so batches do not depend on which frames are
+already cached.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from mics_fast.data.manifest import Row
 from mics_fast.data.resize import resized_square
 from mics_fast.options import DataConfig
 
-_LARGEST_BATCH = 64  # frames decoded at a time
+_LARGEST_BATCH = 64  # frames decoded at once
 _UNKNOWN, _KEPT, _ABSENT = range(3)
 
 
 class FrameCache:
-    """The frames of some rows, each decoded when it is first asked for.
+    """The frames of some rows, each decoded on first use.
 
     Args:
-        rows: whose frames are kept.
+        rows: rows whose frames are cached.
         modalities: names.
-        data: threads, what to do with a bad file, where frames are kept and of which side.
+        data: threads, policy for bad files, place and side of the cached frames.
         image_size: side of the views, pixels.
-        device: where the training runs.
+        device: training device.
 
     Raises:
-        InputError: the frames do not fit the memory that is free.
+        InputError: the frames do not fit in the free memory.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class FrameCache:
         self._workers = image_workers(data.threads)
 
     def fill(self, rows: Sequence[Row]) -> None:
-        """Decode whatever is not yet known of some rows.
+        """Decode the frames of some rows that are not yet cached.
 
         Raises:
-            InputError: a file cannot be read or decoded, and is not to be skipped.
+            InputError: a file cannot be read or decoded, and the policy is not "skip".
         """
         wanted = [
             (row, column)
@@ -90,23 +90,23 @@ class FrameCache:
             self._decode(wanted[start : start + _LARGEST_BATCH])
 
     def frame(self, row: Row, modality: str) -> tuple[np.ndarray | Tensor | None, str]:
-        """The (side, side, 3) uint8 frame of a filled row, None where it is missing or bad; and the
-        sentence on a bad one."""
+        """Return the (side, side, 3) uint8 frame of a filled row, None if missing or bad, and the
+        sentence about a bad one."""
         place, column = self._place[row.index], self.modalities.index(modality)
         kept = self._state[place, column] == _KEPT
         frame = self._view(self._frames[place, column]) if kept else None
         return frame, self._problems.get((place, column), "")
 
     def blank(self) -> np.ndarray | Tensor:
-        """A black frame, for the place of one that is missing."""
+        """Return a black frame to stand for a missing one."""
         return self._view(self._blank)
 
     def _view(self, frame: Tensor) -> np.ndarray | Tensor:
-        """The same memory as DALI takes it: a torch tensor on a GPU alone."""
+        """Return the same memory in the form that DALI takes: a torch tensor only on a GPU."""
         return frame if frame.is_cuda else frame.numpy()
 
     def _decode(self, wanted: Sequence[tuple[Row, int]]) -> None:
-        """Keep the frames of at most ``_LARGEST_BATCH`` images."""
+        """Decode and store the frames of at most ``_LARGEST_BATCH`` images."""
         readable = []
         for row, column in wanted:
             place = self._place[row.index]
@@ -141,7 +141,7 @@ class FrameCache:
             self._state[where] = _KEPT
 
     def _square(self, frame: Any) -> Tensor:
-        """A decoded frame as (side, side, 3) uint8."""
+        """Resize a decoded frame to (side, side, 3) uint8."""
         square = resized_square(torch.from_dlpack(frame), self.side, WHOLE)
         return square.permute(1, 2, 0).to(torch.uint8)
 
@@ -158,10 +158,10 @@ class FrameCache:
 
 
 def check_memory(shape: Sequence[int], device: torch.device) -> None:
-    """Count before anything is decoded.
+    """Check that the cache fits before anything is decoded.
 
     Raises:
-        InputError: an array of bytes of this shape does not fit the memory that is free.
+        InputError: a uint8 array of this shape does not fit in the free memory.
     """
     needed = int(np.prod(shape, dtype=np.int64))
     if device.type == "cuda":
@@ -178,7 +178,7 @@ def check_memory(shape: Sequence[int], device: torch.device) -> None:
 
 
 def free_host_memory() -> int:
-    """Bytes that the system, and the control group of this process, can still give."""
+    """Return the bytes still available from the system and this process's control group."""
     with open("/proc/meminfo") as file:
         kilobytes = dict(line.split(":") for line in file)["MemAvailable"].split()[0]
     free = int(kilobytes) * 1024
@@ -186,10 +186,10 @@ def free_host_memory() -> int:
     try:
         limit, used = ((group / f"memory.{name}").read_text() for name in ("max", "current"))
         return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no limit, or another kind of control groups
+    except (OSError, ValueError):  # no limit, or another version of control groups
         return free
 
 
 def gibibytes(count: int) -> str:
-    """A number of bytes for people."""
+    """Format a number of bytes in GiB."""
     return f"{count / 2**30:.1f} GiB"

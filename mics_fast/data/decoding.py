@@ -1,11 +1,11 @@
-"""The DALI graph: from images and augmentation numbers to decoded frames or square ones.
+"""The DALI graph: encoded images and augmentation numbers in, decoded frames or squares out.
 
-Per modality it decodes the crop alone. On a GPU (``mixed`` decode) it goes on: resize to a square
-(triangle filter, antialiased), flipped; then blur for each view, weak or strong, that is to be
-blurred. On a CPU, where DALI's resize takes as long as its decoder, ``resize.py`` does the same to
-each frame, and frames that are kept decoded need no graph. Images stay uint8, so every operation
-rounds. An evaluation view is the whole frame resized to the square: the geometry of training with
-the largest crop and no flip. Colour and normalisation follow in ``views.py``.
+Only the crop of each image is decoded. On a GPU (``mixed`` decode) the graph then resizes the crop
+to a square (triangle filter, antialiased), flips it, and blurs it for each view that is blurred.
+On a CPU, where DALI's resize takes as long as its decoder, ``resize.py`` does the same per frame,
+and cached frames need no graph. Images stay uint8, so every operation rounds. An evaluation view
+is the whole frame resized to the square: the geometry of training with the largest crop and no
+flip. Colour and normalisation follow in ``views.py``.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ from mics_fast.engine.threads import available_threads, share_threads
 from mics_fast.options import AugmentConfig, DataConfig
 
 WHOLE = np.array([0, 0, 1, 1], np.float32)
-"""The crop that is the whole frame (left, top, width, height as fractions of it), and its region
-(top, left, bottom, right)."""
+"""The whole frame as a crop (left, top, width, height as fractions of it) and as a region (top,
+left, bottom, right)."""
 
-# DALI refuses a standard deviation of 0; this one changes nothing.
+# DALI refuses a standard deviation of 0; this one changes no pixel.
 _SMALLEST_BLUR = 1e-3
 
 Source = Callable[[int], Sequence[Sequence[Any]]]
-"""Number of the batch since the graph was built -> lists of arrays, one per sample."""
+"""Maps the number of batches since the graph was built to lists of arrays, one per sample."""
 
 
 @dataclass(frozen=True)
 class PairGraph:
-    """The steps from a pair of images to its views, the same for all files and numbers.
+    """The steps from a pair of images to its views, the same for all samples.
 
     Args:
         modalities: names, in the order of the source's images.
         data: normalisation, threads and batches in flight.
         image_size: side of the views, pixels.
-        device: where images are decoded and views live.
-        augment: how pairs are changed; None: the evaluation view.
+        device: where images are decoded and views are stored.
+        augment: augmentation options; None: the evaluation view.
         strong: also make the strong view.
-        kept: where frames are that come decoded, as (H, W, 3) uint8; None: images come encoded.
-        teacher: also make the teacher's view, of a crop of its own.
+        kept: device of the cached (H, W, 3) uint8 frames; None: images are encoded.
+        teacher: also make the teacher's view, with its own crop.
 
     Raises:
         InputError: DALI is not installed, or a standard deviation is not positive.
@@ -72,47 +72,47 @@ class PairGraph:
 
     @property
     def resizes(self) -> bool:
-        """Whether frames leave the graph as squares, blurred where they are to be."""
+        """True if the graph outputs squares, already blurred where needed."""
         return self.device.type == "cuda"
 
     @property
     def runs(self) -> bool:
-        """Whether there is anything for a graph to do."""
+        """True if there is any work for a graph."""
         return self.kept is None or self.resizes
 
     @property
     def views(self) -> list[View]:
-        """The views of each image, the weak (or evaluation) view first."""
+        """Views of each image, the weak (or evaluation) view first."""
         wanted: list[tuple[View, bool]] = [("strong", self.strong), ("teacher", self.teacher)]
         return ["weak", *(view for view, made in wanted if made)]
 
     @property
     def crops(self) -> list[View]:
-        """The views that have a crop of their own: the strong view has that of the weak one."""
+        """Views with their own crop; the strong view shares the crop of the weak one."""
         return ["weak", "teacher"] if self.teacher else ["weak"]
 
     @property
     def blurred(self) -> list[View]:
-        """The views that are blurred."""
+        """Views that are blurred."""
         if self.augment is None:
             return []
         weak, strong = self.augment.weak.blur, self.augment.strong.blur
         return [view for view in self.views if (strong if view == "strong" else weak)]
 
     def crop(self, drawn: Mapping[View, Augmentation]) -> np.ndarray:
-        """(4,) float32: the part of an encoded image that is decoded, which holds every crop."""
+        """Return the part of an encoded image to decode, (4,) float32; it contains every crop."""
         if not self.teacher:
             return drawn["weak"].crop()
         return union([drawn[view].crop() for view in self.crops])
 
     def region(self, drawn: Augmentation, crop: np.ndarray) -> np.ndarray:
-        """(4,) float32: which part of a frame, as the resize gets it, becomes the square.
+        """Return the region of the resize's input that becomes the square, (4,) float32.
 
         Args:
-            drawn: of the view.
-            crop: of the image, as ``crop`` gives it.
+            drawn: augmentation of the view.
+            crop: of the image, from ``crop``.
         """
-        # Encoded images are cropped by the decoder, kept ones by the resize.
+        # The decoder crops encoded images, the resize crops cached ones.
         if self.kept is not None:
             return drawn.region()
         return drawn.region_in(crop) if self.teacher else drawn.flips()
@@ -120,7 +120,7 @@ class PairGraph:
     def numbers(
         self, drawn: Mapping[View, Augmentation], crop: np.ndarray
     ) -> tuple[np.ndarray, ...]:
-        """The numbers of one sample that an augmenting graph reads beside its images."""
+        """Return the numbers of one sample that an augmenting graph reads beside its images."""
         decoded = (crop,) if self.kept is None else ()
         if not self.resizes:
             return decoded
@@ -129,7 +129,7 @@ class PairGraph:
         return (*decoded, *regions, *blurs)
 
     def frames_of(self, outputs: Sequence[Any]) -> dict[View, Sequence[Any]]:
-        """The outputs of a graph that resizes that each view is made of: one per modality."""
+        """Map each view to its outputs of a resizing graph, one per modality."""
         count, made = len(self.modalities), self._outputs()
         return {
             view: outputs[count * place : count * (place + 1)]
@@ -139,8 +139,8 @@ class PairGraph:
         }
 
     def _outputs(self) -> list[list[View]]:
-        """The views that each group of outputs serves: sharp squares, which views of one crop
-        share, then those that are blurred."""
+        """List the views served by each group of outputs: first sharp squares, which views of one
+        crop share, then blurred ones."""
         sharp = [
             [view for view in self.views if view not in self.blurred and self._crop_of(view) == own]
             for own in self.crops
@@ -148,18 +148,18 @@ class PairGraph:
         return [views for views in sharp if views] + [[view] for view in self.blurred]
 
     def _crop_of(self, view: View) -> View:
-        """The view whose crop a view has."""
+        """Return the view whose crop a view uses."""
         return view if view in self.crops else "weak"
 
     def build(self, images: Source, numbers: Source, batch_size: int) -> Any:
-        """A running pipeline of (H, W, 3) uint8 frames.
+        """Build a running pipeline of (H, W, 3) uint8 frames.
 
-        They are squares where the graph resizes, and ``frames_of`` says which are whose; where it
-        does not, there is one per modality, each sample of its own size.
+        If the graph resizes, the outputs are squares, and ``frames_of`` assigns them to views;
+        otherwise there is one output per modality, and samples differ in size.
 
         Args:
-            images: gives the images of each modality.
-            numbers: gives what ``numbers`` returns, transposed; unused where nothing is augmented.
+            images: source of the images of each modality.
+            numbers: source of the transposed results of ``numbers``; unused without augmentation.
             batch_size: largest number of samples in a batch.
         """
         from nvidia.dali import fn
@@ -181,7 +181,7 @@ class PairGraph:
         return pipeline
 
     def _squares(self, frames: Sequence[Any], drawn: Sequence[Any]) -> list[Any]:
-        """The outputs of a graph that resizes, of frames, regions and blurs."""
+        """Build the outputs of a resizing graph from frames, regions and blurs."""
         regions: Sequence[Any] = drawn[: len(self.crops)] or [None]
         sigmas = dict(zip(self.blurred, drawn[len(self.crops) :], strict=True))
         squares = {
@@ -197,7 +197,7 @@ class PairGraph:
         return outputs
 
     def _images(self, source: Source) -> Sequence[Any]:
-        """The image of each modality as it comes."""
+        """Build the input nodes, one per modality."""
         from nvidia.dali import fn
 
         kept_on_gpu = self.kept is not None and self.kept.type == "cuda"
@@ -212,10 +212,10 @@ class PairGraph:
 
 
 def check_dali() -> None:
-    """Say how to install DALI where it is not, or that it cannot be.
+    """Check that DALI can be imported, and say how to install it if not.
 
     Raises:
-        InputError: it cannot be imported.
+        InputError: DALI cannot be imported.
     """
     try:
         import nvidia.dali  # noqa: F401
@@ -228,7 +228,7 @@ def check_dali() -> None:
 
 
 def new_pipeline(device: torch.device, threads: int | None, batch_size: int, prefetch: int) -> Any:
-    """An empty pipeline for a device; without a number of threads, with its share of all."""
+    """Make an empty pipeline for a device; by default it gets its share of all threads."""
     from nvidia.dali import Pipeline
 
     number = None
@@ -243,16 +243,16 @@ def new_pipeline(device: torch.device, threads: int | None, batch_size: int, pre
 
 
 def consumer(device: torch.device) -> torch.cuda.Stream | None:
-    """What ``Pipeline.run`` gives its outputs to: torch's stream, which then waits for them in the
-    place of the host; None on a CPU."""
+    """Return the stream that waits for the outputs of ``Pipeline.run`` instead of the host:
+    torch's current one; None on a CPU."""
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def to_torch(output: Any, device: torch.device) -> Tensor:
-    """A copy of an output of equal (H, W, 3) uint8 images, (B, H, W, 3), that owns its memory.
+    """Copy an output of equal (H, W, 3) uint8 images to a tensor (B, H, W, 3) that owns its memory.
 
-    DALI gives its own to another batch while torch may still have to read it: its streams wait for
-    this copy, but not for the readers of what DLPack would share.
+    DALI reuses an output's memory for another batch while torch may still read it: its streams wait
+    for this copy, but would not wait for readers of memory shared by DLPack.
     """
     from nvidia.dali.plugin.pytorch import feed_ndarray
 
@@ -263,17 +263,17 @@ def to_torch(output: Any, device: torch.device) -> Tensor:
 
 
 def decoded(encoded: Any, device: torch.device, crop: Any = None) -> Any:
-    """Node of the decoded (H, W, 3) uint8 image, upright; of the crop alone where one is given."""
+    """Build the node of the upright, decoded (H, W, 3) uint8 image, or of a crop of it."""
     from nvidia.dali import fn, math, types
 
     options: dict[str, Any] = {
         "device": "mixed" if device.type == "cuda" else "cpu",
         "output_type": types.DALIImageType.RGB,
-        "jpeg_fancy_upsampling": True,  # of chroma, as on a CPU
+        "jpeg_fancy_upsampling": True,  # chroma is upsampled as on a CPU
     }
     if crop is None:
         return fn.decoders.image(encoded, **options)
-    # Of a frame of few pixels a small crop would be none of them.
+    # A small crop of a tiny frame would be empty.
     height_width = fn.peek_image_shape(encoded, dtype=types.DALIDataType.FLOAT)[:2]
     pixel = 1.0 / fn.stack(height_width[1], height_width[0])
     shape = math.max(crop[2:], pixel)
@@ -281,7 +281,7 @@ def decoded(encoded: Any, device: torch.device, crop: Any = None) -> Any:
 
 
 def resized(frame: Any, side: int, region: Any = None) -> Any:
-    """Node of a frame's region, resized to a square; a region that runs backwards is flipped."""
+    """Build the node that resizes a region to a square; a region with swapped ends is flipped."""
     from nvidia.dali import fn, types
 
     part: dict[str, Any] = {}

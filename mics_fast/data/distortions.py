@@ -1,8 +1,8 @@
 """Distortions of the strong view, in torch: rotation, shear and erased boxes.
 
-The square is rotated and sheared about its centre, both modalities of a pair alike; then a box is
-erased from each modality, each at its own place, so that what one lacks the other may show. Pixels
-from beyond the border mirror those inside. An erased box is 0 after normalisation: the mean.
+The square is rotated and sheared about its centre, equally for both modalities of a pair. Then one
+box per modality is erased, at independent positions, so that the other modality may show what one
+lacks. Pixels beyond the border are mirrored. An erased box is 0 after normalisation: the mean.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.nn.functional import affine_grid, grid_sample
 
 
 def warped(planes: Tensor, affine: Tensor) -> Tensor:
-    """Squares rotated and sheared, bilinearly.
+    """Rotate and shear squares, with bilinear interpolation.
 
     Args:
         planes: (B, 3, H, W) float32.
-        affine: (B, 2, 3) float32, from each place of the result to its source, as in
+        affine: (B, 2, 3) float32, maps output positions to input positions, as in
             ``affine_grid``.
 
     Returns:
@@ -29,11 +29,11 @@ def warped(planes: Tensor, affine: Tensor) -> Tensor:
 
 
 def erased(view: Tensor, boxes: Tensor) -> Tensor:
-    """Views whose pixels inside a box are 0; a pixel is inside where its centre is.
+    """Set the pixels whose centre lies inside a box to 0.
 
     Args:
         view: (B, 3, H, W).
-        boxes: (B, 4) top, left, bottom, right as fractions of the square; an empty one erases
+        boxes: (B, 4) top, left, bottom, right as fractions of the square; an empty box erases
             nothing.
     """
     height, width = view.shape[2:]
@@ -46,7 +46,7 @@ def erased(view: Tensor, boxes: Tensor) -> Tensor:
 
 
 def affine_of(angle: float, shear: float) -> np.ndarray:
-    """(2, 3) float32: a rotation after a shear along the rows, both in degrees."""
+    """Return the matrix, (2, 3) float32, of a shear along the rows, then a rotation; in degrees."""
     turn, slant = np.radians(angle), np.tan(np.radians(shear))
     cosine, sine = np.cos(turn), np.sin(turn)
     rotation = np.array([[cosine, -sine], [sine, cosine]])
@@ -55,10 +55,10 @@ def affine_of(angle: float, shear: float) -> np.ndarray:
 
 
 def boxes_of(largest: float, uniform: np.ndarray) -> np.ndarray:
-    """(M, 4) float32 boxes inside the square from (M, 4) uniform numbers.
+    """Map (M, 4) uniform numbers to (M, 4) float32 boxes inside the square.
 
-    The area is uniform up to ``largest``, the logarithm of the aspect ratio between 1/2 and 2, the
-    place uniform; a side that would be longer than the square's is the square's.
+    The area is uniform up to ``largest``, the logarithm of the aspect ratio is uniform between
+    log(1/2) and log(2), and the position is uniform. Sides are clipped to the square's.
     """
     area, ratio = largest * uniform[:, 0], 2.0 ** (2 * uniform[:, 1] - 1)
     sides = np.minimum(np.sqrt([area * ratio, area / ratio]), 1.0).T

@@ -1,10 +1,10 @@
-"""Reading the image files of training, and finding those that cannot be used.
+"""Reading of the training images, and detection of bad ones.
 
-DALI does not say on which image of a batch it stumbled, and cannot go on after that. So the images
-of a batch that failed are decoded again, one by one, and those that fail are suspects. A suspect is
-tried each time before it enters a batch, with the crop of that time: whether it is used depends on
-file and crop alone (the upper half of a file that was cut short can be fine), not on what has been
-tried before, and a run that resumes sees what it would have seen.
+DALI does not report which image of a batch failed, and cannot continue after an error. So the
+images of a failed batch are decoded again, one by one, and the failing ones become suspects. A
+suspect is tried before each use, with the crop of that use: the result depends on file and crop
+alone (the upper half of a truncated file can be fine), not on earlier attempts, so that a resumed
+run makes the same batches.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from mics_fast.data.manifest import Row
 from mics_fast.data.shards import read_image
 
 CroppedImage = tuple[Row, str, np.ndarray]
-"""Row, modality, and the crop of this time."""
+"""Row, modality, and the crop to decode."""
 
 
 class ImageFiles:
-    """Reads encoded images, for one stream of batches.
+    """Reader of encoded images for one stream of batches.
 
     Args:
-        policy: "error": the first bad file ends the stream; "skip": it counts as missing.
+        policy: "error": the first bad file ends the stream; "skip": a bad file counts as missing.
         device: where the stream decodes.
     """
 
@@ -41,16 +41,16 @@ class ImageFiles:
         self._suspects: set[tuple[int, str]] = set()
         self._skipped: Counter[str] = Counter()
         self.problems: dict[int, str] = {}
-        """Row number -> sentence on its latest bad image, under "skip"."""
+        """Row number -> sentence about its latest bad image, under "skip"."""
         self._told: set[str] = set()
 
     def read(
         self, row: Row, modality: str, crop: np.ndarray = WHOLE
     ) -> tuple[np.ndarray | None, str]:
-        """The bytes of an image, None where it is missing or bad; and the sentence on a bad one.
+        """Return the bytes of an image, None if missing or bad, and the sentence about a bad one.
 
         Raises:
-            InputError: it is bad, under "error"; the sentence names file, modality and row.
+            InputError: the image is bad, under "error"; names file, modality and row.
         """
         path = row.files[modality]
         if path is None:
@@ -74,10 +74,10 @@ class ImageFiles:
         return None, sentence
 
     def suspect(self, images: Iterable[CroppedImage]) -> bool:
-        """Decode the images of batches that failed one by one; whether any fails is returned.
+        """Decode the images of failed batches one by one, and return True if any is bad.
 
         Raises:
-            InputError: one fails, under "error".
+            InputError: one is bad, under "error".
         """
         found = False
         for row, modality, crop in images:
@@ -89,7 +89,7 @@ class ImageFiles:
         return found
 
     def skip(self, sentences: Iterable[str]) -> None:
-        """Count the bad images that a batch went without; say so of each file once."""
+        """Count the skipped images of a batch, and report each file once."""
         for sentence in sentences:
             if sentence not in self._told:
                 print(f"skipped: {sentence}", file=sys.stderr)
@@ -97,7 +97,7 @@ class ImageFiles:
             self._skipped[sentence] += 1
 
     def report(self, what: str) -> None:
-        """Say how many images ``what`` went without, if any, and count anew."""
+        """Report how many images were skipped in ``what``, if any, and reset the count."""
         if self._skipped:
             print(
                 f"{what}: skipped {self._skipped.total()} images of {len(self._skipped)} bad files",
@@ -107,7 +107,7 @@ class ImageFiles:
 
 
 class SingleDecoder:
-    """Decodes one image at a time, as the graph does.
+    """Decodes one image at a time in the same way as the graph.
 
     Args:
         device: where the graph decodes.
@@ -118,15 +118,15 @@ class SingleDecoder:
         self._pipeline: Any = None
 
     def __call__(self, encoded: np.ndarray, crop: np.ndarray) -> bool:
-        """Whether the decoder takes the crop of an image.
+        """Return True if the crop of an image can be decoded.
 
         Raises:
-            RuntimeError: the GPU has no memory left for it, which says nothing of the image.
+            RuntimeError: the GPU is out of memory, which says nothing about the image.
         """
         return self._decode(encoded, crop) is not None
 
     def pixels(self, encoded: np.ndarray) -> np.ndarray | None:
-        """The whole image as (H, W, 3) uint8; None where the decoder does not take it."""
+        """Decode the whole image to (H, W, 3) uint8; None if it cannot be decoded."""
         output = self._decode(encoded, WHOLE)
         return None if output is None else np.array(output.as_cpu()[0])
 

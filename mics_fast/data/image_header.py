@@ -1,9 +1,8 @@
 """Kind and size of an encoded image, read from its header before any decoder sees the bytes.
 
-Decoders trust what they are given: some kinds of file kill the process, and a few kilobytes can
-ask for gigabytes of pixels. So the bytes of every image, wherever they come from, pass
-``check_image`` first. It knows JPEG, PNG, BMP, TIFF and WebP; of TIFF it refuses the kinds that
-decoders read differently.
+Decoders trust their input: some files crash the process, and a few kilobytes can ask for gigabytes
+of pixels. So the bytes of every image pass ``check_image`` first. It accepts JPEG, PNG, BMP, TIFF
+and WebP, but refuses TIFF variants that decoders read differently.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import struct
 from typing import NamedTuple
 
 LARGEST_FILE = 1 << 29
-"""Bytes of the largest image file that is read."""
+"""Size limit of an image file, bytes."""
 LARGEST_IMAGE, LONGEST_SIDE = 1 << 26, 1 << 15
-"""Pixels of the largest image that is decoded, and of its longer side."""
-_MOST_MARKERS = 10_000  # of a JPEG header
+"""Limits of a decoded image: its pixels, and its longer side."""
+_MOST_MARKERS = 10_000  # in a JPEG header
 
-# TIFF: the tags that are read with their defaults, and the types of whole numbers.
+# TIFF: the tags that are read, with their defaults, and the integer types.
 _TAGS = {"width": 256, "height": 257, "bits": 258, "compression": 259, "colours": 262,
          "samples": 277, "planes": 284, "tile_width": 322, "tile_height": 323, "extra": 338,
          "numbers": 339}  # fmt: skip
@@ -28,7 +27,7 @@ _GREY_OR_PALETTE, _RGB, _YCBCR, _JPEG, _PREMULTIPLIED = (0, 1, 3), 2, 6, 7, 1
 
 
 class RefusedImage(Exception):
-    """An image that no decoder is given. The message is a predicate: "is ..., wanted ..."."""
+    """An image that must not reach a decoder. The message is a predicate: "is ..., wanted ..."."""
 
 
 class ImageHeader(NamedTuple):
@@ -37,7 +36,7 @@ class ImageHeader(NamedTuple):
     Args:
         kind: JPEG, PNG, BMP, TIFF or WEBP.
         width, height: pixels, as stored.
-        bits: of a sample, 16 or at most 8.
+        bits: per sample; 16, or at most 8.
     """
 
     kind: str
@@ -53,7 +52,7 @@ def check_image(data: bytes) -> ImageHeader:
         data: all bytes of the file.
 
     Raises:
-        RefusedImage: no such header, a kind that decoders read differently, or too many pixels.
+        RefusedImage: no valid header, a variant that decoders read differently, or too many pixels.
     """
     if not data:
         raise RefusedImage("is empty, wanted an image")
@@ -83,7 +82,7 @@ def _bits(kind: str, data: bytes) -> int:
 def _jpeg(data: bytes) -> tuple[int, int]:
     place, size = 2, None
     for _ in range(_MOST_MARKERS):
-        place = data.index(b"\xff", place)  # decoders, too, skip what lies between segments
+        place = data.index(b"\xff", place)  # decoders also skip bytes between segments
         marker = data[place + 1]
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # no segment
             place += 1 if marker == 0xFF else 2
@@ -153,10 +152,10 @@ def _tiff(data: bytes) -> tuple[int, int]:
 
 
 def _tiff_tags(data: bytes) -> dict[str, tuple[int, ...]]:
-    """The values of the tags of the first image.
+    """Return the values of the tags of the first image.
 
     Raises:
-        struct.error, KeyError: there is no such image, or it has a tag twice.
+        struct.error, KeyError: there is no such image, or a tag is repeated.
     """
     order = "<" if data[:2] == b"II" else ">"
     (first,) = struct.unpack_from(f"{order}I", data, 4)
@@ -166,7 +165,7 @@ def _tiff_tags(data: bytes) -> dict[str, tuple[int, ...]]:
     for place in range(first + 2, first + 2 + 12 * count, 12):
         tag, kind, number = struct.unpack_from(f"{order}HHI", data, place)
         if tag in names:
-            name = names.pop(tag)  # a second one would be read by some decoders only
+            name = names.pop(tag)  # decoders disagree about repeated tags
             values = f"{order}{min(number, 8)}{_INTEGER[kind]}"
             inside = struct.calcsize(values) <= 4
             start = place + 8 if inside else struct.unpack_from(f"{order}I", data, place + 8)[0]

@@ -1,4 +1,4 @@
-"""Threads that work on one image each, in torch."""
+"""A pool of threads that each process one image at a time in torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import torch
 
 
 def image_workers(threads: int | None) -> ThreadPoolExecutor:
-    """A pool of threads whose torch operators use no further threads.
+    """Make a pool of threads whose torch operators are single-threaded.
 
-    As many as torch has, whose own rest while a batch is made, or as the image pipeline has.
-    Each would otherwise call on OpenMP threads of its own, which wait for work by spinning and so
-    take the cores from each other and from DALI. Other threads keep their number.
+    It has as many threads as torch, which are idle while a batch is made, or as the image pipeline
+    if that is more. With OpenMP threads of its own, each worker would spin-wait and take cores from
+    the others and from DALI. Threads outside the pool keep their number of OpenMP threads.
     """
     return ThreadPoolExecutor(max(threads or 1, torch.get_num_threads()), "image", _work_alone)
 
 
 def _work_alone() -> None:
-    torch.get_num_threads()  # sets the number of a new thread, which must not happen later
-    # torch.set_num_threads would set it for the whole process; OpenMP's own is for this thread.
+    # The first call in a thread resets its number of OpenMP threads, so it must come first.
+    torch.get_num_threads()
+    # torch.set_num_threads acts on the whole process; OpenMP's own function on this thread only.
     set_own = getattr(ctypes.CDLL(None), "omp_set_num_threads", None)
     if set_own is not None:  # torch was built with OpenMP
         set_own(1)

@@ -1,4 +1,4 @@
-"""Image files as ``prepare`` reads and writes them: full decode, black borders, smaller copies."""
+"""Images in ``prepare``: full decoding, black borders, smaller copies, saving."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.shards import read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp"}
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; what training decodes
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")  # whatever the suffix; training decodes the same
 
-# A line of pixels belongs to the picture where a tenth of it is brighter than this: the black of
-# JPEG frames is noisy, and a line of text in a border is thin.
+# A row or column is content if a tenth of its pixels are brighter than this: the black of JPEG
+# frames is noisy, and text in a border is thin.
 _BLACK, _BRIGHT_SHARE = 24, 0.1
 
 Box = tuple[float, float, float, float]
-"""left, top, right, bottom as fractions of the frame."""
+"""Box: left, top, right, bottom as fractions of the frame."""
 
 
 def decode(path: Path) -> np.ndarray:
-    """The image as (H, W, 3) uint8, upright, after a full decode.
+    """Decode an image fully to (H, W, 3) uint8, upright.
 
     Raises:
-        InputError: the file is missing, no image, or a broken one.
+        InputError: the file is missing, not an image, or broken.
     """
     try:
         encoded = read_image(path)
@@ -41,14 +41,14 @@ def decode(path: Path) -> np.ndarray:
 
 
 def pixels_of(data: bytes, path: Path) -> np.ndarray:
-    """The pixels of an image that ``check_image`` has accepted, as ``decode`` gives them.
+    """Decode an image that ``check_image`` has accepted, as ``decode`` does.
 
     Args:
-        data: all bytes of its file.
-        path: names it in a refusal.
+        data: all bytes of the file.
+        path: for error messages.
 
     Raises:
-        InputError: it cannot be decoded.
+        InputError: the image cannot be decoded.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -56,12 +56,12 @@ def pixels_of(data: bytes, path: Path) -> np.ndarray:
             if upright.mode.startswith("I"):  # 16 bits, which convert() would clip
                 upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
             return np.asarray(upright.convert("RGB"))
-    except Exception as error:  # Pillow raises whatever broken metadata make of its code
+    except Exception as error:  # Pillow raises many kinds of errors for broken metadata
         raise InputError(f"{path} cannot be decoded as an image: {error}") from None
 
 
 def save(image: np.ndarray, target: Path) -> None:
-    """Write an image under a temporary name, then rename it; JPEG in full chroma, for vessels."""
+    """Write an image atomically; JPEG without chroma subsampling, which would blur vessels."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with renamed(target) as partial:
         Image.fromarray(image).save(partial, quality=95, subsampling=0)
@@ -69,7 +69,7 @@ def save(image: np.ndarray, target: Path) -> None:
 
 
 def content_box(image: np.ndarray) -> Box:
-    """Box inside the black border of a (H, W, 3) uint8 frame; the whole frame if all is black."""
+    """Return the box inside the black border of an (H, W, 3) uint8 frame; all of it if black."""
     bright = image.max(2) > _BLACK
     box = [0.0, 0.0, 1.0, 1.0]
     for axis in range(2):  # columns give left and right, rows top and bottom
@@ -81,13 +81,13 @@ def content_box(image: np.ndarray) -> Box:
 
 
 def around(boxes: Iterable[Box]) -> Box:
-    """The smallest box around some boxes."""
+    """Return the smallest box that contains all boxes."""
     lefts, tops, rights, bottoms = zip(*boxes, strict=True)
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
 def cut(image: np.ndarray, box: Box) -> np.ndarray:
-    """The part of an (H, W, 3) image inside a box, to the nearest pixel."""
+    """Cut a box out of an (H, W, 3) image, to the nearest pixel."""
     height, width = image.shape[:2]
     left, top, right, bottom = box
     return image[round(top * height) : round(bottom * height),
@@ -95,7 +95,7 @@ def cut(image: np.ndarray, box: Box) -> np.ndarray:
 
 
 def shrink(image: np.ndarray, side: int) -> np.ndarray:
-    """The image with a shorter side of ``side`` pixels, averaged; a smaller one stays as it is."""
+    """Shrink the image to a shorter side of ``side`` pixels; a smaller one is returned as it is."""
     height, width = image.shape[:2]
     scale = side / min(height, width)
     if scale >= 1:

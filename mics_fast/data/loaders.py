@@ -1,9 +1,9 @@
 """Loaders: batches of image pairs on the training device, from rows of the manifest.
 
-Which row a sample is and how it is changed are functions of its number in the training stream
-(``augment.py``), so a batch is the same on any number of ranks and threads and after a resume. What
-happens to the pixels is in ``graph.py``, ``resize.py`` and ``views.py``, to bad files in
-``files.py``; ``stream.py`` runs it all.
+The row and the augmentation of a sample are functions of its number in the training stream
+(``augmentation.py``), so batches do not depend on ranks, threads or resume points. Pixels are
+processed in ``decoding.py``, ``resize.py`` and ``views.py``, bad files in ``image_files.py``;
+``stream.py`` runs it all.
 """
 
 from __future__ import annotations
@@ -37,34 +37,33 @@ class TrainLoader:
     """The endless training stream: shuffled by epoch, augmented, always in full batches.
 
     Sample n = step * batch_size + i of the stream is row ``order(seed, n // R)[n % R]`` of the R
-    rows: batches run over the end of an epoch. A rank takes its contiguous slice of every batch, or
-    of each part of one.
-    The order is any permutation; of rows that all lie in shards, one that takes shard after shard.
-    Where classes are balanced, an epoch holds each class, not each row, equally often.
-    A row none of whose images can be used, where bad files are skipped, is replaced by the next
+    rows: batches cross the end of an epoch. Each rank takes a contiguous slice of every batch, or
+    of each part of a batch. The order is a uniform permutation, or, if all rows lie in shards, one
+    that goes shard by shard. With balanced classes, an epoch holds each class, not each row,
+    equally often. Under the policy "skip", a row without any usable image is replaced by the next
     one of its epoch.
 
     Args:
-        rows: what to train on, at least one.
+        rows: training rows, at least one.
         modalities: names, in the order of ``PairBatch.present``.
-        data: normalisation, threads, what to do with bad files.
-        augment: how pairs are changed.
+        data: normalisation, threads, policy for bad files.
+        augment: augmentation options.
         image_size: side of the views, pixels.
-        batch_size: pairs a step over all ranks; a multiple of ``world_size * parts``.
+        batch_size: pairs per step over all ranks; a multiple of ``world_size * parts``.
         seed: of order and augmentation.
         step: number of the first batch.
         strong: also make the strong view.
-        balanced: draw every class equally often; the rows are labelled then.
+        balanced: draw every class equally often; all rows must be labelled.
         device: where decoding, augmentation and batches live.
         rank: of this process.
-        world_size: processes that share each batch.
-        parts: equal parts of a batch that are worked on one after the other.
-        cache: keeps the decoded frames of these rows; None: decode anew each time.
-        teacher: also make the teacher's view, whose crop, flip and colour are drawn for itself.
+        world_size: number of processes that share each batch.
+        parts: number of equal parts of a batch that are processed one after the other.
+        cache: holds the decoded frames of these rows; None: decode them in every epoch.
+        teacher: also make the teacher's view, with its own crop, flip and colour.
 
     Raises:
         InputError: no rows, a batch that the ranks cannot share, no DALI, a standard deviation
-            that is not positive; while iterating: a file that cannot be read or decoded.
+            that is not positive; while iterating, a file that cannot be read or decoded.
     """
 
     def __init__(
@@ -124,7 +123,7 @@ class TrainLoader:
         return batch
 
     def close(self) -> None:
-        """Say what was skipped of the epoch that is not over, if anything was."""
+        """Report the skipped images of the unfinished epoch, if any."""
         self._report(self.epoch + 1)
 
     def _report(self, epoch: int) -> None:
@@ -132,11 +131,11 @@ class TrainLoader:
 
     @property
     def epoch(self) -> int:
-        """How often all rows have come before the next batch begins."""
+        """Number of complete passes over the rows before the next batch."""
         return self.step * self.batch_size // len(self.rows)
 
     def _prepare(self, step: int) -> Prepared:
-        """The samples of this rank in a batch."""
+        """Return this rank's samples of a batch."""
         part, share = self.batch_size // self._parts, self._share // self._parts
         first = step * self.batch_size + self._rank * share
         starts = range(first, first + self.batch_size, part)
@@ -146,8 +145,8 @@ class TrainLoader:
         return Prepared([self._sample(number) for number in numbers])
 
     def _row(self, number: int, later: int = 0) -> tuple[Row, int]:
-        """Row of a sample of the stream, or of one that comes later in its epoch, and how often it
-        has come before."""
+        """Return the row of a sample of the stream, or of one ``later`` in its epoch, and the
+        number of its earlier draws."""
         if self._balanced is not None:
             place, before = self._balanced.row(number + later)
             return self.rows[place], before
@@ -156,7 +155,7 @@ class TrainLoader:
         return self.rows[self._order(epoch)[(place + later) % count]], epoch
 
     def _order(self, epoch: int) -> np.ndarray:
-        """(R,) the order of the rows in an epoch; the last epoch's is kept beside it."""
+        """Return the order of the rows in an epoch, (R,); the last epoch's is kept, too."""
         if epoch not in self._orders:
             self._orders = {own: o for own, o in self._orders.items() if own == epoch - 1}
             self._orders[epoch] = (
@@ -167,7 +166,7 @@ class TrainLoader:
         return self._orders[epoch]
 
     def _sample(self, number: int) -> Sample:
-        """A sample of the stream; the next one that has an image, where it has none."""
+        """Return a sample of the stream; if it has no image, the next one that has."""
         problems: list[str] = []
         for later in range(len(self.rows)):
             sample = self._sample_of(*self._row(number, later))
@@ -188,7 +187,7 @@ class TrainLoader:
         return sample_of(row, found, self._cache.blank(), *how)
 
     def _draw(self, sample_id: int, epoch: int) -> dict[View, Augmentation]:
-        """How each view of a sample is augmented: the strong view has the crop of the weak one."""
+        """Draw the augmentation of each view; the strong view has the crop of the weak one."""
         drawn = {
             view: draw_augmentation(
                 self._augment,
@@ -204,16 +203,16 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """One pass over the rows in their order, whole frames, the last batch smaller.
+    """One pass over the rows in order, with whole frames; the last batch may be smaller.
 
-    Where bad files are skipped, a row without a usable image is dropped.
+    Under the policy "skip", a row without any usable image is dropped.
 
     Args:
-        rows: what to evaluate; may be empty.
+        rows: evaluation rows; may be empty.
         modalities: names, in the order of ``PairBatch.present``.
-        data: normalisation, threads, what to do with bad files.
+        data: normalisation, threads, policy for bad files.
         image_size: side of the views, pixels.
-        batch_size: pairs a batch.
+        batch_size: pairs per batch.
         device: where decoding and batches live.
 
     Raises:
@@ -236,7 +235,7 @@ class EvalLoader:
 
     @property
     def problems(self) -> Mapping[int, str]:
-        """Number of a row -> sentence on its bad image, where bad files are skipped."""
+        """Row number -> sentence about its bad image, under "skip"."""
         return self._files.problems
 
     def __len__(self) -> int:
@@ -256,14 +255,14 @@ class EvalLoader:
 
     def _prepare(self, step: int) -> Prepared:
         rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]
-        # Past the end, where batches are made ahead, there is no row.
+        # Batches prefetched past the end have no rows.
         some: Sequence[Row | None] = rows or [None]
         names = self._graph.modalities
         return Prepared([encoded_sample(self._files, row, names) for row in some])
 
 
 def shards_of(rows: Sequence[Row]) -> list[Path]:
-    """The shard that each row lies in; none at all unless every row lies in one."""
+    """Return the shard of each row; empty unless every row lies in a shard."""
     found = []
     for row in rows:
         shards = {shard_of(path) for path in row.files.values() if path is not None}

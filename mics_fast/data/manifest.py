@@ -1,8 +1,8 @@
-"""The manifest: a CSV in which every row is a sample and every further column a modality.
+"""The manifest: a CSV with one row per sample and one column per modality.
 
-A spreadsheet may open it: a cell that begins like a formula (``=``, ``+``, ``-``, ``@``) is written
-with an apostrophe in front, which reading takes away. Cells are read without the blanks around
-them, so a label is never a class of its own for a blank behind it.
+Spreadsheets may open it: a cell that begins like a formula (``=``, ``+``, ``-``, ``@``) is written
+with a leading apostrophe, which reading removes. Cells are stripped, so a trailing blank does not
+make a new class.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Row:
     """One sample.
 
     Args:
-        index: 0-based row number in the manifest: the sample id of the whole project.
+        index: 0-based row number in the manifest, used as sample id everywhere.
         id: unique text.
-        label: index into ``Manifest.classes``; -1 where the cell is empty.
-        labelled: may training use the label.
-        group: index of the group, the contrastive id; an empty cell is a group of its own.
+        label: index into ``Manifest.classes``; -1 for an empty cell.
+        labelled: True if training may use the label.
+        group: index of the group, the contrastive id; a row with an empty cell gets its own group.
         split: train, val or test.
         virtual: modalities that were derived from another one.
-        files: modality -> absolute path of its image, None where it is missing.
+        files: modality -> absolute path of its image, None if missing.
     """
 
     index: int
@@ -64,7 +64,7 @@ class Manifest:
     rows: tuple[Row, ...]
 
     def select(self, split: str | None = None, labelled: bool | None = None) -> list[Row]:
-        """The rows of a split, with or without a usable label; None: any."""
+        """Return the rows of a split, with or without a usable label; None selects any."""
         return [
             row
             for row in self.rows
@@ -72,12 +72,12 @@ class Manifest:
         ]
 
     def digest(self) -> dict[str, str]:
-        """Digest of what training depends on: one SHA-256 per field, and the number of rows.
+        """Hash the fields that training depends on: one SHA-256 per field, and the row count.
 
-        Two manifests of equal digests have the same ids, labels, groups and splits in the same
-        order; paths of images and names of groups may differ. ``digest_difference`` compares.
+        Two manifests with equal digests have the same ids, labels, groups and splits in the same
+        order; paths of images and names of groups may differ. See ``digest_difference``.
         """
-        names = [*self.classes, ""]  # label -1 is the last one
+        names = [*self.classes, ""]  # label -1 indexes the last one
         fields = {
             "id": [row.id for row in self.rows],
             "label": [names[row.label] for row in self.rows],
@@ -90,10 +90,10 @@ class Manifest:
 
 
 def digest_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Say in words what differs between two digests; "" where nothing does.
+    """Describe the difference between two digests in words; "" if they are equal.
 
     Args:
-        before, now: as ``Manifest.digest`` gives them.
+        before, now: from ``Manifest.digest``.
 
     Example:
         >>> digest_difference({"rows": "60", "id": "a"}, {"rows": "40", "id": "b"})
@@ -118,13 +118,13 @@ def read_manifest(
 
     Args:
         path: of the CSV file; the paths in it are relative to its folder.
-        modalities: columns to use; default: every column that is not reserved. A row that has
-            images, but none of these, is dropped.
-        files_exist: refuse a row whose image is not there; False: leave that to the loaders.
+        modalities: columns to use; default: every column that is not reserved. A row with images
+            in other modalities only is dropped.
+        files_exist: refuse a row with a missing file; False: leave that to the loaders.
 
     Raises:
-        InputError: no such file, no row, no such column, or a row that cannot be used; names the
-            file and the line.
+        InputError: names file and line; the file is missing, has no row, lacks a column, or has
+            an invalid row.
     """
     path = Path(path)
     folder = path.parent.absolute()
@@ -159,8 +159,8 @@ def read_manifest(
         if not any(record[name] for name in available):
             raise InputError(f"{where}: no image in any of {', '.join(available)}")
         if not any(record[name] for name in chosen):
-            continue  # it has none of the modalities that were asked for
-        # A name no group can have, so that the rows without one do not share one.
+            continue  # it has none of the requested modalities
+        # A unique name that no group can have: rows with an empty cell must not share a group.
         group = record["group"] or f"\0{index}"
         rows.append(
             Row(
@@ -182,7 +182,7 @@ def read_manifest(
 def write_manifest(
     path: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
 ) -> None:
-    """Write a manifest, or nothing at all.
+    """Write a manifest atomically.
 
     Args:
         path: of the CSV file.
@@ -196,7 +196,7 @@ def write_manifest(
 
 
 def _check(record: Mapping[str, str], where: str, seen: set[str]) -> None:
-    """Refuse a row whose reserved columns cannot be used."""
+    """Refuse a row with invalid reserved columns."""
     name = record["id"]
     if not name or name in seen:
         raise InputError(f"{where}: id {name!r} is {'used twice' if name else 'empty'}")
@@ -211,7 +211,7 @@ def _check(record: Mapping[str, str], where: str, seen: set[str]) -> None:
 
 
 def _file(cell: str, folder: Path, modality: str, where: str, exists: bool) -> Path | None:
-    """The path of an image, None for an empty cell."""
+    """Return the path of an image, None for an empty cell."""
     if not cell:
         return None
     path = folder / cell
@@ -221,5 +221,5 @@ def _file(cell: str, folder: Path, modality: str, where: str, exists: bool) -> P
 
 
 def _sha256(values: Sequence[str]) -> str:
-    """Hash of a list of texts; JSON keeps them apart whatever is in them."""
+    """Hash a list of texts; JSON keeps them apart whatever they contain."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Checks of a manifest that is to train: labels, groups and splits that contradict each other."""
+"""Checks of a training manifest: labels, groups and splits that contradict each other."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mics_fast.data.manifest import SPLITS, Manifest
 
 
 def check_manifest(manifest: Manifest) -> list[str]:
-    """Check the rows of a manifest before anything is trained on them.
+    """Check the rows of a manifest before training.
 
     Returns:
         A warning for each class without train, val or test rows and for each empty split.
@@ -18,7 +18,7 @@ def check_manifest(manifest: Manifest) -> list[str]:
     Raises:
         InputError: two labels differ only in case or blanks, or a group lies in several splits.
     """
-    names = [*manifest.classes, ""]  # label -1 is the last one
+    names = [*manifest.classes, ""]  # label -1 indexes the last one
     rows = manifest.rows
     return check_rows(
         str(manifest.path),
@@ -36,11 +36,11 @@ def check_rows(
     groups: Sequence[str],
     splits: Sequence[str],
 ) -> list[str]:
-    """As ``check_manifest``, of columns.
+    """Check columns as ``check_manifest`` does.
 
     Args:
-        where: names their source.
-        ids, labels, groups, splits: of each row; "" is an unknown label, or a group of its own.
+        where: their source, for messages.
+        ids, labels, groups, splits: one per row; "" is an unknown label, or a group of its own.
     """
     check_labels(where, labels)
     first: dict[str, int] = {}
@@ -68,7 +68,7 @@ def check_labels(where: str, labels: Sequence[str]) -> None:
     """Refuse labels that differ only in case or blanks, such as "polyp" and "Polyp".
 
     Raises:
-        InputError: names two of them.
+        InputError: names two such labels.
     """
     seen: dict[str, str] = {}
     for label in sorted(set(labels)):

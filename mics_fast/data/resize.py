@@ -1,10 +1,10 @@
-"""Resize and blur on a CPU, in torch: what the DALI graph does on a GPU. DALI's own resize takes as
-long on a CPU as its decoder.
+"""Resize and blur on a CPU, in torch, equal to the DALI graph on a GPU.
 
-Along one axis both are weighted sums of lines: line i of the result is sum_k weight[i, k] *
-line[index[i, k]], which ``embedding_bag`` computes for a batch of words and their embeddings. All
-sums are float32 in a fixed order, so nothing depends on the number of threads; the frame is rounded
-once after the resize and once after the blur, as the graph does.
+DALI's own resize takes as long on a CPU as its decoder. Along one axis, resize and blur are both
+weighted sums of lines: line i of the result is sum_k weight[i, k] * line[index[i, k]], which
+``embedding_bag`` computes for words and their embeddings. All sums are float32 in a fixed order, so
+the number of threads does not matter. The frame is rounded once after the resize and once after the
+blur, as in the graph.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 Taps = tuple[Tensor, Tensor]
-"""Index of the lines that each line of the result is made of, (N, K) int32, and (N, K) weights."""
+"""For each output line, the indices of its input lines, (N, K) int32, and their weights, (N, K)."""
 
 
 def resized_square(frame: Tensor, side: int, region: np.ndarray) -> Tensor:
-    """The part of a frame inside a region, resized to a square.
+    """Resize a region of a frame to a square.
 
-    A triangle filter that widens with the scale (antialiased), half-pixel centres; beyond its
-    border the frame goes on as its last pixel.
+    The filter is a triangle that widens with the scale (antialiased), with half-pixel centres.
+    Beyond the border the frame repeats its last pixel.
 
     Args:
         frame: (H, W, 3) uint8.
         side: of the square, pixels.
-        region: (4,) top, left, bottom, right as fractions of the frame; one that runs backwards
-            is flipped.
+        region: (4,) top, left, bottom, right as fractions of the frame; swapped ends flip it.
 
     Returns:
-        (3, side, side) float32 of whole grey levels; of any strides.
+        (3, side, side) float32 whole grey levels; strides are arbitrary.
     """
     top, left, bottom, right = region.tolist()
     first, last, rows = _triangle(frame.shape[0], side, top, bottom)
@@ -44,23 +43,23 @@ def resized_square(frame: Tensor, side: int, region: np.ndarray) -> Tensor:
 
 
 def blurred(square: Tensor, sigma: float) -> Tensor:
-    """A square blurred by a Gaussian of 2 * ceil(3 * sigma) + 1 taps, mirrored at its last pixels.
+    """Blur a square by a Gaussian of 2 * ceil(3 * sigma) + 1 taps, mirrored at its last pixels.
 
     Args:
         square: (3, H, W) float32.
         sigma: in pixels; 0: no change.
 
     Returns:
-        (3, H, W) float32 of whole grey levels; of any strides.
+        (3, H, W) float32 whole grey levels; strides are arbitrary.
     """
-    # Columns first: their lines are contiguous in what ``resized_square`` gives.
+    # Columns first: their lines are contiguous in the output of ``resized_square``.
     lines = _weighted(square.permute(2, 0, 1), _gaussian(square.shape[2], sigma))
     rows = _weighted(lines.permute(2, 1, 0), _gaussian(square.shape[1], sigma))
     return rows.round_().permute(1, 0, 2)
 
 
 def _weighted(lines: Tensor, taps: Taps) -> Tensor:
-    """(N, ...) weighted sums of lines (M, ...)."""
+    """Return (N, ...) weighted sums of lines (M, ...)."""
     index, weight = taps
     sums = torch.nn.functional.embedding_bag(
         index, lines.reshape(len(lines), -1), per_sample_weights=weight, mode="sum"
@@ -70,9 +69,9 @@ def _weighted(lines: Tensor, taps: Taps) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _triangle(length: int, side: int, start: float, end: float) -> tuple[int, int, Taps]:
-    """First line that is read, the one after the last, and the taps among them.
+    """Return the first input line, the one after the last, and the taps relative to the first.
 
-    Kept for the other images of a pair, which are mostly of the same size.
+    Cached for the other images of a pair, which mostly have the same size.
     """
     step = (end - start) * length / side
     centres = start * length + (np.arange(side) + 0.5) * step - 0.5
@@ -85,7 +84,7 @@ def _triangle(length: int, side: int, start: float, end: float) -> tuple[int, in
 
 
 def _gaussian(length: int, sigma: float) -> Taps:
-    """The taps of a Gaussian, mirrored at the first and the last line."""
+    """Return the taps of a Gaussian, mirrored at the first and the last line."""
     reach = int(np.ceil(3 * sigma))
     offsets = np.arange(-reach, reach + 1)
     weight = np.exp(-0.5 * (offsets / max(sigma, 1e-3)) ** 2)
@@ -95,6 +94,6 @@ def _gaussian(length: int, sigma: float) -> Taps:
 
 
 def _taps(index: np.ndarray, weight: np.ndarray) -> Taps:
-    """Taps of weights that sum to 1."""
+    """Normalise weights to sum 1, and convert to taps."""
     weight = weight / weight.sum(1, keepdims=True)
     return torch.from_numpy(index.astype(np.int32)), torch.from_numpy(weight.astype(np.float32))

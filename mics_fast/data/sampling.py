@@ -1,9 +1,9 @@
 """Class-balanced sampling: every class equally often, whatever its number of rows.
 
-The stream is cut into blocks of one sample of each of the C classes, in an order drawn for each
-block. The b-th block so holds the b-th sample of every class, and a class goes through its rows,
-each once, in an order drawn for each pass. Like the plain order (``augment.py``), all of it is a
-function of (seed, number of the sample): of no worker, rank or resume point.
+The stream is cut into blocks with one sample of each of the C classes, in an order drawn per block.
+So the b-th block holds the b-th sample of every class, and a class goes through its rows once per
+pass, in an order drawn per pass. Like the plain order (``augmentation.py``), it is a function of
+(seed, sample number), independent of workers, ranks and resume points.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 
 from mics_fast.data.augmentation import CLASS_ORDER, CLASS_ROWS, draw_order
 
-_order = lru_cache(maxsize=1024)(draw_order)  # of the blocks and passes that a few batches touch
+_order = lru_cache(maxsize=1024)(draw_order)  # enough for the blocks and passes of a few batches
 
 
 class BalancedOrder:
-    """Which row each sample of the stream is.
+    """Maps sample numbers of the stream to rows.
 
     Args:
         seed: of the run.
-        labels: class of each row, as large as the manifest's; classes without a row are left out.
+        labels: class of each row, as in the manifest; classes without rows are skipped.
     """
 
     def __init__(self, seed: int, labels: Sequence[int]) -> None:
@@ -32,7 +32,7 @@ class BalancedOrder:
         self._rows = [np.flatnonzero(found == label) for label in np.unique(found)]
 
     def row(self, number: int) -> tuple[int, int]:
-        """Position of the row of a sample, and how often that row has come before."""
+        """Return the position of a sample's row, and the number of its earlier draws."""
         block, place = divmod(number, len(self._rows))
         turn = int(_order(self._seed, CLASS_ORDER, block, 0, len(self._rows))[place])
         own = self._rows[turn]

@@ -1,13 +1,13 @@
 """Webdataset shards: tar files of image pairs, for archives that do not fit one disk.
 
-A shard holds the rows of one split, in random order, so that reading it from end to end still mixes
-classes: ``000123.wli.jpg``, ``000123.nbi.jpg`` and ``000123.json`` (id, label) of a row; beside it
-lies an index in the format of DALI's ``wds2idx``. The manifest names an image as if the shard were
-a folder: ``shards/train-000000.tar/000123.wli.jpg``. Shards may lie anywhere as long as the
-manifest, or a link, leads to them.
+A shard holds rows of one split in random order, so that sequential reading still mixes classes.
+A row is stored as ``000123.wli.jpg``, ``000123.nbi.jpg`` and ``000123.json`` (id, label). Each
+shard has an index in the format of DALI's ``wds2idx``. The manifest addresses an image as if the
+shard were a folder: ``shards/train-000000.tar/000123.wli.jpg``. Shards may lie anywhere as long as
+the manifest, or a link, leads to them.
 
-Members are read one by one, as single files are, and not by a reader of DALI's: their bytes are
-checked before a decoder gets them, and a shard that is cut short costs its last rows alone.
+Members are read one by one like single files, not by a DALI reader: their bytes are checked before
+they reach a decoder, and a truncated shard loses only its last rows.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LARGEST_INDEX = 1 << 28  # bytes
 
 @dataclass(frozen=True)
 class Member:
-    """Place of an image in a shard.
+    """Position of an image in a shard.
 
     Args:
         shard: tar file.
@@ -46,7 +46,7 @@ class Member:
 
 
 def shard_of(path: Path) -> Path | None:
-    """The shard that a path leads into, None where it is a file of its own."""
+    """Return the shard that a path leads into, None for a plain file."""
     return path.parent if path.parent.suffix == ".tar" else None
 
 
@@ -54,8 +54,8 @@ def find_member(path: Path) -> Member:
     """Find the image that a path into a shard names.
 
     Raises:
-        OSError: the shard or its index cannot be read, or has no such member, or one that lies
-            beyond the shard's end.
+        OSError: the shard or its index cannot be read, the member is missing, or it lies beyond
+            the shard's end.
     """
     members, end = read_index(path.parent)
     if path.name not in members:
@@ -69,10 +69,10 @@ def find_member(path: Path) -> Member:
 
 @cache
 def read_index(shard: Path) -> tuple[dict[str, tuple[int, int]], int]:
-    """Name -> offset and size of the members of a shard, as its index says; size of the shard.
+    """Read a shard's index: name -> offset and size of each member; and the size of the shard.
 
     Raises:
-        OSError: the shard is not there, or its index cannot be read.
+        OSError: the shard is missing, or its index cannot be read.
     """
     index = shard.with_suffix(".idx")
     about = index.stat()
@@ -93,11 +93,11 @@ def read_index(shard: Path) -> tuple[dict[str, tuple[int, int]], int]:
 
 
 def read_image(path: Path) -> np.ndarray:
-    """The bytes of an image, in a shard or a file of its own, fit for a decoder.
+    """Read the checked bytes of an image, from a shard or a plain file.
 
     Raises:
         OSError: it cannot be read.
-        RefusedImage: it is no regular file, too large, or ``check_image`` refuses it.
+        RefusedImage: it is not a regular file, is too large, or fails ``check_image``.
     """
     data = read_bytes(path)
     check_image(data)
@@ -105,14 +105,14 @@ def read_image(path: Path) -> np.ndarray:
 
 
 def read_bytes(path: Path) -> bytes:
-    """As ``read_image``, whatever the bytes are."""
+    """Read bytes as ``read_image`` does, without checking that they are an image."""
     member = None if shard_of(path) is None else find_member(path)
     return _bytes_of(path if member is None else member.shard, member)
 
 
 def _bytes_of(file: Path, member: Member | None) -> bytes:
-    """The bytes of a file, or of a member of a shard; never more than ``LARGEST_FILE``."""
-    about = file.stat()  # before it is opened: opening a pipe waits, opening a device may act
+    """Read a file, or a member of a shard; never more than ``LARGEST_FILE`` bytes."""
+    about = file.stat()  # before opening: opening a pipe waits, opening a device may have effects
     if not stat.S_ISREG(about.st_mode):
         raise RefusedImage(f"is {_kind_of(about.st_mode)}, wanted a regular file")
     size = about.st_size if member is None else member.size
@@ -140,12 +140,12 @@ def _kind_of(mode: int) -> str:
 
 
 def image_exists(path: Path) -> bool:
-    """Whether there is such a file, or such a member of a shard, whole."""
+    """Return True if the file exists, or the member exists and is complete."""
     try:
         if shard_of(path) is None:
             return stat.S_ISREG(path.stat().st_mode)
         find_member(path)
-    except OSError:  # too long a name, too
+    except OSError:  # includes names that are too long
         return False
     return True
 
@@ -154,11 +154,11 @@ def image_exists(path: Path) -> bool:
 
 
 def shard_order(seed: int, epoch: int, shards: Sequence[Path]) -> np.ndarray:
-    """(R,) a permutation of the rows that takes one shard after the other.
+    """Draw a permutation of the rows, (R,), that goes shard by shard.
 
     Args:
-        seed, epoch: of the draw of the order of the shards, and of the rows in each.
-        shards: that each row lies in.
+        seed, epoch: of the order of the shards, and of the rows in each.
+        shards: the shard of each row.
     """
     names = sorted(set(shards))
     rank = np.argsort(epoch_order(seed, epoch, len(names)))

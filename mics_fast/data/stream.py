@@ -1,8 +1,8 @@
 """The stream of batches through the DALI graph, and its recovery from bad images.
 
 A stream asks ``prepare`` for the samples of a batch, keeps them while the graph works, and joins
-them with the graph's output (``batch.py``). If an image cannot be decoded, the stream finds out
-which one it is and rebuilds the graph at the same batch.
+them with the graph's output (``batch.py``). If an image cannot be decoded, the stream finds the
+image and rebuilds the graph at the same batch.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 
-# What is decoded in the place of a missing image: a black netpbm file, large enough to be cropped.
+# Decoded in place of a missing image: a black netpbm file, large enough to be cropped.
 _PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
 NOT_AUGMENTED: Mapping[View, Augmentation] = {}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The samples of a batch on its way through the graph."""
+    """The samples of a batch that is on its way through the graph."""
 
     samples: Sequence[Sample]
 
     def images(self) -> list[list[FrameOrFile]]:
-        """One list per modality."""
+        """Return one list per modality."""
         return [list(column) for column in zip(*(s.images for s in self.samples), strict=True)]
 
     def numbers(self) -> list[list[np.ndarray]]:
-        """A list for each kind of number."""
+        """Return one list per kind of number."""
         return [list(column) for column in zip(*(s.numbers for s in self.samples), strict=True)]
 
 
@@ -49,7 +49,7 @@ def sample_of(
     crop: np.ndarray,
     drawn: Mapping[View, Augmentation],
 ) -> Sample:
-    """A sample of what was found of each modality: an image, or nothing and perhaps a sentence."""
+    """Make a sample from the image, or None and perhaps a sentence, found for each modality."""
     return Sample(
         row,
         present=np.array([image is not None for image, _ in found]),
@@ -69,19 +69,19 @@ def encoded_sample(
     crop: np.ndarray = WHOLE,
     drawn: Mapping[View, Augmentation] = NOT_AUGMENTED,
 ) -> Sample:
-    """A sample whose images are read from files; of no row, one without images."""
+    """Make a sample whose images are read from files; without a row, it has no images."""
     found = [files.read(row, name, crop) if row else (None, "") for name in names]
     return sample_of(row, found, _PLACEHOLDER, numbers, crop, drawn)
 
 
 class Stream:
-    """Batches step, step + 1, ... without end; built anew, at the same place, after a bad file.
+    """Endless batches step, step + 1, ...; after a bad file the graph is rebuilt at the same batch.
 
     Args:
-        graph: how images become views.
-        files: knows what to do with bad ones.
-        prepare: number of a batch -> its samples.
-        batch_size: most samples in a batch.
+        graph: the steps from images to views.
+        files: reader of the images, with the policy for bad ones.
+        prepare: batch number -> its samples.
+        batch_size: largest number of samples in a batch.
         step: number of the first batch.
         dtype: of the views.
     """
@@ -108,12 +108,12 @@ class Stream:
         return batch_of(self._graph, samples, outputs, self._dtype, self._workers)
 
     def _kept(self) -> tuple[Sequence[Sample], Sequence[Any]]:
-        """The samples of the batch, and their kept frames."""
+        """Return the samples of the batch and their cached frames."""
         prepared = self._prepare(self._step)
         return prepared.samples, prepared.images()
 
     def _run(self) -> tuple[Sequence[Sample], Sequence[Any]]:
-        """The samples of the batch, and what the graph made of them, valid until it runs again."""
+        """Return the samples of the batch and the graph's outputs, valid until its next run."""
         while True:
             if self._pipeline is None:
                 self._build()
@@ -146,7 +146,7 @@ class Stream:
         self._pipeline = self._graph.build(images, numbers, self._batch_size)
 
     def _encoded_in_flight(self) -> Iterator[tuple[Row, str, np.ndarray]]:
-        """The images that the graph may have stumbled on."""
+        """Yield the images that may have made the graph fail."""
         if self._graph.kept is not None:
             return
         ahead = self._graph.data.prefetch + 1

@@ -1,4 +1,4 @@
-"""Tables of text: comma, semicolon or tab, UTF-8; every refusal names the file and the line."""
+"""Tables of text: comma, semicolon or tab, UTF-8; every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ class Table:
     """A table with a header.
 
     Args:
-        separator: in words.
-        columns: names, as the header has them.
-        lines: line number in the file and cells of each row, stripped; every row has a cell for
-            every column.
+        separator: its name in words.
+        columns: names from the header.
+        lines: line number and cells of each row, stripped; every row has a cell for every column.
     """
 
     separator: str
@@ -31,20 +30,20 @@ class Table:
 
     @property
     def found(self) -> str:
-        """The columns, and how they were read, for a sentence on one that is missing."""
+        """Describe the columns and how they were read, for an error about a missing one."""
         return f"only {', '.join(self.columns)} (read as UTF-8, separated by {self.separator})"
 
 
 def read_table(file: Path, what: str) -> Table:
-    """Read a table; the separator is the one that is most frequent in the header.
+    """Read a table; the separator is the most frequent candidate in the header.
 
     Args:
         file: CSV or TSV.
-        what: the table in the sentence of a refusal, such as "manifest x.csv".
+        what: name of the table in error messages, such as "manifest x.csv".
 
     Raises:
-        InputError: the file cannot be read, is no such table, or a line has another number of cells
-            than the header.
+        InputError: the file cannot be read, is not a table, or has a line whose number of cells
+            differs from the header.
     """
     text = _text_of(file, what)
     header = text[: text.find("\n")] if "\n" in text else text

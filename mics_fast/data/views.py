@@ -1,7 +1,7 @@
-"""From square frames to views: colour and normalisation, in torch, where the batch lives.
+"""Views: colour and normalisation of square frames, in torch, on the batch's device.
 
-Both are linear in a pixel, so they cost three multiplications and additions a value here; DALI's
-colour operator took longer on a CPU than decoding half of the frame.
+Both are linear in a pixel, so they cost three multiply-adds per value here; DALI's colour operator
+took longer on a CPU than decoding half of the frame.
 
 The colour of a pixel x = (r, g, b) in 0..255 becomes
 
@@ -27,19 +27,19 @@ from mics_fast.options import DataConfig
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Added to the variance in squared grey levels: the rounding of a flat channel stays small.
+# Added to the variance, in squared grey levels, so that noise in a flat channel is not amplified.
 _VARIANCE_FLOOR = 1.0
 _YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 
 
 class Changes(NamedTuple):
-    """How the samples of a batch are changed, beyond crop, flip and blur.
+    """Pixel changes of a batch, beyond crop, flip and blur.
 
     Args:
         matrix: (B, 3, 3), multiplies each pixel.
         offset: (B,), added to each pixel.
-        affine: (B, 2, 3), rotation and shear; None: neither.
-        boxes: (B, 4), erased; None: nothing.
+        affine: (B, 2, 3), rotation and shear; None: no distortion.
+        boxes: (B, 4), erased; None: no box.
     """
 
     matrix: Tensor
@@ -48,7 +48,7 @@ class Changes(NamedTuple):
     boxes: Tensor | None = None
 
     def of_sample(self, k: int) -> Changes:
-        """Those of one sample, as a batch of one."""
+        """Return the changes of one sample, as a batch of one."""
         own = slice(k, k + 1)
         affine = None if self.affine is None else self.affine[own]
         boxes = None if self.boxes is None else self.boxes[own]
@@ -56,13 +56,13 @@ class Changes(NamedTuple):
 
 
 def make_view(planes: Tensor, modality: str, data: DataConfig, changes: Changes | None) -> Tensor:
-    """The view of one modality.
+    """Make the view of one modality.
 
     Args:
         planes: (B, 3, H, W) float32 of grey levels, 0..255.
         modality: its name, for mean and standard deviation.
-        data: how to normalise.
-        changes: of these samples; None: none.
+        data: normalisation options.
+        changes: of these samples; None: no augmentation.
 
     Returns:
         (B, 3, H, W) float32.
@@ -78,7 +78,7 @@ def make_view(planes: Tensor, modality: str, data: DataConfig, changes: Changes 
 
 
 def _normalised(planes: Tensor, modality: str, data: DataConfig) -> Tensor:
-    """Grey levels as the encoders read them."""
+    """Normalise grey levels for the encoders."""
     if data.normalize == "image":
         variance, mean = torch.var_mean(planes, (2, 3), correction=0, keepdim=True)
         return (planes - mean) * (variance + _VARIANCE_FLOOR).rsqrt()
@@ -89,13 +89,13 @@ def _normalised(planes: Tensor, modality: str, data: DataConfig) -> Tensor:
 
 @lru_cache
 def _levels(shares: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) shares of white as grey levels."""
+    """Convert fractions of white to grey levels, (3, 1, 1)."""
     return 255 * torch.tensor(shares, device=device).reshape(3, 1, 1)
 
 
 def coloured(planes: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
-    """(B, 3, H, W) float32 in 0..255, its pixels changed by matrix and offset of ``Changes``."""
-    # Not as a matrix product, which some GPUs round to ten bits and which may depend on the batch.
+    """Apply matrix and offset of ``Changes`` to (B, 3, H, W) float32 pixels in 0..255."""
+    # Not a matrix product: some GPUs round it to ten bits, and results may depend on the batch.
     changed = offset[:, None, None, None].expand_as(planes).contiguous()
     for channel in range(3):
         changed.addcmul_(matrix[:, :, channel, None, None], planes[:, channel : channel + 1])
@@ -103,13 +103,13 @@ def coloured(planes: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 
 
 def colours_of(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Matrix and offset, float32, of (B, 5) colour numbers as in ``Augmentation``."""
+    """Return matrix and offset, float32, for (B, 5) colour numbers as in ``Augmentation``."""
     matrix, offset = colour_matrices(numbers.astype(np.float64))
     return matrix.astype(np.float32), offset.astype(np.float32)
 
 
 def colour_matrices(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(B, 3, 3) and (B,): what multiplies a pixel, and what is added to each of its channels."""
+    """Return the matrix for a pixel, (B, 3, 3), and the offset of its channels, (B,)."""
     hue = np.radians(numbers[:, HUE])
     saturation, zero, one = numbers[:, SATURATION], np.zeros(len(hue)), np.ones(len(hue))
     cosine, sine = saturation * np.cos(hue), saturation * np.sin(hue)

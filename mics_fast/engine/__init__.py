@@ -1,1 +1,1 @@
-"""The loop, its schedule, checkpoints and log: knows neither a model nor an operator."""
+"""The training engine: loop, schedule, checkpoints, log; independent of models and operators."""

@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: the state is copied, and a thread writes the copy."""
+"""Background checkpoints: the state is copied, and a thread writes the copy during training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from mics_fast.engine.checkpoint import Checkpoints
 
 
 class Snapshot:
-    """A copy of a state in main memory, which training does not change any more.
+    """A copy of a state in main memory, independent of further training.
 
-    Copies from a GPU are ordered behind the work that is under way there; the host goes on.
+    Copies from a GPU are queued behind its current work; the host does not wait.
 
     Args:
         state: nested dicts, lists and tuples of tensors and plain values.
@@ -29,7 +29,7 @@ class Snapshot:
             self._copied.record()
 
     def read(self) -> dict[str, Any]:
-        """The copy, when it is complete; from any thread."""
+        """Wait until the copy is complete and return it; safe from any thread."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._state
@@ -56,9 +56,9 @@ class CheckpointWriter:
     """Writes the checkpoints of a stage on one thread, one at a time.
 
     Args:
-        checkpoints: where they go.
+        checkpoints: destination.
         name: of the stage.
-        meta: what they belong to.
+        meta: entries of ``meta.json``.
     """
 
     def __init__(self, checkpoints: Checkpoints, name: str, meta: Mapping[str, Any]) -> None:
@@ -67,19 +67,19 @@ class CheckpointWriter:
         self._pending: tuple[int, Future[None]] | None = None
 
     def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
-        """Copy a state, and write it while training goes on, after the one before it.
+        """Copy a state, and write it in the background after the previous one.
 
         Args:
             step: of the state.
             state: as ``Snapshot`` copies it.
-            score: names the checkpoint the best, once it is written, if it scores highest.
+            score: the checkpoint is marked as best, once written, if it scores highest.
         """
         self._tell(self.wait())
         snapshot = Snapshot(state)
         self._pending = step, self._thread.submit(self._write, step, snapshot, score)
 
     def wait(self) -> str | None:
-        """Wait for the checkpoint on its way; a sentence where it could not be written."""
+        """Wait for the pending checkpoint; return a sentence if it could not be written."""
         if self._pending is None:
             return None
         (step, pending), self._pending = self._pending, None
@@ -91,7 +91,7 @@ class CheckpointWriter:
         return None
 
     def close(self) -> None:
-        """Wait for what is under way, and end the thread."""
+        """Wait for pending work, and end the thread."""
         try:
             self._tell(self.wait())
         finally:

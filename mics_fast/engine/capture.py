@@ -1,8 +1,8 @@
-"""A training step recorded as one CUDA graph and then replayed.
+"""CUDA graphs: a training step is recorded once and then replayed.
 
 A step of a small network is thousands of kernels, each shorter than the time the host takes to
-launch it. A graph launches them all at once. What it replays are kernels and addresses: everything
-that differs from step to step must lie in a tensor that keeps its place, as ``plan.Stage`` asks.
+launch it. A graph launches them all at once. It replays kernels with fixed addresses: everything
+that changes from step to step must lie in a tensor that is updated in place (see ``plan.Stage``).
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 from mics_fast.engine.update import Update, Values
 
 WARM_UP = 3
-"""Steps on batches of one shape before the recording: compilation for it, optimiser states and
-workspaces come into being."""
+"""Steps on batches of one shape before the recording, for compilation, optimiser states and
+workspaces."""
 
 Recorder = Callable[[Callable[[], Values]], tuple[Callable[[], None], Values]]
-"""Records what a function does to the device: gives what does it again, and where its values are,
-which hold nothing before it was done once."""
+"""Records the device work of a function. Returns a function that replays it, and the tensors of its
+values, which are undefined before the first replay."""
 
 
 class CapturedUpdate:
-    """Steps like the ``Update`` it records, after three batches of one shape by replaying it.
+    """Train like the ``Update`` it records; after three batches of one shape, by replay.
 
-    A batch of another shape, as one with an unreadable image has, is stepped on as it is.
+    Batches of other shapes, for example with an unreadable image, are trained on without a graph.
 
     Args:
-        update: of one rank, on a GPU.
-        record: how; another one is for tests without a GPU.
+        update: of a single rank, on a GPU.
+        record: the recorder; tests without a GPU replace it.
     """
 
     def __init__(self, update: Update, record: Recorder | None = None) -> None:
@@ -41,14 +41,14 @@ class CapturedUpdate:
         self._record = record or record_cuda_graph
         device = update.plan.device
         self._aside = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._shapes: list[torch.Size] = []  # of the latest batches, that many of them
+        self._shapes: list[torch.Size] = []  # of as many batches as precede a recording
         self._ran = 0
         self._batch: Any = None
         self._replay: Callable[[], None] | None = None
         self._values: Values = {}
 
     def __call__(self, batch: Any, step: int) -> Values:
-        """Train on a batch; what to log, to be read before the next call."""
+        """Train on a batch; return the values to log, valid until the next call."""
         given = list(tensors_of(batch))
         shapes = [own.shape for own in given]
         if self._replay is None:
@@ -69,7 +69,7 @@ class CapturedUpdate:
 
 
 def record_cuda_graph(function: Callable[[], Values]) -> tuple[Callable[[], None], Values]:
-    """Record on a stream of its own; what other threads do meanwhile (decoding) is left alone."""
+    """Record on a separate stream; other threads may use the GPU meanwhile (decoding)."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         values = function()
@@ -78,8 +78,8 @@ def record_cuda_graph(function: Callable[[], Values]) -> tuple[Callable[[], None
 
 @contextmanager
 def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """On a stream beside the current one, which waits for it: what comes into being there is not
-    tied to the default stream, on which nothing can be recorded."""
+    """Run on a side stream that the current one waits for: work on the default stream cannot be
+    recorded, nor can tensors be tied to it."""
     if stream is None:
         yield
         return
@@ -92,7 +92,7 @@ def beside(stream: torch.cuda.Stream | None) -> Iterator[None]:
 
 @contextmanager
 def capturable(update: Update) -> Iterator[None]:
-    """Optimisers let themselves be recorded only where they are told; fused ones always could."""
+    """Make the optimisers capturable; fused ones always are, others need the flag."""
     groups = [g for own in update.plan.optimisers.values() for g in own.param_groups]
     for group in groups:
         group["capturable"] = True
@@ -102,7 +102,7 @@ def capturable(update: Update) -> Iterator[None]:
 
 
 def tensors_of(batch: Iterable[Any]) -> Iterator[Tensor]:
-    """All tensors of a batch's parts, in one order."""
+    """Yield all tensors of a batch's parts in a fixed order."""
     for part in batch:
         for value in vars(part).values():
             yield from value.values() if isinstance(value, dict) else ()

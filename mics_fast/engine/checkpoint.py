@@ -1,11 +1,11 @@
 """Checkpoints: one folder per step, complete, atomic, loaded without executing code.
 
-A checkpoint is written under a hidden name and renamed when it is whole, so that a kill at any
-moment leaves only whole ones under their names; a checksum finds damage since:
+A checkpoint is written under a hidden name and renamed when complete, so a kill leaves no partial
+one under its name; a checksum detects later damage:
 
     checkpoints/<stage>/step-00001200/state.pt    tensors and plain numbers (``weights_only``)
-    checkpoints/<stage>/step-00001200/meta.json   what it belongs to, and the checksum of state.pt
-    checkpoints/<stage>/best.json                 which step scored best on the val rows
+    checkpoints/<stage>/step-00001200/meta.json   identity of the model, checksum of state.pt
+    checkpoints/<stage>/best.json                 the step with the best score on the val rows
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ import torch
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import open_regular, read_json, renamed
 
-MOST_NAMES = 10_000  # classes or modalities of a model
+MOST_NAMES = 10_000  # limit of classes, and of modalities
 
 
 class DamagedCheckpoint(InputError):
-    """A checkpoint that is not what was written."""
+    """A checkpoint that cannot be read, or differs from what was written."""
 
 
 class HashingFile:
-    """A file to write to that keeps the SHA-256 of what it was given."""
+    """A writable file that computes the SHA-256 of its content."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -45,7 +45,7 @@ class HashingFile:
         try:
             return self._file.write(data)
         except OSError as error:
-            self.error = error  # torch.save makes a RuntimeError of it
+            self.error = error  # torch.save turns it into a RuntimeError
             raise
 
     def flush(self) -> None:
@@ -59,8 +59,8 @@ class Checkpoints:
     """The checkpoints of one stage of one run.
 
     Args:
-        folder: ``RUN/checkpoints/<stage>``; made when the first one is saved.
-        keep: how many of the latest to keep, beside the best.
+        folder: ``RUN/checkpoints/<stage>``; created by the first save.
+        keep: number of latest checkpoints to keep, beside the best.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -68,10 +68,10 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
-        """Write the checkpoint of a step; one that is already there for this step is kept.
+        """Write the checkpoint of a step, unless this step already has one.
 
         Raises:
-            OSError: it cannot be written; those before it are left alone.
+            OSError: it cannot be written; earlier checkpoints are unaffected.
         """
         target = self.folder / f"step-{step:08d}"
         if target.exists():
@@ -89,13 +89,12 @@ class Checkpoints:
         return target
 
     def load_latest(self, expected: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The state of the highest step that is whole, None where there is none.
+        """Load the latest intact checkpoint; None if there is none.
 
-        A damaged one is named on stderr and moved out of the way; what a kill left half written is
-        removed.
+        A damaged one is reported on stderr and moved aside; remains of a killed save are removed.
 
         Raises:
-            InputError: it is of another model.
+            InputError: the checkpoint is of another model.
         """
         for partial in self.folder.glob(".partial-step-*"):
             shutil.rmtree(partial, ignore_errors=True)
@@ -110,7 +109,7 @@ class Checkpoints:
         return None
 
     def offer_best(self, step: int, score: float) -> None:
-        """Name this step the best if it scores higher than the best so far."""
+        """Mark this step as the best if its score is the highest so far."""
         best = self._best()
         if best is not None and best["score"] >= score:
             return
@@ -119,17 +118,17 @@ class Checkpoints:
         self._prune()
 
     def latest(self) -> Path | None:
-        """The checkpoint of the highest step, None where there is none."""
+        """Return the folder of the latest checkpoint, None if there is none."""
         steps = self._steps()
         return steps[-1] if steps else None
 
     def best(self) -> Path | None:
-        """The checkpoint that scored best; the latest where none was scored."""
+        """Return the checkpoint with the best score; the latest if none was scored."""
         best = self._best()
         return self.latest() if best is None else self.folder / f"step-{best['step']:08d}"
 
     def best_step(self) -> int | None:
-        """The step that scored best; None where none was scored."""
+        """Return the step with the best score; None if none was scored."""
         best = self._best()
         return None if best is None else best["step"]
 
@@ -162,11 +161,11 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         path: the checkpoint's folder.
-        expected: entries of ``meta.json`` that must agree (stage, model, modalities, classes).
+        expected: entries of ``meta.json`` that must match (stage, model, modalities, classes).
 
     Raises:
-        DamagedCheckpoint: not a checkpoint, or unreadable.
-        InputError: of another model.
+        DamagedCheckpoint: the folder is not a checkpoint, or is unreadable.
+        InputError: the checkpoint is of another model.
     """
     meta = read_meta(path)
     for key, wanted in expected.items():
@@ -187,7 +186,7 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         raise
     except InputError as error:
         raise DamagedCheckpoint(f"checkpoint {error}") from None
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many kinds of errors
         reason = " ".join(str(error).split())
         raise DamagedCheckpoint(f"checkpoint {file} cannot be read: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
@@ -196,7 +195,7 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:
-    """The weights of one part of a stage, such as "average", under the part's own names.
+    """Return the weights of one part of a stage, such as "average", without the part's prefix.
 
     Raises:
         DamagedCheckpoint: the state has no named weights.
@@ -213,10 +212,10 @@ def weights_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:
 
 @contextmanager
 def fitting(what: str) -> Iterator[None]:
-    """Around the loading of a state into what was built for it.
+    """Convert the errors of loading a state that does not fit.
 
     Args:
-        what: the sentence's subject, such as "checkpoint PATH".
+        what: subject of the sentence, such as "checkpoint PATH".
 
     Raises:
         DamagedCheckpoint: the state does not fit.
@@ -229,7 +228,7 @@ def fitting(what: str) -> Iterator[None]:
 
 
 def read_meta(path: Path) -> dict[str, Any]:
-    """What a checkpoint folder belongs to.
+    """Read the ``meta.json`` of a checkpoint.
 
     Raises:
         DamagedCheckpoint: the folder is not a checkpoint.
@@ -244,7 +243,7 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def is_meta(meta: Any) -> bool:
-    """Whether a value has the entries of ``meta.json``, of their types."""
+    """Return True if a value has the entries of ``meta.json``, with their types."""
     if not isinstance(meta, dict) or not isinstance(meta.get("sha256"), str):
         return False
     names = [meta.get(kind, []) for kind in ("modalities", "classes")]
@@ -258,7 +257,7 @@ def is_meta(meta: Any) -> bool:
 
 
 def write_state(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
-    """Write state.pt, to the disk itself, and meta.json with its checksum."""
+    """Write state.pt, flushed to the disk, and meta.json with its checksum."""
     with open(folder / "state.pt", "wb") as file:
         hashing = HashingFile(file)
         try:

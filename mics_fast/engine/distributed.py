@@ -1,8 +1,8 @@
-"""Several processes that train one model together (``torchrun``), each on its slice of every batch.
+"""Distributed training (``torchrun``): ranks, collectives, and a common end of all processes.
 
-Who this one ("rank") is, what all of them share, and how they stop together. Without a process
-group there is one rank, and every function here does what one rank alone needs: nothing.
-Small things travel as CPU tensors over gloo, so that they never wait for a GPU.
+Each process works on its slice of every batch. Without a process group there is one rank, and
+every function here reduces to the single-process case. Small values travel as CPU tensors over
+gloo, so that they never wait for a GPU.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from mics_fast.common.lifetime import end_with_parent
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-SECONDS_TO_START = 600  # between the first process of a start and its last one
+SECONDS_TO_START = 600  # between the start of the first process and of the last one
 
 
 def is_launched() -> bool:
-    """Whether ``torchrun`` (or whatever sets its variables) started this process."""
+    """Return True if ``torchrun`` (or another launcher with its variables) started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def rank() -> int:
-    """Number of this process, 0 where it is alone."""
+    """Return the rank of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together, 1 where this one is alone."""
+    """Return the number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @contextmanager
 def joined(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
-    """Within this context the processes that ``torchrun`` started belong together.
+    """Join the processes that ``torchrun`` started into one group.
 
-    Where one fails, it alone tells why; the others, which miss it, leave without a word.
+    If one fails, it alone reports the reason; the others leave without a message.
 
     Args:
-        device: what this process trains on: NCCL on a GPU, gloo on a CPU.
-        minutes: how long a process waits for another one, such as for rank 0's validation.
+        device: of this process; NCCL is used on a GPU, gloo on a CPU.
+        minutes: how long to wait for another process, for example for rank 0's validation.
 
     Raises:
-        RunFailed: another process ended without telling why, or did not answer in time.
+        RunFailed: another process ended without a message, or did not answer in time.
     """
     if not is_launched():
         yield
@@ -71,7 +71,7 @@ def joined(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
         yield
     except Exception as error:
         first = _fails_first(store, number)
-        if device.type == "cpu":  # NCCL would wait for the ranks that are missing
+        if device.type == "cpu":  # NCCL would wait for the missing ranks
             dist.destroy_process_group()
         if not first:
             raise SystemExit(2 if isinstance(error, InputError) else 1) from None
@@ -87,22 +87,22 @@ def joined(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
 
 
 def store_of_this_start(store: dist.Store, number: int, processes: int) -> dist.Store:
-    """The part of torchrun's store that belongs to this start of all processes.
+    """Return the part of torchrun's store for this start of all processes.
 
-    torchrun keeps one store for all starts, and in it the addresses of processes that are gone. It
-    counts starts per machine, so that after a fault the counts of machines differ. Rank 0 therefore
-    names the start, and answers each rank under a name that the rank has just drawn: the answers to
-    ranks of an earlier start reach nobody.
+    torchrun keeps one store for all restarts, including the addresses of dead processes. It counts
+    starts per machine, so after a fault the counts may differ. Rank 0 therefore names the start,
+    and answers each rank under a name that this rank has just drawn: answers to ranks of an earlier
+    start are never read.
 
     Args:
-        store: of all starts.
+        store: shared by all starts.
         number: rank of this process.
-        processes: of this start.
+        processes: number of processes in this start.
 
     Raises:
         RunFailed: the processes did not find each other in time.
     """
-    while isinstance(store, dist.PrefixStore):  # torch's own, of the count of this machine
+    while isinstance(store, dist.PrefixStore):  # torch's own, with the count of this machine
         store = store.underlying_store
     own, end = secrets.token_hex(8), time.monotonic() + SECONDS_TO_START
 
@@ -130,7 +130,7 @@ def store_of_this_start(store: dist.Store, number: int, processes: int) -> dist.
 
 
 def _fails_first(store: dist.Store, number: int) -> bool:
-    """Whether no other rank has failed before; True also where nobody can tell any more."""
+    """Return True if no other rank has failed before, or if that can no longer be known."""
     try:
         return store.compare_set("failed", "", str(number)).decode() == str(number)
     except RuntimeError:
@@ -138,9 +138,9 @@ def _fails_first(store: dist.Store, number: int) -> bool:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """(R, ...) of this rank -> (ranks * R, ...): the rows of all ranks in their order; a constant.
+    """Gather rows (R, ...) of every rank to (ranks * R, ...), in rank order, without gradient.
 
-    All ranks have as many rows.
+    All ranks must have the same number of rows.
     """
     if world_size() == 1:
         return rows.detach()
@@ -151,12 +151,12 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def own_first(gathered: Tensor) -> Tensor:
-    """What ``gather_rows`` gave, turned round such that this rank's own rows come first."""
+    """Rotate the result of ``gather_rows`` so that this rank's own rows come first."""
     return gathered.roll(-rank() * (len(gathered) // world_size()), 0) if rank() else gathered
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, elementwise; a constant."""
+    """Sum a tensor over the ranks, without gradient."""
     total = values.detach().clone()
     if world_size() > 1:
         dist.all_reduce(total)
@@ -164,10 +164,10 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def from_first(action: Callable[[], T]) -> T:
-    """What rank 0 gets of an action that it alone takes; the others wait for it.
+    """Run an action on rank 0 and return its result on all ranks.
 
     Raises:
-        InputError: what the action raised, on all ranks.
+        InputError: raised by the action, re-raised on all ranks.
     """
     if world_size() == 1:
         return action()
@@ -184,13 +184,13 @@ def from_first(action: Callable[[], T]) -> T:
 
 
 def refuse_differences(own: Mapping[str, Any]) -> None:
-    """Refuse to train where a rank was started with other values than rank 0.
+    """Refuse to train if a rank was started with values that differ from rank 0's.
 
     Args:
-        own: name -> value of what must be the same on all ranks.
+        own: name -> value that must be equal on all ranks.
 
     Raises:
-        InputError: on all ranks, names the rank, the value and that of rank 0.
+        InputError: raised on all ranks; names the rank, its value and that of rank 0.
     """
     first = from_first(lambda: dict(own))
     changed = [name for name in own if first.get(name) != own[name]]
@@ -205,14 +205,14 @@ def refuse_differences(own: Mapping[str, Any]) -> None:
 
 
 def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:
-    """Which of some questions any rank says yes to; all ranks call it at the same moment.
+    """Combine yes/no answers over all ranks by "or"; a collective call.
 
     Args:
         asked: this rank's answers.
-        failure: what keeps this rank from going on.
+        failure: the error that stops this rank, if any.
 
     Raises:
-        Exception: the failure of a rank that cannot go on, on all ranks.
+        Exception: the failure of any rank, raised on all ranks.
     """
     if world_size() > 1:
         flags = torch.tensor([rank() + 1 if failure else 0, *map(int, asked)])
@@ -229,7 +229,7 @@ def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:
 
 
 def least_over_ranks(number: int) -> int:
-    """The smallest of the ranks' numbers."""
+    """Return the minimum of a number over the ranks."""
     if world_size() == 1:
         return number
     least = torch.tensor(number)
@@ -238,7 +238,7 @@ def least_over_ranks(number: int) -> int:
 
 
 def mean_over_ranks(values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
-    """The mean of the ranks' scalars, float64; numbers that are no tensors are the same on all."""
+    """Average scalars over the ranks in float64; plain numbers are equal on all ranks."""
     means = dict(values)
     tensors = {name: value.double() for name, value in values.items() if isinstance(value, Tensor)}
     if world_size() > 1 and tensors:
@@ -248,10 +248,10 @@ def mean_over_ranks(values: Mapping[str, Tensor | float]) -> dict[str, Tensor | 
 
 
 def local_gpu() -> torch.device:
-    """The GPU of this process; of those that ``torchrun`` started here, each has its own.
+    """Return this process's GPU; each process that ``torchrun`` starts here has its own.
 
     Raises:
-        InputError: there are more of them than GPUs.
+        InputError: there are more processes than GPUs.
     """
     number = int(os.environ.get("LOCAL_RANK", "0"))
     if number >= torch.cuda.device_count():

@@ -1,10 +1,10 @@
-"""Gradients of all ranks, averaged while the backward pass still runs.
+"""Gradient averaging over ranks, overlapped with the backward pass.
 
-Not ``DistributedDataParallel``: it wants every parameter's gradient out of one forward and one
-backward of one module. Here the temperature and the fusion head are used outside of it, terms that
-are off leave parameters without a gradient, and the discriminator is judged with and without
-gradients of its own. Hooks on the parameters need to know none of that, change no name in a
-checkpoint, and leave modules free to be compiled one by one.
+``DistributedDataParallel`` does not fit: it expects every parameter's gradient from one forward and
+one backward pass of one module. Here the temperature and the fusion head are used outside the
+module's forward, disabled terms leave parameters without a gradient, and the discriminator runs
+with and without gradients of its own. Hooks on the parameters avoid these limits, rename nothing in
+a checkpoint, and let modules be compiled one by one.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from mics_fast.engine.distributed import world_size
 
-BUCKET_BYTES = 25 * 2**20  # a message long enough to be worth sending, as in DDP
+BUCKET_BYTES = 25 * 2**20  # as in DDP
 
 
 class GradientAverager:
     """Replaces gradients by their mean over all ranks.
 
-    Buckets are sent in one order on every rank, each as soon as its last gradient (and those of
-    the buckets before it) is there. They are formed at the first step, of the parameters that have
-    got a gradient, the last one of the model first: about the order of the backward pass.
+    Buckets are sent in the same order on every rank, each as soon as all its gradients, and those
+    of earlier buckets, are ready. They are formed in the first step from the parameters with a
+    gradient, in reverse order of the model, which is roughly the order of the backward pass.
 
     Args:
         parameters: in the order of the forward pass.
-        bucket_bytes: where a bucket is full.
+        bucket_bytes: size at which a bucket is full.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class GradientAverager:
 
     @contextmanager
     def averaging(self) -> Iterator[None]:
-        """Around the last backward pass before the step; after it gradients are averaged."""
+        """Wrap the last backward pass before the step; afterwards gradients are averaged."""
         if world_size() == 1:
             yield
             return
@@ -75,7 +75,7 @@ class GradientAverager:
             self._sent += 1
 
     def _form_buckets(self) -> None:
-        """Buckets for parameters that have got their first gradient."""
+        """Form buckets of the parameters that have received their first gradient."""
         size = self._bucket_bytes
         fresh = [parameter for parameter in self._unsorted if parameter.grad is not None]
         self._unsorted = [parameter for parameter in self._unsorted if parameter.grad is None]
@@ -92,7 +92,7 @@ class Bucket:
     """Parameters whose gradients travel in one message.
 
     Attributes:
-        missing: how many gradients the backward pass still owes.
+        missing: number of gradients not yet computed in this backward pass.
     """
 
     def __init__(self) -> None:
@@ -103,14 +103,14 @@ class Bucket:
         self._work: dist.Work | None = None
 
     def send(self) -> None:
-        """Start to sum the gradients there are; which are, is the same on all ranks."""
+        """Start to sum the available gradients; they are the same set on all ranks."""
         self._gradients = [p.grad for p in self.parameters if p.grad is not None]
         if self._gradients:
             self._message = torch.cat([gradient.flatten() for gradient in self._gradients])
             self._work = dist.all_reduce(self._message, async_op=True)
 
     def receive(self) -> None:
-        """Put the means in the gradients' places."""
+        """Replace the gradients by their means."""
         if self._work is None:
             return
         self._work.wait()

@@ -18,17 +18,17 @@ _NO_MEMORY = (
     "CUDA error: out of memory",  # of the driver, outside torch's own allocator
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-_SHOWN = 8  # sample ids in a sentence; the file has them all
+_SHOWN = 8  # sample ids in a message; the file has all of them
 
 
 class Guard:
-    """Remembers, on the device, the first step at which each value was not finite."""
+    """Records, on the device, the first step at which each value was not finite."""
 
     def __init__(self) -> None:
         self._first: dict[tuple[str, ...], Tensor] = {}
 
     def watch(self, step: Tensor, values: Mapping[str, Tensor]) -> None:
-        """Look at the scalars of a step, 0-d int64; nothing is read back."""
+        """Check the scalars of a step (0-d int64) without reading anything back."""
         names = tuple(values)
         finite = torch.stack([value.detach().double() for value in values.values()]).isfinite()
         found = torch.where(finite, NEVER, step)
@@ -36,7 +36,7 @@ class Guard:
         torch.minimum(first, found, out=first)
 
     def first_steps(self) -> dict[str, Tensor]:
-        """name -> 0-d int64: the first step that was not finite, else ``NEVER``."""
+        """Return name -> first non-finite step, 0-d int64, or ``NEVER``."""
         steps: dict[str, Tensor] = {}
         for names, first in self._first.items():
             steps |= zip(names, first, strict=True)
@@ -44,9 +44,9 @@ class Guard:
 
 
 def first_broken(steps: Mapping[str, float]) -> tuple[int, list[str]] | None:
-    """The first step at which something was not finite, and what; None: there was none.
+    """Return the first non-finite step and the names of its values; None if all were finite.
 
-    What follows from a broken term, the sum and the gradient norm, is named only on its own.
+    The total loss and the gradient norm follow from the terms; they are named only if no term is.
     """
     step = min(steps.values(), default=NEVER)
     if step >= NEVER:
@@ -57,14 +57,14 @@ def first_broken(steps: Mapping[str, float]) -> tuple[int, list[str]] | None:
 
 
 def describe_samples(batch: Sequence[Any]) -> str:
-    """The manifest rows of a batch's parts, the first of them."""
+    """List the manifest rows of a batch, the first ones only."""
     ids = [int(i) for part in batch for i in part.sample_id]
     more = f" and {len(ids) - _SHOWN} more" if len(ids) > _SHOWN else ""
     return ", ".join(map(str, ids[:_SHOWN])) + more
 
 
 def write_batch(file: Path, batch: Sequence[Any], about: Mapping[str, Any]) -> None:
-    """Store the parts of a batch, to be loaded with ``weights_only``.
+    """Store the parts of a batch for ``torch.load`` with ``weights_only``.
 
     The file holds ``about`` and, under ``batch``, the fields of each part, such as views,
     present, label and sample_id, on the CPU.
@@ -81,7 +81,7 @@ def write_batch(file: Path, batch: Sequence[Any], about: Mapping[str, Any]) -> N
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device or the machine had no memory left."""
+    """Return True for errors of a device or the host that is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

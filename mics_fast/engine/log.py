@@ -56,7 +56,7 @@ class RunLog:
 
     @contextmanager
     def progress(self, stage: str, step: int, steps: int) -> Iterator[None]:
-        """Show a bar while a stage runs, where standard output is a terminal; lines go above it."""
+        """Show a progress bar for a stage if standard output is a terminal."""
         console = Console()
         if not (self._speaks and console.is_terminal):
             yield
@@ -71,7 +71,7 @@ class RunLog:
                 self._bar = None
 
     def write(self, stage: str, step: int, values: Mapping[str, float], progress: str) -> None:
-        """One record: ``values`` under ``stage`` and ``step``; ``progress`` opens the line."""
+        """Write one record of a stage and step; ``progress`` begins the terminal line."""
         if not self._speaks:
             return
         try:
@@ -89,7 +89,7 @@ class RunLog:
             self._bar.update(self._bar.task_ids[0], completed=step)
 
     def warn(self, stage: str, sentence: str) -> None:
-        """Say something that a person should look at, once a stage."""
+        """Print a warning once per stage."""
         if self._speaks and (stage, sentence) not in self._warned:
             self._warned.add((stage, sentence))
             print(f"{stage}: {sentence}", file=sys.stderr)
@@ -108,7 +108,7 @@ class RunLog:
             self.warn(stage, "TensorBoard events cannot be written; going on without them")
 
     def _leave_board(self, action: Callable[[SummaryWriter], None]) -> bool:
-        """Do something with the events; without them from then on where it fails."""
+        """Write events; after a failure, stop writing them and return False."""
         if self._board is None:
             return False
         try:
@@ -120,13 +120,13 @@ class RunLog:
 
 
 class LineFile:
-    """A file that lines are appended to, each by one write.
+    """A file for appending lines, each in a single write.
 
     Args:
-        file: a regular file, or none yet; links are not followed.
+        file: a regular file, created if missing; links are not followed.
 
     Raises:
-        InputError: it is something else, or cannot be written.
+        InputError: it is not a regular file, or cannot be written.
     """
 
     def __init__(self, file: Path) -> None:
@@ -140,14 +140,14 @@ class LineFile:
         if not stat.S_ISREG(about.st_mode):
             os.close(self._descriptor)
             raise InputError(f"{file} is no regular file")
-        # A kill may have left half a line, which would swallow the next one.
+        # A killed process may have left half a line, which would swallow the next one.
         self._cut = about.st_size > 0 and os.pread(self._descriptor, 1, about.st_size - 1) != b"\n"
 
     def append(self, line: str) -> None:
         """Write a line.
 
         Raises:
-            OSError: it cannot be written, or not whole.
+            OSError: it cannot be written completely.
         """
         data = ("\n" * self._cut + line + "\n").encode()
         self._cut = True
@@ -160,13 +160,13 @@ class LineFile:
 
 
 def read_log(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """The log of a run: stage -> its records, by step.
+    """Read the log of a run: stage -> its records, sorted by step.
 
-    A run that was killed repeats the steps after its last checkpoint: the last record counts. Lines
-    that are no records, such as the half one that a kill leaves, are skipped.
+    A resumed run repeats the steps after its last checkpoint; the later record counts. Lines that
+    are not records, such as a partial one after a kill, are skipped.
 
     Raises:
-        InputError: there is no log, or no regular file.
+        InputError: the log is missing or not a regular file.
     """
     stages: dict[str, dict[int, dict[str, float]]] = {}
     with open_regular(folder / METRICS) as lines:
@@ -178,7 +178,7 @@ def read_log(folder: Path) -> dict[str, list[dict[str, float]]]:
 
 
 def read_record(line: bytes) -> dict[str, Any] | None:
-    """The record in a line, without what is no number; None where there is none."""
+    """Parse the record in a line, keeping only its numbers; None if it is no record."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""The loop: batches, steps, log, checkpoints. It knows nothing of the method."""
+"""The training loop: batches, steps, log, checkpoints; independent of the method."""
 
 from __future__ import annotations
 
@@ -38,20 +38,19 @@ Batches = Callable[[int], Iterator[Any]]
 
 
 class Loop:
-    """Runs one stage from wherever its last checkpoint left it.
+    """Runs one stage from its last checkpoint to its end.
 
-    Between two records nothing is read back from the device. Of several ranks each works on its
-    part of every batch; the first one alone saves and logs, and validates, unless networks are
-    sharded.
+    Nothing is read back from the device between two records. Each rank works on its part of every
+    batch; rank 0 alone logs and saves, and validates unless networks are sharded.
 
     Args:
         stage: models and losses.
         plan: length, optimisers, intervals.
-        checkpoints: where they go.
-        meta: what the checkpoints belong to.
-        log: where records go.
-        validate: scores the stage as it is; name -> value, higher is better for the first, which
-            may choose the best checkpoint.
+        checkpoints: destination of checkpoints.
+        meta: entries of their ``meta.json``.
+        log: destination of records.
+        validate: scores the current stage; name -> value. The first score, higher is better, may
+            choose the best checkpoint.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class Loop:
         self.meter = self._meter(0.0)
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go back to what a checkpoint holds.
+        """Restore the state of a checkpoint.
 
         Raises:
             DamagedCheckpoint: the state is not one of this stage.
@@ -96,10 +95,10 @@ class Loop:
         """Train to the end of the plan.
 
         Args:
-            batches: the number of a step -> the batches from there on; the same ones each time.
+            batches: maps a step number to the batches from that step on, always the same ones.
 
         Returns:
-            True at the end; False where a signal asked to stop (a checkpoint is then saved).
+            True at the end; False if stopped by a signal, after saving a checkpoint.
 
         Raises:
             RunFailed: a loss or the gradient is not finite.
@@ -143,7 +142,7 @@ class Loop:
         return Meter(self.plan.device, before, flops, self.plan.peak_tflops)
 
     def _take(self, stream: Iterator[Any]) -> tuple[Any, InputError | None]:
-        """The next batch, or why this rank gets none."""
+        """Return the next batch, or the error that prevents it."""
         with phase("data"):
             try:
                 return self.meter.take(stream), None
@@ -151,9 +150,9 @@ class Loop:
                 return None, error
 
     def _read(self, values: Values, batches: Batches) -> dict[str, float]:
-        """What to log of a step: the one place where the host waits for the device.
+        """Read the values to log: the only place where the host waits for the device.
 
-        What is not finite, as the gradient norm of a step that the scaler skipped, is left out.
+        Non-finite values, such as the gradient norm of a step that the scaler skipped, are omitted.
         """
         numbers, first = read_back(mean_over_ranks(values), self.update.guard.first_steps())
         broken = first_broken(first)
@@ -165,10 +164,10 @@ class Loop:
         return {name: value for name, value in record.items() if math.isfinite(value)}
 
     def _failure(self, broken: tuple[int, list[str]] | None, batches: Batches) -> RunFailed | None:
-        """What to say of a step that was not finite, where this rank saw it first; its batch is
-        asked for again and stored.
+        """Describe a non-finite step, if this rank saw it first, and store its batch.
 
-        What breaks a loss on one rank breaks the gradients of all: those that know the loss tell.
+        A loss that breaks on one rank breaks the gradients of all, so only ranks that know the loss
+        report it.
         """
         urgency = NEVER
         if broken is not None:
@@ -183,7 +182,7 @@ class Loop:
         where = f"in {file}"
         try:
             write_batch(file, batch, {"stage": name, "step": step, "values": names})
-        except (OSError, RuntimeError) as error:  # torch.save makes either of a full disk
+        except (OSError, RuntimeError) as error:  # torch.save raises either when the disk is full
             where = f"not stored: {' '.join(str(error).split())}"
         verb = "is" if len(names) == 1 else "are"
         half = "; bf16 and fp32 hold larger numbers than fp16" if self.plan.scaler else ""
@@ -195,14 +194,15 @@ class Loop:
     def _save(
         self, writer: CheckpointWriter, record: Mapping[str, float], last: bool
     ) -> dict[str, float]:
-        """Hand a checkpoint to the writer; its scores, where there is something to score it on.
+        """Pass a checkpoint to the writer; return the scores, if there is a validation.
 
         Raises:
-            InputError: the last one cannot be written; without another, training goes on.
+            InputError: the final checkpoint cannot be written; after other failures, training
+                goes on.
         """
         shards, scores = self.plan.shards, {}
         if self.validate:
-            # A sharded network runs on all ranks or on none: each walks the same rows.
+            # A sharded network needs all ranks; each evaluates the same rows.
             scores = from_first(self.validate) if shards is None else self.validate()
         scaler = self.plan.scaler
         state = {
@@ -211,8 +211,8 @@ class Loop:
             "optimisers": {name: o.state_dict() for name, o in self.plan.optimisers.items()},
             "scaler": None if scaler is None else scaler.state_dict(),
             "skipped_steps": record.get("skipped_steps", 0.0),
-            # Of the CPU alone: masks, shifts and augmentation are functions of (seed, step,
-            # sample), so that nothing draws from a GPU's generator.
+            # The CPU's generator only: masks, shifts and augmentation are functions of (seed, step,
+            # sample), so nothing draws from a GPU's generator.
             "rng": torch.get_rng_state(),
             "seconds": self.meter.seconds(),
         }
@@ -243,7 +243,7 @@ class Loop:
 
 
 class Due:
-    """When a checkpoint is due: every so many steps, and after so many minutes without one.
+    """Decides when a checkpoint is due: after so many steps, or so many minutes without one.
 
     Args:
         steps: between checkpoints; 0 = off.
@@ -255,7 +255,7 @@ class Due:
         self._last = time.monotonic()
 
     def at(self, step: int) -> bool:
-        """Whether to save after this step."""
+        """Return True if a checkpoint is due after this step."""
         now = time.monotonic()
         due = self._steps > 0 and step % self._steps == 0
         due = due or (self._seconds > 0 and now - self._last >= self._seconds)
@@ -265,7 +265,7 @@ class Due:
 
 
 def read_back(*groups: Mapping[str, Tensor | float]) -> list[dict[str, float]]:
-    """Scalars of some groups as Python numbers, with one transfer from the device for all."""
+    """Convert scalars of several groups to Python numbers in one transfer from the device."""
     tensors = [v.double() for group in groups for v in group.values() if isinstance(v, Tensor)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else [])
     return [
@@ -275,9 +275,9 @@ def read_back(*groups: Mapping[str, Tensor | float]) -> list[dict[str, float]]:
 
 
 class StopOnSignal:
-    """Within this context SIGTERM and the first Ctrl-C set ``asked`` instead of ending the process.
+    """Context in which SIGTERM and the first Ctrl-C set ``asked`` instead of ending the process.
 
-    The second Ctrl-C raises ``KeyboardInterrupt``. Where SIGINT was ignored, it still is.
+    The second Ctrl-C raises ``KeyboardInterrupt``. An ignored SIGINT stays ignored.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""How fast a stage trains, what it waits for, and how much memory it takes."""
+"""Meters of training: throughput, waiting time, memory, FLOP/s."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 
 from mics_fast.engine.distributed import world_size
 
-# Dense bf16 of the SXM boards, TFLOP/s (NVIDIA's data sheets). Whole names: those of the PCIe and
-# NVL boards and of a GPU's slices (MIG) begin alike, and their peaks are lower.
+# Dense bf16 peak of the SXM boards, TFLOP/s (NVIDIA's data sheets). Names are matched as a whole:
+# the PCIe and NVL boards and MIG slices have the same prefix, but lower peaks.
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0}
 
 
 class Meter:
-    """Counts steps and the pairs of all ranks, and how long this one waited for them.
+    """Counts steps and pairs over all ranks, and measures how long this rank waited for data.
 
     Args:
-        device: where it trains.
+        device: training device.
         before: seconds that earlier processes spent on this stage.
-        flops: floating-point operations of a step over all ranks; 0: not known.
-        peak_tflops: of each rank's device, in TFLOP/s; None: not known.
+        flops: floating-point operations per step over all ranks; 0: unknown.
+        peak_tflops: of each rank's device, in TFLOP/s; None: unknown.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Meter:
         self._steps, self._pairs, self._waited = 0, 0, 0.0
 
     def take(self, batches: Iterator[Any]) -> Any:
-        """The next batch, a tuple of parts; its step, its pairs and the wait for it are counted."""
+        """Return the next batch, a tuple of parts, and count its pairs and the waiting time."""
         began = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - began
@@ -48,13 +48,16 @@ class Meter:
         return batch
 
     def seconds(self) -> float:
-        """Since the stage began, over all processes."""
+        """Return the seconds since the stage began, over all processes."""
         return time.perf_counter() - self._start
 
     def read(self, steps_left: int) -> dict[str, float]:
-        """``seconds`` since the beginning; since the last ``restart`` pairs a second, ms a step,
-        the share of the time that waited for data, TFLOP/s and MFU where they are known; peak
-        memory (of a GPU: allocated by torch; else: of the process) and the seconds to go."""
+        """Read the meters of this interval.
+
+        ``seconds`` counts from the beginning of the stage. Since the last ``restart``: pairs per
+        second, ms per step, share of time spent waiting for data, and, if known, TFLOP/s and MFU.
+        Also the peak memory (of a GPU: allocated by torch; otherwise: of the process) and the
+        seconds to go."""
         elapsed = max(time.perf_counter() - self._last, 1e-9)
         per_step = elapsed / max(1, self._steps)
         values = {
@@ -72,20 +75,20 @@ class Meter:
         return values
 
     def restart(self) -> None:
-        """Begin the next interval."""
+        """Start the next interval."""
         self._last = time.perf_counter()
         self._steps, self._pairs, self._waited = 0, 0, 0.0
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that torch has allocated on a GPU, else the most the process held."""
+    """Return the peak bytes that torch allocated on a GPU, or the process's peak on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_tflops(device: torch.device) -> float | None:
-    """What a device that is known can do, in TFLOP/s; None: it is not."""
+    """Return the dense bf16 peak of a known device, in TFLOP/s; None if unknown."""
     if device.type != "cuda":
         return None
     return PEAK_TFLOPS.get(torch.cuda.get_device_name(device))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 def decay_groups(
     named: Iterable[tuple[str, nn.Parameter]], *, lr: float, weight_decay: float
 ) -> list[dict]:
-    """Two parameter groups: matrices decay; biases, norms, tokens and positions do not.
+    """Make two parameter groups: matrices decay; biases, norms, tokens and positions do not.
 
     A matrix is a parameter named ``...weight`` with at least two dimensions.
     """
@@ -30,15 +30,15 @@ def decay_groups(
 
 
 def cosine_with_warmup(step: Tensor, steps: int, warmup: int, final: float) -> Tensor:
-    """Learning-rate factor of a step: linear up to 1 over ``warmup`` steps, cosine to ``final``.
+    """Compute the learning-rate factor: linear warm-up to 1, then cosine decay to ``final``.
 
-    Continuous: there is no jump where the warm-up ends.
+    The two parts join continuously.
 
     Args:
         step: 0-d int64.
-        steps: of the schedule.
-        warmup: of these, before the cosine.
-        final: the factor at the end.
+        steps: length of the schedule.
+        warmup: number of warm-up steps among them.
+        final: factor at the end.
 
     Returns:
         0-d float64.
@@ -50,22 +50,22 @@ def cosine_with_warmup(step: Tensor, steps: int, warmup: int, final: float) -> T
 
 
 def set_learning_rate(optimiser: Optimizer, factor: Tensor) -> None:
-    """Scale every group's own peak rate; the peak is remembered in the group (and its state).
+    """Scale each group's peak rate, which is stored in the group (and so in the state).
 
-    The rate is a tensor that stays where it is, so that a recorded step reads the one of its step.
+    The rate is a tensor updated in place, so that a recorded step reads the current value.
 
     Args:
-        optimiser: a fused one, of parameters on the device of ``factor``.
+        optimiser: fused, with parameters on the device of ``factor``.
         factor: 0-d.
     """
     for group in optimiser.param_groups:
         rate = group["lr"]
         group.setdefault("peak_lr", rate)
         if not isinstance(rate, Tensor) or rate.device != factor.device:  # new, or loaded
-            group["lr"] = rate = torch.empty((), device=factor.device)  # float32: what fused reads
+            group["lr"] = rate = torch.empty((), device=factor.device)  # fused needs float32
         rate.copy_(factor * group["peak_lr"])
 
 
 def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
-    """All that an optimiser steps."""
+    """List all parameters of an optimiser."""
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]

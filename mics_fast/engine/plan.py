@@ -1,4 +1,4 @@
-"""The contract between a stage of the method and the loop: losses, and how they are minimised."""
+"""The contract between stage and loop: losses, optimisers, schedule."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mics_fast.engine.sharding import Shards
 
 @dataclass
 class Losses:
-    """What one optimiser minimises in one step.
+    """The losses that one optimiser minimises in one step.
 
     Args:
         optimiser: its name.
         terms: name -> unweighted scalar loss.
-        weights: name -> weight, a number or 0-d; a term that is not named weighs 1.
-        metrics: name -> scalar that is only logged.
+        weights: name -> weight, a number or 0-d; default 1.
+        metrics: name -> scalar for the log only.
     """
 
     optimiser: str
@@ -31,33 +31,32 @@ class Losses:
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
 
     def total(self) -> Tensor:
-        """The weighted sum of the terms."""
+        """Return the weighted sum of the terms."""
         return torch.stack(
             [self.weights.get(name, 1.0) * term for name, term in self.terms.items()]
         ).sum()
 
 
 class Stage(Protocol):
-    """One stage of the method: models and losses. Its ``state_dict`` is all it remembers."""
+    """One stage of the method: models and losses. Its ``state_dict`` is its complete state."""
 
     def losses(self, batch: Any, step: Tensor, share: float = 1.0) -> Iterator[Losses]:
-        """The losses of a step, or of one part of its batch, in the order in which they are
-        minimised; in the last part, the loop has stepped the optimiser of one before it asks for
-        the next.
+        """Yield the losses of a step, or of one part of its batch, in the order of minimisation.
 
-        Before each backward pass the loop multiplies the loss by ``share``, the part's share of
-        the batch: gradients that a stage finds between two losses are that much smaller.
+        In the last part, the loop steps each optimiser before it asks for the next losses. Before
+        each backward pass it multiplies the loss by ``share``, the part's share of the batch:
+        gradients that a stage reads between two losses are scaled by it.
 
-        ``step`` is 0-d int64 on the device. What changes from step to step is computed from it
-        there, and what lasts is changed in place: a step may be recorded once and then replayed.
+        ``step`` is 0-d int64 on the device. Values that change per step are computed from it on the
+        device, and lasting state is updated in place, so that a step can be recorded and replayed.
         """
 
     def after_step(self) -> None:
-        """Called once when every optimiser has stepped: averages, queues, statistics advance, by
-        all parts of the batch since the last call."""
+        """Advance averages, queues and statistics by all parts of the batch; called once per step,
+        after every optimiser has stepped."""
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
-        """What looks wrong in a log record, a sentence each."""
+        """Return a sentence for each suspicious value in a log record."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
@@ -72,24 +71,23 @@ class Plan:
 
     Args:
         name: of the stage.
-        steps: optimiser steps in all.
+        steps: total number of optimiser steps.
         steps_per_epoch: for the log.
         optimisers: name -> optimiser; the first is the main one, whose losses are ``loss``.
         warmup: steps of linear warm-up.
-        clip: largest gradient norm of the main optimiser; 0 = none.
+        clip: largest gradient norm of the main optimiser; 0: no clipping.
         log_every: steps between log records.
-        checkpoint_every: steps between checkpoints, 0 = off; each is scored where there are val
-            rows.
-        final_lr: name -> learning rate at the end as a factor of its peak; absent: constant.
-        checkpoint_minutes: minutes between checkpoints; 0 = off.
-        accumulate: equal parts that a batch is worked on in.
-        scaler: of the main optimiser's loss, where something is computed in float16.
-        flops: loss term -> floating-point operations of a step; empty: not known.
-        peak_tflops: of the device, in TFLOP/s; None: not known.
-        profile: steps to profile.
-        cuda_graph: whether the step is recorded and replayed.
-        choose_best: whether the first score names the best checkpoint; else the latest counts.
-        shards: the parts of the stage that are sharded over the ranks; None: nothing is.
+        checkpoint_every: steps between checkpoints; 0: off. Each is scored if there are val rows.
+        final_lr: name -> final learning rate as a factor of its peak; absent: constant.
+        checkpoint_minutes: minutes between checkpoints; 0: off.
+        accumulate: number of equal parts in which a batch is processed.
+        scaler: loss scaler of the main optimiser, for float16.
+        flops: loss term -> floating-point operations per step; empty: unknown.
+        peak_tflops: of the device, in TFLOP/s; None: unknown.
+        profile: number of steps to profile.
+        cuda_graph: record and replay the step.
+        choose_best: choose the best checkpoint by the first score; False: use the latest.
+        shards: the sharded parts of the stage; None: nothing is sharded.
     """
 
     name: str
@@ -113,10 +111,10 @@ class Plan:
 
     @property
     def main(self) -> str:
-        """The name of the main optimiser."""
+        """Name of the main optimiser."""
         return next(iter(self.optimisers))
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters of the main optimiser live."""
+        """Device of the main optimiser's parameters."""
         return self.optimisers[self.main].param_groups[0]["params"][0].device

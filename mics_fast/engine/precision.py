@@ -14,11 +14,11 @@ from mics_fast.options import PrecisionName
 
 @dataclass(frozen=True)
 class Precision:
-    """How numbers are held and multiplied.
+    """Number formats of training.
 
     Args:
         autocast: dtype of the encoders' arithmetic; None: float32.
-        tf32: whether a GPU may round the factors of float32 products to ten bits of mantissa.
+        tf32: True if a GPU may round the factors of float32 products to TF32 (10-bit mantissa).
     """
 
     autocast: torch.dtype | None
@@ -26,20 +26,20 @@ class Precision:
 
     @property
     def name(self) -> str:
-        """Of the encoders' arithmetic: "fp32", "bf16" or "fp16"."""
+        """Name of the encoders' format: "fp32", "bf16" or "fp16"."""
         return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(
             self.autocast or torch.float32, "fp32"
         )
 
     def scaler(self, device: torch.device) -> GradScaler | None:
-        """Keeps gradients within float16's range; None where nothing is computed in it."""
+        """Make a loss scaler for float16; None for other formats."""
         return GradScaler(device.type) if self.autocast is torch.float16 else None
 
     @contextmanager
     def products(self) -> Iterator[None]:
-        """Set how float32 products are taken, and put back what was; nothing here convolves."""
-        # Not by the newer torch.backends.cuda.matmul.fp32_precision: torch.compile reads this one,
-        # which is an error after the other.
+        """Set the format of float32 matrix products, and restore it afterwards."""
+        # Not torch.backends.cuda.matmul.fp32_precision, the newer setting: torch.compile reads the
+        # old one, which is an error once the new one has been set.
         before = torch.get_float32_matmul_precision()
         try:
             torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
@@ -49,10 +49,10 @@ class Precision:
 
 
 def pick_precision(name: PrecisionName, device: torch.device) -> Precision:
-    """The precision that an option names, on a device.
+    """Choose the precision for an option and a device.
 
-    What bf16 and fp16 leave in float32 (the discriminator, the heads) may use TF32: its factors
-    keep more bits than theirs.
+    With bf16 and fp16, the parts that stay in float32 (discriminator, heads) may use TF32, which
+    has more mantissa bits than either.
     """
     if name == "auto":
         name = "fp32"

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: a trace for a browser, and a table by phase."""
+"""Profiling of training steps: a trace for a browser, and a table by phase."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 PHASES = ("data", "forward", "backward", "optimiser", "after_step")
-WARM_UP = 5  # steps: compilation, memory pools
+WARM_UP = 5  # steps before the profile, for compilation and memory pools
 
 
 def phase(name: str) -> record_function:
-    """Names what is inside, one of ``PHASES``, in a trace."""
+    """Mark a phase, one of ``PHASES``, in the trace."""
     return record_function(name)
 
 
 @contextmanager
 def profiled(steps: int, folder: Path, name: str) -> Iterator[Callable[[], None]]:
-    """Profile ``steps`` steps after some to warm up; 0: none.
+    """Profile ``steps`` steps after a warm-up; 0: no profile.
 
-    Writes ``folder/<name>.json``, a trace that chrome://tracing or Perfetto shows, and
+    Writes ``folder/<name>.json``, a trace for chrome://tracing or Perfetto, and
     ``folder/<name>.txt``, a table.
 
     Yields:
-        What to call after each step.
+        A function to call after each step.
     """
     if not steps:
         yield lambda: None
@@ -54,9 +54,9 @@ def profiled(steps: int, folder: Path, name: str) -> Iterator[Callable[[], None]
 
 
 def table(profile: torch.profiler.profile, steps: int) -> str:
-    """Milliseconds a step by phase on the host, then the operators that take longest.
+    """Format the milliseconds per step by phase on the host, then the slowest operators.
 
-    On a GPU the host only launches the work: see its time in the second part and the trace.
+    On a GPU the host only launches work: see the second part and the trace for GPU time.
     """
     averages = profile.key_averages()
     spent = {row.key: row.cpu_time_total / 1000 / steps for row in averages}

@@ -1,14 +1,14 @@
-"""Networks dealt out over the ranks (FSDP2), for encoders that do not fit on one device.
+"""Sharding of networks over the ranks (FSDP2), for encoders that do not fit on one device.
 
-Of every parameter of a sharded network, trained or averaged, a rank keeps its part: rows of the
-first dimension. A block is whole only while it runs, forward or backward, and the mean of its
-gradients over the ranks arrives in parts. Optimisers are given the parts as plain tensors that
-share the memory of torch's DTensors: their state is as small, and one fused step serves parts and
-whole parameters alike, in the groups and the order that a checkpoint knows.
+A rank keeps its part, rows of the first dimension, of every parameter of a sharded network, trained
+or averaged. A block is gathered only while it runs, forward or backward, and its gradients are
+averaged by reduce-scatter. Optimisers get the parts as plain tensors that share the memory of
+torch's DTensors: their state is equally small, and one fused step serves sharded and whole
+parameters alike, with the groups and order of an unsharded checkpoint.
 
-What a stage does not name stays whole on every rank, under ``GradientAverager``: what is used
-outside of a forward pass of its own (heads, projections, temperature, the discriminator, whose
-power iteration reads its weights) or is no parameter (queues, statistics).
+Everything else stays whole on every rank, under ``GradientAverager``: modules used outside a
+forward pass of their own (heads, projections, temperature, the discriminator, whose power iteration
+reads its weights) and buffers (queues, statistics).
 """
 
 from __future__ import annotations
@@ -33,11 +33,10 @@ class Shards:
     """This rank's part of the sharded networks of a stage.
 
     Args:
-        stage: on the CPU, with the weights that training starts from, the same on all ranks; moves
-            to the device.
-        networks: modules of it that are used only by calling them; what they hold in lists (their
-            blocks) is gathered one by one, the rest of each together.
-        optimisers: of the stage, before their first step; they step the parts from now on.
+        stage: on the CPU, with the same initial weights on all ranks; moved to the device.
+        networks: modules of it that are used only by calling them; modules in their lists (blocks)
+            are gathered one by one, the rest of each network together.
+        optimisers: of the stage, before their first step; from now on they step the parts.
         device: of this rank.
     """
 
@@ -50,14 +49,14 @@ class Shards:
     ) -> None:
         self._stage = stage
         self._optimisers = dict(optimisers)
-        self._whole: dict[nn.Parameter, DTensor] = {}  # of a part: what it is a part of
+        self._whole: dict[nn.Parameter, DTensor] = {}  # part -> the tensor it belongs to
         names = {parameter: name for name, parameter in stage.named_parameters()}
         mesh = init_device_mesh(device.type, (world_size(),))
         for network in networks:
             lists = [each for each in network.modules() if isinstance(each, nn.ModuleList)]
             for module in (*(block for blocks in lists for block in blocks), network):
-                # Not even the network's own parameters stay whole after its forward pass: what
-                # averages them and what saves them finds parts.
+                # The network's own parameters are resharded after its forward pass, too: averaging
+                # and saving expect parts.
                 fully_shard(module, mesh=mesh, reshard_after_forward=True)
         for tensor in (*stage.parameters(), *stage.buffers()):
             if not isinstance(tensor, DTensor):
@@ -68,15 +67,15 @@ class Shards:
                 group["params"] = [self._part(now[names[whole]]) for whole in group["params"]]
         # Autocast would keep a half-precision copy of each block until the last one has run.
         torch.set_autocast_cache_enabled(False)
-        # It matters to whom changes an output in place, which nobody does.
+        # The warning concerns in-place writers to an output; there are none.
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
     @torch.no_grad()
     def hand_over(self, optimiser: Optimizer) -> None:
-        """After the last backward pass before a step: the gradients of the parts, to be stepped.
+        """Set the gradients of the parts after the last backward pass before a step.
 
-        In every part of a batch that is worked on in parts the gradients are reduced, and added up
-        in parts: to reduce them once, each rank would have to hold them whole.
+        If a batch is processed in several parts, gradients are reduced after each part and
+        accumulated as shards; reducing once would need whole gradients on each rank.
         """
         for part in parameters_of(optimiser):
             whole = self._whole.get(part)
@@ -85,7 +84,7 @@ class Shards:
                 whole.grad = None
 
     def gradient_norm(self, optimiser: Optimizer) -> Tensor:
-        """Of all that the optimiser steps, 0-d, the same on all ranks."""
+        """Return the norm of an optimiser's gradients, 0-d, equal on all ranks."""
         own: list[Tensor] = []
         common: list[Tensor] = []
         for parameter in parameters_of(optimiser):
@@ -95,11 +94,12 @@ class Shards:
         return (sum_over_ranks(squares[0]) + squares[1]).sqrt().to(own[0].dtype)
 
     def gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """What a checkpoint holds, as one rank alone would have it; whole on rank 0, where it is in
-        main memory; all ranks call it.
+        """Gather a checkpoint as a single rank would have it; a collective call.
+
+        The result is complete on rank 0 only, in main memory.
 
         Args:
-            state: with the ``stage`` and its ``optimisers`` as their ``state_dict`` gave them.
+            state: with ``stage`` and ``optimisers`` from their ``state_dict``.
         """
         stage = {
             name: whole_of(value) if isinstance(value, DTensor) else value
@@ -113,7 +113,7 @@ class Shards:
         return {**state, "stage": stage, "optimisers": optimisers}
 
     def deal(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The inverse of ``gather``, of a state that every rank has."""
+        """Invert ``gather`` for a state that every rank has."""
         own = dict(self._stage.named_parameters())
         stage = {}
         for name, value in state["stage"].items():
@@ -125,7 +125,7 @@ class Shards:
         return {**state, "stage": stage, "optimisers": optimisers}
 
     def _part(self, whole: nn.Parameter) -> nn.Parameter:
-        """What an optimiser steps of a parameter: the part that is here, or all of it."""
+        """Return the tensor that an optimiser steps: this rank's part, or the whole parameter."""
         if not isinstance(whole, DTensor):
             return whole
         with torch.no_grad():
@@ -136,7 +136,7 @@ class Shards:
     def _each_moment(
         self, states: Mapping[str, Any], change: Callable[[Tensor, DTensor], Tensor]
     ) -> dict[str, Any]:
-        """Optimisers' states in which whatever has the shape of a parameter is changed."""
+        """Apply a change to every entry of the optimisers' states with a parameter's shape."""
         changed = {}
         for name, optimiser in self._optimisers.items():
             state = dict(states[name]["state"])
@@ -152,7 +152,7 @@ class Shards:
 
 
 def as_part(part: Tensor, whole: DTensor) -> DTensor:
-    """A rank's part of something that is shaped and dealt out as ``whole``."""
+    """Wrap a rank's part as a DTensor with the shape and layout of ``whole``."""
     return DTensor.from_local(
         part,
         whole.device_mesh,
@@ -164,13 +164,13 @@ def as_part(part: Tensor, whole: DTensor) -> DTensor:
 
 
 def part_of(value: Tensor, whole: DTensor) -> Tensor:
-    """This rank's part of a value that is dealt out as ``whole``, on its device."""
-    chunks = value.chunk(world_size())  # fewer than ranks where there are fewer rows
+    """Cut this rank's part out of a value with the layout of ``whole``, on its device."""
+    chunks = value.chunk(world_size())  # fewer than ranks if there are fewer rows
     part = chunks[rank()] if rank() < len(chunks) else value[:0]
     return part.to(whole.device, copy=True)
 
 
 def whole_of(parts: DTensor) -> Tensor:
-    """All parts together on rank 0, in main memory; elsewhere nothing. All ranks call it."""
+    """Gather all parts on rank 0, in main memory; empty elsewhere. A collective call."""
     whole = parts.full_tensor()
     return whole.cpu() if rank() == 0 else whole.new_empty(0)

@@ -1,11 +1,10 @@
-"""Who gets the CPU threads of a process: the rule, in one place.
+"""How the CPU threads of a process are shared.
 
-On a CPU the networks do most of the work: torch gets every thread, DALI a quarter as many beside
-them, which sleep while enough batches are ready. On a GPU it is the other way round: torch only
-launches kernels and gets a quarter, at most four, DALI the rest. The operators of ``mics_kernels``
-take as many threads as torch has at each call, from a pool that sleeps between calls.
-
-Processes that torchrun starts on one machine share its cores equally.
+On a CPU the networks do most of the work: torch gets every thread, and DALI a quarter as many in
+addition, which sleep while enough batches are ready. On a GPU torch only launches kernels and gets
+a quarter of the threads, at most four; DALI gets the rest. The operators of ``mics_kernels`` use as
+many threads as torch has at each call, from a pool that sleeps between calls. Processes that
+torchrun starts on one machine share its cores equally.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _MOST_TO_LAUNCH = 4
 
 
 def share_threads(threads: int, device: torch.device) -> tuple[int, int]:
-    """How many of some threads torch gets, and how many each image pipeline."""
+    """Return the number of threads for torch, and for each image pipeline."""
     quarter = max(1, threads // 4)
     if device.type == "cpu":
         return threads, quarter
@@ -30,8 +29,8 @@ def share_threads(threads: int, device: torch.device) -> tuple[int, int]:
 
 
 def available_threads() -> int:
-    """The cores that the system gives this process, its share where torchrun started several."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: containers and taskset may allow a few only
+    """Count the cores available to this process; torchrun's processes share them equally."""
+    if hasattr(os, "sched_getaffinity"):  # Linux: containers and taskset may allow only some
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
@@ -39,12 +38,12 @@ def available_threads() -> int:
 
 
 def use_threads(config: TrainConfig, device: torch.device) -> DataConfig:
-    """Give torch its threads.
+    """Set torch's number of threads.
 
-    Without ``threads`` torch keeps what it has where that is less: ``OMP_NUM_THREADS`` counts.
+    Without the option ``threads``, torch keeps a smaller number, such as ``OMP_NUM_THREADS``.
 
     Returns:
-        The data options with the image pipeline's.
+        The data options with the number of threads of the image pipeline.
     """
     for_torch, for_data = share_threads(config.threads or available_threads(), device)
     if config.threads is None:

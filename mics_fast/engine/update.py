@@ -21,12 +21,12 @@ Values = dict[str, Tensor | float]
 
 
 class Update:
-    """Steps the optimisers of a plan; nothing is read back from the device.
+    """Steps the optimisers of a plan without a host sync.
 
-    Each part of a batch gives losses, divided by the number of parts, and gradients that add up.
-    In the last part an optimiser steps before the stage is asked for the next one's losses. A loss
-    scaler is for the main optimiser alone: a step whose gradients overflow under it is skipped and
-    counted, and is an error only where there is no scale left to lower.
+    Each part of a batch yields losses, divided by the number of parts, whose gradients add up. In
+    the last part an optimiser steps before the stage is asked for the next losses. A loss scaler
+    applies to the main optimiser only: a step whose gradients overflow is skipped and counted, and
+    is an error only if the scale cannot be lowered further.
 
     Args:
         stage: models and losses.
@@ -44,12 +44,12 @@ class Update:
         self.skipped = torch.zeros((), dtype=torch.float64, device=plan.device)
 
     def __call__(self, batch: Any, step: int) -> Values:
-        """Train on a batch; what to log, still on the device: means over its parts."""
+        """Train on a batch; return the values to log, on the device, averaged over its parts."""
         self.at.fill_(step)
         return self.compute(batch)
 
     def compute(self, batch: Any) -> Values:
-        """The step number ``at``: all that it keeps changes in place."""
+        """Run the step number ``at``; all lasting state is updated in place."""
         parts = self.plan.accumulate
         if parts == 1:
             micro_batches = [batch]
@@ -69,7 +69,7 @@ class Update:
         return sums | self._step_values(sums)
 
     def _part(self, batch: Any, *, first: bool, last: bool) -> Values:
-        """Backward passes over one part of a batch; after the last part, the optimisers step."""
+        """Run the backward passes of one part of a batch; after the last, step the optimisers."""
         plan, values = self.plan, Values()
         remaining = iter(self.stage.losses(batch, self.at, 1 / plan.accumulate))
         while True:
@@ -103,7 +103,7 @@ class Update:
             self.plan.shards.hand_over(self.plan.optimisers[name])
 
     def _step(self, name: str) -> None:
-        """Clip the main optimiser's gradients, and step."""
+        """Clip the main optimiser's gradients and step."""
         plan = self.plan
         optimiser = plan.optimisers[name]
         final = plan.final_lr.get(name)
@@ -124,7 +124,7 @@ class Update:
             plan.scaler.update()
 
     def _step_values(self, losses: Values) -> Values:
-        """Gradient norm, rates and the scaler's state; the guard looks at what must be finite."""
+        """Return gradient norm, rates and scaler state, and let the guard check the values."""
         norm = self._norm
         watched = {n: v for n, v in losses.items() if n.startswith("loss_")}
         watched |= {"loss": losses["loss"], "gradient_norm": norm}
@@ -142,7 +142,7 @@ class Update:
 
 
 def clip_gradients(optimiser: Optimizer, largest: float, shards: Shards | None = None) -> Tensor:
-    """Scale the gradients down to a norm of ``largest`` (0: leave them); the norm before, 0-d."""
+    """Scale gradients to a norm of at most ``largest`` (0: no clipping); return the norm, 0-d."""
     parameters = parameters_of(optimiser)
     if shards is None:
         return torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)
@@ -152,7 +152,7 @@ def clip_gradients(optimiser: Optimizer, largest: float, shards: Shards | None =
 
 
 def in_order(optimiser: Optimizer, stage: Stage) -> list[nn.Parameter]:
-    """What an optimiser steps in the order of the stage, which is about that of the forward pass:
-    the optimiser's own sorts by decay."""
+    """List an optimiser's parameters in the order of the stage, roughly that of the forward pass;
+    the optimiser itself sorts them by weight decay."""
     own = set(parameters_of(optimiser))
     return [parameter for parameter in stage.parameters() if parameter in own]

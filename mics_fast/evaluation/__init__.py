@@ -1,10 +1,10 @@
-"""Opinions and what is computed from them: metrics, intervals, calibration, tables."""
+"""Evaluation: opinions, and the metrics, intervals, calibration, referral and tables on them."""
 
 from typing import Literal, get_args
 
 RESAMPLES = 1000
-"""Bootstrap resamples behind an interval, unless asked otherwise."""
+"""Default number of bootstrap resamples behind an interval."""
 
 By = Literal["uncertainty", "probability"]
 CRITERIA: tuple[By, ...] = get_args(By)
-"""What referral to a person may compare with a threshold."""
+"""Quantities that a referral rule may compare with a threshold."""

@@ -15,7 +15,7 @@ PLAIN = OperatingPoint()
 
 # Functional syntax: "class" is a keyword.
 Stated = TypedDict("Stated", {"class": str, "belief": dict[str, float], "uncertainty": float})
-"""One opinion: the class of most belief, the belief in each class, and the vacuity."""
+"""One opinion: its class (highest belief), the belief in each class, and the vacuity."""
 
 Answer = TypedDict(
     "Answer",
@@ -33,13 +33,13 @@ Answer = TypedDict(
 )
 """The fused opinion on a sample, and under "views" the opinion of each head that has its input.
 
-"belief" and "uncertainty" sum to 1. "refer" is None where no rule has been chosen; "reason" is
-there where it is true.
+"belief" and "uncertainty" sum to 1. "refer" is None if no referral rule was chosen; "reason" is
+present if "refer" is true.
 """
 
 
 class Failure(TypedDict):
-    """A sample without an answer: its id, and a sentence that says why."""
+    """A sample without an answer: its id, and the reason in a sentence."""
 
     id: str
     error: str
@@ -54,7 +54,7 @@ def answer(
         opinions: Of N rows.
         ids: Names of the N rows.
         classes: Names of the C classes.
-        point: Calibration of the fused opinion, and when to refer.
+        point: Calibration of the fused opinion, and the referral rule.
     """
     fused, single = point.opinion(opinions.fused_evidence()), opinion(opinions.evidence)
     disagreement = opinions.conflict().tolist()

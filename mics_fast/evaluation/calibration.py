@@ -28,7 +28,7 @@ class Calibration:
     """The fitted factors of a run.
 
     Args:
-        kind: What the factors change.
+        kind: "temperature" or "evidence".
         factors: One per opinion that had val rows.
     """
 
@@ -36,7 +36,7 @@ class Calibration:
     factors: Mapping[Source, float]
 
     def apply(self, predictions: Mapping[Source, Predictions]) -> dict[Source, Predictions]:
-        """Calibrate every opinion that has a factor, and drop the others."""
+        """Calibrate every opinion that has a factor; drop the others."""
         return {
             source: calibrate(own, self.kind, self.factors[source])
             for source, own in predictions.items()
@@ -74,7 +74,7 @@ def calibrate(predictions: Predictions, kind: Kind, factor: float) -> Prediction
     if kind == "temperature":
         probability = (predictions.probability.log() / factor).softmax(1)
         return Predictions(probability, predictions.uncertainty, label, group)
-    # An opinion in terms of its strength S = C / u: probability = (evidence + 1) / S.
+    # The strength of an opinion is S = C / u, so that probability = (evidence + 1) / S.
     classes = predictions.probability.shape[1]
     strength = classes / predictions.uncertainty.double().unsqueeze(1)
     evidence = (predictions.probability * strength - 1).clamp(min=0) * factor
@@ -85,7 +85,7 @@ def calibrate(predictions: Predictions, kind: Kind, factor: float) -> Prediction
 
 
 def by_source(values: Mapping[Source, Any]) -> dict[str, dict[str, Any]]:
-    """Lay out values per opinion as JSON: "views" and, without each modality, "missing"."""
+    """Arrange values per opinion as JSON: "views", and "missing" for those without a modality."""
     return {
         key: {source.name: own for source, own in values.items() if source.missing == missing}
         for key, missing in (("views", False), ("missing", True))

@@ -1,7 +1,7 @@
-"""Bootstrap intervals: how much a metric would vary over other samples of lesions.
+"""Bootstrap intervals: the variation of a metric over other samples of lesions.
 
-Groups are drawn, not rows: frames of one lesion resemble each other, and intervals that treated
-them as independent would be too narrow. Where every row is a group of its own, this is the ordinary
+Groups are resampled, not rows: frames of one lesion resemble each other, and intervals that treated
+them as independent would be too narrow. If every row is its own group, this is the ordinary
 bootstrap.
 """
 
@@ -33,7 +33,7 @@ class Difference(TypedDict):
 
 
 def resamples(group: Tensor, count: int, seed: int) -> Iterator[Tensor]:
-    """Draw as many groups as there are, with replacement; yield their row numbers.
+    """Draw as many groups as there are, with replacement, and yield their row numbers.
 
     Args:
         group: Group of each row, (N,) int64.
@@ -51,7 +51,7 @@ def resamples(group: Tensor, count: int, seed: int) -> Iterator[Tensor]:
 def bootstrap(
     predictions: Predictions, statistics: Statistics, *, count: int = RESAMPLES, seed: int = 0
 ) -> dict[str, Tensor]:
-    """Percentile intervals of statistics: (2,) each, or (2, C) for one value per class.
+    """Compute percentile intervals of statistics: (2,) each, or (2, C) for one value per class.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
@@ -62,7 +62,7 @@ def bootstrap(
 
 
 def extreme_interval(value: float, group: Tensor) -> Interval:
-    """The exact interval of a share of 0 or 1, which every resample repeats.
+    """Compute the exact interval of a share of 0 or 1, for which bootstrap intervals collapse.
 
     Args:
         value: 0.0 or 1.0.
@@ -82,7 +82,7 @@ def paired_bootstrap(
     count: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Difference]:
-    """Differences first - second of scalar statistics, with intervals from the same resamples.
+    """Compare two runs: first - second per scalar statistic, with paired bootstrap intervals.
 
     Args:
         first, second: Predictions for the same rows in the same order.
@@ -107,7 +107,7 @@ def paired_bootstrap(
 
 
 def percentile_intervals(drawn: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The middle 95 % of each statistic; resamples where it is undefined do not count."""
+    """Take the middle 95 % of each statistic, ignoring resamples where it is undefined."""
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     return {
         name: torch.stack([values[name].double() for values in drawn]).nanquantile(tails, dim=0)

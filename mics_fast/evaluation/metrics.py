@@ -32,7 +32,7 @@ def prediction_metrics(predictions: Predictions) -> dict[str, float]:
     """Compute one number per metric for at least one row; every label is known.
 
     Balanced accuracy is the mean sensitivity over the classes that occur in the truth. Macro AUROC
-    and AUPRC are mean one-against-rest areas over those of them that have a rest.
+    and AUPRC are mean one-against-rest areas over the classes that occur, unless only one does.
     """
     return {
         **classification_metrics(predictions, class_metrics(predictions)),
@@ -42,7 +42,7 @@ def prediction_metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def scalar_metrics(predictions: Predictions) -> dict[str, Tensor]:
-    """The scalar metrics that get intervals.
+    """Compute the scalar metrics that get intervals.
 
     The binned calibration errors get none: noise within a bin adds to them, so resamples, which
     are noisier, lie above the estimate, and their middle 95 % may miss the true value.
@@ -52,7 +52,7 @@ def scalar_metrics(predictions: Predictions) -> dict[str, Tensor]:
 
 
 def sampled_metrics(predictions: Predictions) -> dict[str, Tensor]:
-    """The metrics that get intervals: the scalar ones, and those of each class as (C,)."""
+    """Compute the metrics that get intervals: scalars, and those of each class as (C,)."""
     return {**scalar_metrics(predictions), **class_metrics(predictions)}
 
 
@@ -65,11 +65,11 @@ def class_metrics(predictions: Predictions) -> dict[str, Tensor]:
     classes = probability.shape[1]
     count = torch.bincount(label, minlength=classes)
     occurs, has_rest = count > 0, count < len(label)
-    # Rounding may leave a probability above 1, which these functions would take for a logit.
+    # Rounding may yield a probability above 1, which these functions would take for a logit.
     arguments = (probability.clamp(0, 1), label, classes)
     options: dict[str, Any] = {"average": "none", "validate_args": False}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of classes that do not occur: NaN below
+        warnings.simplefilter("ignore")  # about classes that do not occur: NaN below
         values = {
             "sensitivity": multiclass_recall(*arguments, **options),
             "specificity": multiclass_specificity(*arguments, **options),
@@ -150,7 +150,7 @@ def selection_metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def risks_at(predictions: Predictions, percents: Sequence[int]) -> dict[str, float]:
-    """Error rates of the most certain rows: "risk_at_80_coverage" of 80 % of them, rounded up."""
+    """Return error rates of the most certain rows: "risk_at_80_coverage" covers 80 % (rounded up)."""
     coverage, risk = risk_coverage(predictions)
     return {
         f"risk_at_{percent}_coverage": risk[int((coverage < percent / 100 - 1e-9).sum())].item()
@@ -178,14 +178,14 @@ def confusion(predictions: Predictions) -> list[list[int]]:
 
 
 def out_of_distribution_auroc(inside: Predictions, outside: Predictions) -> float:
-    """AUROC of vacuity as a detector of another distribution: 1 = always higher there."""
+    """Compute the AUROC of vacuity as a detector of other data: 1 = always higher outside."""
     uncertainty = torch.cat([inside.uncertainty, outside.uncertainty])
     sizes = torch.tensor([len(inside.uncertainty), len(outside.uncertainty)])
     return binary_auroc(uncertainty, torch.tensor([0, 1]).repeat_interleave(sizes)).item()
 
 
 class PseudoLabels(TypedDict):
-    """Share of rows accepted as pseudo-labels, share of those that are right, rows judged."""
+    """Share of rows accepted as pseudo-labels, share of these that are right, number of rows."""
 
     coverage: float
     precision: float
@@ -196,7 +196,7 @@ def pseudo_label_quality(predictions: Predictions, accepted: Tensor) -> PseudoLa
     """Measure the pseudo-labels that training would accept.
 
     Args:
-        predictions: For unlabelled rows; rows of unknown truth count for the coverage alone.
+        predictions: For unlabelled rows; rows of unknown truth count for the coverage only.
         accepted: (N,) bool.
     """
     known = accepted & (predictions.label >= 0)

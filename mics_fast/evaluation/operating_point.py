@@ -1,4 +1,4 @@
-"""The operating point of a run: calibration and referral rule, chosen on val rows and then kept."""
+"""The operating point of a run: calibration and referral rule, chosen once on the val rows."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ VALUES = ("ppv", "npv")
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """How the opinions of a run are turned into answers.
+    """Calibration and referral rule that turn the opinions of a run into answers.
 
     Args:
-        calibration: Factors of the opinions; None: as they are stated.
-        rule: When a person should decide; None: not chosen.
+        calibration: Factors of the opinions; None: not calibrated.
+        rule: Referral rule; None: not chosen.
         target: The guarantee that the rule was chosen for; None without a rule.
-        predictive_values: Class -> "ppv" and "npv" among the answered rows that the rule was
-            measured on; None where undefined.
+        predictive_values: Class -> "ppv" and "npv" among the answered rows on which the rule was
+            measured; None where undefined.
     """
 
     calibration: Calibration | None = None
@@ -39,7 +39,7 @@ class OperatingPoint:
     def opinion(self, evidence: Tensor) -> Opinion:
         """State the calibrated opinion of fused evidence (N, C).
 
-        A temperature changes the probabilities alone: belief and uncertainty stay as stated.
+        A temperature changes only the probabilities, not belief and uncertainty.
         """
         factor = self.fused_factor()
         if self.calibration is None or factor is None:
@@ -72,7 +72,7 @@ class OperatingPoint:
 
 
 def read_operating_point(values: Any, classes: Sequence[str], whose: object) -> OperatingPoint:
-    """Check an operating point from elsewhere.
+    """Check an operating point read from a file.
 
     Args:
         values: Parsed JSON, as ``OperatingPoint.json`` returns it.
@@ -80,7 +80,7 @@ def read_operating_point(values: Any, classes: Sequence[str], whose: object) -> 
         whose: The file, for the message.
 
     Raises:
-        InputError: a value is missing or cannot be used.
+        InputError: a value is missing or invalid.
     """
     try:
         calibration, referral = values["calibration"], values["referral"]

@@ -1,4 +1,4 @@
-"""The opinions a classifier states about rows, and the predictions that follow from them."""
+"""The opinions of a classifier about rows, and the predictions derived from them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mics_kernels import conflict, fuse_evidence, opinion
 
 
 class Source(NamedTuple):
-    """Whose predictions: those of the fused opinion, of one modality, or of all but one.
+    """The source of predictions: the fused opinion, one modality, or all modalities but one.
 
     Args:
         name: "fused" or a modality.
-        missing: the fused opinion as if that modality were missing.
+        missing: True for the fused opinion with that modality hidden.
     """
 
     name: str
@@ -35,7 +35,7 @@ FUSED = Source("fused")
 
 @dataclass
 class Predictions:
-    """What one opinion predicts for N rows, beside the truth.
+    """Predictions of one opinion for N rows, with the true labels.
 
     Args:
         probability: Expected class probabilities, (N, C).
@@ -59,7 +59,7 @@ class Predictions:
         )
 
     def same_as(self, other: Predictions) -> bool:
-        """Return whether the other predicts the same for the same rows."""
+        """Return True if both make the same predictions for the same rows."""
         return torch.equal(self.probability, other.probability) and torch.equal(
             self.group, other.group
         )
@@ -77,9 +77,9 @@ class Opinions:
         modalities: Names of the M modalities.
         heads: Names of the V opinions: the modalities, then "fusion" if there are several.
         evidence: Evidence of each opinion, (N, V, C) float32; undefined where not present.
-        present: Which opinions were stated, (N, V) bool.
-        without: For each modality, the fused evidence (N, C) of the opinions that do not read it;
-            empty unless asked for.
+        present: (N, V) bool, True where an opinion was stated.
+        without: Modality -> fused evidence (N, C) of the opinions that do not read it; empty
+            unless requested.
         label: Classes, (N,) int64; -1 marks unknown ones.
         group: Groups, (N,) int64.
         sample_id: Manifest rows, (N,) int64.
@@ -103,8 +103,8 @@ class Opinions:
         return self._predictions(self.fused_evidence(), torch.ones_like(self.label).bool())
 
     def predictions(self) -> dict[Source, Predictions]:
-        """Predict from the fused opinion, each modality, and all but each; rowless ones are left
-        out."""
+        """Predict from the fused opinion, from each modality, and with each modality hidden;
+        opinions without rows are omitted."""
         every = {FUSED: self.fused()}
         for column, name in enumerate(self.modalities):
             evidence, there = self.evidence[:, column], self.present[:, column]
@@ -130,7 +130,7 @@ class Opinions:
         )
 
     def conflict(self) -> Tensor:
-        """Measure how much the modalities contradict each other, (N,) in [0, 1]."""
+        """Measure the conflict between the modalities, (N,) in [0, 1]."""
         count = len(self.modalities)
         return conflict(self.evidence[:, :count], present=self.present[:, :count])
 
@@ -142,7 +142,7 @@ class Opinions:
 
 
 def gather(parts: Sequence[Opinions]) -> Opinions:
-    """Join the opinions of batches, at least one."""
+    """Concatenate the opinions of one or more batches."""
     first = parts[0]
 
     def joined(name: str) -> Tensor:
@@ -168,7 +168,7 @@ def state_opinions(model: Classifier, batch: PairBatch, *, hide: bool = False) -
     Args:
         model: In evaluation mode.
         batch: On the model's device.
-        hide: Also hide each modality in turn; costs one pass of the fusion encoder each.
+        hide: Also hide each modality in turn, at the cost of one fusion pass per modality.
     """
     tokens = model.encode(batch.views, batch.present)
 
@@ -194,7 +194,7 @@ def assemble(
     batch: PairBatch,
     without: dict[str, Tensor] | None = None,
 ) -> Opinions:
-    """Join evidence (B, V, C) with labels, groups and numbers of the rows it is about."""
+    """Combine evidence (B, V, C) with labels, groups and sample ids of its rows."""
     return Opinions(
         tuple(modalities),
         tuple(heads),
@@ -210,11 +210,10 @@ def assemble(
 def collect_opinions(
     model: Classifier, batches: Iterable[PairBatch], *, hide: bool = False
 ) -> Opinions:
-    """Run all batches, at least one, through the model in evaluation mode; see
-    ``state_opinions``."""
+    """Run one or more batches through the model in evaluation mode; see ``state_opinions``."""
     was_training = model.training
     model.eval()
-    # Blocks compiled for training would be compiled again for the size of the last batch.
+    # Compiled blocks would be recompiled for the size of the last batch.
     with torch.compiler.set_stance("force_eager"):
         opinions = gather([state_opinions(model, batch, hide=hide) for batch in batches])
     model.train(was_training)

@@ -1,4 +1,4 @@
-"""Referral: which samples to leave to a person, with a guarantee that comes from the val rows.
+"""Referral: choose the samples to refer to a person, with a guarantee from the val rows.
 
 The risk of a threshold is the share of all samples that are answered and wrong. It grows with the
 threshold, so conformal risk control (Angelopoulos et al., ICLR 2024, theorem 1) applies: with n val
@@ -29,11 +29,11 @@ from mics_fast.evaluation.opinions import Predictions
 
 @dataclass(frozen=True)
 class Rule:
-    """When a sample is referred to a person.
+    """A rule that refers samples to a person.
 
     Args:
-        by: "uncertainty": the vacuity is above the limit; "probability": that of the answer is
-            below it.
+        by: "uncertainty" refers if the vacuity is above the limit; "probability" refers if the
+            probability of the answer is below it.
         limit: In [0, 1].
     """
 
@@ -45,14 +45,14 @@ class Rule:
         return self.compare(predictions.uncertainty, predictions.probability.amax(1))
 
     def reason(self, uncertainty: float, probability: float) -> str:
-        """Say why one sample is referred; "" where it is not."""
+        """Explain why one sample is referred; "" if it is not."""
         if not self.compare(torch.tensor(uncertainty), torch.tensor(probability)):
             return ""
         value, side = (uncertainty, "above") if self.by == "uncertainty" else (probability, "below")
         return f"{self.by} {value:.3f} is {side} {self.limit:.3f}"
 
     def compare(self, uncertainty: Tensor, probability: Tensor) -> Tensor:
-        """Compare vacuities and probabilities of the answers with the limit, (N,) bool."""
+        """Compare vacuities, or probabilities of the answers, with the limit, (N,) bool."""
         if self.by == "uncertainty":
             return uncertainty > self.limit
         return probability < self.limit
@@ -60,19 +60,19 @@ class Rule:
 
 @dataclass(frozen=True)
 class Target:
-    """The guarantee that is asked for.
+    """The requested guarantee.
 
     Args:
         risk: Largest share of all samples that may be answered and wrong, in (0, 1).
-        confidence: Share of draws of the val rows that must keep it, in (0, 1); None: the risk is
-            kept on average over draws.
+        confidence: Share of draws of the val rows for which the risk must hold, in (0, 1); None:
+            the risk holds on average over draws.
     """
 
     risk: float
     confidence: float | None = None
 
     def kept(self, losses: Tensor) -> bool:
-        """Return whether the losses of n groups, (n,) in [0, 1], allow the guarantee."""
+        """Return True if the losses of n groups, (n,) in [0, 1], satisfy the guarantee."""
         count = len(losses)
         if self.confidence is None:
             return (losses.sum().item() + 1) / (count + 1) <= self.risk + 1e-12
@@ -80,18 +80,18 @@ class Target:
         return wrong < count and beta.ppf(self.confidence, wrong + 1, count - wrong) <= self.risk
 
     def fewest_groups(self) -> int:
-        """Number of groups below which no threshold keeps the guarantee."""
+        """Smallest number of groups with which any threshold can satisfy the guarantee."""
         if self.confidence is None:
             return math.ceil(1 / self.risk - 1 - 1e-9)
         return math.ceil(math.log(1 - self.confidence) / math.log(1 - self.risk))
 
 
 def choose_rule(predictions: Predictions, by: By, target: Target) -> Rule:
-    """Choose the limit that answers most and keeps the target.
+    """Choose the limit that answers most samples while satisfying the target.
 
     Args:
         predictions: For val rows; every label is known.
-        by: What the limit is about.
+        by: Quantity that the limit applies to.
         target: The guarantee.
 
     Returns:
@@ -107,7 +107,7 @@ def choose_rule(predictions: Predictions, by: By, target: Target) -> Rule:
             f"there are {count} groups of val rows, wanted at least {target.fewest_groups()} for a "
             f"risk of {target.risk:g}"
         )
-    # Answered first: low vacuity, or high probability.
+    # Order of answering: low vacuity, or high probability, first.
     doubt = predictions.uncertainty
     if by == "probability":
         doubt = -predictions.probability.amax(1)
@@ -128,10 +128,10 @@ def choose_rule(predictions: Predictions, by: By, target: Target) -> Rule:
 
 @dataclass(frozen=True)
 class Referral:
-    """A rule on rows that it was not chosen on.
+    """A rule measured on rows other than those it was chosen on.
 
     Args:
-        rule: What was chosen.
+        rule: The chosen rule.
         values: "coverage" (share answered), "risk" (share answered and wrong), "error" (share of
             the answered that are wrong).
         intervals: 95 % interval of each.
@@ -187,7 +187,7 @@ def apply_rule(predictions: Predictions, rule: Rule, count: int) -> Referral:
 
 
 def referral_statistics(predictions: Predictions, rule: Rule) -> dict[str, Tensor]:
-    """Compute coverage, risk, error, and PPV and NPV per class among the answered rows."""
+    """Compute coverage, risk and error, and PPV and NPV per class, among the answered rows."""
     answered = ~rule.refers(predictions)
     wrong = predictions.wrong().bool() & answered
     label, answer = predictions.label[answered], predictions.probability[answered].argmax(1)

@@ -1,4 +1,4 @@
-"""Results of an evaluation: metrics per opinion, and what they were computed from."""
+"""Results of an evaluation: metrics per opinion, and the rows and settings behind them."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class OpinionMetrics:
     """Metrics of one opinion.
 
     Args:
-        n: Rows it was judged on.
+        n: Number of rows.
         values: Metric -> value, see ``metrics.prediction_metrics``.
         intervals: 95 % interval of each metric that has one.
         per_class: Class -> its metrics.
         confusion: Counts by truth and answer.
-        pseudo_labels: Judged on the unlabelled train rows; None without such rows.
+        pseudo_labels: Measured on the unlabelled train rows; None without such rows.
     """
 
     n: int
@@ -75,7 +75,7 @@ class OpinionMetrics:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences to another run on the same rows: for each opinion, metric -> difference."""
+    """Differences to another run on the same rows: opinion -> metric -> difference."""
 
     run: str
     differences: Mapping[Source, dict[str, Difference]]
@@ -83,7 +83,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class OtherDistribution:
-    """The manifest whose rows the model should be unsure of."""
+    """A manifest from another distribution, on which the model should be unsure."""
 
     manifest: str
     n: int
@@ -91,21 +91,21 @@ class OtherDistribution:
 
 @dataclass
 class Evaluation:
-    """A run on the labelled rows of a split.
+    """Evaluation of a run on the labelled rows of a split.
 
     Args:
-        metrics: For each opinion that has rows.
+        metrics: Of each opinion that has rows.
         n: Number of rows.
         groups: Number of groups of rows.
         classes: Names, in the order of the model's outputs.
         split: train, val or test.
         virtual: Modalities that were derived from another one.
         resamples: Number of bootstrap resamples.
-        calibration: What was fitted on the val rows; None: nothing.
+        calibration: Factors fitted on the val rows; None without calibration.
         against: The comparison with another run; None without one.
         point: Calibration and referral rule in force.
-        referrals: Rules measured on the rows: that of the point, or one per criterion.
-        out_of_distribution: Where the areas of that name come from; None without them.
+        referrals: Rules measured on the rows: the one of ``point``, or one per criterion.
+        out_of_distribution: Manifest behind the metric of that name; None without it.
     """
 
     metrics: dict[Source, OpinionMetrics]
@@ -123,11 +123,11 @@ class Evaluation:
 
     @property
     def fused(self) -> OpinionMetrics:
-        """The metrics of the fused opinion."""
+        """Metrics of the fused opinion."""
         return self.metrics[FUSED]
 
     def json(self) -> dict[str, Any]:
-        """Return the contract of ``evaluate --json``."""
+        """Return the object that ``evaluate --json`` writes."""
         result: dict[str, Any] = {
             **by_source({source: own.json() for source, own in self.metrics.items()}),
             "n": self.n,
@@ -155,7 +155,7 @@ class Evaluation:
 
 
 def without_paths(evaluation: Evaluation) -> Evaluation:
-    """Keep the last part of the paths of other runs and manifests."""
+    """Reduce the paths of other runs and manifests to their last part."""
     against, other = evaluation.against, evaluation.out_of_distribution
     return replace(
         evaluation,

@@ -1,4 +1,4 @@
-"""Results as tables: for the terminal, and as rows of text for pages and model cards."""
+"""Tables of results: for the terminal, and as rows of text for pages and model cards."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DIFFERENCE_COLUMNS = ("metric", "difference", "95 %")
 
 
 def print_tables(evaluation: Evaluation) -> None:
-    """Print the metrics of every opinion and every class, and the comparison if there is one."""
+    """Print the metrics of every opinion and every class, and the comparison, if any."""
     console = wide_console()
     console.print(metrics_table(evaluation))
     console.print(class_table(evaluation))
@@ -58,17 +58,16 @@ def print_tables(evaluation: Evaluation) -> None:
 
 
 def wide_console() -> Console:
-    """Open standard output for tables of plain text.
+    """Make a console for tables of plain text on standard output.
 
-    Names are shown as they are, not read as markup. Where the output is no terminal, columns are
-    not squeezed into 80 characters.
+    Names are not read as markup. Output to a file or a pipe is not squeezed into 80 columns.
     """
     width = None if Console().is_terminal or "COLUMNS" in os.environ else WIDE
     return Console(width=width, markup=False, emoji=False, highlight=False)
 
 
 def metrics_table(evaluation: Evaluation) -> Table:
-    """One row per metric, one column per opinion."""
+    """Make a table with one row per metric and one column per opinion."""
     title = f"{evaluation.split}: {evaluation.n} pairs, {len(evaluation.classes)} classes"
     columns = shown_columns(evaluation)
     table = Table("metric", title=title, box=box.SIMPLE_HEAD)
@@ -91,9 +90,9 @@ def metrics_table(evaluation: Evaluation) -> Table:
 
 
 def shown_columns(evaluation: Evaluation) -> dict[str, OpinionMetrics]:
-    """Title each opinion of the tables; derived modalities are called virtual.
+    """Map column titles to opinions; derived modalities are called virtual.
 
-    Of two modalities, the fused opinion without one is that of the other: those are left out.
+    With two modalities, the fused opinion without one equals the other, so both are omitted.
     """
     modalities = sum(not source.missing for source in evaluation.metrics) - 1
     return {
@@ -110,7 +109,7 @@ def _title(source: Source, virtual: Sequence[str]) -> str:
 
 
 def class_table(evaluation: Evaluation) -> Table:
-    """Sensitivity and specificity of the fused opinion, one row per class."""
+    """Make a table of sensitivity and specificity of the fused opinion, one row per class."""
     table = Table(title="fused, each class against the rest", box=box.SIMPLE_HEAD)
     for name in CLASS_COLUMNS:
         if name == "class":
@@ -123,7 +122,7 @@ def class_table(evaluation: Evaluation) -> Table:
 
 
 def difference_table(against: Comparison) -> Table:
-    """Fused metrics of this run minus those of the other."""
+    """Make a table of fused metrics of this run minus those of the other."""
     title = f"fused: this run - {printable(against.run)}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in DIFFERENCE_COLUMNS:
@@ -134,7 +133,7 @@ def difference_table(against: Comparison) -> Table:
 
 
 def referral_table(evaluation: Evaluation) -> Table:
-    """Answered, wrong among all and wrong among the answered, one row per rule."""
+    """Make a table of answered and wrong samples, one row per rule."""
     title = f"referral to a person, on {evaluation.split} (fused)"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in REFERRAL_COLUMNS:
@@ -145,7 +144,7 @@ def referral_table(evaluation: Evaluation) -> Table:
 
 
 def referral_rows(evaluation: Evaluation) -> list[list[str]]:
-    """For each rule the cells of ``REFERRAL_COLUMNS``; the one that is kept is marked."""
+    """Return the cells of ``REFERRAL_COLUMNS`` for each rule; the rule in force is marked."""
     rows = []
     for own in evaluation.referrals:
         kept = " (kept)" if own.rule == evaluation.point.rule else ""
@@ -157,14 +156,14 @@ def referral_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def rule_text(rule: Rule) -> str:
-    """Say in words when a rule refers."""
+    """Describe in words when a rule refers."""
     if not math.isfinite(rule.limit) or (rule.by == "uncertainty" and rule.limit == 0):
         return "always"
     return f"{rule.by} {'above' if rule.by == 'uncertainty' else 'below'} {rule.limit:.3f}"
 
 
 def guarantee(point: OperatingPoint) -> str:
-    """State what a rule promises, and what the promise rests on."""
+    """State the guarantee of a rule and its conditions."""
     if point.target is None:
         return "No guarantee: the threshold was not chosen for a target risk."
     often = (
@@ -180,7 +179,7 @@ def guarantee(point: OperatingPoint) -> str:
 
 
 def metric_rows(columns: Mapping[str, OpinionMetrics]) -> list[list[str]]:
-    """For each metric its title, the fused value and its interval, and the other values."""
+    """Return for each metric its title, the fused value, its interval, and the other values."""
     fused, *others = columns.values()
     return [
         [title, number(fused.values[name]), interval(fused.intervals.get(name))]
@@ -191,7 +190,7 @@ def metric_rows(columns: Mapping[str, OpinionMetrics]) -> list[list[str]]:
 
 
 def class_rows(metrics: OpinionMetrics) -> list[list[str]]:
-    """For each class the cells of ``CLASS_COLUMNS``."""
+    """Return the cells of ``CLASS_COLUMNS`` for each class."""
     return [
         [
             printable(label),
@@ -206,7 +205,7 @@ def class_rows(metrics: OpinionMetrics) -> list[list[str]]:
 
 
 def difference_rows(against: Comparison) -> list[list[str]]:
-    """For each metric of the fused opinion the cells of ``DIFFERENCE_COLUMNS``."""
+    """Return the cells of ``DIFFERENCE_COLUMNS`` for each metric of the fused opinion."""
     return [
         [SHOWN[name], f"{value['difference']:+.3f}", interval(value["interval"])]
         for name, value in against.differences[FUSED].items()
@@ -214,7 +213,7 @@ def difference_rows(against: Comparison) -> list[list[str]]:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a table; bars in the cells are escaped, other Markdown is kept."""
+    """Format a Markdown table; bars in cells are escaped, other Markdown is kept."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(
         "| " + " | ".join(cell.replace("\\|", "|").replace("|", "\\|") for cell in line) + " |"
@@ -228,14 +227,14 @@ def markdown_text(text: str) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three decimals; empty without a value, a dash where it is undefined."""
+    """Format with three decimals; "" for None, a dash if undefined."""
     if value is None:
         return ""
     return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def interval(bounds: Sequence[float] | None) -> str:
-    """Both ends of an interval with two decimals; a dash where it is undefined."""
+    """Format both ends of an interval with two decimals; "" for None, a dash if undefined."""
     if bounds is None:
         return ""
     return f"{bounds[0]:.2f} to {bounds[1]:.2f}" if all(map(math.isfinite, bounds)) else "-"
