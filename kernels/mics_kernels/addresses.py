@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 def address(tensor: Tensor | None) -> int:
@@ -27,7 +28,7 @@ def address(tensor: Tensor | None) -> int:
 
 def dtype_name(tensor: Tensor) -> str:
     """Name of a dtype in the native module: "float32", "bfloat16" or "float16"."""
-    return str(tensor.dtype).removeprefix("torch.")
+    return _NAMES[tensor.dtype]
 
 
 def is_plain(tensor: Tensor) -> bool:

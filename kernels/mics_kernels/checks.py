@@ -45,11 +45,7 @@ def check_tensor(
     if value.layout is not torch.strided or value.is_nested:
         layout = "nested" if value.is_nested else _plain(value.layout)
         raise TypeError(f"{name} must be a dense tensor, got layout {layout}")
-    fits = value.dim() == len(shape) and all(
-        isinstance(wanted, str) or wanted == given
-        for wanted, given in zip(shape, value.shape, strict=True)
-    )
-    if not fits:
+    if not _fits(value.shape, shape):
         raise ValueError(f"{name} must have shape {_shape(shape)}, got {_shape(value.shape)}")
     if value.dtype not in dtypes:
         raise TypeError(f"{name} must be {_either(dtypes)}, got {_plain(value.dtype)}")
@@ -66,7 +62,7 @@ def check_number(
         TypeError: not a number.
         ValueError: outside the range, or NaN.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not (value > low if above else value >= low) or not value <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value}")
@@ -190,6 +186,15 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be {_either([repr(c) for c in choices])}, got {value!r}")
 
 
+def _fits(given: Sequence[int], wanted: Sequence[int | str]) -> bool:
+    if len(given) != len(wanted):
+        return False
+    for size, want in zip(given, wanted, strict=True):  # a loop: this runs at every call
+        if not isinstance(want, str) and size != want:
+            return False
+    return True
+
+
 def looks_at_values(value: Tensor) -> bool:
     """True if checking values neither synchronises with a device nor breaks a graph."""
     if torch.compiler.is_compiling():
@@ -203,8 +208,8 @@ def _all_inside(value: Tensor, low: float, high: float, above: bool = False) -> 
     """True if all elements are inside, found in one pass without a copy; False if one is NaN."""
     if value.numel() == 0:
         return True
-    least, most = value.aminmax()
-    return bool(least > low if above else least >= low) and bool(most <= high)
+    least, most = (bound.item() for bound in value.aminmax())
+    return (least > low if above else least >= low) and most <= high
 
 
 def _range(low: float, high: float, above: bool) -> str:

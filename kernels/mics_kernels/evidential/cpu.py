@@ -17,16 +17,18 @@ from mics_kernels.evidential.records import (
 
 def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
     """Losses, fused evidence and the gradient of the losses' sum, in one sweep."""
-    count = None
-    if inputs.reduction == "mean":
-        target = inputs.target
-        rows = torch.tensor(len(target))
-        if target.dim() == 1:
-            rows = target.ne(inputs.ignore_index).sum()
-        count = rows.clamp(min=1).to(torch.float32)
+    count = _counted_rows(inputs) if inputs.reduction == "mean" else None
     prepared = prepare_rows(inputs, count)
     _native.evidential_cpu(prepared.call, torch.get_num_threads())
     return prepared.results
+
+
+def _counted_rows(inputs: EvidentialInputs) -> Tensor:
+    """Number of rows that are not ignored, at least 1, as a float32 tensor."""
+    target = inputs.target
+    if target.dim() == 2:
+        return torch.tensor(float(max(1, target.shape[0])))
+    return target.ne(inputs.ignore_index).sum().clamp_(min=1).to(torch.float32)
 
 
 def fuse_evidence(inputs: FusionInputs) -> Tensor:
