@@ -150,7 +150,7 @@ def selection_metrics(predictions: Predictions) -> dict[str, float]:
 
 
 def risks_at(predictions: Predictions, percents: Sequence[int]) -> dict[str, float]:
-    """Return error rates of the most certain rows: "risk_at_80_coverage" covers 80 % (rounded up)."""
+    """Return error rates of the most certain rows; "risk_at_80_coverage" covers 80 % of them."""
     coverage, risk = risk_coverage(predictions)
     return {
         f"risk_at_{percent}_coverage": risk[int((coverage < percent / 100 - 1e-9).sum())].item()

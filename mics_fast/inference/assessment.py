@@ -45,15 +45,15 @@ from mics_fast.training.run import Run
 
 @dataclass
 class Assessment:
-    """One run on the labelled rows of a split.
+    """Opinions of a run on the labelled rows of a split.
 
     Args:
-        classifier: The run's.
-        manifest: Where the rows are from.
-        split: Their split.
-        rows: Those with a label.
+        classifier: Classifier of the run.
+        manifest: Source of the rows.
+        split: Split of the rows.
+        rows: Rows with a label.
         opinions: On these rows, also with each modality hidden in turn.
-        calibration: Fitted on the val rows; None: nothing.
+        calibration: Fitted on the val rows; None without calibration.
     """
 
     classifier: RunClassifier
@@ -64,7 +64,7 @@ class Assessment:
     calibration: Calibration | None = None
 
     def predictions(self, opinions: Opinions | None = None) -> dict[Source, Predictions]:
-        """Predict from opinions, by default those on the rows, and calibrate."""
+        """Make calibrated predictions from opinions, by default those on the rows."""
         every = (opinions or self.opinions).predictions()
         return self.calibration.apply(every) if self.calibration else every
 
@@ -72,11 +72,11 @@ class Assessment:
 def assess(
     run: Run, manifest: Manifest, split: str, kind: Kind | Literal["none"] | None = None
 ) -> Assessment:
-    """State a run's opinions on the labelled rows of a split.
+    """Run a classifier on the labelled rows of a split.
 
     Args:
-        run: With a fine-tuned checkpoint.
-        manifest: With the run's modalities and classes, see ``run_manifest``.
+        run: A run with a fine-tuned checkpoint.
+        manifest: With the run's modalities and classes; see ``run_manifest``.
         split: train, val or test.
         kind: "temperature" or "evidence", fitted on the labelled val rows; "none": no calibration;
             None: the one stored in the run, if any.
@@ -87,7 +87,7 @@ def assess(
     rows = labelled_rows(manifest, split)
     classifier = load_run(run)
     opinions = classifier.opinions(rows, split, hide=True)
-    there = set(opinions.sample_id.tolist())  # where bad files are skipped, not all rows
+    there = set(opinions.sample_id.tolist())  # under the policy "skip", not all rows
     rows = [row for row in rows if row.index in there]
     calibration = classifier.point.calibration if kind is None else None
     if kind in get_args(Kind):
@@ -99,8 +99,8 @@ def assess(
 def trained_on(assessment: Assessment) -> list[Row]:
     """Find the assessed rows that the run was trained on: train rows of its own manifest.
 
-    A row is the same if its id and the bytes of one of its images are. Without the run's manifest
-    nothing is found.
+    A row is the same if it has the same id and shares the bytes of an image. Without the run's own
+    manifest, no row is found.
     """
     run = assessment.classifier.run
     try:
@@ -112,7 +112,7 @@ def trained_on(assessment: Assessment) -> list[Row]:
 
 
 def same_image(row: Row, other: Row) -> bool:
-    """Return whether two rows share an image of a modality, by path or by content."""
+    """Return True if two rows share an image of a modality, by path or by content."""
     for name, file in row.files.items():
         against = other.files.get(name)
         if file is None or against is None:
@@ -148,12 +148,12 @@ def labelled_rows(manifest: Manifest, split: str) -> list[Row]:
 def choose_point(
     assessment: Assessment, target: Target | None, by: By, count: int
 ) -> tuple[OperatingPoint, list[Referral]]:
-    """Choose when to refer on the val rows, and measure that on the assessed rows.
+    """Choose a referral rule on the val rows, and measure it on the assessed rows.
 
     Args:
         assessment: With its calibration.
-        target: The guarantee to keep; None: measure the rule that is stored in the run.
-        by: The criterion of the rule that is kept; every criterion is measured.
+        target: The requested guarantee; None: measure the rule stored in the run.
+        by: Criterion of the rule to keep; every criterion is measured.
         count: Bootstrap resamples.
 
     Raises:
@@ -180,7 +180,7 @@ def summarise(assessment: Assessment, count: int) -> Evaluation:
     predictions = assessment.predictions()
     metrics: dict[Source, OpinionMetrics] = {}
     for source, own in progress(predictions.items(), "bootstrap", len(predictions)):
-        # Of two modalities, the fused opinion without one is that of the other.
+        # With two modalities, the fused opinion without one equals the other.
         same = next((known for known in metrics if predictions[known].same_as(own)), None)
         metrics[source] = replace(metrics[same]) if same else describe(own, classes, count)
     add_pseudo_labels(assessment, metrics)
@@ -197,10 +197,9 @@ def summarise(assessment: Assessment, count: int) -> Evaluation:
 
 
 def add_pseudo_labels(assessment: Assessment, metrics: dict[Source, OpinionMetrics]) -> None:
-    """Judge the pseudo-labels that each opinion would give to the unlabelled train rows.
+    """Measure the pseudo-labels that each opinion would give to the unlabelled train rows.
 
-    They are accepted as in training, but by the finished model, without augmentation and
-    calibration.
+    They are accepted as in training, but by the final model, without augmentation and calibration.
     """
     rows = [row for row in assessment.manifest.select("train") if not row.labelled]
     if not rows:
@@ -215,7 +214,7 @@ def add_pseudo_labels(assessment: Assessment, metrics: dict[Source, OpinionMetri
 
 
 def add_out_of_distribution(evaluation: Evaluation, assessment: Assessment, file: Path) -> None:
-    """Add how well the vacuity of each opinion detects the rows of another manifest."""
+    """Add the AUROC with which each opinion's vacuity detects the rows of another manifest."""
     areas, count = out_of_distribution(assessment, file)
     evaluation.out_of_distribution = OtherDistribution(str(file), count)
     for source, area in areas.items():
@@ -223,11 +222,14 @@ def add_out_of_distribution(evaluation: Evaluation, assessment: Assessment, file
 
 
 def out_of_distribution(assessment: Assessment, file: Path) -> tuple[dict[Source, float], int]:
-    """Compute the AUROC of vacuity for every opinion that has rows of both, and count the others.
+    """Compute the AUROC of vacuity for each opinion with rows of both manifests.
 
     Args:
-        assessment: On the rows that the model should know.
-        file: A manifest none of whose rows it should know.
+        assessment: On in-distribution rows.
+        file: Manifest of out-of-distribution rows.
+
+    Returns:
+        The areas, and the number of out-of-distribution rows.
     """
     manifest = read_manifest(file, assessment.classifier.modalities)
     opinions = assessment.classifier.opinions(manifest.rows, "out of distribution", hide=True)
@@ -241,7 +243,7 @@ def out_of_distribution(assessment: Assessment, file: Path) -> tuple[dict[Source
 
 
 def compare(assessment: Assessment, other: Assessment, count: int) -> Comparison:
-    """Compare the metrics of two runs, for every opinion that both state.
+    """Compare the metrics of two runs for every opinion that both have.
 
     Raises:
         InputError: they were not assessed on the same rows, classes and labels.

@@ -1,4 +1,4 @@
-"""The description of an exported model: written beside it and into it, checked when it is read."""
+"""The description of an exported model, stored in and beside it and checked when read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mics_fast.evaluation.operating_point import OperatingPoint, read_operating_
 from mics_fast.models.classifier import FUSION, check_modality_names
 from mics_fast.options import DataConfig
 
-LARGEST_IMAGE = 4096  # pixels: more is damage, not a model
+LARGEST_IMAGE = 4096  # pixels; a larger value means a damaged file
 
 NORMALIZE_MEANING = {
     "fixed": "(x / 255 - mean) / std, per channel",
@@ -24,16 +24,16 @@ NORMALIZE_MEANING = {
 
 @dataclass(frozen=True)
 class Description:
-    """What a program must know to feed an exported model and to read its outputs.
+    """The facts that a program needs to feed an exported model and to read its outputs.
 
     Args:
-        modalities: In the order of the inputs.
+        modalities: In input order.
         views: Names of the opinions, in the order of the output "evidence".
-        classes: In the order of the outputs.
+        classes: In output order.
         image_size: Side of the images, pixels.
         normalize: "fixed" or "image".
         mean, std: Modality -> three channel values in [0, 1], for "fixed".
-        point: Calibration, which the outputs have, and referral rule.
+        point: Calibration (already applied to the outputs) and referral rule.
     """
 
     modalities: tuple[str, ...]
@@ -47,7 +47,7 @@ class Description:
 
     @property
     def data(self) -> DataConfig:
-        """The normalisation as the loaders read it."""
+        """Return the normalisation options for the loaders."""
         mean = cast(dict[str, tuple[float, float, float]], dict(self.mean))
         std = cast(dict[str, tuple[float, float, float]], dict(self.std))
         return DataConfig(normalize=self.normalize, mean=mean, std=std)
@@ -66,21 +66,21 @@ def describe_model(
     data: DataConfig,
     point: OperatingPoint,
 ) -> Description:
-    """Describe a model that is about to be exported."""
+    """Make the description of a model for export."""
     mean = {name: tuple(data.mean.get(name, IMAGENET_MEAN)) for name in modalities}
     std = {name: tuple(data.std.get(name, IMAGENET_STD)) for name in modalities}
     return Description(modalities, views, classes, image_size, data.normalize, mean, std, point)
 
 
 def read_description(values: Any, whose: object) -> Description:
-    """Check a description from elsewhere.
+    """Check a description read from a file.
 
     Args:
         values: Parsed JSON with the fields of ``Description``.
         whose: The file, for the message.
 
     Raises:
-        InputError: a field is missing, or its value cannot be used.
+        InputError: a field is missing or invalid.
     """
     if not isinstance(values, dict):
         raise InputError(f"{whose} is not that of an exported model: no JSON object")
@@ -119,14 +119,14 @@ def read_description(values: Any, whose: object) -> Description:
 
 
 def is_name_list(value: Any) -> bool:
-    """Return whether a value is a list of different texts that are not empty."""
+    """Return True if a value is a list of distinct, non-empty strings."""
     if not isinstance(value, list) or not value:
         return False
     return all(isinstance(own, str) and own for own in value) and len({*value}) == len(value)
 
 
 def is_channels(value: Any, low: float) -> bool:
-    """Return whether a value is a list of three finite numbers above ``low``."""
+    """Return True if a value is a list of three finite numbers above ``low``."""
     return (
         isinstance(value, list)
         and len(value) == 3

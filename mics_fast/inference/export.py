@@ -1,7 +1,7 @@
-"""Export: the classifier of a run as files that need none of this code.
+"""Export: the classifier of a run as files that can be used without this package.
 
 model.pt2       ``torch.export`` program
-model.onnx      the same for ONNX Runtime, where the [export] extra is installed
+model.onnx      the same for ONNX Runtime, if the [export] extra is installed
 model.json      names of inputs and outputs, preprocessing, agreement with the original
 MODEL_CARD.md   data, metrics with intervals, limits
 """
@@ -40,11 +40,11 @@ TOLERANCE = 1e-4
 
 
 class Answering(nn.Module):
-    """A classifier from normalised images to answers, in plain tensor operations.
+    """A classifier that maps normalised images to answers by plain tensor operations.
 
     Args:
         model: In evaluation mode.
-        point: Calibration of the fused opinion, and when to refer.
+        point: Calibration of the fused opinion, and the referral rule.
     """
 
     def __init__(self, model: Classifier, point: OperatingPoint) -> None:
@@ -53,20 +53,20 @@ class Answering(nn.Module):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what ``forward`` returns."""
+        """Names of the outputs of ``forward``."""
         return (*OUTPUTS, "refer") if self.point.rule else OUTPUTS
 
     def forward(self, present: Tensor, *images: Tensor) -> tuple[Tensor, ...]:
-        """Compute what ``outputs`` names.
+        """Compute the outputs named by ``outputs``.
 
         Args:
-            present: Which images there are, (B, M) bool.
+            present: True for each available image, (B, M) bool.
             images: One per modality, (B, 3, H, H) float32.
 
         Returns:
             Fused belief (B, C), uncertainty (B,), probability (B, C); conflict of the modalities
-            (B,); evidence (B, V, C) and presence (B, V) of every opinion; with a rule also
-            whether to refer (B,) bool.
+            (B,); evidence (B, V, C) and presence (B, V) of every opinion; with a rule also the
+            referral (B,) bool.
         """
         views = dict(zip(self.model.modalities, images, strict=True))
         output = self.model(views, present)
@@ -119,7 +119,7 @@ def export_model(classifier: RunClassifier, out: Path) -> dict[str, float]:
 
 
 def trace(module: Answering, modalities: Sequence[str], size: int) -> ExportedProgram:
-    """Trace the module for any batch size, without the paths of its source files."""
+    """Trace the module for any batch size, without paths of source files."""
     inputs = random_inputs(modalities, size, rows=3, seed=0)
     batch = torch.export.Dim("batch", min=1)
     shapes = {"present": {0: batch}, "images": ({0: batch},) * len(modalities)}
@@ -134,11 +134,11 @@ def trace(module: Answering, modalities: Sequence[str], size: int) -> ExportedPr
 def write_onnx(
     program: ExportedProgram, description: Description, outputs: Sequence[str], file: Path
 ) -> None:
-    """Translate a program to one ONNX file that holds its description."""
-    # torch would warn that operators of torchvision, which nothing here uses, are missing.
+    """Convert a program to one ONNX file that contains its description."""
+    # Otherwise torch warns about missing torchvision operators, which are not used here.
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch about itself
+        warnings.simplefilter("ignore")  # from torch's own code
         translated = torch.onnx.export(
             program,
             input_names=["present", *description.modalities],
@@ -155,7 +155,7 @@ def write_onnx(
 
 
 def strip_traces(model: Any) -> None:
-    """Remove what the translator notes about source files from an ONNX model."""
+    """Remove traces of source files from an ONNX model."""
     del model.metadata_props[:]
     for graph in (model.graph, *model.functions):
         graph.doc_string = ""
@@ -171,7 +171,7 @@ def strip_traces(model: Any) -> None:
 def random_inputs(
     modalities: Sequence[str], size: int, *, rows: int, seed: int
 ) -> tuple[Tensor, ...]:
-    """Draw presence (rows, M) and one noise image (rows, 3, size, size) per modality."""
+    """Draw presence, (rows, M), and one noise image per modality, (rows, 3, size, size)."""
     generator = torch.Generator().manual_seed(seed)
     present = torch.rand(rows, len(modalities), generator=generator) < 0.7
     images = torch.randn(len(modalities), rows, 3, size, size, generator=generator)
@@ -185,13 +185,13 @@ def largest_difference(
     modalities: Sequence[str],
     size: int,
 ) -> float:
-    """Compare all outputs on random inputs, in batches of other sizes than the traced one."""
+    """Compare all outputs on random inputs, with batch sizes other than the traced one."""
     largest = 0.0
     for rows in (1, 4):
         inputs = random_inputs(modalities, size, rows=rows, seed=rows)
         wanted, given = original(*inputs), exported(*inputs)
         for name, exact, other in zip(original.outputs, wanted, given, strict=True):
-            if name == "refer":  # a threshold: either side is right within the tolerance
+            if name == "refer":  # near the threshold, either value is right within the tolerance
                 continue
             scale = 1 + exact if name == "evidence" else 1.0
             difference = ((exact.float() - other.float()) / scale).abs().max().item()
@@ -212,7 +212,7 @@ def description_of(classifier: RunClassifier) -> Description:
 
 
 def sidecar(classifier: RunClassifier, agreement: dict[str, float]) -> dict[str, Any]:
-    """Make what a program that uses the exported model must know, as JSON."""
+    """Return the JSON description for programs that use the exported model."""
     description = description_of(classifier)
     return {
         "files": sorted(agreement),

@@ -1,6 +1,6 @@
-"""An exported classifier: ONNX, and a JSON sidecar that says how its inputs are made.
+"""An exported classifier: an ONNX model, and a JSON sidecar that describes its inputs.
 
-The ``torch.export`` program beside it is never read here: loading one unpickles.
+The ``torch.export`` program beside it is never read, because loading one unpickles.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ BATCH = 16
 
 @dataclass
 class ExportedClassifier:
-    """A classifier that answers without the code that trained it.
+    """A classifier that runs without the code that trained it.
 
     Args:
-        session: Of ONNX Runtime.
-        description: Names, in the order of inputs and outputs, and preprocessing.
+        session: ONNX Runtime session.
+        description: Names in the order of inputs and outputs, and preprocessing.
     """
 
     session: Any
@@ -43,7 +43,7 @@ class ExportedClassifier:
 
     @staticmethod
     def open(folder: Path) -> ExportedClassifier:
-        """Read the folder that ``python -m mics_fast.export`` wrote.
+        """Open a folder that ``python -m mics_fast.export`` wrote.
 
         Raises:
             InputError: it is damaged, its parts disagree, or ONNX Runtime is not installed.
@@ -93,7 +93,7 @@ class ExportedClassifier:
         )
 
     def state(self, batch: PairBatch) -> Opinions:
-        """State opinions on one batch."""
+        """Compute the opinions on one batch."""
         inputs = {name: batch.views[name].numpy() for name in self.modalities}
         wanted = ("evidence", "view_present")
         outputs = self.session.run(wanted, inputs | {"present": batch.present.numpy()})
@@ -105,7 +105,7 @@ def read_sidecar(file: Path) -> Description:
     """Read and check the description beside an exported model.
 
     Raises:
-        InputError: it cannot be read, or not used.
+        InputError: it cannot be read, or its content is invalid.
     """
     sidecar = read_json(file)
     try:
@@ -119,10 +119,10 @@ def read_sidecar(file: Path) -> Description:
 
 
 def check_model(session: Any, description: Description, folder: Path) -> None:
-    """Refuse an ONNX model that its sidecar does not describe.
+    """Refuse an ONNX model that does not match its sidecar.
 
     Raises:
-        InputError: names what disagrees.
+        InputError: names the difference.
     """
     stored = session.get_modelmeta().custom_metadata_map.get(METADATA)
     if stored is None:
@@ -159,10 +159,10 @@ def check_model(session: Any, description: Description, folder: Path) -> None:
 def check_shapes(
     tensors: Sequence[Any], wanted: dict[str, list[int]], file: Path, *, others: bool = False
 ) -> None:
-    """Refuse tensors of other names or of other shapes behind the batch.
+    """Refuse tensors with other names, or with other shapes beyond the batch dimension.
 
     Raises:
-        InputError: names the first of them.
+        InputError: names the first such tensor.
     """
     found = {tensor.name: list(tensor.shape[1:]) for tensor in tensors}
     for name in wanted.keys() | (set() if others else found.keys()):
@@ -177,7 +177,7 @@ def open_session(file: Path) -> Any:
     """Load an ONNX model for the CPU.
 
     Raises:
-        InputError: no such file, not ONNX, or ONNX Runtime is not installed.
+        InputError: the file is missing or not ONNX, or ONNX Runtime is not installed.
     """
     try:
         import onnxruntime
@@ -190,8 +190,8 @@ def open_session(file: Path) -> Any:
     if not file.is_file():
         raise InputError(f"{file} is not a regular file")
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # a damaged file is reported below, in one sentence
+    options.log_severity_level = 4  # a damaged file is reported below in one sentence
     try:
         return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises classes of its own for a damaged file
+    except Exception as error:  # ONNX Runtime has error classes of its own
         raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error

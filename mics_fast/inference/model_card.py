@@ -1,4 +1,4 @@
-"""The model card: what a person should read before using an exported model, as Markdown."""
+"""The model card: facts and limits to read before using an exported model, as Markdown."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def model_card(
     """Write the card from the run, its manifest and an evaluation on the test rows.
 
     Args:
-        classifier: What was exported.
+        classifier: The exported classifier.
         agreement: Exported file -> largest difference from the original.
         resamples: Number of bootstrap resamples.
-        paths: Whether names of files and folders are stated.
+        paths: True to name files and folders.
     """
     name = markdown_text(classifier.run.folder.resolve().name) if paths else "a run"
     parts = [f"# Model card: {name}", NOT_A_DEVICE, intended(classifier)]
@@ -57,7 +57,7 @@ def model_card(
 
 
 def intended(classifier: RunClassifier) -> str:
-    """Say what goes in and what comes out."""
+    """Describe inputs and outputs."""
     modalities, classes = classifier.modalities, classifier.classes
     return (
         "## What it does\n\n"
@@ -70,7 +70,7 @@ def intended(classifier: RunClassifier) -> str:
 
 
 def names(values: Iterable[str]) -> str:
-    """List names as Markdown."""
+    """Join names as Markdown."""
     return ", ".join(map(markdown_text, values))
 
 
@@ -134,7 +134,7 @@ def training_section(classifier: RunClassifier, *, paths: bool) -> str:
 
 
 def limits(classifier: RunClassifier, virtual: Iterable[str]) -> str:
-    """Say what the figures above do not show."""
+    """List the limits of the figures."""
     lines = [
         "One training run on one data set: other seeds, label draws and sources were not tried.",
         "It knows only the classes above: on anything else it may be wrong and certain.",
@@ -150,7 +150,7 @@ def limits(classifier: RunClassifier, virtual: Iterable[str]) -> str:
 
 
 def files_section(agreement: dict[str, float]) -> str:
-    """List the exported files and how exactly they agree with the trained model."""
+    """List the exported files and their agreement with the trained model."""
     rows = [[f"`{name}`", f"{largest:.1e}"] for name, largest in agreement.items()]
     return "\n\n".join(
         [

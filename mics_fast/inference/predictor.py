@@ -1,4 +1,4 @@
-"""Prediction: answers of a trained or exported classifier on samples."""
+"""Prediction: answers of a trained or exported classifier about samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ARRAYS = 16  # samples per batch of arrays
 
 
 class LoadedClassifier(Protocol):
-    """The classifier of a run, or one that was exported."""
+    """The classifier of a run, or an exported one."""
 
     @property
     def modalities(self) -> tuple[str, ...]: ...
@@ -57,11 +57,11 @@ class LoadedClassifier(Protocol):
 
 @dataclass(frozen=True)
 class Predictor:
-    """A classifier ready to answer; ``mics_fast.load`` makes one.
+    """A classifier ready for prediction; ``mics_fast.load`` makes one.
 
     Args:
-        folder: Where it was loaded from.
-        classifier: Of a run, or exported.
+        folder: Folder that it was loaded from.
+        classifier: From a run, or exported.
     """
 
     folder: Path
@@ -72,7 +72,7 @@ class Predictor:
         """Load a run folder, or a folder of ``python -m mics_fast.export``.
 
         Raises:
-            InputError: neither, or one that is damaged.
+            InputError: the folder is neither, or is damaged.
         """
         if (folder / SIDECAR).exists():
             return Predictor(folder, ExportedClassifier.open(folder))
@@ -80,7 +80,7 @@ class Predictor:
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Names of the images that a sample may have; one of them is enough."""
+        """Names of the images that a sample may have; one of them suffices."""
         return self.classifier.modalities
 
     @property
@@ -89,7 +89,7 @@ class Predictor:
         return self.classifier.classes
 
     def point(self, refer_above: float | None = None) -> OperatingPoint:
-        """Return calibration and referral rule: those stored, or with a threshold of one's own."""
+        """Return the stored calibration and referral rule, or a rule with the given threshold."""
         stored = self.classifier.point
         if refer_above is None:
             return stored
@@ -102,21 +102,21 @@ class Predictor:
         *,
         refer_above: float | None = None,
     ) -> list[Answer | Failure]:
-        """State an answer per sample.
+        """Answer for each sample.
 
         Args:
-            source: A manifest; a folder that holds a folder of images per modality; one sample as
-                modality -> file or (H, W, 3) uint8 array; or a list of such samples, which are all
-                files or all arrays.
+            source: A manifest; a folder with one folder of images per modality; one sample as
+                modality -> file or (H, W, 3) uint8 array; or a list of such samples, all files or
+                all arrays.
             refer_above: Largest vacuity in [0, 1] that is not referred to a person; default: the
-                rule that ``evaluate --target-risk`` stored, if any.
+                rule stored by ``evaluate --target-risk``, if any.
 
         Returns:
-            In the order of the samples. A sample with an image that cannot be read gets a record
-            of "id" and "error".
+            One record per sample, in order. A sample with an unreadable image gets a record of "id"
+            and "error".
 
         Raises:
-            InputError: a source that cannot be used, or none of whose samples can be read.
+            InputError: the source is invalid, or none of its samples can be read.
 
         Example:
             >>> model = mics_fast.load("runs/demo")  # doctest: +SKIP
@@ -138,7 +138,7 @@ class Predictor:
     def answers(
         self, rows: Sequence[Row], *, refer_above: float | None = None
     ) -> Iterator[Answer | Failure]:
-        """Yield an answer or a failure per row, in their order, batch by batch.
+        """Yield an answer or a failure for each row, in order, batch by batch.
 
         Raises:
             InputError: no row can be read.
@@ -182,6 +182,6 @@ class Predictor:
 
 
 def failure_of(row: Row, loader: EvalLoader) -> Failure | None:
-    """Return why a row has no answer; None if all its images were read."""
+    """Explain why a row has no answer; None if all its images were read."""
     problem = loader.problems.get(row.index)
     return None if problem is None else {"id": row.id, "error": problem}

@@ -1,4 +1,4 @@
-"""The classifier of a run folder, and batches as it was trained to read them."""
+"""The classifier of a run folder, with loaders that prepare images as in its training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class RunClassifier:
         return SIZES[self.run.config.model.size].image
 
     def state(self, batch: PairBatch) -> Opinions:
-        """State opinions on one batch."""
+        """Compute the opinions on one batch."""
         return state_opinions(self.model, batch)
 
     def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader:
@@ -76,16 +76,16 @@ class RunClassifier:
         )
 
     def opinions(self, rows: Sequence[Row], title: str, *, hide: bool = False) -> Opinions:
-        """State opinions on at least one row, with a progress bar on a terminal."""
+        """Compute the opinions on at least one row, with a progress bar on a terminal."""
         loader = self.loader(rows)
         return collect_opinions(self.model, progress(loader, title, len(loader)), hide=hide)
 
 
 def best_checkpoint(run: Run) -> Path:
-    """Return the folder of a run's best fine-tuning checkpoint.
+    """Find a run's best fine-tuning checkpoint.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
     checkpoint = run.checkpoints("finetune").best()
     if checkpoint is None:
@@ -98,11 +98,10 @@ def best_checkpoint(run: Run) -> Path:
 def run_manifest(run: Run, file: Path | None = None) -> Manifest:
     """Read a manifest, by default the run's own, with the run's modalities and classes.
 
-    A manifest may lack classes of the run: its labels become numbers of the run's classes.
+    The manifest may lack classes of the run; labels are indices into the run's classes.
 
     Raises:
-        InputError: no checkpoint, a manifest that cannot be used, or a class that the run does not
-            know.
+        InputError: no checkpoint, an invalid manifest, or a class unknown to the run.
     """
     meta = read_meta(best_checkpoint(run))
     skip = run.config.data.on_bad_file == "skip"
@@ -115,7 +114,7 @@ def load_run(run: Run) -> RunClassifier:
     """Load the classifier of a run.
 
     Raises:
-        InputError: there is none, or it is of another model than the options say.
+        InputError: there is no checkpoint, or it does not match the options.
     """
     checkpoint = best_checkpoint(run)
     meta = read_meta(checkpoint)
@@ -137,10 +136,10 @@ def load_run(run: Run) -> RunClassifier:
 
 
 def with_classes(manifest: Manifest, classes: Sequence[str], whose: object) -> Manifest:
-    """Number the labels of a manifest by a model's classes.
+    """Convert the labels of a manifest to indices into a model's classes.
 
     Raises:
-        InputError: a label is none of them.
+        InputError: a label is not among them.
     """
     foreign = [name for name in manifest.classes if name not in classes]
     if foreign:

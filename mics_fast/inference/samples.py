@@ -1,4 +1,4 @@
-"""Samples to predict: rows of a manifest, images of a folder, named files, or arrays."""
+"""Samples for prediction: rows of a manifest, images of a folder, named files, or arrays."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ Images = Mapping[str, str | os.PathLike[str] | np.ndarray]
 
 
 def stored_rows(place: Path, modalities: Sequence[str]) -> Sequence[Row]:
-    """Find the samples of a manifest or a folder.
+    """Read the samples of a manifest or a folder.
 
     Raises:
-        InputError: neither, or one that cannot be used.
+        InputError: the place is neither, or is invalid.
     """
     if place.is_dir():
         return folder_rows(place, modalities)
-    # Files that are not there cost their own rows, not the others.
+    # Missing files only affect their own rows.
     return read_manifest(place, modalities, files_exist=False).rows
 
 
 def folder_rows(folder: Path, modalities: Sequence[str]) -> list[Row]:
-    """Match images in folders called <modality> or <name>_<modality> by name and stem.
+    """Match images by stem in folders named <modality> or <name>_<modality>.
 
     Raises:
-        InputError: no such folder, or no image in it.
+        InputError: the folder does not exist, or holds no image.
     """
     if not folder.is_dir():
         raise InputError(f"--folder {folder} is not a folder")
     found: dict[str, dict[str, Path]] = {}
-    # With one modality, its images may lie in the folder itself.
+    # With one modality, the images may lie in the folder itself.
     places = [(folder, modalities[0], "")] if len(modalities) == 1 else []
     for place in sorted(path for path in folder.iterdir() if path.is_dir()):
         for name in modalities:
@@ -81,10 +81,10 @@ def file_row(index: int, name: str, files: Mapping[str, Path], modalities: Seque
 
 
 def named_rows(samples: Sequence[Images], modalities: Sequence[str]) -> list[Row]:
-    """Make a row per sample of image files; its id is the stem of its first file.
+    """Make a row for each sample of image files; its id is the stem of its first file.
 
     Raises:
-        InputError: an unknown modality, or no image.
+        InputError: an unknown modality, or a sample without images.
     """
     rows = []
     for index, images in enumerate(samples):
@@ -97,16 +97,16 @@ def named_rows(samples: Sequence[Images], modalities: Sequence[str]) -> list[Row
 def array_batch(
     samples: Sequence[Images], modalities: Sequence[str], data: DataConfig, image_size: int
 ) -> PairBatch:
-    """Make a batch of images given as arrays, resized and normalised as files are.
+    """Make a batch from arrays, resized and normalised as files are.
 
     Args:
         samples: Modality -> (H, W, 3) uint8 RGB, upright, the whole frame.
-        modalities: In the order of the model.
+        modalities: In the model's order.
         data: Normalisation.
         image_size: Side of the views, pixels.
 
     Raises:
-        InputError: an unknown modality, no image, or another shape or type.
+        InputError: an unknown modality, no image, or a wrong shape or dtype.
     """
     shape = (len(samples), 3, image_size, image_size)
     views = {name: torch.zeros(shape) for name in modalities}
@@ -131,10 +131,10 @@ def array_batch(
 
 
 def frame_of(image: Any, modality: str) -> torch.Tensor:
-    """Check an array and share it as a tensor, (H, W, 3) uint8.
+    """Check an array and convert it to a tensor, (H, W, 3) uint8.
 
     Raises:
-        InputError: another shape or type.
+        InputError: a wrong shape or dtype.
     """
     array = np.asarray(image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8 or not array.size:
@@ -146,7 +146,7 @@ def frame_of(image: Any, modality: str) -> torch.Tensor:
 
 
 def check_modalities(images: Images, modalities: Sequence[str]) -> None:
-    """Refuse a sample of other modalities, or of none.
+    """Refuse a sample with unknown modalities, or without images.
 
     Raises:
         InputError: names the modality.

@@ -25,10 +25,10 @@ def store_point(folder: Path, checkpoint: Path, point: OperatingPoint) -> Path:
 def stored_point(folder: Path, checkpoint: Path, classes: tuple[str, ...]) -> OperatingPoint:
     """Read the operating point of a run's checkpoint; an empty one if none was chosen.
 
-    One of another checkpoint is not used, and that is reported.
+    An operating point of another checkpoint is reported and ignored.
 
     Raises:
-        InputError: the file cannot be used.
+        InputError: the file is invalid.
     """
     file = folder / FILE
     if not file.exists():

@@ -1,4 +1,4 @@
-"""Answers as files: a JSON list, JSON lines or a table; and as a table on the terminal."""
+"""Writers of answers: a JSON list, JSON lines or a CSV file, and a table on the terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Write = Callable[[Record], None]
 
 @contextmanager
 def text_output(file: Path) -> Iterator[TextIO]:
-    """Open a file that gets its name when it is whole, or standard output for "-"."""
+    """Open a file that is renamed when complete, or standard output for "-"."""
     if file == STANDARD_OUTPUT:
         yield sys.stdout
         return
@@ -60,7 +60,7 @@ def json_lines(file: Path) -> Iterator[Write]:
 
 @contextmanager
 def table_file(file: Path, model: LoadedClassifier) -> Iterator[Write]:
-    """Write a CSV with the same columns whatever is missing: belief.<class>, wli.class, ..."""
+    """Write a CSV with fixed columns, whatever is missing: belief.<class>, wli.class, ..."""
     beliefs = dict.fromkeys(model.classes, 0.0)
     stated: Stated = {"class": "", "belief": beliefs, "uncertainty": 0.0}
     whole: Answer = {
@@ -86,7 +86,7 @@ def table_file(file: Path, model: LoadedClassifier) -> Iterator[Write]:
 
 
 class Summary:
-    """The first answers and the count of every one, for the terminal."""
+    """The first answers and the counts of all answers, for the terminal."""
 
     def __init__(self) -> None:
         self.shown: list[Answer] = []
@@ -95,7 +95,7 @@ class Summary:
         self.referred = 0
 
     def add(self, record: Record) -> None:
-        """Count a record."""
+        """Count a record, and keep it if it is among the first."""
         if "error" in record:
             self.failures.append(record)  # type: ignore[arg-type]
             return
@@ -105,7 +105,7 @@ class Summary:
             self.shown.append(record)
 
     def print(self, modalities: Sequence[str], point: OperatingPoint) -> None:
-        """Print the first answers as a table, how often each was given, and what failed."""
+        """Print the first answers as a table, the counts, and the failures."""
         console = wide_console()
         console.print(answer_table(self.shown, self.answers.total(), modalities))
         counts = ", ".join(f"{printable(name)}: {n}" for name, n in self.answers.most_common())
@@ -120,7 +120,7 @@ class Summary:
             )
 
     def report_failures(self) -> None:
-        """Report on stderr how many samples got no answer, and why the first did not."""
+        """Report the number of samples without an answer, and the first reason, on stderr."""
         if self.failures:
             count = len(self.failures)
             print(
@@ -131,7 +131,7 @@ class Summary:
 
 
 def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str]) -> Table:
-    """Lay out answers, one row each."""
+    """Make a table of answers, one row each."""
     title = f"samples: {count}" if count <= len(shown) else f"the first {len(shown)} of {count}"
     table = Table(title=title, box=box.SIMPLE_HEAD)
     table.add_column("id")
@@ -142,7 +142,7 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
     for name in modalities:
         table.add_column(f"{printable(name)} alone")
     for column in table.columns:
-        column.overflow = "fold"  # a class name is never cut short
+        column.overflow = "fold"  # class names are never truncated
     for record in shown:
         numbers = (
             record["probability"][record["class"]],
@@ -161,7 +161,7 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
 
 
 def values_table(point: OperatingPoint) -> Table:
-    """Lay out the predictive values at the operating point, one row per class."""
+    """Make a table of the predictive values at the operating point, one row per class."""
     title = "predictive values"
     table = Table("class", title=title, box=box.SIMPLE_HEAD)
     for name in ("PPV", "NPV"):

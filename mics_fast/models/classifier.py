@@ -21,7 +21,7 @@ from mics_fast.models.vit import (
 )
 
 FUSION = "fusion"
-# softplus(-4) = 0.018: an untrained head states hardly any evidence, however many views there are.
+# softplus(-4) = 0.018: an untrained head states hardly any evidence, for any number of opinions.
 INITIAL_HEAD_BIAS = -4.0
 
 
@@ -32,7 +32,7 @@ class ClassifierOutput:
     float32, or float64 after ``.double()``.
 
     Args:
-        logits: (B, V, C); meaningless where an opinion is not present.
+        logits: (B, V, C); undefined where an opinion is not present.
         present: (B, V) bool.
         fusion_feature: (B, width), the input of the fusion head; None with one modality.
     """
@@ -78,7 +78,7 @@ class FusionEncoder(nn.Module):
         cls_token = self.cls_token.expand(batch, -1, -1)
         tokens = torch.cat([cls_token, (patches + self.modality_embed).flatten(1, 2)], dim=1)
         readable = present.repeat_interleave(count, dim=1)
-        # The class token can always be read: the softmax of a row without modalities has a key.
+        # The class token is always readable, so the softmax of a row without modalities is defined.
         mask = torch.cat([readable.new_ones(batch, 1), readable], dim=1)[:, None, None]
         tokens = self.norm(self.blocks(tokens, mask, wanted=tokens_read(self.pool)))
         if self.pool == "cls":
@@ -88,7 +88,7 @@ class FusionEncoder(nn.Module):
 
 
 class Classifier(nn.Module):
-    """State one opinion per modality and, with two modalities or more, one of their fusion.
+    """A classifier with one opinion per modality and, if there are several, one of their fusion.
 
     Args:
         size: a row of ``SIZES``.
@@ -128,16 +128,16 @@ class Classifier(nn.Module):
         """Encode each modality, fuse them, and apply every head.
 
         Args:
-            views: modality -> (B, 3, image, image), normalised; rows of an absent modality may
-                hold anything, NaN included, without any effect.
+            views: modality -> (B, 3, image, image), normalised; rows of an absent modality are
+                never read and may even hold NaN.
             present: (B, M) bool, in the order of ``modalities``.
         """
         return self.speak(self.encode(views, present), present)
 
     def encode(self, views: dict[str, Tensor], present: Tensor) -> list[Tensor]:
-        """Tokens of each modality, (B, 1 + N, width); arguments as ``forward``.
+        """Encode each modality to tokens, (B, 1 + N, width); arguments as ``forward``.
 
-        A single modality yields only the tokens that its head reads.
+        With a single modality, only the tokens that its head reads are returned.
         """
         wanted = None if self.fusion else tokens_read(self.pool)
         return [
@@ -148,7 +148,7 @@ class Classifier(nn.Module):
     def speak(self, tokens: Sequence[Tensor], present: Tensor) -> ClassifierOutput:
         """Fuse the tokens of ``encode`` and apply every head.
 
-        ``present`` may leave out modalities that were encoded, to ask for an opinion without them.
+        ``present`` may omit encoded modalities, to obtain an opinion without them.
         """
         features = {
             name: at_least_float32(pool_tokens(own, self.pool))
@@ -167,13 +167,13 @@ class Classifier(nn.Module):
         return self._logits(FUSION, feature)
 
     def load_encoder(self, state: Mapping[str, Tensor]) -> None:
-        """Start every modality's encoder from one pre-trained encoder.
+        """Initialise every modality's encoder from one pre-trained encoder.
 
         Args:
             state: ``PretrainModel.encoder.state_dict()``.
 
         Raises:
-            InputError: a parameter is missing, left over, or has another shape.
+            InputError: a parameter is missing, unexpected, or has another shape.
         """
         own = self.encoders[self.modalities[0]].state_dict()
         for name in sorted(own.keys() | state.keys()):
@@ -188,7 +188,7 @@ class Classifier(nn.Module):
             encoder.load_state_dict(state)
 
     def _logits(self, view: str, feature: Tensor) -> Tensor:
-        # bfloat16 resolves a logit near -4 to 0.03 only.
+        # Near -4, bfloat16 has a resolution of only 0.03.
         with torch.autocast(feature.device.type, enabled=False):
             return self.heads[view](at_least_float32(feature))
 
@@ -201,10 +201,10 @@ def _head(width: int, num_classes: int) -> nn.Linear:
 
 
 def check_modality_names(modalities: Sequence[str]) -> None:
-    """Refuse names that no opinion of the classifier can have.
+    """Refuse modality names that cannot name an opinion.
 
     Raises:
-        InputError: a name with a dot, or one taken by another opinion or a module attribute.
+        InputError: a name with a dot, or of another opinion or module attribute.
     """
     for name in modalities:
         if name in (FUSION, "fused") or "." in name or hasattr(nn.ModuleDict, name):
@@ -212,5 +212,5 @@ def check_modality_names(modalities: Sequence[str]) -> None:
 
 
 def _without_absent(images: Tensor, present: Tensor) -> Tensor:
-    # At the pixels, so that a NaN reaches neither an activation nor (as 0 * NaN) a gradient.
+    # Masked at the pixels, so that a NaN reaches neither an activation nor (as 0 * NaN) a gradient.
     return images.masked_fill(~present[:, None, None, None], 0.0)

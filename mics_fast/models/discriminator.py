@@ -1,8 +1,8 @@
-"""The discriminator of the adversarial alignment: tells real from reconstructed patch sequences.
+"""The discriminator of the adversarial alignment: real or reconstructed patch sequence?
 
-A transformer whose Lipschitz constant is held: attention by L2 distance with tied queries and keys
+It is a transformer with a bounded Lipschitz constant: L2 attention with tied queries and keys
 (Kim et al., ICML 2021) and linear layers of constant spectral norm (ViTGAN, Lee et al., ICLR 2022).
-Nothing couples the samples of a batch, so a logit's gradient belongs to its sample alone.
+Samples of a batch are independent, so a logit has a gradient only in its own sample.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from mics_fast.models.vit import Blocks, take_rows
 def l2_attention(points: Tensor, values: Tensor, queries: int | None = None) -> Tensor:
     """Average values with weights softmax_j(-|q_i - q_j|**2 / sqrt(d)).
 
-    As |q_i|**2 cancels in the softmax, these are the weights of dot-product attention of
-    [2 q_i, -1] with [q_j, |q_j|**2], so the fused kernels serve it. Squared distances have a
-    finite gradient everywhere.
+    Since |q_i|**2 cancels in the softmax, these are the weights of dot-product attention of
+    [2 q_i, -1] with [q_j, |q_j|**2], so the fused kernels apply. Squared distances have a finite
+    gradient everywhere.
 
     Args:
-        points: (B, heads, N, d) float32 or float64, queries and keys in one.
+        points: (B, heads, N, d) float32 or float64, used as queries and keys.
         values: (B, heads, N, d).
-        queries: only the first so many points ask; default all N.
+        queries: number of leading points used as queries; default: all N.
 
     Returns:
         (B, heads, queries, d).
@@ -32,7 +32,7 @@ def l2_attention(points: Tensor, values: Tensor, queries: int | None = None) -> 
     Source: Kim, Papamakarios, Mnih, The Lipschitz Constant of Self-Attention, section 3.2.
     """
     width = points.shape[-1]
-    # The fused float32 kernels want one width, a multiple of 4, for queries, keys and values.
+    # The fused float32 kernels need equal widths, a multiple of 4, for queries, keys and values.
     padding = -(width + 1) % 4
     squares = points.square().sum(dim=-1, keepdim=True)
     minus_one = -torch.ones_like(squares[:, :, :queries])
@@ -44,16 +44,16 @@ def l2_attention(points: Tensor, values: Tensor, queries: int | None = None) -> 
 
 
 class SpectralLinear(nn.Module):
-    """Linear layer whose weight is rescaled to keep the spectral norm it was born with.
+    """Linear layer whose weight is rescaled to keep its initial spectral norm.
 
     The effective weight is ``weight * initial_norm / sigma`` with ``sigma = u^T weight v``. The
-    gradient passes through ``sigma`` but not through ``u`` and ``v``, its singular vectors, which
-    only ``advance_power_iteration`` moves: a forward changes nothing.
+    gradient passes through ``sigma`` but not through its singular vectors ``u`` and ``v``, which
+    only ``advance_power_iteration`` updates: a forward pass changes no state.
 
     Args:
         inputs: width of the input.
         outputs: width of the output.
-        gain: of the Xavier-uniform initial weight, and so of the spectral norm for good.
+        gain: of the Xavier-uniform initial weight; it fixes the spectral norm.
 
     Source: Miyato et al., ICLR 2018; the rescaling by the initial norm: ViTGAN, equation 8.
     """
@@ -74,16 +74,16 @@ class SpectralLinear(nn.Module):
 
     @torch.no_grad()
     def advance_power_iteration(self) -> None:
-        """Move ``u`` and ``v`` one step towards the leading singular vectors, in place."""
+        """Update ``u`` and ``v`` in place by one power iteration."""
         self.v.copy_(F.normalize(self.weight.T @ self.u, dim=0))
         self.u.copy_(F.normalize(self.weight @ self.v, dim=0))
 
     def spectral_norm(self) -> Tensor:
-        """The estimate u^T W v of the largest singular value, 0-d; differentiable in W."""
+        """Estimate the largest singular value by u^T W v, 0-d; differentiable in W."""
         return torch.dot(self.u, self.weight @ self.v)
 
     def effective_weight(self) -> Tensor:
-        """(outputs, inputs): the weight rescaled to its initial spectral norm."""
+        """Rescale the weight, (outputs, inputs), to its initial spectral norm."""
         return self.weight * (self.initial_norm / self.spectral_norm())
 
     def forward(self, features: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class L2Block(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        # Two normalised tokens are 2 d apart in squared distance; with this gain their logit is -2
-        # whatever d. At gain 1 it is -2 sqrt(d), each token reads itself alone, and hardly any
-        # gradient finds its way from the class token to the patches.
+        # The squared distance of two normalised tokens is 2 d; with this gain their logit is -2 for
+        # any d. At gain 1 it is -2 sqrt(d): each token attends only to itself, and hardly any
+        # gradient flows from the class token to the patches.
         self.points = SpectralLinear(width, width, gain=(width / heads) ** -0.25)
         self.values = SpectralLinear(width, width)
         self.proj = SpectralLinear(width, width)
@@ -113,7 +113,7 @@ class L2Block(nn.Module):
         self.fc2 = SpectralLinear(4 * width, width)
 
     def forward(self, tokens: Tensor, *, wanted: int | None = None) -> Tensor:
-        """(B, N, width) -> (B, wanted, width), by default of all N."""
+        """Map (B, N, width) to (B, wanted, width); default: all N."""
         features = self.norm1(tokens)
         points = self.points(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         values = self.values(features).unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -123,7 +123,7 @@ class L2Block(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """One logit a sample: is this sequence of normalised patches real?
+    """Returns one logit per sample: is this sequence of normalised patches real?
 
     Args:
         num_patches: N.
@@ -147,17 +147,17 @@ class Discriminator(nn.Module):
         nn.init.normal_(self.pos_embed, std=0.02)
 
     def advance_power_iteration(self) -> None:
-        """One power iteration in every layer; once a training step, before the forward."""
+        """Run one power iteration in every layer; called once per step, before the forward pass."""
         for layer in self.modules():
             if isinstance(layer, SpectralLinear):
                 layer.advance_power_iteration()
 
     def forward(self, patches: Tensor, places: Tensor | None = None) -> Tensor:
-        """Judge sequences of patches, in the dtype of the weights (float32) also under autocast.
+        """Judge sequences of patches, in the dtype of the weights (float32) even under autocast.
 
         Args:
             patches: (B, n, patch_dim), in the space of ``patch_targets``.
-            places: (B, n) int64, which patches of the image they are; default all N, in order.
+            places: (B, n) int64, positions of the patches in the image; default: all N, in order.
 
         Returns:
             (B,) logits, float32 (float64 after ``.double()``): large = real.

@@ -1,4 +1,4 @@
-"""The geometry of a published vision transformer, from its configuration and its tensors."""
+"""Geometry of a published vision transformer, read from its configuration and its tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from mics_fast.common.errors import InputError
 from mics_fast.models.vit import Parts, VisionTransformer
 
-# Heads of the published widths that are not 64 wide: ViT-H, ViT-g, SO400M, ViT-G.
+# Heads for published widths whose heads are not 64 wide: ViT-H, ViT-g, SO400M, ViT-G.
 _HEADS = {1280: 16, 1408: 16, 1152: 16, 1664: 16}
 _HEAD_WIDTH = 64
 _BLOCK = re.compile(r"blocks\.(\d+)\.")
-# Parts that take effect before or inside the blocks. What comes behind the tokens (classifier
-# heads, decoders, a norm behind the pooling) is left out.
+# Parts before or inside the blocks. Parts behind the tokens (classifier heads, decoders, a norm
+# after the pooling) are ignored.
 _INSIDE = re.compile(
     r"(blocks\.|patch_embed\.|norm_pre\.|reg_token|dist_token|storage_tokens|rope|rel_pos)"
 )
@@ -26,14 +26,14 @@ _INSIDE = re.compile(
 
 @dataclass(frozen=True)
 class Geometry:
-    """A vision transformer without its weights.
+    """Shape of a vision transformer, without weights.
 
     Args:
-        image: side of the square image that its positions are for, in pixels.
+        image: side of the square image that its positions belong to, in pixels.
         patch: side of a square patch, in pixels.
         width, depth, heads: of the transformer.
-        parts: what it has beyond a plain vision transformer.
-        mean, std: per channel, of images in [0, 1]; None: not stated.
+        parts: additions to a plain vision transformer.
+        mean, std: per channel, of images in [0, 1]; None if not given.
     """
 
     image: int
@@ -49,15 +49,15 @@ class Geometry:
 def geometry_of(
     source: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 ) -> Geometry:
-    """Read the geometry off the tensors; the configuration states what they do not show.
+    """Read the geometry from the tensors, and from the configuration what tensors do not show.
 
     Args:
-        source: named in errors.
-        tensors: of one vision transformer, under timm's names.
+        source: name for error messages.
+        tensors: of one vision transformer, with timm's names.
         config: a timm ``config.json``: ``architecture``, ``model_args``, ``pretrained_cfg``.
 
     Raises:
-        InputError: not a vision transformer, or one with a part that is not supported.
+        InputError: not a vision transformer, or one with an unsupported part.
     """
     config = config or {}
     stated = config.get("pretrained_cfg", config)
@@ -97,7 +97,7 @@ def geometry_of(
 
 
 def _shape(source: str, tensors: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...]:
-    """The shape of a tensor that every supported network has.
+    """Return the shape of a tensor that every supported network has.
 
     Raises:
         InputError: it is missing, or has another number of dimensions.
@@ -111,7 +111,7 @@ def _shape(source: str, tensors: Mapping[str, Tensor], name: str, ndim: int) -> 
 
 
 def _positions(source: str, count: int, registers: int) -> tuple[int, int]:
-    """The side of the square grid of positions, and how many of other tokens precede it.
+    """Return the side of the square grid of positions, and the number of tokens before it.
 
     Raises:
         InputError: no square grid remains.
@@ -134,7 +134,7 @@ def _triple(values: Any) -> tuple[float, float, float] | None:
 
 
 def _refuse_unknown_parts(source: str, tensors: Mapping[str, Tensor], geometry: Geometry) -> None:
-    """Refuse what would make the encoder compute something else than the file's network.
+    """Refuse parts that the encoder would ignore and so compute something else.
 
     Raises:
         InputError: names the first unknown part of each kind.
@@ -152,7 +152,7 @@ def _refuse_unknown_parts(source: str, tensors: Mapping[str, Tensor], geometry: 
 
 
 def new_encoder(geometry: Geometry, *, device: str = "cpu") -> VisionTransformer:
-    """An encoder of a geometry, its weights as initialised."""
+    """Make an encoder of a geometry, with initial weights."""
     with torch.device(device):
         return VisionTransformer(
             geometry.image, geometry.patch, geometry.width, geometry.depth, geometry.heads,

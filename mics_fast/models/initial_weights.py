@@ -1,9 +1,8 @@
-"""Initial weights of the encoders from a file of a vision transformer in timm's naming.
+"""Initial weights of the encoders, from a file of a vision transformer with timm's names.
 
-The file holds the parameters under the names of timm's ``VisionTransformer``, bare or wrapped: in
-dictionaries such as "model", "state_dict" or "teacher", with a prefix before all names. Positions
-of another grid are resampled; what would make the encoder compute something else than the file's
-network is refused.
+The parameters have the names of timm's ``VisionTransformer``, possibly nested in dictionaries such
+as "model", "state_dict" or "teacher", or with a common prefix. Positions of another grid are
+resampled. Networks with parts that the encoder lacks are refused.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ from mics_fast.common.files import open_regular
 from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
 
 _ANCHOR = "patch_embed.proj.weight"
-MOST_LEVELS = 4  # of dictionaries in each other
-# Parts of other networks that change what a block or a token is. What is not one of them (heads,
-# decoders, a norm behind the pooling) comes after the tokens and is left out.
+MOST_LEVELS = 4  # of nested dictionaries
+# Parts of other networks that change a block or a token. Other parts (heads, decoders, a norm
+# after the pooling) come after the tokens and are ignored.
 _FOREIGN = re.compile(r"(blocks\.|patch_embed\.|norm_pre\.|reg_token|dist_token|storage_tokens)")
 
 
 def load_initial_weights(file: Path, encoders: Sequence[nn.Module], prefix: str = "") -> str:
-    """Start encoders of one architecture from a file.
+    """Initialise encoders of one architecture from a file.
 
     Args:
-        file: a safetensors file, or one of tensors that ``torch.save`` wrote, under any name.
-        encoders: at least one ``VisionTransformer``; all are given the same weights.
+        file: a safetensors file, or tensors saved by ``torch.save``; any name.
+        encoders: at least one ``VisionTransformer``; all get the same weights.
         prefix: as for ``unwrapped``.
 
     Returns:
-        A sentence on what matched, what was resampled, and what was left out on either side.
+        A sentence about the matched, resampled and unused tensors.
 
     Raises:
-        InputError: it cannot be read, holds no such network, or one of another width, depth, patch
-            size or kind.
+        InputError: the file cannot be read, holds no such network, or one with another width,
+            depth, patch size or part.
     """
     given = unwrapped(file, read_tensors(file), prefix)
     own = encoders[0].state_dict()
@@ -74,13 +73,13 @@ def load_initial_weights(file: Path, encoders: Sequence[nn.Module], prefix: str 
 
 
 def read_tensors(file: Path) -> Any:
-    """The content of a weights file, without executing any code in it.
+    """Read the content of a weights file without executing code.
 
-    The format is told by the first bytes, not by the name: ``.bin``, ``.ckpt`` and ``.pth.tar`` are
-    names of files that ``torch.save`` wrote.
+    The format is recognised by the first bytes, not by the name: ``.bin``, ``.ckpt`` and
+    ``.pth.tar`` are common names of files that ``torch.save`` wrote.
 
     Raises:
-        InputError: no such file, none of either format, or one that holds other objects.
+        InputError: the file is missing, has neither format, or contains other objects.
     """
     with open_regular(file) as opened:
         head = opened.read(9)
@@ -91,7 +90,7 @@ def read_tensors(file: Path) -> Any:
             return load_file(file)
         if head[:2] in (b"PK", b"\x80\x02"):  # a zip archive; a pickle of torch before 1.6
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # both libraries raise many kinds
+    except Exception as error:  # both libraries raise many kinds of errors
         raise InputError(f"model.init {file} cannot be read: {_reason(file, error)}") from None
     raise InputError(
         f"model.init {file} is neither a safetensors file nor one that torch.save wrote"
@@ -99,7 +98,7 @@ def read_tensors(file: Path) -> Any:
 
 
 def _reason(file: Path, error: Exception) -> str:
-    """Why a file cannot be read; names the classes that it holds, if it is for them."""
+    """Explain why a file cannot be read; name foreign classes in it, if they are the reason."""
     if isinstance(error, UnpicklingError):
         with suppress(Exception):
             found = torch.serialization.get_unsafe_globals_in_checkpoint(file)
@@ -112,15 +111,15 @@ def _reason(file: Path, error: Exception) -> str:
 
 
 def unwrapped(file: Path, content: Any, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of the vision transformer in a file, under timm's names.
+    """Find the tensors of the vision transformer in a file, with timm's names.
 
     Args:
         file: for messages.
-        content: tensors under names, in dictionaries to any small depth.
-        prefix: of the names, where the file holds several networks, as in "teacher.backbone".
+        content: named tensors, in nested dictionaries.
+        prefix: of the names, if the file holds several networks, as in "teacher.backbone".
 
     Raises:
-        InputError: there is none, or more than one.
+        InputError: there is no such network, or more than one.
     """
     tensors = flattened(content)
     prefixes = sorted(name.removesuffix(_ANCHOR) for name in tensors if _is_anchor(name))
@@ -139,7 +138,7 @@ def unwrapped(file: Path, content: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def flattened(content: Any) -> dict[str, Tensor]:
-    """The tensors of nested dictionaries under dotted names; a few levels, so that it ends."""
+    """Flatten nested dictionaries to dotted names, up to ``MOST_LEVELS`` deep."""
     level, tensors = {"": content}, dict[str, Tensor]()
     for _ in range(MOST_LEVELS):
         below: dict[str, Any] = {}
@@ -153,10 +152,10 @@ def flattened(content: Any) -> dict[str, Tensor]:
 
 
 def check_architecture(file: Path, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse what is not the encoder's architecture.
+    """Refuse an encoder of another architecture.
 
     Raises:
-        InputError: names the file, what it holds and what is wanted.
+        InputError: names the file, its content and the expected architecture.
     """
     theirs, ours = describe(given), describe(own)
     if theirs != ours:
@@ -169,7 +168,7 @@ def check_architecture(file: Path, given: Mapping[str, Tensor], own: Mapping[str
             f"model.init {file} holds {_names(foreign)}, which the encoders of this project do "
             "not have: they would compute something else"
         )
-    # A class token, biases and the last norm start neutral; a network without them is whole.
+    # Class token, biases and the last norm have neutral initial values, so they may be absent.
     lacking = [
         name
         for name, tensor in own.items()
@@ -180,7 +179,7 @@ def check_architecture(file: Path, given: Mapping[str, Tensor], own: Mapping[str
 
 
 def describe(state: Mapping[str, Tensor]) -> str:
-    """Width, depth and patch of a vision transformer."""
+    """Describe width, depth and patch size of a vision transformer."""
     width, *patch = state[_ANCHOR].shape
     depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     return f"width {width}, depth {depth} and patches of {' x '.join(map(str, patch))}"
@@ -189,22 +188,22 @@ def describe(state: Mapping[str, Tensor]) -> str:
 def fit_positions(
     file: Path, given: Tensor, own: Tensor, has_class_token: bool, parts: Parts = PLAIN
 ) -> tuple[Tensor, str]:
-    """Fit the positions of a file to the encoder's grid.
+    """Resample the positions of a file to the encoder's grid.
 
     Args:
-        file: named in errors.
-        given: (1, N, D) of a square grid, or (1, P + N, D) with those of the P class and register
-            tokens first.
-        own: (1, P + M, D) of the encoder; (1, M, D) where its prefix has no positions.
-        has_class_token: whether the file has one. One without a position has position zero; where
-            there is none, the encoder's own stays.
+        file: for error messages.
+        given: (1, N, D) of a square grid, or (1, P + N, D) with the P class and register tokens
+            first.
+        own: (1, P + M, D) of the encoder; (1, M, D) if its prefix has no positions.
+        has_class_token: True if the file has a class token. Without a position in the file, it
+            gets position zero; without a class token, the encoder's own is kept.
         parts: of the encoder.
 
     Returns:
-        Positions in the shape of ``own``, and a note on what was done, empty where nothing was.
+        Positions in the shape of ``own``, and a note on the changes, "" if there are none.
 
     Raises:
-        InputError: another number of positions, or another shape.
+        InputError: an unexpected number of positions, or another shape.
     """
     if given.ndim != 3 or len(given) != 1:
         raise InputError(f"model.init {file}: pos_embed is {tuple(given.shape)}, wanted (1, N, D)")
@@ -228,7 +227,7 @@ def fit_positions(
 
 
 def resample_positions(positions: Tensor, side: int, *, antialias: bool = True) -> Tensor:
-    """Bicubic resampling of a square grid: (1, n * n, D) -> (1, side * side, D)."""
+    """Resample a square grid bicubically: (1, n * n, D) -> (1, side * side, D)."""
     before = round(positions.shape[1] ** 0.5)
     grid = positions.unflatten(1, (before, before)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, size=(side, side), mode="bicubic", antialias=antialias)
@@ -244,7 +243,7 @@ def _is_square(number: int) -> bool:
 
 
 def _names(names: Iterable[str]) -> str:
-    """A few names, sorted, and how many more there are."""
+    """List a few names, sorted, and the number of others."""
     ordered = sorted(names)
     more = [f"{len(ordered) - 6} more"] if len(ordered) > 6 else []
     return ", ".join([*ordered[:6], *more])

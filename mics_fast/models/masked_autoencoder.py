@@ -1,6 +1,6 @@
-"""Masked auto-encoding (He et al., CVPR 2022): masks, targets, and the decoder.
+"""Masked auto-encoding (He et al., CVPR 2022): masks, targets and the decoder.
 
-The encoder sees the visible patches; the decoder predicts the hidden ones, each normalised to
+The encoder sees the visible patches; the decoder predicts the masked ones, each normalised to
 mean 0 and variance 1.
 """
 
@@ -23,7 +23,7 @@ from mics_kernels.philox import philox4x32
 
 
 def unpatchify(patches: Tensor, patch_size: int) -> Tensor:
-    """Put the patches of square images back together: the inverse of ``patchify``.
+    """Reassemble square images from their patches: the inverse of ``patchify``.
 
     Args:
         patches: (B, N, 3 * patch_size**2), N a square number.
@@ -46,7 +46,7 @@ def patch_targets(images: Tensor, patch_size: int) -> Tensor:
         patch_size: side of a patch, in pixels.
 
     Returns:
-        (B, N, 3 * patch_size**2) float32, float64 of float64; a patch of one value becomes 0.
+        (B, N, 3 * patch_size**2) float32 (float64 for float64); a constant patch becomes 0.
 
     Source: MAE, section 4.1, "reconstruction target".
     """
@@ -62,20 +62,20 @@ def random_mask(
     mask_ratio: float,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """Draw which patches are visible: a function of its arguments, with no generator behind it.
+    """Draw the visible patches as a pure function of the arguments.
 
     Every patch gets 32 random bits, Philox4x32-10 with ``seed`` as key and (patch // 4, sample,
-    step, stream) as counter; the patches with the largest values are hidden. A sample's mask is
-    the same on any rank, device and in any batch.
+    step, stream) as counter; the patches with the largest values are masked. A sample's mask is
+    the same on any rank and device and in any batch.
 
     Args:
-        seed: two integers, the words of the key; (2,) int64 tensor or tuple. Of these and of the
-            counter's words the low 32 bits count.
+        seed: the two words of the key; (2,) int64 tensor or tuple. Only the low 32 bits of these
+            and of the counter's words are used.
         sample_id: (B,) int64, unique in the data.
         step: of training; int or 0-d int64 tensor.
         num_patches: N.
-        mask_ratio: share of the patches to hide, in [0, 1).
-        stream: which of several independent masks: a modality's number.
+        mask_ratio: share of the patches to mask, in [0, 1).
+        stream: index of one of several independent masks: the modality's number.
 
     Returns:
         visible (B, N - h) and hidden (B, h) int64 patch indices, h = round(N * mask_ratio).
@@ -92,13 +92,13 @@ def random_mask(
     draw = torch.arange((num_patches + 3) // 4, device=sample_id.device)
     words = philox4x32((seed[0], seed[1]), (draw, sample_id.unsqueeze(1), step, stream))
     bits = torch.stack(words, dim=-1).flatten(1)[:, :num_patches]
-    # Stable: two patches with the same bits are ranked by index, on every device.
+    # Stable, so that patches with equal bits are ranked by index on every device.
     order = bits.argsort(dim=1, stable=True)
     return order[:, :count], order[:, count:]
 
 
 class MaskedDecoder(nn.Module):
-    """Predict the hidden patches of an image from the encoder's visible tokens.
+    """Predicts the masked patches of an image from the encoder's visible tokens.
 
     Args:
         num_patches: N, a square number.
@@ -123,7 +123,7 @@ class MaskedDecoder(nn.Module):
         super().__init__()
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(width))
-        # Fixed, and never zero: without positions all hidden patches get one and the same guess.
+        # Fixed and non-zero: without positions, all masked patches would get the same prediction.
         side = round(num_patches**0.5)
         self.register_buffer("positions", sincos_positions(side, side, width))
         self.blocks = Blocks(Block(width, heads) for _ in range(depth))
@@ -133,10 +133,10 @@ class MaskedDecoder(nn.Module):
         initialise(self)
 
     def forward(self, tokens: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Predict the hidden patches, and only those.
+        """Predict the masked patches only.
 
-        Attention has no order of its own, so tokens are not put back into place: each carries
-        the position of its patch.
+        Attention ignores order, so tokens are not sorted back into place; each carries the position
+        of its patch.
 
         Args:
             tokens: (B, 1 + n, encoder_width), the encoder's class token and visible patches.

@@ -26,17 +26,17 @@ LOWEST_TEMPERATURE, TEMPERATURE_RANGE = 0.001, 0.499
 
 @dataclass
 class PretrainOutput:
-    """What the losses of the first stage need, each keyed by modality.
+    """Inputs of the losses of the first stage, each keyed by modality.
 
-    float32, or float64 after ``.double()``. Features and teachers are empty where no contrast was
-    asked for.
+    Their dtype is float32, or float64 after ``.double()``. Features and teachers are empty with
+    ``contrast=False``.
 
     Args:
         features: (B, P), L2-normalised, of the student.
         teachers: (B, P), L2-normalised, of the momentum teacher; no gradient.
-        predictions: (B, h, patch_dim), the decoder's guesses at the hidden patches.
+        predictions: (B, h, patch_dim), the decoder's predictions of the masked patches.
         targets: (B, N, patch_dim), the normalised patches of the image.
-        hidden: (B, h) int64, which patches were hidden.
+        hidden: (B, h) int64, indices of the masked patches.
     """
 
     features: dict[str, Tensor]
@@ -47,7 +47,7 @@ class PretrainOutput:
 
 
 def paste_patches(targets: Tensor, hidden: Tensor, predictions: Tensor) -> Tensor:
-    """Replace the hidden patches of an image by their predictions.
+    """Replace the masked patches of an image by their predictions.
 
     Args:
         targets: (B, N, patch_dim), the true normalised patches.
@@ -61,16 +61,16 @@ def paste_patches(targets: Tensor, hidden: Tensor, predictions: Tensor) -> Tenso
 
 
 class PretrainModel(nn.Module):
-    """Everything that pre-training trains, but for the discriminator.
+    """The networks of pre-training, except the discriminator.
 
     Args:
         size: a row of ``SIZES``.
         modalities: names of the modalities; one encoder serves them all.
-        pool: what the contrastive feature reads: "cls" or "mean".
+        pool: input of the contrastive feature: "cls" or "mean".
         projection: width P of the contrastive feature.
-        temperature: at the start, within (0.001, 0.5).
-        visible_only: student and teacher make the contrastive features from the visible patches,
-            so that the student's masked forward is its only one.
+        temperature: initial value, within (0.001, 0.5).
+        visible_only: compute the contrastive features of student and teacher from the visible
+            patches only, so that the student needs no second forward pass.
 
     Raises:
         InputError: the temperature is outside its range.
@@ -111,7 +111,7 @@ class PretrainModel(nn.Module):
         self.teacher_projection = copy.deepcopy(self.projection_head).requires_grad_(False)
 
     def temperature(self) -> Tensor:
-        """The contrastive temperature, 0-d, within (0.001, 0.5), differentiable."""
+        """Return the contrastive temperature, 0-d, within (0.001, 0.5); differentiable."""
         return LOWEST_TEMPERATURE + TEMPERATURE_RANGE * self.theta.sigmoid()
 
     def forward(
@@ -122,15 +122,14 @@ class PretrainModel(nn.Module):
         *,
         contrast: bool = True,
     ) -> PretrainOutput:
-        """Encode every view, masked, whole, and by the teacher; changes no state.
+        """Encode every view: masked, whole, and by the teacher. Changes no state.
 
         Args:
-            views: for each modality (B, 3, image, image), normalised. A missing modality's rows
-                hold any finite numbers; the losses leave them out.
-            masks: for each modality (visible, hidden) as from ``random_mask``.
-            teacher_views: what the teacher sees instead, of the same shapes; None: the same.
-            contrast: also make the contrastive features; without them the whole views are not
-                encoded.
+            views: modality -> (B, 3, image, image), normalised. Rows of a missing modality hold any
+                finite numbers; the losses ignore them.
+            masks: modality -> (visible, hidden) from ``random_mask``.
+            teacher_views: views for the teacher, of the same shapes; None: ``views``.
+            contrast: also compute the contrastive features; otherwise whole views are not encoded.
         """
         images = torch.cat([views[name] for name in self.modalities])
         visible = torch.cat([masks[name][0] for name in self.modalities])
@@ -159,11 +158,11 @@ class PretrainModel(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Move the teacher: teacher = momentum * teacher + (1 - momentum) * student.
+        """Update the teacher: teacher = momentum * teacher + (1 - momentum) * student.
 
         Source: He et al., Momentum Contrast, CVPR 2020, equation 2.
         """
-        # Part by part: each is sharded as a whole or not at all.
+        # Child by child: each is sharded as a whole or not at all.
         for teacher, student in (
             (self.teacher_encoder, self.encoder),
             (self.teacher_projection, self.projection_head),

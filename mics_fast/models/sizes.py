@@ -17,7 +17,7 @@ class Size:
         width, depth, heads: of the encoder.
         decoder_width, decoder_depth, decoder_heads: of the reconstruction decoder.
         discriminator_width, discriminator_depth, discriminator_heads: of the discriminator.
-        parts: what the encoder has beyond a plain vision transformer.
+        parts: additions of the encoder to a plain vision transformer.
     """
 
     image: int
@@ -34,7 +34,7 @@ class Size:
     parts: Parts = PLAIN
 
     def encoder(self) -> VisionTransformer:
-        """A new encoder of this size."""
+        """Make a new encoder of this size."""
         return VisionTransformer(
             self.image, self.patch, self.width, self.depth, self.heads, self.parts
         )

@@ -21,18 +21,18 @@ Pool = Literal["cls", "mean"]
 
 @dataclass(frozen=True)
 class Parts:
-    """What the published families of vision transformers add to the plain one.
+    """Additions of published vision transformers to the plain one.
 
     Args:
         hidden: width of the MLP; 0: four times the token's.
         registers: register tokens behind the class token (Darcet et al., ICLR 2024).
         prefix_positions: class and register tokens have positions of their own.
-        layer_scale: each branch is scaled by channel (DINOv2).
+        layer_scale: each branch is scaled per channel (DINOv2).
         pre_norm: a norm before the first block (CLIP).
         patch_bias: the patch embedding has a bias (not in CLIP).
         quick_gelu: ``x * sigmoid(1.702 x)`` instead of GELU (OpenAI's CLIP).
         eps: of all norms.
-        antialias: positions are resampled with antialiasing (DINOv2 without registers: without).
+        antialias: positions are resampled with antialiasing (not in DINOv2 without registers).
     """
 
     hidden: int = 0
@@ -57,8 +57,8 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         patch_size: side of a patch, in pixels.
 
     Returns:
-        (B, N, 3 * patch_size**2); within a patch the order is channel, row, column: the order of
-        the weights of ``patch_embed.proj``.
+        (B, N, 3 * patch_size**2); within a patch the order is channel, row, column, as in the
+        weights of ``patch_embed.proj``.
     """
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
@@ -72,12 +72,12 @@ def take_rows(sequences: Tensor, index: Tensor) -> Tensor:
 
 
 def at_least_float32(values: Tensor) -> Tensor:
-    """Half precision as float32, the rest as it is: a model in double precision stays there."""
+    """Convert half precision to float32; keep float32 and float64."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
-    """Two-dimensional sine-cosine positions of a grid of patches.
+    """Compute two-dimensional sine-cosine positions for a grid of patches.
 
     The first half of the channels encodes the row, the second the column, each as
     ``[sin(p * w_i), cos(p * w_i)]`` with ``w_i = 10000 ** (-i / (width / 4))``.
@@ -106,17 +106,17 @@ def sincos_positions(rows: int, columns: int, width: int) -> Tensor:
 
 
 def initialise(module: nn.Module) -> None:
-    """Give every linear layer MAE's initial weights: Xavier-uniform, biases zero."""
+    """Initialise every linear layer as MAE does: Xavier-uniform weights, zero biases."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            # The convolution counts as what it is, a linear layer on flattened patches.
+            # The convolution counts as a linear layer on flattened patches.
             nn.init.xavier_uniform_(layer.weight.flatten(1))
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
 
 def tokens_read(pool: Pool) -> int | None:
-    """Number of leading tokens that ``pool_tokens`` reads; None: all."""
+    """Return the number of leading tokens that ``pool_tokens`` reads; None: all."""
     return 1 if pool == "cls" else None
 
 
@@ -126,17 +126,17 @@ def pool_tokens(tokens: Tensor, pool: Pool) -> Tensor:
 
 
 def quick_gelu(values: Tensor) -> Tensor:
-    """The approximation of GELU that OpenAI's CLIP was trained with."""
+    """Approximate GELU as in OpenAI's CLIP."""
     return values * torch.sigmoid(1.702 * values)
 
 
 def attend_written_out(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Dot-product attention (B, heads, N, d) with its scores materialised.
+    """Compute dot-product attention, (B, heads, N, d), with materialised scores.
 
-    For bfloat16 on a CPU: PyTorch's fused kernel there takes its products at the speed of float32,
-    a fourth of what the matrix product reaches where the processor multiplies bfloat16.
+    For bfloat16 on a CPU: PyTorch's fused kernel multiplies at the speed of float32 there, a
+    quarter of the speed of matrix products on processors with bfloat16 instructions.
     """
-    with torch.autocast(query.device.type, enabled=False):  # it would copy the scores to float32
+    with torch.autocast(query.device.type, enabled=False):  # it would convert scores to float32
         scores = query @ (key * key.shape[-1] ** -0.5).transpose(-2, -1)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
@@ -155,9 +155,9 @@ class Attention(nn.Module):
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, wanted: int | None = None
     ) -> Tensor:
-        """Attend; ``mask`` is bool, broadcastable to (B, heads, N, N), True = may be read.
+        """Attend; ``mask`` is bool, broadcastable to (B, heads, N, N), True = readable.
 
-        Only the first ``wanted`` tokens ask; default all N.
+        Only the first ``wanted`` tokens are queries; default: all N.
         """
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -209,31 +209,31 @@ class Block(nn.Module):
     def forward(
         self, tokens: Tensor, mask: Tensor | None = None, *, wanted: int | None = None
     ) -> Tensor:
-        """(B, N, width) -> (B, wanted, width), by default of all N; arguments as ``Attention``."""
+        """Map (B, N, width) to (B, wanted, width); default: all N. Arguments as ``Attention``."""
         mixed = self.attn(self.norm1(tokens), mask, wanted)
         tokens = tokens[:, :wanted] + self.ls1(mixed)
         return tokens + self.ls2(self.mlp(self.norm2(tokens)))
 
 
 class Blocks(nn.ModuleList):
-    """Blocks that run one after the other.
+    """A sequence of transformer blocks.
 
     Attributes:
-        checkpointing: keep only each block's input for the backward pass and compute the rest
-            again: less memory, more arithmetic, the same gradients.
+        checkpointing: store only each block's input for the backward pass and recompute the rest:
+            less memory, more arithmetic, the same gradients.
     """
 
     checkpointing = False
 
     def forward(self, tokens: Tensor, *mask: Tensor | None, wanted: int | None = None) -> Tensor:
-        """(B, N, width) -> (B, wanted, width), by default of all N; a mask goes to every block.
+        """Map (B, N, width) to (B, wanted, width); default: all N. The mask goes to every block.
 
-        Tokens that are not wanted skip the last block.
+        Unwanted tokens skip the last block.
         """
         for number, block in enumerate(self, 1):
             cut = wanted if number == len(self) else None
             if self.checkpointing and torch.is_grad_enabled():
-                # No block draws random numbers, so there is no generator to put back.
+                # Blocks draw no random numbers, so no generator needs restoring.
                 tokens = checkpoint(
                     block, tokens, *mask, wanted=cut, use_reentrant=False, preserve_rng_state=False
                 )
@@ -250,19 +250,19 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 class PatchEmbed(nn.Module):
-    """Linear embedding of patches; the weight has a convolution's shape, as in timm."""
+    """Linear embedding of patches; the weight has the shape of a convolution's, as in timm."""
 
     def __init__(self, patch_size: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, patches: Tensor) -> Tensor:
-        """(B, n, 3 * patch_size**2) -> (B, n, width): the convolution, on chosen patches only."""
+        """Map (B, n, 3 * patch_size**2) to (B, n, width): a convolution on selected patches."""
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """Encode square RGB images into a class token and patch tokens.
+    """Encodes square RGB images into a class token and patch tokens.
 
     Args:
         image_size: side of the image, in pixels; a multiple of ``patch_size``.
@@ -270,7 +270,7 @@ class VisionTransformer(nn.Module):
         width: channels of a token; a multiple of 4 and of ``heads``.
         depth: number of blocks.
         heads: attention heads of a block.
-        parts: what a published family adds to the plain transformer.
+        parts: additions of a published family to the plain transformer.
     """
 
     def __init__(
@@ -292,7 +292,7 @@ class VisionTransformer(nn.Module):
         if parts.registers:
             self.reg_token = nn.Parameter(torch.empty(1, parts.registers, width))
             nn.init.normal_(self.reg_token, std=0.02)
-        # Learned, from sine-cosine [ours]: few images are enough to know where a patch is.
+        # Learned, from sine-cosine initial values [ours], so that few images are enough.
         patch_positions = sincos_positions(grid, grid, width)
         prefix = 1 + parts.registers if parts.prefix_positions else 0
         self.pos_embed = nn.Parameter(F.pad(patch_positions, (0, 0, prefix, 0)).unsqueeze(0))
@@ -305,20 +305,20 @@ class VisionTransformer(nn.Module):
     def forward(
         self, images: Tensor, visible: Tensor | None = None, *, wanted: int | None = None
     ) -> Tensor:
-        """Encode all patches, or only those that are visible.
+        """Encode all patches, or only the visible ones.
 
         Args:
             images: (B, 3, image_size, image_size), normalised.
-            visible: (B, n) int64, indices of the patches to encode, each at most once; default
-                all N of them.
-            wanted: number of leading tokens to return; 1 is the class token alone.
+            visible: (B, n) int64, indices of the patches to encode, each at most once; default:
+                all N.
+            wanted: number of leading tokens to return; 1 is the class token only.
 
         Returns:
             (B, 1 + n, width): the class token, then the patches in the order of ``visible``; or
             the first ``wanted`` of these. Register tokens are not returned.
 
         Raises:
-            InputError: the images have another size.
+            InputError: the images have the wrong size.
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise InputError(
@@ -333,7 +333,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], dim=1)
 
     def _embed(self, images: Tensor, visible: Tensor | None) -> Tensor:
-        """Class, register and patch tokens, each with its position."""
+        """Concatenate class, register and patch tokens, each with its position."""
         patches = patchify(images, self.patch_size)
         prefix: Tensor = self._prefix()
         positions: Tensor = self.pos_embed

@@ -1,1 +1,1 @@
-"""The two stages of MICS: their losses and what advances after a step."""
+"""The two stages of MICS: their losses, and the state that advances after each step."""

@@ -1,11 +1,11 @@
-"""Alignment: the discriminator's loss, and what the model learns through the discriminator.
+"""Alignment: the discriminator's loss, and the model's adversarial loss.
 
-Nothing couples the samples of the discriminator's batch, so its own backward pass holds the model's
-gradient, too, up to a factor a sample: with logit l of a reconstruction x,
+Samples in the discriminator's batch are independent, so its own backward pass also yields the
+model's gradient, up to a factor per sample: with logit l of a reconstruction x,
 
     d softplus(-l) / dx = -sigmoid(-l) dl/dx = r d softplus(l) / dx,    r = -exp(-l).
 
-``judge``, ``fool`` and ``fool_by_gradient`` change nothing: they compile into one graph each.
+``judge``, ``fool`` and ``fool_by_gradient`` have no side effects: each compiles into one graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mics_fast.engine.distributed import sum_over_ranks, world_size
 from mics_fast.models.discriminator import Discriminator
 from mics_fast.stages.means import masked_mean
 
-# r is at most exp(10); a reconstruction seen through so surely would drown all others.
+# |r| is at most exp(10), so that a reconstruction recognised with certainty does not dominate.
 LOWEST_LOGIT = -10.0
 LARGEST_RATIO = 1e4
 
@@ -31,11 +31,11 @@ class Sequences:
     """Patch sequences of all modalities, stacked along the batch (R = M * B rows).
 
     Args:
-        real: (R, n, patch_dim), the true normalised patches.
-        fake: (R, n, patch_dim), true where visible, predicted where hidden; gets a gradient.
-        places: (R, n) int64, which patches of the image they are; None: all, in order.
-        present: (R,) bool, which images are there.
-        noise: (R, n, patch_dim), added to both before they are judged; None: nothing.
+        real: (R, n, patch_dim), true normalised patches.
+        fake: (R, n, patch_dim), true where visible, predicted where masked; gets a gradient.
+        places: (R, n) int64, positions of the patches in the image; None: all, in order.
+        present: (R,) bool, False for missing images.
+        noise: (R, n, patch_dim), added to both before the discriminator; None: no noise.
     """
 
     real: Tensor
@@ -45,23 +45,23 @@ class Sequences:
     noise: Tensor | None = None
 
     def seen(self, patches: Tensor) -> Tensor:
-        """Patches as the discriminator sees them."""
+        """Return the patches as the discriminator sees them."""
         return patches if self.noise is None else patches + self.noise
 
 
 def judge(
     discriminator: Discriminator, sequences: Sequences, leaf: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The discriminator's loss on true and reconstructed sequences, in one forward.
+    """Compute the discriminator's loss on true and reconstructed sequences, in one forward pass.
 
     Args:
         discriminator: gets gradients.
-        sequences: what to tell apart; no gradient.
-        leaf: ``sequences.fake`` cut off from the model; gets a gradient where it asks for one.
+        sequences: true and reconstructed; no gradient.
+        leaf: ``sequences.fake`` detached from the model; gets a gradient if it requires one.
 
     Returns:
-        0-d loss; the logits (R,) of the reconstructions and the share of sequences that were
-        judged rightly, 0-d, both without a gradient.
+        The loss, 0-d; the logits of the reconstructions, (R,), and the discriminator's accuracy,
+        0-d, both without gradient.
     """
     places = sequences.places
     twice = None if places is None else torch.cat([places, places])
@@ -75,15 +75,15 @@ def judge(
 
 
 def fool(discriminator: Discriminator, sequences: Sequences, leaf: Tensor) -> Tensor:
-    """The model's loss, 0-d, by a forward of its own; the discriminator gets no gradient.
+    """Compute the model's loss, 0-d, by a separate forward pass without discriminator gradients.
 
     Args:
-        discriminator: judges.
-        sequences: the places, images and noise of the reconstructions.
-        leaf: ``sequences.fake`` cut off from the model; gets a gradient.
+        discriminator: the judge.
+        sequences: give places, present images and noise.
+        leaf: ``sequences.fake`` detached from the model; gets a gradient.
     """
-    # Not by ``requires_grad_(False)`` for the time being: torch 2.10 would take blocks that it has
-    # compiled for frozen weights for those of the discriminator's own step.
+    # Not by a temporary ``requires_grad_(False)``: torch 2.10 would then reuse the blocks compiled
+    # for frozen weights in the discriminator's own step.
     frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
     logits = functional_call(discriminator, frozen, (sequences.seen(leaf), sequences.places))
     return masked_mean(softplus(-logits), sequences.present)
@@ -92,17 +92,18 @@ def fool(discriminator: Discriminator, sequences: Sequences, leaf: Tensor) -> Te
 def reversed_gradient(
     sequences: Sequences, gradient: Tensor, logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The model's loss and its gradient from the backward pass of ``judge``.
+    """Derive the model's loss and its gradient from the backward pass of ``judge``.
 
     Args:
-        sequences: which images are there.
-        gradient: (R, n, patch_dim), of ``judge``'s loss in ``leaf``. Both losses are means over
-            the same rows, so their divisors cancel.
+        sequences: give the present images.
+        gradient: (R, n, patch_dim), of ``judge``'s loss with respect to ``leaf``. Both losses are
+            means over the same rows, so their divisors cancel.
         logits: (R,), of the reconstructions.
 
     Returns:
-        The value of ``fool``, 0-d, and its gradient in the reconstructions under the weights that
-        judged; and the share of logits below -10, whose gradient is held at that of -10.
+        The value of ``fool``, 0-d; its gradient with respect to the reconstructions, for the
+        weights before the discriminator's step; and the share of logits below -10, whose gradient
+        is clamped to that at -10.
     """
     ratio = -torch.exp(-logits.clamp(min=LOWEST_LOGIT))
     loss = masked_mean(softplus(-logits), sequences.present)
@@ -111,22 +112,22 @@ def reversed_gradient(
 
 
 def with_gradient(sequences: Sequences, loss: Tensor, gradient: Tensor) -> Tensor:
-    """A loss, 0-d, whose gradient in ``sequences.fake`` is the given one."""
+    """Return a loss, 0-d, with the given gradient with respect to ``sequences.fake``."""
     surrogate = (sequences.fake * gradient).sum()
     return surrogate + (loss - surrogate).detach()
 
 
 @torch.no_grad()
 def gradient_ratio(sequences: Sequences, gradient: Tensor, scale: float) -> Tensor:
-    """How much larger the reconstruction's gradient is than the adversary's, 0-d, at most 10,000.
+    """Compute the ratio of the reconstruction's to the adversary's gradient norm, at most 10,000.
 
-    Both are norms over the predicted patches that are judged, which are the decoder's last output:
-    so no backward pass is needed. The last layer's weights, of which VQGAN takes the norms, see
-    both through the same inputs.
+    Both norms are over the predicted patches that are judged, which are the decoder's output, so
+    no backward pass is needed. VQGAN takes the norms in the last layer's weights instead, which
+    see both through the same inputs.
 
     Args:
-        sequences: their errors are those of the reconstruction.
-        gradient: (R, n, patch_dim), of the adversarial loss in ``fake``.
+        sequences: give the errors of the reconstruction.
+        gradient: (R, n, patch_dim), of the adversarial loss with respect to ``fake``.
         scale: weight of an image's squared error, summed over its predicted patches.
 
     Source: Esser et al., Taming Transformers, CVPR 2021, equation 7.
@@ -134,7 +135,7 @@ def gradient_ratio(sequences: Sequences, gradient: Tensor, scale: float) -> Tens
     errors = sequences.fake - sequences.real  # 0 where a patch is visible
     predicted = (errors != 0).any(-1, keepdim=True)
     there = sequences.present[:, None, None]
-    # In the dtype of the errors: a number over an integer tensor would be float32.
+    # In the dtype of the errors: a float divided by an integer tensor would be float32.
     images = sum_over_ranks(sequences.present.sum()).clamp(min=1).to(errors.dtype)
     ours = torch.where(there, 2 * errors, torch.zeros_like(errors)) * (
         scale * world_size() / images

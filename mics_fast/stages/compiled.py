@@ -1,4 +1,4 @@
-"""What of a stage ``torch.compile`` gets to see."""
+"""Compilation of a stage: the parts that ``torch.compile`` compiles."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from mics_fast.options import CompileScope
 
 
 def compile_parts(stage: nn.Module, scope: CompileScope, methods: Iterable[str]) -> None:
-    """Compile a stage in place; its state keeps its names. One stage at a time is compiled.
+    """Compile a stage in place without renaming its state. One stage at a time can be compiled.
 
     Args:
-        stage: its modules, or its methods, are compiled when they first run.
-        scope: "blocks": each transformer block, one graph for all of a kind and shape; "step": the
+        stage: its modules or methods are compiled on their first run.
+        scope: "blocks": each transformer block, one graph per kind and shape; "step": each of the
             methods, one graph each.
-        methods: of the stage, without a side effect; what changes from step to step they must take
-            as arguments: tensors, as a number would be compiled in.
+        methods: of the stage, without side effects. Values that change per step must be tensor
+            arguments, because a Python number would become a constant of the graph.
     """
-    # What other stages of this process have compiled counts towards the variants that torch keeps
-    # of one function, eight: beyond them it gives up.
+    # torch keeps at most eight variants of a function, and falls back to eager beyond; variants of
+    # earlier stages count, too.
     torch.compiler.reset()
     if scope == "blocks":
         for module in stage.modules():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mics_kernels.philox import philox4x32, uniforms
 
-# Second word of the key: masks and shifts of seeds below 2**32 have 0 there.
+# Second word of the key; 0 is used by masks and shifts of seeds below 2**32.
 PURPOSE = 1
 
 
@@ -16,14 +16,14 @@ def drop_modalities(
 ) -> Tensor:
     """Drop each present modality with probability ``rate``, but never a row's last one.
 
-    A function of (seed, step, sample) alone: Philox4x32-10 with key (seed, 1) and counter
-    (modality, sample, step, 0) gives each modality a uniform number; below ``rate`` it is dropped,
-    unless it is the largest of the row's present ones.
+    The result is a function of (seed, step, sample) alone: Philox4x32-10 with key (seed, 1) and
+    counter (modality, sample, step, 0) gives each modality a uniform number. A modality below
+    ``rate`` is dropped unless its number is the largest of the row's present ones.
 
     Args:
         present: (R, M) bool.
         sample_id: (R,) int64.
-        seed: the low 32 bits count.
+        seed: only the low 32 bits are used.
         step: 0-d int64.
         rate: in [0, 1].
 

@@ -1,6 +1,6 @@
 """Stage 2, few labels: evidential fusion, pseudo-labels, distribution shift (arXiv 2509.17492).
 
-docs/method.md gives each term and its source.
+docs/method.md describes each term and gives its source.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ Seen = tuple[Tensor, Tensor, Tensor]  # features (R, D), labels (R,), weights (R
 
 @dataclass
 class Rows:
-    """The rows of the student's forward: the labelled ones, then the unlabelled ones.
+    """The rows of the student's forward pass: labelled ones, then unlabelled ones.
 
     Args:
         views: modality -> (R, 3, H, W): weak views of labelled, strong views of unlabelled rows.
         present: (R, M) bool.
         sample_id: (R,) int64.
-        label: (R,) int64, a label or an accepted pseudo-label; ``NO_LABEL``: neither.
+        label: (R,) int64, a label or an accepted pseudo-label; ``NO_LABEL`` if there is neither.
         weight: (R,): 1 for a label, 1 - uncertainty for a pseudo-label.
         sizes: number of labelled and of unlabelled rows.
     """
@@ -58,7 +58,7 @@ class Rows:
     sizes: tuple[int, int]
 
     def means(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Means over all labelled and over all unlabelled rows; 0 for no rows."""
+        """Average over all labelled and over all unlabelled rows; 0 without rows."""
         labelled, unlabelled = values.split(list(self.sizes))
         return labelled.sum() / max(1, self.sizes[0]), unlabelled.sum() / max(1, self.sizes[1])
 
@@ -72,7 +72,7 @@ class Scalars:
         kl_weight: weight of the KL term.
         pseudo_weight: weight of pseudo-labelled rows.
         shift_strength: strength of the shift for a row of weight 1.
-        accepted_share: share of the unlabelled rows that the rule "curriculum" accepts.
+        accepted_share: share of the unlabelled rows to accept under the rule "curriculum".
     """
 
     step: Tensor
@@ -89,7 +89,7 @@ class FinetuneStage(nn.Module):
         config: options of the stage.
         model: the classifier, its encoders pre-trained or not.
         num_classes: C.
-        steps: of the stage, for the ramps.
+        steps: length of the stage, for the ramps.
         seed: seed of the shifts and of modality dropout.
         autocast: dtype of the encoders' arithmetic, None for float32.
     """
@@ -121,10 +121,10 @@ class FinetuneStage(nn.Module):
     def losses(
         self, batch: tuple[PairBatch, ...], step: Tensor, share: float = 1.0
     ) -> Iterator[Losses]:
-        """One forward of the average over weak unlabelled views, then one of the student.
+        """Run one forward pass of the average over weak unlabelled views, then one of the student.
 
-        ``batch`` is the labelled rows and, where a term reads them, the unlabelled ones. May be
-        called for several parts of a batch before ``after_step``.
+        ``batch`` contains the labelled rows and, if a term reads them, the unlabelled ones. It may
+        be called for several parts of a batch before ``after_step``.
         """
         config, scalars = self.config, self._scalars(step)
         terms, metrics, seen, probability = self._compute(batch, scalars)
@@ -147,7 +147,7 @@ class FinetuneStage(nn.Module):
         compile_parts(self, scope, ("_compute",))
 
     def networks(self) -> list[nn.Module]:
-        """The networks that ``shard_parameters`` splits over ranks: all but the heads."""
+        """Return the networks that ``shard_parameters`` splits over ranks: all but the heads."""
         encoders = [
             encoder for own in (self.model, self.average) for encoder in own.encoders.values()
         ]
@@ -155,7 +155,7 @@ class FinetuneStage(nn.Module):
         return [*encoders, *fusions]
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
-        """Warnings about a log record."""
+        """Return warnings about a log record."""
         return finetune_warnings(self.config, record)
 
     def _scalars(self, step: Tensor) -> Scalars:
@@ -172,7 +172,7 @@ class FinetuneStage(nn.Module):
     def _compute(
         self, batch: tuple[PairBatch, ...], scalars: Scalars
     ) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen | None, Tensor | None]:
-        """Terms, metrics, and what statistics and limits read after the step; changes nothing."""
+        """Compute terms, metrics, and inputs of statistics and limits, without side effects."""
         config = self.config
         proposed = self._pseudo_labels(batch[1]) if len(batch) > 1 else None
         rows = join_rows(batch, proposed)
@@ -210,8 +210,8 @@ class FinetuneStage(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Advance the averaged weights and the class statistics by this step's batch, once."""
-        # Part by part: each is sharded as a whole or not at all.
+        """Advance the averaged weights and the class statistics by this step's batch."""
+        # Child by child: each is sharded as a whole or not at all.
         for average, model in zip(self.average.children(), self.model.children(), strict=True):
             torch._foreach_lerp_(
                 list(average.parameters()), list(model.parameters()), 1 - self.config.ema_momentum
@@ -235,16 +235,17 @@ class FinetuneStage(nn.Module):
 
     @torch.no_grad()
     def _pseudo_labels(self, unlabelled: PairBatch) -> PseudoLabels | None:
-        """What the averaged model proposes for weak views; None where no term reads it."""
+        """Propose pseudo-labels from the averaged model on weak views; None if no term reads it."""
         if not self.config.unlabelled_weight:
             return None
         output = self._forward(self.average, unlabelled.views, unlabelled.present)
         return propose(self.config, output, self.limits)
 
     def _agreement(self, output: ClassifierOutput) -> Tensor:
-        """1 - sum_k sqrt(p_ak p_bk) over pairs of modalities that are both there.
+        """Average 1 - sum_k sqrt(p_ak p_bk) over pairs of present modalities.
 
-        Probabilities, not belief: minimising the conflict mass drives opinions to vacuity.
+        It compares probabilities, not beliefs: minimising the conflict mass drives opinions to
+        vacuity.
         """
         modalities = range(len(self.model.modalities))
         probability = opinion(softplus(output.logits)).probability
@@ -255,8 +256,8 @@ class FinetuneStage(nn.Module):
         return masked_mean(torch.stack(distances, 1), torch.stack(both, 1))
 
     def _shift(self, output: ClassifierOutput, rows: Rows, scalars: Scalars) -> tuple[Tensor, Seen]:
-        """Loss (R,) of the fusion opinion on shifted features; and the unshifted features, from
-        which the statistics advance after the step."""
+        """Compute the loss, (R,), of the fusion opinion on shifted features; also return the
+        unshifted features for the statistics."""
         feature = output.fusion_feature
         assert feature is not None
         label = torch.where(output.present[:, -1], rows.label, NO_LABEL)
@@ -284,9 +285,9 @@ class FinetuneStage(nn.Module):
         return loss, seen
 
     def _bound(self, output: ClassifierOutput, label: Tensor, strength: Tensor) -> Tensor:
-        """Upper bound (R,) of the fusion head's expected loss under the diagonal shift.
+        """Bound the fusion head's expected loss under the diagonal shift from above, (R,).
 
-        In softmax cross-entropy: the evidential loss has no such bound.
+        The loss is softmax cross-entropy, because the evidential loss has no such bound.
         """
         head = self.model.heads[FUSION]
         assert isinstance(head, nn.Linear)
@@ -301,7 +302,7 @@ class FinetuneStage(nn.Module):
 
 
 def join_rows(batch: tuple[PairBatch, ...], proposed: PseudoLabels | None) -> Rows:
-    """Labelled rows alone, or followed by the unlabelled ones with their pseudo-labels, if any."""
+    """Join the labelled rows and, if any, the unlabelled ones with their pseudo-labels."""
     labelled = batch[0]
     one = torch.ones_like(labelled.label, dtype=torch.float32)
     if len(batch) == 1:
@@ -326,6 +327,6 @@ def join_rows(batch: tuple[PairBatch, ...], proposed: PseudoLabels | None) -> Ro
 
 
 def gather_parts(values: Tensor, sizes: list[int]) -> Tensor:
-    """Labelled and unlabelled rows of all ranks in the order of the whole batch, as one rank has
-    them: the statistics come out the same everywhere."""
+    """Gather labelled and unlabelled rows of all ranks in the order of the whole batch, so that the
+    statistics do not depend on the number of ranks."""
     return torch.cat([gather_rows(part) for part in values.split(sizes)])

@@ -1,4 +1,4 @@
-"""Warnings about training that runs, but badly, from the figures in the log.
+"""Warnings about training that runs badly, derived from the figures in the log.
 
 Each sentence names the figure, its likely cause, and the option to change.
 """
@@ -11,23 +11,23 @@ from collections.abc import Mapping, Sequence
 
 from mics_fast.options import FinetuneConfig, PretrainConfig
 
-# Negatives at a cosine of 0.95 leave the softmax at most exp(0.05 / 0.07) = 2 between a positive
-# and any one of them: the loss cannot tell rows apart.
+# With negatives at a cosine of 0.95, the softmax can favour a positive over any one of them by at
+# most exp(0.05 / 0.07) = 2: the loss cannot tell rows apart.
 SIMILAR = 0.95
-# A mean this close to a bound lets hardly a row away from it; an untrained model is at 0.95.
+# A mean this close to a bound means that hardly any row is away from it; an untrained model: 0.95.
 CERTAIN, UNCERTAIN = 0.01, 0.99
 HARDLY, NEARLY_ALL = 0.01, 0.99  # share of unlabelled rows whose pseudo-label is accepted
-# Of a finished stage: changes over its last quarter, where the learning rate is low already.
+# For a finished stage: changes over its last quarter, when the learning rate is already low.
 STILL_FALLING = 0.02  # of the reconstruction, relative
 STILL_RISING, FALLEN = 0.03, 0.05  # of the accuracy on val rows
 PATCH_MEAN = 0.95  # predicting each patch's mean leaves a reconstruction loss of 1
 
 
 def pretrain_warnings(config: PretrainConfig, record: Mapping[str, float]) -> list[str]:
-    """Sentences about a log record of stage 1; it need not hold every number.
+    """Return warnings about a log record of stage 1; missing numbers are skipped.
 
-    An untrained encoder maps all images to about one point, and so does the teacher for a while:
-    collapse is reported only after the first epoch, and only where the student agrees.
+    An untrained encoder maps all images to about one point, and so does the teacher for a while.
+    Collapse is therefore reported only after the first epoch, and only if the student agrees.
     """
     warnings = []
     names = ("teacher_similarity", "positive_similarity")
@@ -50,7 +50,7 @@ def pretrain_warnings(config: PretrainConfig, record: Mapping[str, float]) -> li
 
 
 def finetune_warnings(config: FinetuneConfig, record: Mapping[str, float]) -> list[str]:
-    """Sentences about a log record of stage 2; it need not hold every number."""
+    """Return warnings about a log record of stage 2; missing numbers are skipped."""
     warnings = []
     uncertainty = record.get("student_uncertainty", 0.5)
     if uncertainty < CERTAIN:
@@ -79,11 +79,11 @@ def finetune_warnings(config: FinetuneConfig, record: Mapping[str, float]) -> li
 
 
 def closing_warnings(stage: str, records: Sequence[Mapping[str, float]]) -> list[str]:
-    """Sentences about a finished stage: whether it has learned, and whether it had the steps to.
+    """Return warnings about a finished stage that learned too little or stopped too early.
 
     Args:
         stage: "pretrain" or "finetune".
-        records: its log, by step.
+        records: its log, sorted by step.
     """
     warnings = []
     if stage == "pretrain":
@@ -117,7 +117,7 @@ def closing_warnings(stage: str, records: Sequence[Mapping[str, float]]) -> list
 
 
 def neighbours_warning(records: Sequence[Mapping[str, float]]) -> str:
-    """A sentence on nearest neighbours that pre-training did not improve; empty: it did."""
+    """Return a warning if pre-training did not improve the nearest neighbours, or ""."""
     names = ("knn_accuracy", "knn_accuracy_untrained", "knn_chance")
     scored = [record for record in records if set(names) <= record.keys()]
     if not scored:
@@ -133,7 +133,7 @@ def neighbours_warning(records: Sequence[Mapping[str, float]]) -> str:
 
 
 def last_quarter(values: Sequence[float]) -> tuple[float, float]:
-    """Means of a few values before the last quarter and at the end; NaN for fewer than eight."""
+    """Average a few values before the last quarter and at the end; NaN for fewer than eight."""
     if len(values) < 8:
         return math.nan, math.nan
     few = len(values) // 8

@@ -1,4 +1,4 @@
-"""Means over the rows of all ranks that count."""
+"""Masked means over the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from mics_fast.engine.distributed import sum_over_ranks, world_size
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the values whose mask is True; 0 where none is. Others may hold anything.
+    """Average the values whose mask is True; 0 if there are none. Other values are never read.
 
-    This rank's part of the mean over all ranks, as ``part_of_mean`` gives it.
+    The result is this rank's share of the mean over all ranks; see ``part_of_mean``.
     """
     kept = torch.where(mask, values, torch.zeros_like(values))
     return part_of_mean(kept.sum(), mask.sum())
 
 
 def part_of_mean(total: Tensor, count: Tensor) -> Tensor:
-    """This rank's part of a mean over the rows of all ranks.
+    """Return this rank's share of a mean over the rows of all ranks.
 
-    How many rows count differs between ranks, so the mean of the ranks' means is not the mean.
-    These parts are scaled such that their mean over the ranks, which is what becomes of losses
-    and gradients, is the sum of all ranks' totals over the sum of their counts.
+    Ranks may have different numbers of rows, so the mean of their means is not the overall mean.
+    These shares are scaled so that their average over the ranks, which is what training takes of
+    losses and gradients, equals the sum of all totals over the sum of all counts.
 
     Args:
-        total: 0-d sum over this rank's rows that count.
-        count: 0-d int64, how many they are.
+        total: 0-d sum over this rank's valid rows.
+        count: 0-d int64, number of these rows.
 
     Returns:
-        0-d; 0 where no rank has a row that counts.
+        0-d; 0 if no rank has a valid row.
     """
     return total * world_size() / sum_over_ranks(count).clamp(min=1)

@@ -1,6 +1,6 @@
 """Stage 1, without labels: consistency, reconstruction, alignment (arXiv 2509.17492).
 
-What each term is and where it comes from: docs/method.md.
+docs/method.md describes each term and gives its source.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from mics_fast.stages.means import masked_mean, part_of_mean
 from mics_fast.stages.ramp import ramp
 from mics_kernels import FeatureQueue, multimodal_consistency_loss, shift_features
 
-TURBO_SHARE = 0.25  # of the patches, that the discriminator judges in the turbo preset
-NOISE_KEY = 2**32  # added to the seed: no other random numbers of a run have this key
-NOISE_AT_START = 4.0  # standard deviation, where that of a true patch is 1
+TURBO_SHARE = 0.25  # share of the patches that the discriminator sees in the turbo preset
+NOISE_KEY = 2**32  # added to the seed: no other random numbers of a run use this key
+NOISE_AT_START = 4.0  # standard deviation; that of true patches is 1
 NOISE_RANGE = 0.01, 100.0
-NOISE_RATE = 0.15  # how fast the noise follows the discriminator's accuracy
-WANTED_ACCURACY = 0.7  # of the discriminator: above 0.5, where it has something to teach
+NOISE_RATE = 0.15  # rate at which the noise follows the discriminator's accuracy
+WANTED_ACCURACY = 0.7  # of the discriminator: above chance (0.5), so that it can still teach
 
 
 @dataclass
 class Keys:
-    """The teacher's features of a batch, or of a part of one: those of all ranks, in their order.
+    """The teacher's features of a batch, or of a part of one, gathered over ranks in order.
 
     Args:
-        teachers: one (K, P) a modality.
+        teachers: one (K, P) per modality.
         ids: (K,) int64, contrastive ids.
         present: (K, M) bool.
     """
@@ -59,7 +59,7 @@ class Keys:
 
 
 class PretrainStage(nn.Module):
-    """One shared encoder for all modalities, a momentum teacher, a decoder, a discriminator.
+    """A shared encoder for all modalities, a momentum teacher, a decoder and a discriminator.
 
     Args:
         config: options of the stage.
@@ -67,11 +67,11 @@ class PretrainStage(nn.Module):
         modalities: names, in the order of ``PairBatch.present``.
         pool, projection: see ``options.ModelConfig``.
         queue_size: rows of each modality's queue of negatives.
-        steps_per_epoch: the teacher's share ``alpha`` grows over the first epoch.
+        steps_per_epoch: for the teacher's share ``alpha``, which grows over the first epoch.
         seed: of the masks.
         autocast: dtype of the encoders' arithmetic, None for float32.
-        contrastive_loss: the consistency term, called with the arguments of
-            ``multimodal_consistency_loss``; another implementation of it can be put here.
+        contrastive_loss: the consistency term, with the arguments of
+            ``multimodal_consistency_loss``; benchmarks pass other implementations.
     """
 
     noise: Tensor
@@ -118,12 +118,12 @@ class PretrainStage(nn.Module):
         self._keys: list[Keys] = []
 
     def losses(self, batch: tuple[PairBatch], step: Tensor, share: float = 1.0) -> Iterator[Losses]:
-        """The discriminator's loss, then the model's: one forward of the model for both.
+        """Yield the discriminator's loss, then the model's, from one forward pass of the model.
 
         Args:
-            batch: of pairs, or one part of it.
+            batch: of pairs, or one part of a batch.
             step: 0-d int64.
-            share: of the batch that this part is; ``after_step`` follows the last part.
+            share: of the batch that this part makes up; ``after_step`` follows the last part.
         """
         (pairs,) = batch
         config = self.config
@@ -146,7 +146,7 @@ class PretrainStage(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Advance teacher, queues and power iteration by this step's batch, once."""
+        """Advance teacher, queues and power iteration by this step's batch."""
         self.model.update_teacher(self.config.teacher_momentum)
         if self.config.adversarial_weight:
             self.discriminator.advance_power_iteration()
@@ -163,17 +163,18 @@ class PretrainStage(nn.Module):
         compile_parts(self, scope, methods)
 
     def networks(self) -> list[nn.Module]:
-        """What ``shard_parameters`` deals out: all that is large but the discriminator."""
+        """Return the networks that ``shard_parameters`` splits: all large ones but the
+        discriminator."""
         return [self.model.encoder, self.model.teacher_encoder, self.model.decoder]
 
     def warnings(self, record: Mapping[str, float]) -> list[str]:
-        """What looks wrong in a log record."""
+        """Return warnings about a log record."""
         return pretrain_warnings(self.config, record)
 
     def _align(
         self, sequences: Sequences, share: float, metrics: dict[str, Tensor | float]
     ) -> Generator[Losses, None, tuple[Tensor, Tensor | float]]:
-        """The discriminator's loss on the way to the model's adversarial term and its ratio."""
+        """Yield the discriminator's loss; return the model's adversarial term and its ratio."""
         simultaneous = self.config.adversarial == "simultaneous"
         leaf = sequences.fake.detach().requires_grad_(simultaneous)
         loss, logits, accuracy = self._judge(sequences, leaf)
@@ -194,14 +195,14 @@ class PretrainStage(nn.Module):
 
     @torch.no_grad()
     def _adapt_noise(self) -> None:
-        """More noise where the discriminator was right too often, less where too seldom."""
+        """Raise the noise if the discriminator is too accurate, lower it otherwise."""
         accuracy = sum_over_ranks(torch.stack(self._accuracies).mean()) / world_size()
         self._accuracies = []
         self.noise *= torch.exp(NOISE_RATE * (accuracy - WANTED_ACCURACY))
         self.noise.clamp_(*NOISE_RANGE)
 
     def _forward(self, pairs: PairBatch, step: Tensor) -> tuple[PretrainOutput, Sequences | None]:
-        """The model on a batch, and what the discriminator is to judge of it."""
+        """Run the model on a batch; also return the sequences for the discriminator."""
         seed, patches = (self.seed, 0), self.size.num_patches
         masks = {
             name: random_mask(seed, pairs.sample_id, step, patches, self.config.mask_ratio, stream)
@@ -215,7 +216,7 @@ class PretrainStage(nn.Module):
         return output, self._sequences(output, pairs, step)
 
     def _sequences(self, output: PretrainOutput, pairs: PairBatch, step: Tensor) -> Sequences:
-        """True and reconstructed patches: in the turbo preset a random quarter of them."""
+        """Return true and reconstructed patches; in the turbo preset a random quarter of them."""
         real, fake = self._stack(output.targets), self._stack(self._reconstructions(output))
         present = pairs.present.T.flatten()
         if self.config.preset == "paper":
@@ -232,7 +233,7 @@ class PretrainStage(nn.Module):
 
     @torch.no_grad()
     def _noise_like(self, patches: Tensor, pairs: PairBatch, step: Tensor) -> Tensor | None:
-        """Normal noise for each image, a function of seed, step, sample and modality."""
+        """Draw normal noise per image, a function of seed, step, sample and modality."""
         if not self.balances:
             return None
         seed = torch.stack([torch.full_like(step, self.seed + NOISE_KEY), step])
@@ -253,14 +254,14 @@ class PretrainStage(nn.Module):
         return [queue for queue in self.queues if isinstance(queue, FeatureQueue)]
 
     def _reconstructions(self, output: PretrainOutput) -> dict[str, Tensor]:
-        """Predictions on the hidden patches, true values elsewhere."""
+        """Return predictions on the masked patches and true values elsewhere."""
         return {
             name: paste_patches(output.targets[name], output.hidden[name], predicted)
             for name, predicted in output.predictions.items()
         }
 
     def _stack(self, by_modality: dict[str, Tensor]) -> Tensor:
-        """Modalities stacked along the batch, in the order of ``present.T.flatten()``."""
+        """Stack modalities along the batch, in the order of ``present.T.flatten()``."""
         return torch.cat([by_modality[name] for name in self.modalities])
 
     def _judge(self, sequences: Sequences, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +273,7 @@ class PretrainStage(nn.Module):
     def _adversarial_term(
         self, sequences: Sequences, loss: Tensor, gradient: Tensor
     ) -> tuple[Tensor, Tensor | float]:
-        """The adversarial term, and what its weight is multiplied by."""
+        """Return the adversarial term, and a factor for its weight."""
         term = with_gradient(sequences, loss, gradient)
         if not (self.balances and self.config.reconstruction_weight):
             return term, 1.0
@@ -284,7 +285,7 @@ class PretrainStage(nn.Module):
     def _model_losses(
         self, output: PretrainOutput, present: Tensor, keys: Keys | None, alpha: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor | float]]:
-        """The model's own terms, those that are on, and what else to log."""
+        """Compute the model's own enabled terms, and further values to log."""
         terms: dict[str, Tensor] = {}
         metrics: dict[str, Tensor | float] = {"temperature": self.model.temperature().detach()}
         if self.config.reconstruction_weight:
@@ -295,7 +296,7 @@ class PretrainStage(nn.Module):
         return terms, metrics
 
     def _reconstruction(self, output: PretrainOutput, present: Tensor) -> Tensor:
-        """Mean squared error on the hidden patches of the images that are there (MAE)."""
+        """Compute the mean squared error on the masked patches of present images (MAE)."""
         errors = []
         for name in self.modalities:
             hidden = output.hidden[name].unsqueeze(-1)
@@ -305,7 +306,7 @@ class PretrainStage(nn.Module):
 
     @torch.no_grad()
     def _health(self, output: PretrainOutput, present: Tensor, keys: Keys) -> dict[str, Tensor]:
-        """What shows a collapse: cosines between features, and the queue's age in steps."""
+        """Compute indicators of collapse: cosines of features, and the queue's age in steps."""
         there = keys.present.T
         teachers = torch.stack(list(keys.teachers))
         others = keys.ids.unsqueeze(0) != keys.ids.unsqueeze(1)
@@ -323,7 +324,7 @@ class PretrainStage(nn.Module):
         }
 
     def _gather(self, output: PretrainOutput, pairs: PairBatch) -> Keys:
-        """Keys for the queries of all ranks, and what all queues will hold alike."""
+        """Gather the keys for the queries of all ranks, which also enter every queue."""
         teachers = gather_rows(torch.cat([output.teachers[name] for name in self.modalities], 1))
         return Keys(
             teachers.chunk(len(self.modalities), dim=1),
@@ -332,7 +333,7 @@ class PretrainStage(nn.Module):
         )
 
     def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
-        """Soft-target contrastive loss over ordered pairs of modalities (ALBEF)."""
+        """Compute the soft-target contrastive loss over ordered pairs of modalities (ALBEF)."""
         queues = self._queues()
         features = [output.features[name] for name in self.modalities]
         present = own_first(keys.present)

@@ -1,18 +1,18 @@
-"""Pseudo-labels: which opinions of the averaged model on unlabelled rows are trained on.
+"""Pseudo-labels: rules that accept opinions of the averaged model on unlabelled rows.
 
-``finetune.pseudo_labels`` names the rule. Each takes the most probable class as the label and
-differs in what it accepts, and with which weight:
+``finetune.pseudo_labels`` names the rule. Every rule takes the most probable class as the label;
+they differ in the rows they accept and in the weights:
 
     vacuity     fused vacuity u at most ``max_uncertainty`` and expected probability at least
                 ``min_probability``; weight 1 - u [ours, after the paper]
-    curriculum  of the rows that the model assigns to each class, the share with the highest
-                expected probability; the share grows over training to ``accepted_share``;
-                weight 1 - u [ours, after curriculum labelling: Cascante-Bonilla et al., AAAI 2021]
+    curriculum  for each class, the share of the rows assigned to it with the highest expected
+                probability; the share grows over training to ``accepted_share``; weight 1 - u
+                [ours, after curriculum labelling: Cascante-Bonilla et al., AAAI 2021]
     fixmatch    softmax confidence at least ``confidence``; weight 1 (Sohn et al., NeurIPS 2020)
     freematch   softmax confidence at least FreeMatch's limit; weight 1 (Wang et al., ICLR 2023)
 
-The softmax is that of the mean of the present opinions' logits: the same networks and views, read
-without evidence.
+The softmax is over the mean logits of the present opinions: the same networks and views, without
+the evidential reading.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PseudoLabels:
     Args:
         label: (B,) int64; ``NO_LABEL``: rejected.
         weight: (B,) in [0, 1].
-        probability: (B, C), what the rule looked at.
+        probability: (B, C), input of the rule.
         uncertainty: (B,) fused vacuity.
     """
 
@@ -48,7 +48,7 @@ class PseudoLabels:
     uncertainty: Tensor
 
     def metrics(self, truth: Tensor) -> dict[str, Tensor]:
-        """Accepted share, its accuracy where the truth is known, and the share of each class."""
+        """Return the accepted share, its accuracy where known, and the share of each class."""
         accepted = self.label != NO_LABEL
         metrics = {
             "pseudo_accepted": accepted.float().mean(),
@@ -63,8 +63,8 @@ class PseudoLabels:
 class FreeMatchLimits(nn.Module):
     """FreeMatch's self-adaptive limits of confidence, one per class (equations 5 to 8).
 
-    The mean confidence of all unlabelled rows is the limit of the class that the model names with
-    most probability; others have one lower in proportion. Both start at 1 / C.
+    The limit of the most probable class is the mean confidence over all unlabelled rows; other
+    classes have proportionally lower limits. Both averages start at 1 / C.
 
     Args:
         num_classes: C.
@@ -81,11 +81,11 @@ class FreeMatchLimits(nn.Module):
         self.register_buffer("probability", torch.full((num_classes,), 1 / num_classes))
 
     def forward(self) -> Tensor:
-        """(C,) least confidence of each class."""
+        """Return the confidence limit of each class, (C,)."""
         return self.confidence * self.probability / self.probability.amax()
 
     def update(self, probability: Tensor, share: Tensor) -> None:
-        """Advance by the (B, C) probabilities of a step, those of all ranks."""
+        """Update by the probabilities, (B, C), of a step over all ranks."""
         self.confidence.lerp_(probability.amax(-1).mean(), 1 - self.momentum)
         self.probability.lerp_(probability.mean(0), 1 - self.momentum)
 
@@ -93,30 +93,30 @@ class FreeMatchLimits(nn.Module):
 class CurriculumLimits(nn.Module):
     """Limits of confidence that accept a given share of the rows assigned to each class.
 
-    Each is a running quantile: it rises where more than the share was accepted in a step, and falls
-    where less was. All start at 1, where nothing is accepted.
+    Each is a running quantile: it rises if more than the share was accepted in a step, and falls
+    if less was. All start at 1, where nothing is accepted.
 
     Args:
         num_classes: C.
     """
 
     limit: Tensor
-    RATE = 0.1  # of probability, per step, where all rows are accepted and none should be
+    RATE = 0.1  # change of a limit per step, if all rows are accepted and none should be
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.register_buffer("limit", torch.ones(num_classes))
 
     def forward(self) -> Tensor:
-        """(C,) least confidence of each class."""
+        """Return the confidence limit of each class, (C,)."""
         return self.limit
 
     def update(self, probability: Tensor, share: Tensor) -> None:
-        """Advance by the (B, C) probabilities of a step, those of all ranks.
+        """Update by the probabilities, (B, C), of a step over all ranks.
 
         Args:
             probability: of the averaged model's opinions.
-            share: 0-d, of the rows of each class that should be accepted.
+            share: 0-d, of the rows of each class to accept.
         """
         confidence, label = probability.max(-1)
         assigned = one_hot(label, len(self.limit)).to(self.limit.dtype)
@@ -130,7 +130,7 @@ Limits = FreeMatchLimits | CurriculumLimits
 
 
 def make_limits(config: FinetuneConfig, num_classes: int) -> Limits | None:
-    """The limits that the rule lets follow the model; None: its limits stand."""
+    """Make the adaptive limits of the rule; None if its limits are fixed."""
     if config.pseudo_labels == "freematch":
         return FreeMatchLimits(num_classes, config.ema_momentum)
     return CurriculumLimits(num_classes) if config.pseudo_labels == "curriculum" else None
@@ -139,7 +139,7 @@ def make_limits(config: FinetuneConfig, num_classes: int) -> Limits | None:
 def propose(
     config: FinetuneConfig, output: ClassifierOutput, limits: Limits | None = None
 ) -> PseudoLabels:
-    """Pseudo-labels from what the averaged model states of weak views."""
+    """Propose pseudo-labels from the averaged model's output on weak views."""
     fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
     evidential = config.pseudo_labels in ("vacuity", "curriculum")
     probability = fused.probability if evidential else pooled_softmax(output)
@@ -157,7 +157,7 @@ def propose(
 
 
 def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Tensor) -> Tensor:
-    """The rule "vacuity" on (R, C) probabilities and (R,) vacuities: (R,) bool."""
+    """Apply the rule "vacuity" to probabilities (R, C) and vacuities (R,): (R,) bool."""
     sure = uncertainty <= config.max_uncertainty
     return sure & (probability.amax(-1) >= config.min_probability)
 
@@ -165,9 +165,9 @@ def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Te
 def accepted_in_the_end(
     config: FinetuneConfig, probability: Tensor, uncertainty: Tensor
 ) -> Tensor | None:
-    """What the rule accepts of R opinions when training is over: (R,) bool.
+    """Mark the opinions that the rule accepts at the end of training, (R,) bool.
 
-    None for the rules that read a softmax of logits, which opinions do not hold.
+    None for rules on the softmax of logits, which opinions do not contain.
     """
     if config.pseudo_labels == "vacuity":
         return is_pseudo_label(config, probability, uncertainty)
@@ -183,7 +183,7 @@ def accepted_in_the_end(
 
 
 def pooled_softmax(output: ClassifierOutput) -> Tensor:
-    """(B, C) softmax of the mean of the present opinions' logits."""
+    """Compute the softmax of the mean logits of the present opinions, (B, C)."""
     present = output.present.unsqueeze(-1)
     total = output.logits.masked_fill(~present, 0.0).sum(1)
     return (total / present.sum(1).clamp(min=1)).softmax(-1)

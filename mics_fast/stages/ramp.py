@@ -1,4 +1,4 @@
-"""Weights that grow over training, worked out from the step where the step is: on the device."""
+"""Ramps: weights that grow over training, computed on the device from the step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def ramp(step: Tensor, end: float) -> Tensor:
-    """Grows from 0 to 1 while ``step`` goes from 0 to ``end``; 1 at once for ``end`` = 0.
+    """Grow from 0 to 1 while ``step`` goes from 0 to ``end``; constant 1 for ``end`` = 0.
 
     Args:
         step: 0-d int64.
-        end: in steps, at least 0.
+        end: number of steps, at least 0.
 
     Returns:
         0-d float64.
