@@ -1,8 +1,8 @@
 """Contrastive learning of two modalities with a momentum teacher and a queue.
 
-It uses ``mics_kernels`` alone. Both modalities are noisy, nonlinear functions of a shared hidden
+It uses ``mics_kernels`` only. Both modalities are noisy, nonlinear functions of a shared hidden
 vector. Two encoders learn to find the partner of each sample among all others. The loss reads the
-keys of the batch and a queue of older ones, and never holds their logits.
+keys of the batch and a queue of older ones without materialising their logits.
 
     python examples/clip_style_loss.py [--steps 600] [--device cuda]
 """
@@ -22,7 +22,7 @@ MODALITIES, HIDDEN, WIDTH, FEATURES, BATCH, QUEUE = 2, 8, 64, 64, 128, 4096
 
 
 def pairs(count: int, seed: int) -> list[Tensor]:
-    """Generate pairs: one tensor (count, WIDTH) per modality, of one hidden (count, HIDDEN)."""
+    """Generate pairs: one tensor (count, WIDTH) per modality, from a hidden (count, HIDDEN)."""
     fixed, drawn = torch.Generator().manual_seed(0), torch.Generator().manual_seed(seed)
     hidden = torch.randn(count, HIDDEN, generator=drawn)
     noise = 0.1 * torch.randn(MODALITIES, count, WIDTH, generator=drawn)
@@ -30,7 +30,7 @@ def pairs(count: int, seed: int) -> list[Tensor]:
 
 
 def train(steps: int, device: torch.device) -> nn.ModuleList:
-    """Train two encoders; after each step, teacher and queue advance once."""
+    """Train two encoders; teacher and queue advance once per step."""
     students = nn.ModuleList(
         nn.Sequential(nn.Linear(WIDTH, 256), nn.GELU(), nn.Linear(256, FEATURES))
         for _ in range(MODALITIES)
@@ -67,7 +67,7 @@ def train(steps: int, device: torch.device) -> nn.ModuleList:
 
 @torch.no_grad()
 def found(students: nn.ModuleList, device: torch.device, count: int = 1000) -> float:
-    """Share of new pairs in which the partner is the nearest of ``count``."""
+    """Return the share of new pairs in which the partner is the nearest of ``count``."""
     pair = [x.to(device) for x in pairs(count, seed=0)]
     first, second = (normalize(f(x), dim=1) for f, x in zip(students, pair, strict=True))
     nearest = (first @ second.T).argmax(1)
@@ -75,7 +75,7 @@ def found(students: nn.ModuleList, device: torch.device, count: int = 1000) -> f
 
 
 def main() -> None:
-    """Train, then print the share of 1,000 new pairs found."""
+    """Train, then print the share of 1,000 new pairs that are matched."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

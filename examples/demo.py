@@ -1,12 +1,12 @@
-"""Twelve labels: the full method against the labels alone, trained as long.
+"""Twelve labels: the full method against supervised training for the same number of operations.
 
 Generates a phantom of paired endoscopy images (six classes, two labels each), trains both in
 parallel on one CPU thread each, and compares them on the test pairs: accuracy of each modality
-alone and of both fused, and what is gained by referring the least certain fifth to a person.
+and of their fusion, and the gain from referring the least certain fifth to a person.
 
     python examples/demo.py [--out runs/demo] [--seed 0]
 
-An interrupted demo goes on where it stopped. `make demo` installs everything, then runs this.
+An interrupted demo resumes where it stopped. `make demo` installs everything, then runs this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mics_fast.study.variants import finetuning_of
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 LABELS_PER_CLASS = 2
-REFERRED = 0.2  # share of the test pairs that a person looks at
+REFERRED = 0.2  # share of the test pairs that are referred to a person
 LABELS_ALONE = [
     "--finetune.init=none",
     "--finetune.unlabelled_weight=0",
@@ -38,12 +38,12 @@ LABELS_ALONE = [
 
 @dataclass(frozen=True)
 class Score:
-    """What a run reached on the test pairs, in %.
+    """Results of a run on the test pairs, in %.
 
     Args:
         wli, nbi, fused: accuracy of each modality's opinion and of the fused one.
         rest: accuracy of the fused opinion on the pairs that are not referred.
-        seconds: that its training took.
+        seconds: wall time of training.
     """
 
     wli: float
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, pairs: int, seed: int) -> None:
-    """Generate the phantom; half of the pairs train, two of each class with their label."""
+    """Generate the phantom; half of the pairs are train rows, two per class keep their label."""
     classes, train = 6, 0.5
     fraction = LABELS_PER_CLASS / (train * pairs / classes)
     run("prepare", "phantom", "--out", folder, "--pairs", pairs, "--seed", seed,
@@ -94,14 +94,14 @@ def command(name: str, *arguments: object) -> list[str]:
 
 
 def run(name: str, *arguments: object) -> None:
-    """Run ``python -m mics_fast.<name>``; stop here if it fails."""
+    """Run ``python -m mics_fast.<name>``; exit if it fails."""
     asked = command(name, *arguments)
     print("$ python", *asked[1:], flush=True)
     subprocess.run(asked, check=True)
 
 
 def start(name: str, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
-    """Start the same in the background; what it prints goes to ``<log>.log``."""
+    """Start a command in the background, with its output in ``<log>.log``."""
     asked, file = command(name, *arguments), log.with_name(f"{log.name}.log")
     print("$ python", *asked[1:], f"> {file} &", flush=True)
     with open(file, "w") as output:
@@ -109,7 +109,7 @@ def start(name: str, *arguments: object, log: Path) -> subprocess.Popen[bytes]:
 
 
 def steps_as_long_as_full(config: Path, manifest: Path) -> int:
-    """Steps on labels alone that cost as many operations as both stages of the full method."""
+    """Return the steps of supervised training that cost as much as both stages of the method."""
     long = finetuning_of(read_config(config), "supervised-long", read_manifest(manifest))
     assert long.finetune.steps is not None
     return long.finetune.steps
@@ -127,19 +127,19 @@ def score(folder: Path) -> Score:
 
 
 def test_rows(folder: Path) -> list[tuple[float, bool]]:
-    """Uncertainty of each test pair, and whether the fused opinion is right."""
+    """Read the uncertainty of each test pair, and whether the fused answer is right."""
     with open(folder.with_suffix(".csv"), newline="") as file:
         return [(float(x["uncertainty"]), x["correct"] == "1") for x in csv.DictReader(file)]
 
 
 def accuracy_of_rest(rows: list[tuple[float, bool]]) -> float:
-    """Accuracy in % where the least certain share is referred."""
+    """Compute the accuracy in % after referring the least certain share."""
     kept = sorted(rows)[: math.ceil((1 - REFERRED) * len(rows))]
     return 100 * sum(right for _, right in kept) / len(kept)
 
 
 def table(scores: dict[str, Score], pairs: int) -> str:
-    """The figures, a line per run."""
+    """Format the figures, one line per run."""
     lines = [
         f"\nAccuracy in % on {pairs} test pairs: six classes, {LABELS_PER_CLASS} labels each, one "
         "seed\n",
@@ -155,7 +155,7 @@ def table(scores: dict[str, Score], pairs: int) -> str:
 
 
 def verdict(alone: Score, full: Score, pairs: int) -> str:
-    """What the figures say, in words; a difference within twice its binomial error says nothing."""
+    """Summarise the figures in words; differences within two standard errors count as none."""
     gain = full.fused - alone.fused
     error = math.hypot(*(math.sqrt(x.fused * (100 - x.fused) / pairs) for x in (alone, full)))
     if abs(gain) <= 2 * error:

@@ -1,10 +1,10 @@
-"""Classify handwritten digits from six views of each, with an opinion per view and their fusion.
+"""Classify handwritten digits from six views of each, with one opinion per view and their fusion.
 
 Data: UCI Multiple Features (2,000 digits, 10 classes), as one .npz: six arrays (2000, D) of
-features, and the labels y (2000,). Protocol: for each seed a random, class-balanced split 80 /
-20; features standardised by the training rows; no early stopping: the last epoch is what counts.
-The options below were chosen on parts of the training rows of other seeds (100 to 103). Every
-view has a small network; ``evidential_fusion_loss`` trains them all through Dempster's rule.
+features, and the labels y (2000,). Protocol: for each seed a random, class-balanced 80/20 split;
+features standardised by the training rows; no early stopping, so the last epoch counts. The options
+below were chosen on parts of the training rows of other seeds (100 to 103). Every view has a small
+network; ``evidential_fusion_loss`` trains them all through Dempster's rule.
 
     python examples/handwritten.py PATH/mfeat_6views.npz
 
@@ -25,7 +25,7 @@ from mics_kernels import evidential_fusion_loss, fuse_evidence, opinion
 
 
 class MultiViewClassifier(nn.Module):
-    """One network for each view: features to logits of evidence."""
+    """One network per view, from features to logits of evidence."""
 
     def __init__(self, widths: list[int], classes: int, hidden: int = 256) -> None:
         super().__init__()
@@ -40,13 +40,13 @@ class MultiViewClassifier(nn.Module):
         )
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        """V tensors (B, D_v) to logits (B, V, C)."""
+        """Map V tensors (B, D_v) to logits (B, V, C)."""
         pairs = zip(self.views, features, strict=True)
         return torch.stack([network(values) for network, values in pairs], dim=1)
 
 
 def read(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Six feature arrays and the labels 0..9 of an .npz without pickled objects."""
+    """Read six feature arrays and the labels 0..9 from an .npz without pickled objects."""
     with np.load(path, allow_pickle=False) as archive:
         arrays = {name: archive[name] for name in archive.files}
     views = [arrays[name].astype(np.float32) for name in sorted(arrays) if arrays[name].ndim == 2]
@@ -54,7 +54,7 @@ def read(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of training (80 % of each class) and of test."""
+    """Draw training rows (80 % of each class) and test rows."""
     generator = np.random.default_rng(seed)
     train, test = [], []
     for digit in np.unique(labels):
@@ -66,7 +66,7 @@ def split(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardised(views: list[np.ndarray], train: np.ndarray) -> list[Tensor]:
-    """Each feature to mean 0 and deviation 1 over the training rows, within [-5, 5]."""
+    """Standardise each feature by the training rows, and clip to [-5, 5]."""
     tensors = []
     for values in views:
         mean, deviation = values[train].mean(0), values[train].std(0)
@@ -75,7 +75,7 @@ def standardised(views: list[np.ndarray], train: np.ndarray) -> list[Tensor]:
 
 
 def fit(features: list[Tensor], target: Tensor, epochs: int, batch: int) -> MultiViewClassifier:
-    """Train on all rows given; the KL weight grows to 1 over the first epochs, as published."""
+    """Train on all given rows; the KL weight grows to 1 over the first epochs, as published."""
     model = MultiViewClassifier([values.shape[1] for values in features], int(target.max()) + 1)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
     steps = epochs * -(-len(target) // batch)
@@ -94,7 +94,8 @@ def fit(features: list[Tensor], target: Tensor, epochs: int, batch: int) -> Mult
 
 @torch.no_grad()
 def accuracies(model: MultiViewClassifier, features: list[Tensor], target: Tensor) -> list[float]:
-    """Per cent right: all views; two random ones missing; mean of single views; uncertainty."""
+    """Return accuracies in %: all views, two random ones missing, mean of single views; and
+    the mean uncertainty."""
     evidence = nn.functional.softplus(model(features))
     views = evidence.shape[1]
     two_missing = torch.rand(len(target), views).argsort(1) >= 2
@@ -105,10 +106,10 @@ def accuracies(model: MultiViewClassifier, features: list[Tensor], target: Tenso
 
 
 def main() -> None:
-    """Train and test once for each seed, and print a table."""
+    """Train and test once per seed, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path, help="mfeat_6views.npz")
-    parser.add_argument("--seeds", type=int, default=5, help="how many splits (default: 5)")
+    parser.add_argument("--seeds", type=int, default=5, help="number of splits (default: 5)")
     parser.add_argument("--epochs", type=int, default=60, help="default: 60")
     arguments = parser.parse_args()
     if not arguments.data.is_file():

@@ -9,8 +9,8 @@ import sys
 
 if sys.argv[:1] == ["-m"]:
     # `python -m mics_fast.X`, before X is imported: Python has put the current folder first on the
-    # module path, where a file of a data folder received from elsewhere would stand in for any
-    # module imported from here on. The folder that this package itself was found in stays.
+    # module path, so a file in a data folder from elsewhere could replace any module imported from
+    # here on. The folder of this package itself stays on the path.
     import os.path
 
     _here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -33,11 +33,11 @@ def load(folder: str | os.PathLike[str]) -> Predictor:
         folder: Run folder of ``mics_fast.train``, or folder of ``mics_fast.export``.
 
     Returns:
-        A predictor with ``classes``, ``modalities`` and ``predict(source)``, where the source is a
+        A predictor with ``classes``, ``modalities`` and ``predict(source)``; the source is a
         manifest, a folder of images, files or arrays.
 
     Raises:
-        mics_fast.common.errors.InputError: no classifier there, or a damaged one.
+        mics_fast.common.errors.InputError: the folder holds no classifier, or a damaged one.
 
     Example:
         >>> import mics_fast
@@ -46,7 +46,7 @@ def load(folder: str | os.PathLike[str]) -> Predictor:
         >>> answer["class"], answer["uncertainty"]  # doctest: +SKIP
         ('plaque-green', 0.12)
     """
-    # Here, so that importing the package stays light.
+    # Imported here, so that importing the package stays fast.
     from pathlib import Path
 
     from mics_fast.inference.predictor import Predictor

@@ -1,4 +1,4 @@
-"""``mics-fast COMMAND``, the same as ``python -m mics_fast.COMMAND``."""
+"""``mics-fast COMMAND``: the console script, equivalent to ``python -m mics_fast.COMMAND``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from importlib import import_module
 from mics_fast.common.errors import InputError, did_you_mean, run_command
 
 COMMANDS = {
-    "prepare": "images or a table of them -> manifest.csv, checked, split, looked at",
+    "prepare": "images in folders or a table -> manifest.csv, checked and split",
     "train": "manifest -> run folder: pre-training and fine-tuning",
-    "evaluate": "run -> metrics with intervals, for each modality and fused",
+    "evaluate": "run -> metrics with intervals, per modality and fused",
     "predict": "run and images -> class, belief, uncertainty",
     "report": "run -> one HTML page",
     "export": "run -> ONNX and torch.export files, with a model card",
@@ -19,7 +19,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Run the command that the first argument names, or list the commands."""
+    """Run the command named by the first argument, or list the commands."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print("mics-fast COMMAND --help\n")

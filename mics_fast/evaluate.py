@@ -1,4 +1,4 @@
-"""``python -m mics_fast.evaluate``: measure a run on each modality, fused, and without each."""
+"""``python -m mics_fast.evaluate``: measure each modality, their fusion, and each one missing."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate a run folder; print tables, and write JSON and CSV if asked."""
+    """Evaluate a run folder; print tables, and write JSON and CSV on request."""
     options = parse(arguments)
-    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    # torch takes seconds to import; --help and bad options are answered before that.
     from mics_fast.evaluation.referral import Target
     from mics_fast.evaluation.results import without_paths
     from mics_fast.evaluation.tables import print_tables
@@ -71,20 +71,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def warn_of_training(assessment: Assessment) -> None:
-    """Warn on stderr if rows that are scored were trained on."""
+    """Warn on stderr if the run was trained on rows that are now scored."""
     from mics_fast.inference.assessment import trained_on
 
     seen, count = trained_on(assessment), len(assessment.rows)
     if seen:
         print(
             f"warning: the run was trained on {len(seen)} of the {count} rows that are scored here "
-            "(same id, same image): the figures are too good",
+            "(same id, same image): the figures are too optimistic",
             file=sys.stderr,
         )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line.
+    """Read and check the command line.
 
     Raises:
         InputError: an option is unknown, ill-typed or out of range.

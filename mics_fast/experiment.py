@@ -1,15 +1,15 @@
-"""``python -m mics_fast.experiment``: which part of the method helps, over seeds and label draws.
+"""``python -m mics_fast.experiment``: measure which parts of the method help, over several seeds.
 
 One command trains every variant of the method for every seed and label fraction on the splits of
-one manifest, and ends in a few tables. It can be stopped or killed at any moment; the same command
-goes on where it was:
+one manifest, and summarises the results in tables. It can be stopped or killed at any time; the
+same command resumes it:
 
     OUT/seed-0/pretraining/                 shared by all fractions and variants of the seed
     OUT/seed-0/labels-0.05.csv              the manifest with the labels of this draw
-    OUT/seed-0/labels-0.05/<variant>/       a run folder, with result.json when it is evaluated
+    OUT/seed-0/labels-0.05/<variant>/       a run folder, with result.json once evaluated
     OUT/results.json, OUT/results.md        the tables
 
-Variants are paired by seed: they see the same labels, the same order and the same first weights.
+Variants are paired by seed: they share labels, order and initial weights.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mics_fast.options.commands import parse_experiment
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run what is missing of the grid, then write and print the tables."""
+    """Run the missing parts of the grid, then write and print the tables."""
     train, grid = parse_experiment(arguments, __doc__)
-    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    # torch takes seconds to import; --help and bad options are answered before that.
     from rich.console import Console
     from rich.markdown import Markdown
 

@@ -1,7 +1,7 @@
-"""``python -m mics_fast.export``: write the classifier of a run to files that need no mics-fast.
+"""``python -m mics_fast.export``: write a run's classifier to files that do not need mics-fast.
 
 model.pt2       ``torch.export`` program
-model.onnx      the same for ONNX Runtime, where the [export] extra is installed
+model.onnx      the same for ONNX Runtime, if the [export] extra is installed
 model.json      names of inputs and outputs, preprocessing, agreement with the original
 MODEL_CARD.md   data, metrics with intervals, limits
 """
@@ -17,7 +17,7 @@ from mics_fast.evaluation import RESAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export a run, compare what was written with the original, and describe it."""
+    """Export a run, compare the files with the original, and describe them."""
     parser = SentenceParser(prog="python -m mics_fast.export", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder of mics_fast.train")
     parser.add_argument("--out", type=Path, required=True, help="folder for the exported model")
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--anonymise", action="store_true",
                         help="leave names of files and folders out of the model card")  # fmt: skip
     options = parser.parse_args(arguments)
-    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    # torch takes seconds to import; --help and bad options are answered before that.
     from mics_fast.inference.export import export_model, sidecar
     from mics_fast.inference.exported_classifier import CARD, SIDECAR
     from mics_fast.inference.model_card import model_card

@@ -1,8 +1,8 @@
-"""``python -m mics_fast.predict``: what a trained model says about images.
+"""``python -m mics_fast.predict``: classify images with a trained model.
 
-For every sample: the class and its probability, how uncertain that is, what each modality says
-alone, and how much the modalities contradict each other. One modality alone is enough. A sample
-whose image cannot be read is skipped and gets a record of the failure.
+Each answer has a class and its probability, the uncertainty, the opinion of each modality, and the
+conflict between the modalities. One modality suffices. A sample with an unreadable image is skipped
+and gets a record of the failure.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model, find the images, write and print the answers."""
     options, images = parse(arguments)
-    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    # torch takes seconds to import; --help and bad options are answered before that.
     from mics_fast.inference.predictor import Predictor
     from mics_fast.inference.writers import Summary, json_lines, json_list, table_file
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def anonymous(record: Answer | Failure, key: bytes) -> Answer | Failure:
-    """Replace the id by its pseudonym, and the reason of a failure, which names a file."""
+    """Replace the id by its pseudonym, and a failure's reason, which names a file, by another."""
     name = pseudonym(key, record["id"])
     if "error" in record:
         return {"id": name, "error": "an image of this sample cannot be read"}
@@ -63,7 +63,7 @@ def anonymous(record: Answer | Failure, key: bytes) -> Answer | Failure:
 def find_rows(
     options: argparse.Namespace, images: dict[str, Path], modalities: Sequence[str]
 ) -> Sequence[Row]:
-    """Find the rows of a manifest or a folder, or make the one of the sample that is named.
+    """Find the rows of a manifest or a folder, or make the row of a single sample.
 
     Raises:
         InputError: a file or folder is missing, empty, or of a modality unknown to the model.
@@ -87,10 +87,10 @@ def find_rows(
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str, Path]]:
-    """Read the command line, and the images it names: modality -> file.
+    """Read the command line, and from it the images: modality -> file.
 
     Raises:
-        InputError: an option is unknown or out of range, or there is not one source of images.
+        InputError: an option is unknown or out of range, or the sources of images are not one.
     """
     parser = SentenceParser(
         prog="python -m mics_fast.predict",

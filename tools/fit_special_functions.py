@@ -1,7 +1,7 @@
-"""Fit the polynomials of special_functions.h and philox.h, where C++ and Triton read them.
+"""Fit the polynomials of special_functions.h and philox.h, for C++ and Triton.
 
-Functions of the gamma family are smooth in t = 1 / a for a >= 1 once their logarithm is taken out,
-so one polynomial on (0, 1] replaces recurrences and asymptotic series (README.md of the evidential
+Functions of the gamma family are smooth in t = 1 / a for a >= 1 once their logarithm is removed, so
+one polynomial on (0, 1] replaces recurrences and asymptotic series (README.md of the evidential
 operator). Each is interpolated in 40 digits at Chebyshev nodes, which is within a few per cent of
 the minimax fit, and then rounded to float32.
 
@@ -24,7 +24,7 @@ mp.mp.dps = 40
 
 
 def h(a: mp.mpf) -> mp.mpf:
-    """lnGamma(a) - (a - 1) digamma(a) + a; what is left of the KL once its large terms cancel."""
+    """lnGamma(a) - (a - 1) digamma(a) + a: the KL after its large terms have cancelled."""
     return mp.loggamma(a) - (a - 1) * mp.digamma(a) + a
 
 
@@ -114,7 +114,7 @@ def float32_error(name: str, coefficients: list[np.float32]) -> float:
 
 
 def main() -> None:
-    """Fit, print the errors, write both files."""
+    """Fit, print the errors, and write both files."""
     table = {name: fit(name) for name in FITS}
     for name, coefficients in table.items():
         print(f"{name:9} degree {FITS[name][3]}  {float32_error(name, coefficients):.1e}")

@@ -2,17 +2,17 @@
 
     python -m tools.gpu [tests] [operators] [training]
 
-Each part ends within ten minutes, needs no other one and can be run alone (``make gpu
+Each part ends within ten minutes, is independent of the others, and can be run alone (``make gpu
 PART=tests``):
 
 - tests: of the operators, their stability over a thousand runs, and a captured step
 - operators: times of our own operators at every size first, then beside their rivals
 - training: the training ladder
 
-Uses the tools that are installed (nvcc, a C++ compiler, CMake, Ninja, pybind11, PyTorch) and writes
-to build/gpu alone. What lacks a package is named and left out. Every step has a limit, after which
-it is killed with all that it started. Results are written as they come to $OUT if it is set, else
-to build/gpu/results; a short table comes last, whatever failed.
+It uses the installed tools (nvcc, a C++ compiler, CMake, Ninja, pybind11, PyTorch) and writes only
+to build/gpu. Steps that lack a package are named and skipped. Every step has a time limit, after
+which it is killed with all its child processes. Results are written as they come, to $OUT or else
+to build/gpu/results; a short table comes last, even after failures.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 SECONDS = 570
-"""For each part; a step gets what the steps before it have left."""
+"""Per part; a step gets the time left by earlier steps."""
 PARTS = ("tests", "operators", "training")
 OPERATORS = ("consistency", "evidential", "shift")
 TRAINER = ("PIL", "rich", "tensorboard")
 """Packages that the ladder imports; without DALI its frames are random."""
 GRACE = 25
-"""Seconds before its limit at which a benchmark begins nothing new."""
+"""Seconds before its limit at which a benchmark starts nothing new."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The end of a step."""
+    """Outcome of a step."""
 
     step: str
     status: Literal["ok", "left out", "failed"]
@@ -57,10 +57,10 @@ class Outcome:
 
 
 class Runner:
-    """Runs the commands of one part within its time.
+    """Runs the commands of one part within its time limit.
 
     Args:
-        seconds: for all of them.
+        seconds: for all commands.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -69,11 +69,11 @@ class Runner:
         self.environment = {**os.environ, "PYTHONPATH": path}
 
     def left(self) -> float:
-        """Seconds until the part has to end."""
+        """Return the seconds until the part must end."""
         return self.end - time.monotonic()
 
     def run(self, step: str, command: list[str], limit: float = SECONDS) -> Outcome:
-        """Run a command within ``limit`` seconds and within the time that is left."""
+        """Run a command within ``limit`` seconds and within the remaining time."""
         limit = min(limit, self.left())
         if limit < 1:
             return Outcome(step, "left out", "no time was left")
@@ -87,7 +87,7 @@ class Runner:
         try:
             status = process.wait(limit)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with the compilers and tests that it started
+            os.killpg(process.pid, signal.SIGKILL)  # including compilers and tests that it started
             process.wait()
             return Outcome(step, "failed", f"stopped after {limit:.0f} s")
         took = f"{time.monotonic() - start:.0f} s"
@@ -97,7 +97,7 @@ class Runner:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts that are asked for; exit status 0 where nothing failed."""
+    """Run the requested parts; exit status 0 if nothing failed."""
     parser = argparse.ArgumentParser(prog="python -m tools.gpu")
     parser.add_argument(
         "parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; default: all"
@@ -132,13 +132,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def steps(part: str, runner: Runner, out: Path) -> Iterator[Outcome]:
-    """The steps of one part. Triton needs no native module: without one they run all the same."""
+    """Yield the outcomes of one part. Triton kernels also run without a native module."""
     yield from build(runner)
     yield from {"tests": tests, "operators": operators, "training": training}[part](runner, out)
 
 
 def build(runner: Runner) -> Iterator[Outcome]:
-    """Copy the package and build its native module there; what is built already stays."""
+    """Copy the package and build its native module there, reusing an earlier build."""
     kernels = BUILD / "kernels"
     for file in kernels.rglob("*.py"):
         file.unlink()
@@ -154,7 +154,7 @@ def build(runner: Runner) -> Iterator[Outcome]:
 
 
 def configure() -> list[str]:
-    """CMake for the GPU that is there, with the module beside the copied package."""
+    """Return the CMake command for this GPU, with the module beside the copied package."""
     import pybind11
 
     return [
@@ -166,9 +166,9 @@ def configure() -> list[str]:
 
 
 def tests(runner: Runner, out: Path) -> Iterator[Outcome]:
-    """The operators' tests and those of a captured step.
+    """Run the operators' tests and those of a captured step.
 
-    Files that import a package which is not installed are left out.
+    Test files that import a package that is not installed are skipped.
     """
     if not installed("pytest"):
         yield Outcome("tests", "left out", "no pytest")
@@ -187,7 +187,7 @@ def tests(runner: Runner, out: Path) -> Iterator[Outcome]:
 
 
 def operators(runner: Runner, out: Path) -> Iterator[Outcome]:
-    """Our operators alone, which need no compilation by torch, then each subject with rivals."""
+    """Benchmark our operators, which torch need not compile, then each subject with rivals."""
     yield benchmark(runner, out, "ours", ["--ours", "--only", *OPERATORS], 150)
     for place, subject in enumerate(OPERATORS):
         share = runner.left() / (len(OPERATORS) - place)
@@ -195,19 +195,19 @@ def operators(runner: Runner, out: Path) -> Iterator[Outcome]:
 
 
 def training(runner: Runner, out: Path) -> Iterator[Outcome]:
-    """The training ladder."""
+    """Run the training ladder."""
     missing = [name for name in TRAINER if not installed(name)]
     if missing:
         yield Outcome("training", "left out", f"no {', '.join(missing)}")
         return
-    # A rung takes longer to build than a case of an operator.
+    # A rung takes longer to build than an operator's case.
     yield benchmark(runner, out, "training", ["--only", "training"], SECONDS, grace=3 * GRACE)
 
 
 def benchmark(
     runner: Runner, out: Path, name: str, options: list[str], limit: float, grace: float = GRACE
 ) -> Outcome:
-    """A quick benchmark, which stores its rows as they come."""
+    """Run a quick benchmark, which stores its rows as they come."""
     limit = min(limit, runner.left())
     command = [sys.executable, "-m", "bench", "--quick", *options]
     command += ["--json", str(out / f"{name}.json"), "--limit", str(max(1, int(limit - grace)))]
@@ -220,13 +220,13 @@ def installed(name: str) -> bool:
 
 
 def needs(file: Path, packages: list[str]) -> bool:
-    """Return True if a file of tests imports one of the packages."""
+    """Return True if a test file imports one of the packages."""
     text = file.read_text()
     return any(f"import {name}" in text or f"from {name}" in text for name in packages)
 
 
 def report(head: str, outcomes: list[Outcome], out: Path) -> None:
-    """Print how each step ended, and the results that there are."""
+    """Print the outcome of each step, and the available results."""
     print(f"\n{head}")
     for outcome in outcomes:
         print(f"{outcome.step:18} {outcome.status}{f', {outcome.detail}' * bool(outcome.detail)}")
@@ -240,7 +240,7 @@ def report(head: str, outcomes: list[Outcome], out: Path) -> None:
 
 
 def print_result(path: Path, subject: str = "") -> bool:
-    """Print our own rows of a result, the best rival beside each; whether there were any."""
+    """Print our own rows of a result, each with its best rival; return True if there are any."""
     if not path.exists():
         return False
     found: list[Row] = json.loads(path.read_text())["rows"]
@@ -260,7 +260,7 @@ def print_result(path: Path, subject: str = "") -> bool:
 
 
 def line_of(row: Row, rows: list[Row]) -> str:
-    """One of our rows: replayed and ordinary call, share of the floor, the fastest rival."""
+    """Format one of our rows: replayed and ordinary call, share of the floor, fastest rival."""
     same = [r for r in rows if (r["operator"], r["shape"]) == (row["operator"], row["shape"])]
     others = [r for r in same if not r["ours"] and r["implementation"] != "copy"]
     best = min(others, key=lambda other: other["median_ms"], default=None)

@@ -1,8 +1,8 @@
 """Write requirements/ci.txt: constraints.txt with the hashes of the wheels that CI may install.
 
-``python -m tools.hash_pins`` asks pip which wheels it would take for each Python that is supported,
-on 64-bit Linux; nothing is installed. torch is left out: its wheel, and so its hash, differs from
-index to index (CPU, CUDA), so CI installs it by a line of its own.
+``python -m tools.hash_pins`` asks pip which wheels it would choose for each supported Python on
+64-bit Linux; nothing is installed. torch is excluded: its wheel, and so its hash, differs between
+indexes (CPU, CUDA), so CI installs it separately.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def chosen_wheels(pins: list[str], python: str) -> list[tuple[str, str]]:
-    """(pin, SHA-256) of the wheel that pip would install for each pin under a Python."""
+    """Return (pin, SHA-256) of the wheel that pip would install for each pin under a Python."""
     with tempfile.TemporaryDirectory() as folder:
         report, wanted = Path(folder) / "report.json", Path(folder) / "pins.txt"
         wanted.write_text("\n".join(pins))
@@ -67,7 +67,7 @@ def chosen_wheels(pins: list[str], python: str) -> list[tuple[str, str]]:
 
 
 def plain(name: str) -> str:
-    """A distribution's name as indexes compare it."""
+    """Normalise a distribution's name as indexes do."""
     return name.lower().replace("_", "-").replace(".", "-")
 
 

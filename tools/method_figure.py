@@ -1,5 +1,7 @@
-"""Draw docs/images/method.svg (``python -m tools.method_figure``): both stages of the method, with
-a pair of the phantom as input."""
+"""Draw docs/images/method.svg, both stages of the method, with a pair of the phantom as input.
+
+Run from the root of the repository: python -m tools.method_figure
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from mics_fast.preparation.phantom import SIDE, render_pair
 FILE = Path(__file__).parents[1] / "docs" / "images" / "method.svg"
 SEED, PAIR = 0, 4  # a bump, visible in both modalities
 WIDTH, HEIGHT = 860, 716
-PATCHES, HIDDEN = 8, 0.75  # per side, and the share that pre-training hides
+PATCHES, HIDDEN = 8, 0.75  # per side; share masked in pre-training
 
 STYLE = """
 text { font-family: system-ui, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif; fill: #1b2a33; }
@@ -39,7 +41,7 @@ def main() -> None:
 
 
 def figure() -> str:
-    """The whole picture as SVG."""
+    """Return the whole picture as SVG."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">'
         "<title>The two stages of MICS: pre-training without labels, fine-tuning with few</title>"
@@ -51,7 +53,7 @@ def figure() -> str:
 
 
 def pretraining() -> list[str]:
-    """The first stage: two frames, encoder and teacher, three losses."""
+    """Draw the first stage: two frames, encoder and teacher, three losses."""
     _, wli, nbi = render_pair(SEED, PAIR)
     return [
         panel(8, 322),
@@ -93,7 +95,7 @@ def pretraining() -> list[str]:
 
 
 def finetuning(top: int) -> list[str]:
-    """The second stage: one opinion per modality, one of the fusion encoder, one fused."""
+    """Draw the second stage: opinions of modalities, fusion encoder and fusion."""
     _, wli, nbi = render_pair(SEED, PAIR)
     return [
         panel(top, HEIGHT - top - 8),
@@ -151,7 +153,7 @@ def text(x: int, y: int, words: str, style: str, anchor: str = "start") -> str:
 
 
 def box(x: int, y: int, width: int, height: int, style: str, name: str, *notes: str) -> str:
-    """A labelled box; a note with an underscore in it is the name of an operator."""
+    """Draw a labelled box; a note with an underscore is the name of an operator."""
     lines = [(name, "name")]
     lines += [(note, "code" if "_" in note else "note") for note in notes]
     first = y + height / 2 - 9.5 * (len(lines) - 1) + 5
@@ -169,7 +171,7 @@ def arrow(x0: int, y0: int, x1: int, y1: int) -> str:
 
 
 def picture(x: int, y: int, frame: np.ndarray, caption: str) -> str:
-    """A frame of the phantom as an embedded JPEG, 96 units wide, with a caption below."""
+    """Draw a frame of the phantom as an embedded JPEG, 96 units wide, with a caption below."""
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "JPEG", quality=85)
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -181,7 +183,7 @@ def picture(x: int, y: int, frame: np.ndarray, caption: str) -> str:
 
 
 def hide_patches(frame: np.ndarray, seed: int) -> np.ndarray:
-    """The frame with the share ``HIDDEN`` of its patches painted grey."""
+    """Paint the share ``HIDDEN`` of a frame's patches grey."""
     side = SIDE // PATCHES
     shown = frame.copy()
     order = np.random.default_rng(seed).permutation(PATCHES**2)

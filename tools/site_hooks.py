@@ -1,9 +1,9 @@
-"""What ``mkdocs.yml`` adds to the pages of docs/: files from elsewhere, and the table of options.
+"""Hooks of ``mkdocs.yml``: include files from outside docs/, and insert the table of options.
 
-A page may hold ``<!-- include: PATH -->``, which the file of that path, relative to the
-repository, replaces, and ``<!-- options -->``, which a table of every option replaces. Links are
-written for a reader of the repository, so those to files outside docs/ are led to the page that
-includes the file, or become plain text.
+``<!-- include: PATH -->`` in a page is replaced by that file, relative to the repository, and
+``<!-- options -->`` by a table of all options. Links are written for readers of the repository, so
+a link to a file outside docs/ is redirected to the page that includes the file, or becomes plain
+text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 OPTIONS = "<!-- options -->"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
-# Files outside docs/ and the pages that include them.
+# Files outside docs/ -> the pages that include them.
 PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
@@ -28,14 +28,14 @@ PAGES = {
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """The text of a page with what it asks for, called by mkdocs."""
+    """Expand the markers of a page; called by mkdocs."""
     place = page.file.src_uri
     markdown = relink(markdown, f"docs/{place}", place)
 
     def include(match: re.Match[str]) -> str:
         text = (ROOT / match[1]).read_text(encoding="utf-8")
         if posixpath.dirname(match[1]):
-            # A derivation: below the page's own heading, whose name it shares.
+            # A derivation becomes a section of the page, whose title it shares.
             text = re.sub(r"^#", "##", text, flags=re.MULTILINE)
             text = re.sub(r"\A## .*", "## Derivation", text)
         return relink(text, match[1], place)
@@ -47,12 +47,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def relink(text: str, source: str, place: str) -> str:
-    """The text with its relative links as they must be on the page at ``place`` below docs/.
+    """Adapt relative links to the page at ``place`` below docs/.
 
     Args:
         text: Markdown.
-        source: the file it is from, relative to the repository.
-        place: the page it is for, relative to docs/.
+        source: the text's file, relative to the repository.
+        place: the page, relative to docs/.
     """
 
     def link(match: re.Match[str]) -> str:
@@ -71,7 +71,7 @@ def relink(text: str, source: str, place: str) -> str:
 
 
 def option_tables() -> str:
-    """A table of the options for each part of the configuration."""
+    """Make a table of options for each part of the configuration."""
     parts: dict[str, list[str]] = {}
     for option in describe():
         meaning = option.text if not option.range else f"{option.text} ({option.range})"

@@ -16,7 +16,7 @@ mp.mp.dps = 40
 
 
 def main() -> None:
-    """One line for each e, from 0 over 1e-6 to 1e12."""
+    """Write one line for each e: 0, then 1e-6 to 1e12."""
     points = [0.0, *np.geomspace(1e-6, 1e12, 91)]
     lines = [
         "// Written by tools/write_truth.py with mpmath, 40 digits.",

@@ -1,4 +1,4 @@
-"""Every option of the trainer, declared once, with its range, unit, default and source.
+"""Options of the trainer, each declared once with its range, unit, default and source.
 
 ``train.py`` holds the options of a run and names the files of its parts. Adding one is a single
 field: ``name: type = option(default, "meaning and unit", source=..., least=..., most=...)``; the

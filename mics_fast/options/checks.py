@@ -1,4 +1,4 @@
-"""Checks that span several options, or an option and what it is used on."""
+"""Checks that span several options, or an option and the data or device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ BATCHES = ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelle
 
 
 def check_config(config: TrainConfig) -> None:
-    """Refuse options that no run can use.
+    """Refuse options that are invalid for any run.
 
     Raises:
-        InputError: names the first option that is out of range or does not go with another.
+        InputError: names the first option that is out of range or conflicts with another.
     """
     check_ranges(config)
     for name in BATCHES:
@@ -34,10 +34,10 @@ def check_config(config: TrainConfig) -> None:
 
 
 def check_modality_options(config: TrainConfig, modalities: Sequence[str]) -> None:
-    """Refuse normalisation of a modality that the run does not have.
+    """Refuse normalisation options for a modality that the run does not have.
 
     Raises:
-        InputError: names it.
+        InputError: names the modality.
     """
     for name in (*config.data.mean, *config.data.std):
         if name not in modalities:
@@ -83,12 +83,12 @@ def check_batches(config: TrainConfig, rows: int) -> None:
 
 
 def check_cuda_graph(config: TrainConfig, device: str, processes: int) -> None:
-    """Refuse to record a step where that is not possible.
+    """Refuse CUDA graphs on a CPU or with several processes.
 
     Args:
         config: the run's options.
         device: "cpu" or "cuda".
-        processes: that train together.
+        processes: number of processes of the run.
 
     Raises:
         InputError: names the option.
@@ -115,12 +115,12 @@ def check_dtype(config: TrainConfig, arithmetic: str) -> None:
 
 
 def check_sharding(config: TrainConfig, arithmetic: str, processes: int) -> None:
-    """Refuse what cannot be done in parts.
+    """Refuse sharding where it is not supported.
 
     Args:
         config: the run's options.
         arithmetic: as for ``check_dtype``.
-        processes: that train together.
+        processes: number of processes of the run.
 
     Raises:
         InputError: names the option.
@@ -132,7 +132,7 @@ def check_sharding(config: TrainConfig, arithmetic: str, processes: int) -> None
     if config.compile != "off" and config.compile_scope == "step":
         raise InputError("option compile_scope is step, wanted blocks with shard_parameters")
     if arithmetic == "fp16":
-        # Each rank's loss scaler would look for overflows among its own gradients alone.
+        # Each rank's loss scaler would check only its own gradients for overflow.
         raise InputError("option precision is fp16, wanted another with shard_parameters")
 
 

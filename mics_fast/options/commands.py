@@ -1,4 +1,4 @@
-"""The command lines of ``train`` and ``experiment``, and the options that a run folder keeps."""
+"""Command lines of ``train`` and ``experiment``, and the options stored in a run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIG = "config.yaml"  # in a run folder
 def parse_train(
     arguments: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[TrainConfig, bool]:
-    """Options of a run from a command line, and whether it asks to resume.
+    """Read the options of a run from a command line, and whether it resumes.
 
     ``--resume`` without ``--config`` starts from the options of the run in ``--out``.
 
@@ -50,10 +50,10 @@ def parse_train(
 def parse_experiment(
     arguments: Sequence[str] | None = None, description: str | None = None
 ) -> tuple[TrainConfig, ExperimentConfig]:
-    """The options of every run of a grid, and the grid.
+    """Read the options shared by all runs of a grid, and those of the grid.
 
     Raises:
-        InputError: an unknown or ill-typed option, one out of range, or one that is missing.
+        InputError: an unknown, ill-typed or missing option, or a value out of range.
         SystemExit: after ``--help`` or ``--print_config``.
     """
     parser = ConfigParser(
@@ -74,10 +74,10 @@ def parse_experiment(
 
 
 def require(config: TrainConfig) -> None:
-    """Refuse to start without a manifest or a place for the results.
+    """Refuse to start without a manifest or a run folder.
 
     Raises:
-        InputError: names what is missing.
+        InputError: names the missing option.
     """
     for name, value in (("--data.manifest", config.data.manifest), ("--out", config.out)):
         if not value:
@@ -85,7 +85,7 @@ def require(config: TrainConfig) -> None:
 
 
 def read_config(file: Path) -> TrainConfig:
-    """The options that a YAML file holds, on the defaults.
+    """Read the options in a YAML file on top of the defaults.
 
     Raises:
         InputError: as ``parse_train``.

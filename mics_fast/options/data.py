@@ -10,7 +10,7 @@ from mics_fast.options.fields import option
 
 @dataclass
 class ColourConfig:
-    """Photometric changes, drawn for each modality on its own."""
+    """Photometric changes, drawn independently for each modality."""
 
     brightness: float = option(0.2, "factor in [1 - x, 1 + x]", least=0, most=1)
     contrast: float = option(0.2, "factor in [1 - x, 1 + x], around mid-grey", least=0, most=1)
@@ -57,7 +57,7 @@ class AugmentConfig:
 class CacheConfig:
     """Decoded frames kept in memory after their first use.
 
-    Kept frames are squares of uint8: an epoch after the first reads and decodes nothing.
+    Cached frames are uint8 squares; after the first epoch nothing is read or decoded.
     """
 
     mode: Literal["none", "host", "device"] = option(
@@ -73,7 +73,7 @@ class CacheConfig:
 
 @dataclass
 class DataConfig:
-    """Where the pairs come from and how their pixels are scaled."""
+    """The manifest, and the scaling of pixels."""
 
     manifest: str = option("", "path of the manifest.csv that `mics-fast prepare` wrote")
     modalities: list[str] | None = option(None, "columns of the manifest to use; null: all of them")

@@ -1,4 +1,4 @@
-"""Options of a grid of runs."""
+"""Options of an experiment: a grid of runs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_experiment(config: ExperimentConfig) -> None:
     """Refuse a grid that cannot be run, naming the option.
 
     Raises:
-        InputError: a list is empty or names something twice, or a number is out of range.
+        InputError: a list is empty or has a duplicate, or a number is out of range.
     """
     check_ranges(config, "experiment.")
     for name in ("seeds", "label_fractions", "label_counts", "variants"):

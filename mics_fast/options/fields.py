@@ -1,4 +1,4 @@
-"""Declare options with range, source and meaning beside the field; check and describe them."""
+"""Declaration of options with range, source and meaning beside the field; checks, descriptions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that an option may take.
+    """The range of a numeric option.
 
     Args:
-        low, high: bounds; infinite: none.
-        open_low, open_high: whether the bound itself is excluded.
+        low, high: bounds; infinite if there is none.
+        open_low, open_high: True if the bound itself is excluded.
     """
 
     low: float = -math.inf
@@ -29,7 +29,7 @@ class Range:
     open_high: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies inside; NaN and what 64 bits cannot count never do."""
+        """Return True for a number in the range; NaN and integers beyond 64 bits never are."""
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
         countable = math.isfinite(value) if isinstance(value, float) else abs(value) < 2**63
@@ -59,18 +59,18 @@ def option(
     below: float | None = None,
     rising: bool = False,
 ) -> Any:
-    """A field of an options dataclass.
+    """Declare a field of an options dataclass.
 
     Args:
-        default: its value where nothing is given.
-        help: what it means, with its unit.
-        factory: makes the default, where that is mutable.
+        default: value if none is given.
+        help: meaning and unit.
+        factory: makes a mutable default.
         source: the work that the default comes from: "paper" (arXiv 2509.17492), "code" (its
             published pre-training code), "ALBEF", "MAE", "TMC", "EDL", "ISDA", "FixMatch";
             "ours": a decision of this project.
-        least, above: lower bound, included or excluded; of each number, where it is a list.
+        least, above: lower bound, included or excluded; for a list, of each number.
         most, below: upper bound, included or excluded.
-        rising: two numbers of which the second may not be the smaller one.
+        rising: for two numbers, the second must not be smaller than the first.
     """
     own = Range(
         low=above if above is not None else -math.inf if least is None else least,
@@ -83,15 +83,15 @@ def option(
 
 
 class Option(NamedTuple):
-    """One option, as documentation and ``--help`` show it.
+    """One option as shown in the documentation and by ``--help``.
 
     Args:
         name: dotted, as on the command line.
         type: in words, such as "int or null".
         default: as YAML reads it.
-        range: in words; "" where any value of the type will do.
+        range: in words; "" if every value of the type is valid.
         source: of the default.
-        text: what it means.
+        text: meaning.
     """
 
     name: str
@@ -103,11 +103,11 @@ class Option(NamedTuple):
 
 
 def describe(options: type | None = None, prefix: str = "") -> list[Option]:
-    """Every option, in the order of declaration.
+    """List all options in the order of declaration.
 
     Args:
         options: a dataclass of options; default: those of ``train``, then those of ``experiment``.
-        prefix: before every name, as in "experiment.".
+        prefix: of every name, as in "experiment.".
     """
     if options is None:
         from mics_fast.options import ExperimentConfig, TrainConfig
@@ -127,7 +127,7 @@ def describe(options: type | None = None, prefix: str = "") -> list[Option]:
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, dataclasses.Field]]:
-    """(dotted name, type, value, field) of every option below a dataclass of options."""
+    """Yield (dotted name, type, value, field) of every option in a nested options dataclass."""
     types_of = get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
@@ -142,10 +142,10 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
     Args:
         config: a dataclass of options.
-        prefix: before every name.
+        prefix: of every name.
 
     Raises:
-        InputError: names the option, its value and what is wanted.
+        InputError: names the option, its value and its range.
     """
     for name, kind, value, field in walk(config, prefix):
         own = field.metadata["range"]
@@ -162,7 +162,7 @@ def check_ranges(config: Any, prefix: str = "") -> None:
 
 
 def numbers_in(value: Any) -> list[float]:
-    """The numbers that a value consists of; none where it is text, a choice or null."""
+    """List the numbers in a value; empty for text, choices and null."""
     if isinstance(value, bool):
         return []
     if isinstance(value, int | float):
@@ -175,7 +175,7 @@ def numbers_in(value: Any) -> list[float]:
 
 
 def range_in_words(kind: Any, about: Any) -> str:
-    """The range of an option; "" where any value of its type will do."""
+    """Describe the range of an option; "" if every value of its type is valid."""
     own: Range = about["range"]
     if own == Range() and not about["rising"]:
         return ""
@@ -185,7 +185,7 @@ def range_in_words(kind: Any, about: Any) -> str:
 
 
 def type_in_words(kind: Any) -> str:
-    """A type as a person would write it, such as "int or null"."""
+    """Describe a type for users, such as "int or null"."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):
         names = [type_in_words(own) for own in inner if own is not type(None)]
@@ -200,7 +200,7 @@ def type_in_words(kind: Any) -> str:
 
 
 def value_in_words(value: Any) -> str:
-    """A default as YAML writes it."""
+    """Write a default as YAML does."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -113,5 +113,5 @@ class FinetuneConfig:
 
 
 def wants_unlabelled(config: FinetuneConfig) -> bool:
-    """Whether any term of the stage reads unlabelled rows."""
+    """Return True if any term of the stage reads unlabelled rows."""
     return config.unlabelled_weight > 0 or config.modality_consistency_weight > 0

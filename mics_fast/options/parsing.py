@@ -1,7 +1,7 @@
-"""Options from a command line and YAML files.
+"""Parsing of options from a command line and YAML files.
 
-A configuration is data: a name that is no field of the dataclasses is refused, values are text
-until the type of their option reads them, and nothing that a file says is imported, opened or run.
+A configuration is only data: an unknown name is refused, values stay text until the type of their
+option converts them, and nothing in a file is imported, opened or executed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mics_fast.options.yaml_file import parse_yaml, read_yaml
 
 @dataclass(frozen=True)
 class Setting:
-    """A value that a file or a command line gives to an option.
+    """A value given to an option by a file or a command line.
 
     Args:
         name: dotted.
@@ -36,7 +36,7 @@ class Setting:
 
 
 class ConfigParser(SentenceParser):
-    """A command line for the fields of dataclasses.
+    """A command-line parser for the fields of dataclasses.
 
     Args:
         parts: prefix of the option names -> dataclass, as in {"": TrainConfig}.
@@ -56,7 +56,7 @@ class ConfigParser(SentenceParser):
             self._add(f"{prefix}." if prefix else "", kind())
 
     def _add(self, prefix: str, config: Any) -> None:
-        """Add the options of a dataclass, in groups by its parts."""
+        """Add the options of a dataclass, grouped by its parts."""
         groups: dict[str, Any] = {}
         for name, kind, default, field in walk(config, prefix):
             self.kinds[name] = kind
@@ -71,24 +71,24 @@ class ConfigParser(SentenceParser):
             )  # fmt: skip
 
     def read(self, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[Setting]]:
-        """The parser's own arguments, and the settings of options in the order given.
+        """Return the parser's own arguments, and the settings of options in the order given.
 
         Raises:
-            InputError: an unknown option, or a file that is no configuration.
+            InputError: an unknown option, or a file that is not a configuration.
         """
         found = self.parse_args(arguments)
         settings = [own for given in found.given for own in self._settings(*given)]
         return found, settings
 
     def configs(self, settings: Sequence[Setting], base: Any = None) -> list[Any]:
-        """The dataclasses of ``parts``, with these settings on their defaults.
+        """Make the dataclasses of ``parts`` from their defaults and the settings.
 
         Args:
-            settings: later ones count.
-            base: instance to start from in place of the first part's defaults.
+            settings: a later one overrides an earlier one.
+            base: instance that replaces the defaults of the first part.
 
         Raises:
-            InputError: a value is not of its option's type.
+            InputError: a value has the wrong type.
         """
         whole = {prefix: kind() for prefix, kind in self.parts.items()}
         if base is not None:
@@ -104,7 +104,7 @@ class ConfigParser(SentenceParser):
         return list(whole.values())
 
     def print_config(self, configs: Sequence[Any]) -> None:
-        """Print options as a YAML file that gives the same ones."""
+        """Print the options as a YAML file that reproduces them."""
         for prefix, config in zip(self.parts, configs, strict=True):
             print(as_yaml({prefix: asdict(config)} if prefix else asdict(config)), end="")
 
@@ -148,7 +148,7 @@ class ConfigParser(SentenceParser):
 
 
 class _Given(argparse.Action):
-    """Keeps an option and its text, in the order of the command line."""
+    """Stores an option and its text, in the order of the command line."""
 
     def __call__(
         self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
@@ -158,12 +158,12 @@ class _Given(argparse.Action):
 
 
 def as_yaml(options: Mapping[str, Any]) -> str:
-    """Options as YAML, which ``read_yaml`` reads."""
+    """Write options as YAML for ``read_yaml``."""
     return yaml.safe_dump(_plain(options), sort_keys=False)
 
 
 def _plain(value: Any) -> Any:
-    """The same with lists for tuples."""
+    """Convert nested tuples to lists."""
     if isinstance(value, Mapping):
         return {name: _plain(own) for name, own in value.items()}
     return [_plain(own) for own in value] if isinstance(value, list | tuple) else value

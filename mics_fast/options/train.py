@@ -1,4 +1,4 @@
-"""Options of one run.
+"""Options of a run.
 
 Defaults are those of ``vit_base`` on real frames; ``configs/`` holds the settings of other runs.
 """
@@ -21,7 +21,7 @@ CompileScope = Literal["blocks", "step"]
 
 @dataclass
 class TrainConfig:
-    """One run."""
+    """Options of one run."""
 
     out: str = option(
         "", "run folder; holds config.yaml, metrics.jsonl, TensorBoard events, checkpoints/"

@@ -1,4 +1,4 @@
-"""Text to typed values: one rule for the command line and for YAML files."""
+"""Conversion of text to typed values, the same for the command line and for YAML files."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
-# As YAML 1.2 and Python write them; int() alone would also take "1_000" and other scripts' digits.
+# As written by YAML 1.2 and Python; int() alone also accepts "1_000" and digits of other scripts.
 _INT = re.compile(r"[-+]?[0-9]{1,19}")
 _FLOAT = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 
 class WrongType(ValueError):
-    """A value that is not of the type of its option."""
+    """A value of the wrong type for its option."""
 
 
 def converted(kind: Any, value: Any) -> Any:
-    """A value of a type.
+    """Convert a value to a type.
 
     Args:
-        kind: of an option: text, number, choice, list, tuple, mapping, or one of these or null.
+        kind: type of the option: text, number, choice, list, tuple, mapping; each may allow null.
         value: text, or a list or mapping of such values.
 
     Raises:
-        WrongType: it is not of that type.
+        WrongType: the value does not fit the type.
     """
     origin, inner = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):

@@ -1,4 +1,4 @@
-"""YAML as plain text, lists and mappings: no tags, aliases, duplicates or guessed types."""
+"""YAML restricted to text, lists and mappings: no tags, aliases, duplicates or guessed types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LARGEST, DEEPEST = 256 * 1024, 16  # bytes; levels of nesting
 
 
 class _Loader(yaml.BaseLoader):
-    """Composes nodes whose scalars are all text, and stops at an alias."""
+    """Composes nodes whose scalars are all text, and refuses aliases."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -32,10 +32,10 @@ class _Loader(yaml.BaseLoader):
 
 
 def read_yaml(file: Path) -> Any:
-    """What a YAML file holds: text, lists and mappings; {} of an empty one.
+    """Read text, lists and mappings from a YAML file; {} for an empty one.
 
     Raises:
-        InputError: it is no small file of plain YAML.
+        InputError: the file is too large, or not plain YAML.
     """
     text = read_small(file, LARGEST)
     try:
@@ -46,14 +46,14 @@ def read_yaml(file: Path) -> Any:
 
 
 def parse_yaml(text: str) -> Any:
-    """The same of some text.
+    """Parse a text as ``read_yaml`` does a file.
 
     Raises:
-        InputError: it is not plain YAML.
+        InputError: the text is not plain YAML.
     """
     loader = None
     try:
-        loader = _Loader(text)  # looks for characters that are no text
+        loader = _Loader(text)  # checks for invalid characters
         node = loader.get_single_node()
         return "" if node is None else _plain(node)
     except yaml.YAMLError as error:

@@ -1,1 +1,1 @@
-"""The HTML report of a run."""
+"""Reporting: the HTML report of a run."""

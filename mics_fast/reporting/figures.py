@@ -1,7 +1,7 @@
-"""Figures as inline SVG: axes with labels and units, readable without colour, with a description.
+"""Figures as inline SVG: labelled axes, readable without colour, with a text alternative.
 
-Every figure is an HTML ``<figure>`` that scales with the page; series differ in colour (Okabe and
-Ito's palette, made for colour-blind readers) and in dash or marker.
+Every figure is an HTML ``<figure>`` that scales with the page. Series differ in colour (Okabe and
+Ito's colour-blind-safe palette) and in dash or marker.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Axis:
     """One axis of a chart.
 
     Args:
-        label: what it shows, with its unit.
-        low, high: the range, low < high.
+        label: quantity and unit.
+        low, high: range, low < high.
     """
 
     label: str
@@ -41,7 +41,7 @@ class Axis:
     high: float
 
     def ticks(self) -> list[float]:
-        """Four to eight round numbers within the range."""
+        """Return four to eight round numbers within the range."""
         step = 10 ** math.floor(math.log10((self.high - self.low) / 4))
         while (self.high - self.low) / step > 8:
             step *= 2.5 if f"{step:e}".startswith("2") else 2
@@ -49,19 +49,19 @@ class Axis:
         return [n * step for n in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
     def x(self, value: float) -> float:
-        """Pixels from the left."""
+        """Convert a value to pixels from the left."""
         share = (value - self.low) / (self.high - self.low)
         return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
 
     def y(self, value: float) -> float:
-        """Pixels from the top."""
+        """Convert a value to pixels from the top."""
         share = (value - self.low) / (self.high - self.low)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: its name and equally many x and y, finite."""
+    """One line: its name, and as many finite x as y."""
 
     name: str
     x: Sequence[float]
@@ -69,7 +69,7 @@ class Series:
 
 
 def spanning(label: str, values: Sequence[float], *, zero: bool = False) -> Axis:
-    """An axis over all values, and over 0 where asked, a little wider than they are."""
+    """Make an axis that spans all values, and 0 if asked, with some margin."""
     low, high = min(values), max(values)
     low = min(low, 0.0) if zero else low
     room = 0.04 * (high - low) or 0.5
@@ -77,11 +77,11 @@ def spanning(label: str, values: Sequence[float], *, zero: bool = False) -> Axis
 
 
 def chart(caption: str, description: str, x: Axis, y: Axis, marks: str, legend: str = "") -> str:
-    """A figure with axes around its marks.
+    """Draw axes around marks.
 
     Args:
-        caption: what a reader should see in it.
-        description: the text alternative, with the figures that matter.
+        caption: the message of the figure.
+        description: text alternative, with the important numbers.
         x, y: the axes.
         marks: SVG.
         legend: HTML.
@@ -119,14 +119,14 @@ def line_chart(
     x: Axis | None = None,
     y: Axis | None = None,
 ) -> str:
-    """Lines over common axes; the description states where each begins and ends."""
+    """Draw lines over common axes; the description states their first and last values."""
     x = x or spanning(x_label, [value for line in series for value in line.x])
     y = y or spanning(y_label, [value for line in series for value in line.y], zero=True)
     marks = "".join(
         f'<path class="line{" dot" if len(line.x) == 1 else ""}" stroke="{PALETTE[k % 8]}" '
         + f'stroke-dasharray="{DASHES[k % 8]}" d="M'
         + "L".join(f"{x.x(a)} {y.y(b)}" for a, b in zip(line.x, line.y, strict=True))
-        + ("h0" if len(line.x) == 1 else "")  # with round ends a dot; alone it is not drawn
+        + ("h0" if len(line.x) == 1 else "")  # a zero-length segment with round ends shows a dot
         + '"/>'
         for k, line in enumerate(series)
     )
@@ -143,7 +143,7 @@ def line_chart(
 
 
 def histogram(caption: str, x_label: str, groups: Mapping[str, Sequence[float]]) -> str:
-    """Shares of each group in 20 bins of [0, 1]: the first filled, the second an outline."""
+    """Draw the shares of each group in 20 bins of [0, 1]: the first filled, others as outlines."""
     shares = {
         name: np.histogram(np.clip(values, 0, 1), bins=20, range=(0, 1))[0] / max(1, len(values))
         for name, values in groups.items()
@@ -169,7 +169,7 @@ def histogram(caption: str, x_label: str, groups: Mapping[str, Sequence[float]])
 
 
 def reliability_diagram(caption: str, confidence: np.ndarray, right: np.ndarray, bins: int) -> str:
-    """Accuracy of each bin of confidence against the diagonal; the number of rows above each."""
+    """Draw the accuracy per confidence bin against the diagonal, with the number of rows."""
     x, y = Axis("confidence (highest probability)", 0, 1), Axis("accuracy in the bin", 0, 1.08)
     place = np.minimum((confidence * bins).astype(int), bins - 1)
     dashed = '<path class="line" stroke="#555" stroke-dasharray="5 4" d="'
@@ -200,7 +200,7 @@ def scatter(
     caption: str, x_label: str, y_label: str, points: np.ndarray, label: np.ndarray,
     names: Sequence[str],
 ) -> str:  # fmt: skip
-    """Points (N, 2), a marker and a colour for each class."""
+    """Draw points (N, 2) with one marker and colour per class."""
     x, y = spanning(x_label, points[:, 0].tolist()), spanning(y_label, points[:, 1].tolist())
     marks = "".join(
         f'<path fill="{PALETTE[k % 8]}" fill-opacity="0.8" d="{MARKERS[k % 8]}" '
@@ -221,7 +221,7 @@ def scatter(
 
 
 def legend_of(keys: Sequence[tuple[str, str]]) -> str:
-    """Names beside their marks, which are SVG in a box of 30 x 12."""
+    """Draw names beside their marks, each an SVG of 30 x 12."""
     entries = "".join(
         f'<li><svg viewBox="0 0 30 12" width="30" height="12" aria-hidden="true">{mark}</svg>'
         f"{escape(name)}</li>"
@@ -231,16 +231,16 @@ def legend_of(keys: Sequence[tuple[str, str]]) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """An HTML table of plain text; the first column names the row."""
+    """Make an HTML table of plain text; the first column names the row."""
     cells = [[f"<td>{escape(cell)}</td>" for cell in row[1:]] for row in rows]
     return _table("", head, [row[0] for row in rows], cells, caption)
 
 
 def confusion_table(counts: Sequence[Sequence[int]], names: Sequence[str], caption: str) -> str:
-    """Counts, shaded by the share of the row; columns are numbered as the rows are."""
+    """Make a table of counts, shaded by their share of the row; columns have the rows' numbers."""
 
     def cell(value: int, share: float) -> str:
-        ink = "#fff" if share > 0.85 else "#111"  # whichever stands out more
+        ink = "#fff" if share > 0.85 else "#111"  # the one with more contrast
         return f'<td style="background:rgba(0,114,178,{share:.2f});color:{ink}">{value}</td>'
 
     cells = [[cell(value, value / max(1, sum(row))) for value in row] for row in counts]
@@ -250,7 +250,7 @@ def confusion_table(counts: Sequence[Sequence[int]], names: Sequence[str], capti
 
 
 def belief_table(views: Mapping[str, Mapping[str, float]], truth: str, caption: str) -> str:
-    """Draw bars of belief: rows are classes and what is uncommitted, columns are opinions."""
+    """Draw bars of belief: one row per class and one for uncertainty, one column per opinion."""
 
     def cell(value: float) -> str:
         bar = f'<span class="bar" style="width:{100 * value:.0f}%"></span>'
@@ -269,7 +269,7 @@ def _table(
     cells: Sequence[Sequence[str]],
     caption: str,
 ) -> str:
-    """A table that scrolls by itself where the page is too narrow; its cells are HTML."""
+    """Make a table of HTML cells that scrolls sideways on narrow pages."""
     top = "".join(f'<th scope="col">{escape(title)}</th>' for title in head)
     body = "".join(
         f'<tr><th scope="row">{escape(name)}</th>{"".join(row)}</tr>'
@@ -283,5 +283,5 @@ def _table(
 
 
 def _rounded(value: float) -> float:
-    """Without the noise of binary steps: 0.30000000000000004 is shown as 0.3."""
+    """Remove the noise of binary fractions, so that 0.30000000000000004 is shown as 0.3."""
     return round(value, 10)

@@ -18,7 +18,7 @@ EXAMPLES = 2
 
 
 def features(subject: Subject) -> str:
-    """Draw what the last head reads, on its two principal components."""
+    """Draw the input of the last head on its two principal components."""
     classifier, rows = subject.assessment.classifier, subject.assessment.rows
     read, opinions = pictures.collect_features(classifier.model, classifier.loader(rows))
     there = opinions.present[:, -1]
@@ -35,7 +35,7 @@ def features(subject: Subject) -> str:
 
 
 def reconstructions(subject: Subject) -> str:
-    """Show images, what the encoder sees of them, and what the decoder predicts."""
+    """Show images, their visible patches, and the decoder's predictions."""
     run, manifest = subject.run, subject.assessment.manifest
     try:
         model = pictures.load_pretrained(run, manifest)
@@ -71,7 +71,7 @@ def reconstructions(subject: Subject) -> str:
 
 
 def attention(subject: Subject) -> str:
-    """Show which patches of which modality move the answer."""
+    """Show the patches of each modality that most affect the answer."""
     model = subject.assessment.classifier.model
     batch = example_batch(subject)
     weight = pictures.saliency(model, batch, SIZES[subject.run.config.model.size].patch)
@@ -103,7 +103,7 @@ def example_batch(subject: Subject) -> PairBatch:
 
 
 def cases(subject: Subject) -> str:
-    """Show the samples that a person should see first."""
+    """Show the samples that are most worth reviewing."""
     fused = subject.assessment.opinions.fused()
     wrong = fused.wrong().nonzero()[:, 0].tolist()
     order = fused.uncertainty.argsort(descending=True, stable=True).tolist()
@@ -120,7 +120,7 @@ def cases(subject: Subject) -> str:
 
 
 def short(name: str) -> str:
-    """Shorten a long id for a heading; the caption below the images holds all of it."""
+    """Shorten a long id for a heading; the caption below the images has it in full."""
     name = printable(name)
     return name if len(name) <= 24 else f"{name[:10]}…{name[-10:]}"
 

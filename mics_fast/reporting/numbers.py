@@ -62,7 +62,7 @@ SCORES = {
 
 
 def summary(subject: Subject) -> str:
-    """Open with a sentence, then a warning and four numbers."""
+    """Begin with a sentence, then show a warning and four numbers."""
     evaluation = subject.evaluation
     fused = evaluation.fused
     facts = "".join(
@@ -90,7 +90,7 @@ def summary(subject: Subject) -> str:
 
 
 def opening(evaluation: Evaluation) -> str:
-    """Say in a sentence how good the answers are, and how good if some are left to a person."""
+    """State in one sentence the accuracy, with and without referral."""
     values = evaluation.fused.values
     sentence = (
         f"Of 100 patients like these the model is right on {100 * values['accuracy']:.0f}; if it "
@@ -130,7 +130,7 @@ def metrics(subject: Subject) -> str:
 
 
 def explanations() -> str:
-    """Explain every measure in a line."""
+    """Explain each measure in one line."""
     lines = "".join(
         f"<dt>{escape(name)}</dt><dd>{escape(meaning)}</dd>" for name, meaning in MEANINGS.items()
     )
@@ -138,7 +138,7 @@ def explanations() -> str:
 
 
 def referral(subject: Subject) -> str:
-    """Show what referral by uncertainty costs and gains, and the stored rule if there is one."""
+    """Show costs and benefits of referral by uncertainty, and the stored rule if there is one."""
     evaluation, fused = subject.evaluation, subject.assessment.predictions()[FUSED]
     rows = []
     ordered = fused.uncertainty.sort().values
@@ -165,7 +165,7 @@ def referral(subject: Subject) -> str:
 
 
 def roc_figure(subject: Subject) -> str:
-    """Draw a ROC curve per class against the rest, of the fused probabilities."""
+    """Draw one-against-rest ROC curves of the fused probabilities, one per class."""
     fused, lines = subject.assessment.predictions()[FUSED], []
     for k, name in enumerate(subject.evaluation.classes):
         truth = fused.label == k
@@ -195,11 +195,11 @@ def curves(subject: Subject) -> str:
 def stage_figures(
     stage: str, lines: Sequence[dict[str, float]], other: Sequence[dict[str, float]]
 ) -> list[str]:
-    """Draw one stage; ``other`` holds the same stage of the other run, or nothing."""
+    """Draw one stage; ``other`` holds the same stage of the other run, or is empty."""
     steps = f"optimiser steps of {stage}"
     terms = [name for name in lines[-1] if name == "loss" or name.startswith("loss_")]
     losses = [series(name.removeprefix("loss_"), lines, name) for name in terms]
-    # A single term of weight 1 is the loss: one line, not two on top of each other.
+    # A single term of weight 1 equals the loss: draw one line, not two on top of each other.
     losses = [own for own in losses[:1] if not any(own.y == x.y for x in losses[1:])] + losses[1:]
     accepting = [line for line in lines if line.get("pseudo_accepted")]
     scores = [
@@ -231,7 +231,7 @@ def series(title: str, lines: Sequence[dict[str, float]], name: str) -> Series:
 
 
 def confusion(subject: Subject) -> str:
-    """Tabulate the counts of the fused answers."""
+    """Show the counts of the fused answers in a table."""
     return section(
         "Confusion matrix",
         figures.confusion_table(
@@ -270,7 +270,7 @@ def certainty(subject: Subject) -> str:
 
 
 def risk_figure(subject: Subject) -> str:
-    """Draw the error rate over the share answered, most certain first, of every opinion."""
+    """Draw each opinion's error rate over the share answered, most certain first."""
     lines = []
     for source, own in subject.assessment.predictions().items():
         if not source.missing:

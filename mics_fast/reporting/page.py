@@ -20,7 +20,7 @@ from mics_fast.reporting.style import STYLE
 
 
 def page(subject: Subject) -> str:
-    """Write the document; the policy in its head forbids every request."""
+    """Write the document; the policy in its head forbids all requests."""
     name = escape(printable(subject.run.folder.resolve().name)) if subject.paths else "a run"
     pictures = (reconstructions(subject), attention(subject)) if subject.frames else ()
     sections = (

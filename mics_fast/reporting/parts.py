@@ -1,4 +1,4 @@
-"""Shared by the sections of the report: their subject, and blocks of HTML."""
+"""Parts shared by all sections of the report: the subject, and blocks of HTML."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from mics_fast.training.run import Run
 
 @dataclass
 class Subject:
-    """The run that the page reports.
+    """The run under report.
 
     Args:
         run: Folder and options.
-        assessment: The run on the test rows.
+        assessment: Opinions of the run on the test rows.
         evaluation: Its metrics.
         rival: The run to compare with, assessed on the same rows; None without one.
         outside: Vacuity of the rows of another distribution, (N,); None without them.
-        paths: Whether names of files and folders are shown.
-        frames: Whether images of samples, and what is drawn over them, are shown.
+        paths: True to show names of files and folders.
+        frames: True to show images of samples and overlays on them.
     """
 
     run: Run
@@ -36,7 +36,7 @@ class Subject:
 
 
 def section(title: str, *parts: str) -> str:
-    """Make a section of a heading and blocks."""
+    """Make a section with a heading."""
     return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
 
 
@@ -46,7 +46,7 @@ def text(*sentences: str) -> str:
 
 
 def grid(*figure: str) -> str:
-    """Place figures side by side where there is room."""
+    """Place figures side by side if there is room."""
     return f'<div class="grid">{"".join(figure)}</div>'
 
 

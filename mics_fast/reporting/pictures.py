@@ -1,4 +1,4 @@
-"""Pictures of what a run sees: frames, reconstructions, where each modality matters, features."""
+"""Pictures for the report: thumbnails, reconstructions, saliency overlays; and features."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _ORANGE = np.array([230, 159, 0], dtype=np.float32)
 
 @dataclass
 class Pictures:
-    """One modality of one sample, each (3, H, W) on a common scale.
+    """Pictures of one modality of one sample, each (3, H, W) on a common scale.
 
     Args:
-        image: as the encoder sees it.
-        masked: hidden patches grey.
-        predicted: hidden patches as the decoder guesses them.
+        image: the encoder's input.
+        masked: masked patches in grey.
+        predicted: masked patches replaced by the decoder's predictions.
     """
 
     image: Tensor
@@ -47,20 +47,20 @@ class Pictures:
 
 
 def thumbnail(file: Path) -> str:
-    """An image file, at most 256 pixels wide or high, as a data URI."""
+    """Encode an image file, at most 256 pixels wide or high, as a data URI."""
     image = Image.fromarray(decode(file))
     image.thumbnail((SIDE, SIDE))
     return _uri(image, "JPEG")
 
 
 def picture(image: Tensor, low: float, high: float) -> str:
-    """(3, H, W) as a data URI; ``low`` becomes black and ``high`` white."""
+    """Encode (3, H, W) as a data URI; ``low`` becomes black and ``high`` white."""
     levels = ((image - low) / max(high - low, 1e-6)).clamp(0, 1)
     return _uri(Image.fromarray((255 * levels).byte().permute(1, 2, 0).cpu().numpy()), "PNG")
 
 
 def overlay(image: Tensor, weight: Tensor) -> str:
-    """(3, H, W) in grey, orange where ``weight`` (rows, columns) is large, as a data URI."""
+    """Encode (3, H, W) in grey, tinted orange by ``weight`` (rows, columns), as a data URI."""
     low, high = image.min(), image.max()
     grey = 255 * ((image - low) / (high - low).clamp(min=1e-6)).mean(0).cpu().numpy()
     share = weight / weight.max().clamp(min=1e-12)
@@ -77,10 +77,10 @@ def _uri(image: Image.Image, kind: str) -> str:
 
 
 def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
-    """The model of the pre-training that a run's fine-tuning started from; None without one.
+    """Load the pre-trained model that a run's fine-tuning started from; None without one.
 
     Raises:
-        InputError: the checkpoint that the run names is gone.
+        InputError: the checkpoint is missing.
     """
     config = run.config
     checkpoint = pretraining_of(run)
@@ -102,17 +102,17 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
 def reconstruct(
     model: PretrainModel, images: Tensor, sample_id: Tensor, mask_ratio: float, stream: int
 ) -> list[Pictures]:
-    """Hide patches and have them guessed, as in training.
+    """Mask patches and reconstruct them, as in training.
 
-    The decoder guesses patches of mean 0 and variance 1; they are shown with the mean and
+    The decoder predicts patches of mean 0 and variance 1; they are shown with the mean and
     variance of the true patch.
 
     Args:
         model: of the first stage.
         images: (B, 3, H, H) of one modality.
-        sample_id: (B,) int64, chooses the masks.
-        mask_ratio: share of patches to hide.
-        stream: the modality's number.
+        sample_id: (B,) int64, determines the masks.
+        mask_ratio: share of masked patches.
+        stream: index of the modality.
     """
     patches = patchify(images, model.patch_size)
     visible, hidden = random_mask((0, 0), sample_id, 0, patches.shape[1], mask_ratio, stream)
@@ -134,13 +134,13 @@ def reconstruct(
 
 
 def saliency(model: Classifier, batch: PairBatch, patch: int) -> dict[str, Tensor]:
-    """How much each patch of each modality moves the answer.
+    """Measure how much each patch of each modality affects the answer.
 
-    The absolute gradient of the logarithm of the largest fused probability with respect to the
-    normalised pixels, summed over channels and averaged over each patch of ``patch`` pixels.
+    The measure is the absolute gradient of the log of the largest fused probability with respect
+    to the normalised pixels, summed over channels and averaged over each patch.
 
     Returns:
-        modality -> (B, rows, columns), 0 where the image is missing.
+        modality -> (B, rows, columns), 0 if the image is missing.
     """
     images = {name: view.clone().requires_grad_() for name, view in batch.views.items()}
     output = model(images, batch.present)
@@ -155,7 +155,7 @@ def saliency(model: Classifier, batch: PairBatch, patch: int) -> dict[str, Tenso
 
 
 def collect_features(model: Classifier, batches: Iterable[PairBatch]) -> tuple[Tensor, Opinions]:
-    """What the last view's head reads, (N, width), beside the opinions; one pass."""
+    """Collect the input of the last head, (N, width), and the opinions in one pass."""
     features: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -170,7 +170,7 @@ def collect_features(model: Classifier, batches: Iterable[PairBatch]) -> tuple[T
 
 
 def principal_components(features: Tensor) -> tuple[Tensor, list[float]]:
-    """The two directions of the largest variance, (N, 2), and their share of all variance."""
+    """Project on the two directions of largest variance, (N, 2); also return their shares."""
     centred = features.double() - features.double().mean(0)
     left, strength, _ = torch.linalg.svd(centred, full_matrices=False)
     share = strength.square() / strength.square().sum().clamp(min=1e-12)

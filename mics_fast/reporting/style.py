@@ -1,4 +1,4 @@
-"""The style sheet of the report: a laptop, a phone and paper."""
+"""The style sheet of the report, for laptop, phone and paper."""
 
 STYLE = """
 :root { color-scheme: light; }
@@ -37,7 +37,7 @@ svg text.small { font-size: 10px; }
 .legend svg { margin-right: 0.4rem; vertical-align: middle; }
 .opening { font-size: 1.25rem; font-weight: 500; }
 dd { margin: 0 0 0.4rem 1rem; }
-/* Shadows at the sides say that a table goes on there. */
+/* Shadows at the sides show that a table can be scrolled. */
 .wide { overflow-x: auto; margin: 0 0 1rem;
   background: linear-gradient(to right, #fff 1rem, #fff0),
     linear-gradient(to left, #fff 1rem, #fff0),

@@ -1,1 +1,1 @@
-"""The compiled GPU kernels against the chips they run on and the roofline model."""
+"""Checks of the compiled GPU kernels against the limits of the chips and the roofline model."""

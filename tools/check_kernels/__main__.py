@@ -1,14 +1,14 @@
 """Compile the GPU kernels for sm_80, 90, 100 and 120, and refuse register spills.
 
-No GPU is needed: Triton makes cubins for any target, and so does nvcc. What else must hold of the
-code (shared memory, tensor cores, registers of asynchronous products, loads of 16 bytes, bytes and
-FLOPs of bench/roofline.py) is asserted kernel by kernel. A short table comes last; --json keeps it
-for docs/performance.md.
+No GPU is needed: Triton and nvcc compile for any target. Further properties of the code (shared
+memory, tensor cores, registers of asynchronous products, 16-byte loads, bytes and FLOPs of
+bench/roofline.py) are asserted kernel by kernel. A short table comes last; --json stores it for
+docs/performance.md.
 
     python -m tools.check_kernels [--only "sm_90 sweep"] [--triton 3.6.0 installed] [--json FILE]
 
---triton names versions, each of which is installed into build/triton-VERSION and compiles all
-kernels; "installed" is the one of this environment.
+--triton lists versions; each is installed into build/triton-VERSION and compiles all kernels.
+"installed" is the version in this environment.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = (80, 90, 100, 120)
 INSTALLED = "installed"
 Table = dict[str, dict[int, Usage]]
-"""Kind of kernel -> chip -> the most that any kernel of the kind uses there."""
+"""Kind of kernel -> chip -> maximum usage of any kernel of the kind."""
 
 
 def main() -> int:
-    """Check with each version of Triton; exit status 1 where one of them failed."""
+    """Check with each version of Triton; exit status 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="keep the short table here")
+    parser.add_argument("--json", type=Path, help="store the short table here")
     parser.add_argument("--only", default="", help="chip and kernel: sm_90 sweep")
     parser.add_argument("--triton", nargs="+", default=[INSTALLED], metavar="VERSION")
     options = parser.parse_args()
@@ -51,7 +51,7 @@ def main() -> int:
 
 
 def check_with(version: str, only: str) -> int:
-    """Check in a process that imports another version of Triton; its exit status."""
+    """Check in a child process with another version of Triton; return its exit status."""
     folder = ROOT / "build" / f"triton-{version}"
     if not folder.exists():
         new = folder.with_suffix(".new")
@@ -69,7 +69,7 @@ def check_with(version: str, only: str) -> int:
 
 
 def check(only: str, kept: Path | None) -> int:
-    """Compile every kernel with this Triton and print what each uses; 1 where one fails."""
+    """Compile every kernel with this Triton and print its usage; return 1 if one fails."""
     rows = [
         (capability, row)
         for capability in CAPABILITIES
@@ -105,7 +105,7 @@ def check(only: str, kept: Path | None) -> int:
 
 
 def measured(check: Check) -> tuple[Usage | None, str]:
-    """Compile, in a process of its own; the usage, or what is wrong with the kernel."""
+    """Compile in a child process; return the usage, or the problem with the kernel."""
     try:
         return check.measure(*check.arguments), ""
     except Exception as error:  # the other kernels are still compiled
@@ -113,7 +113,7 @@ def measured(check: Check) -> tuple[Usage | None, str]:
 
 
 def print_table(table: Table) -> None:
-    """The most that each kind of kernel uses on each chip."""
+    """Print the maximum usage of each kind of kernel on each chip."""
     print("\nMost of each kind:")
     for kind, chips in table.items():
         for capability, usage in chips.items():
@@ -121,12 +121,12 @@ def print_table(table: Table) -> None:
 
 
 def most_of(found: list[Usage]) -> Usage:
-    """The maximum of each number."""
+    """Return the maximum of each number."""
     return Usage(*(max(column) for column in zip(*found, strict=True)))
 
 
 def in_words(usage: Usage) -> str:
-    """A usage with its units."""
+    """Format a usage with units."""
     return (
         f"{usage.registers:4} registers {usage.shared / 1024:6.1f} KB shared "
         f"{usage.stack:4} bytes spilled"

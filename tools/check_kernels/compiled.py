@@ -1,4 +1,4 @@
-"""Compile a GPU kernel without a GPU, and read how much of a chip it uses."""
+"""Compilation of a GPU kernel without a GPU, and its resource usage."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ALIGNED = [["tt.divisibility", 16]]  # as torch's allocator gives addresses
+ALIGNED = [["tt.divisibility", 16]]  # addresses from torch's allocator
 
 
 class Usage(NamedTuple):
-    """Resources that a kernel takes on a chip."""
+    """Resources that a kernel uses on a chip."""
 
     registers: int  # per thread
-    stack: int  # bytes per thread; above 0 where registers spill
+    stack: int  # bytes per thread; above 0 if registers spill
     shared: int  # bytes of shared memory per program
 
 
 class Check(NamedTuple):
     """One kernel in one configuration."""
 
-    kind: str  # of kernel; the short table has the most of each kind
+    kind: str  # of kernel; the short table has the maximum of each kind
     detail: str  # the configuration
-    measure: Callable[..., Usage]  # raises AssertionError where something else is wrong
+    measure: Callable[..., Usage]  # raises AssertionError if another check fails
     arguments: tuple[Any, ...]
 
     @property
@@ -48,9 +48,9 @@ def compile_for(
     """Compile a Triton kernel for a chip (90 for compute capability 9.0).
 
     Args:
-        signature: argument -> Triton's name of its type; "constexpr" where ``constants`` holds it.
+        signature: argument -> Triton's name of its type; "constexpr" if ``constants`` has it.
         constants: argument -> value.
-        aligned: pointers that are multiples of 16: index of the argument, and of its element.
+        aligned: pointers divisible by 16, by index of the argument and of its element.
         options: num_warps, num_stages.
     """
     source = ASTSource(

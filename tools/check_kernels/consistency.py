@@ -13,7 +13,7 @@ from tools.check_kernels.sass import disassembled, overwritten
 
 
 def checks(capability: int) -> list[Check]:
-    """Every width, precision and tile for a chip; for D = 256 also the forward pass alone."""
+    """List every width, precision and tile for a chip; for D = 256 also the forward pass only."""
     rows = []
     for width, precision, has_ids, tile in sweep_tiles(capability):
         for gradient in (True, False) if width == 256 and precision == "half" else (True,):
@@ -24,9 +24,9 @@ def checks(capability: int) -> list[Check]:
 
 
 def sweep_tiles(capability: int) -> list[tuple[int, str, bool, triton_kernels.Tile]]:
-    """Every width, precision, use of ids and tile that the consistency losses run with.
+    """List every width, precision, use of ids and tile that the consistency losses use.
 
-    Half precision, and up to 256 features float32, as TensorFloat-32 and exact.
+    That is half precision, and up to 256 features float32, as TensorFloat-32 and exact.
     """
     cases = []
     for width in (32, 64, 128, 256, 512, 1024):
@@ -47,12 +47,12 @@ def sweep_usage(
     tile: triton_kernels.Tile,
     gradient: bool,
 ) -> Usage:
-    """Usage of the sweep over keys and queues of two views.
+    """Measure the sweep over keys and queues of two modalities.
 
     Raises:
         AssertionError: it does not fit on the chip, does not use tensor cores or asynchronous
-            copies, overwrites registers that a product still reads, does not read keys 16 bytes at
-            a time, or moves or computes other amounts than the roofline model counts.
+            copies, overwrites registers that a product still reads, does not read keys in 16-byte
+            loads, or moves or computes other amounts than the roofline model.
     """
     compiled = compiled_sweep(capability, width, precision, has_ids, tile, gradient)
     code, shared = compiled.asm["ptx"], compiled.metadata.shared
@@ -77,7 +77,7 @@ def compiled_sweep(
     tile: triton_kernels.Tile,
     gradient: bool,
 ) -> Any:
-    """The sweep as a training step calls it, compiled for a chip."""
+    """Compile the sweep for a chip, as called by a training step."""
     kernel = triton_kernels.sweep_kernel
     features = "*bf16" if precision == "half" else "*fp32"
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
@@ -95,7 +95,7 @@ def compiled_sweep(
         signature |= {"key_ids": "*i64", "queue_ids": ("*i64", "*i64")}
     else:
         constants |= {"key_ids": None, "queue_ids": ()}
-    # Addresses are multiples of 16, as torch's allocator gives them.
+    # Addresses from torch's allocator are multiples of 16.
     places: list[tuple[int, ...]] = [(kernel.arg_names.index(n),) for n in ("sums", "pulls")]
     for name in ("students", "teachers", "keys", "queues", "lengths", "queue_ids"):
         index = kernel.arg_names.index(name)
@@ -111,20 +111,20 @@ def check_counts(
 ) -> None:
     """Check a step of either loop, over keys or queue, against the roofline model.
 
-    It reads its keys once and multiplies its queries with them as often as the model counts; for
+    It must read its keys once and multiply them with its queries as often as the model counts, for
     the loss alone half as often.
     """
     found = list(operations(ttir))
     queries = tile.rows // 2
     less, more = (roofline.consistency(queries, width, n, size) for n in (0, tile.keys))
-    # The model's queues and pairs of views are two each, as are the loops here.
+    # The model has two queues and two ordered pairs, and the kernel two loops.
     assert total(found, "load", rank=2, depth=1) == more.bytes - less.bytes, (width, tile)
     wanted = (more.flops - less.flops) // (1 if gradient else 2)
     assert total(found, "dot", depth=1) == wanted, (width, tile, gradient)
 
 
 def join_usage(capability: int) -> Usage:
-    """Usage of the join of 8 splits, D = 256."""
+    """Measure the join of 8 splits, D = 256."""
     kernel = triton_kernels.join_kernel
     signature: dict[str, Any] = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("sums", "pulls", "losses", "gradient", "slopes"), "*fp32")

@@ -1,7 +1,7 @@
-"""Count what a compiled Triton kernel loads, stores and computes.
+"""Counts of the loads, stores and operations of a compiled Triton kernel.
 
-TTIR is the compiler's first form: it holds every load, store and product once, with its shape. The
-body of a loop counts once, so counts are those of one pass.
+TTIR is the compiler's first representation: it has every load, store and product once, with its
+shape. The body of a loop counts once, so counts are per iteration.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class Operation(NamedTuple):
     kind: str  # load, store, dot or float
     shape: tuple[int, ...]  # of the tensor moved or computed
     amount: int  # bytes moved, or FLOPs
-    depth: int  # loops around it
+    depth: int  # number of enclosing loops
 
 
 def operations(ttir: str) -> Iterator[Operation]:
-    """The operations in the order of the code."""
-    ends: list[int] = []  # indentation of the loops that are open
+    """Yield the operations in program order."""
+    ends: list[int] = []  # indentation of the open loops
     for line in ttir.splitlines():
         indent = len(line) - len(line.lstrip())
         while ends and indent <= ends[-1] and line.strip():
@@ -48,16 +48,16 @@ def operations(ttir: str) -> Iterator[Operation]:
 
 
 def sides(shape: str | None) -> tuple[int, ...]:
-    """ "16x256" as numbers; a scalar has none."""
+    """Parse "16x256" to numbers; a scalar has none."""
     return tuple(int(side) for side in shape.split("x")) if shape else ()
 
 
 def total(found: list[Operation], kind: str, *, rank: int = 0, depth: int | None = None) -> int:
-    """Sum of the amounts of operations of a kind.
+    """Sum the amounts of operations of a kind.
 
     Args:
-        rank: least number of dimensions.
-        depth: number of loops around them; None: any.
+        rank: minimum number of dimensions.
+        depth: number of enclosing loops; None: any.
     """
     return sum(
         one.amount
@@ -67,7 +67,7 @@ def total(found: list[Operation], kind: str, *, rank: int = 0, depth: int | None
 
 
 def wide(ptx: str, kind: str) -> int:
-    """Number of 16-byte loads ("ld") or stores ("st") in global memory.
+    """Count 16-byte loads ("ld") or stores ("st") in global memory.
 
     Asynchronous copies count as loads.
     """

@@ -13,11 +13,11 @@ from tools.check_kernels.compiled import Check, Usage, simply_compiled, usage_of
 from tools.check_kernels.counts import operations, total
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
-SHAPES = ((1, 2), (3, 8), (8, 8), (3, 64))  # views, classes; spills are refused up to C = 64
+SHAPES = ((1, 2), (3, 8), (8, 8), (3, 64))  # views, classes; no spills allowed up to C = 64
 
 
 def checks(capability: int) -> list[Check]:
-    """Every kernel for a chip."""
+    """List every kernel for a chip."""
     rows = [
         Check(source.name, "most of all", cuda_usage, (capability, source.name))
         for source in sorted(CSRC.glob("*.cu"))
@@ -25,17 +25,17 @@ def checks(capability: int) -> list[Check]:
     for views, classes in SHAPES:
         detail = f"V={views} C={classes}"
         rows.append(Check("evidential", detail, triton_usage, (capability, views, classes, False)))
-    # Probabilities, in a loop over classes, which Triton 3.6 once could not compile.
+    # Probabilities, in a loop over classes, which Triton 3.6 once failed to compile.
     rows.append(Check("evidential", "V=3 C=300 soft", triton_usage, (capability, 3, 300, True)))
     return rows
 
 
 def triton_usage(capability: int, views: int, classes: int, soft: bool) -> Usage:
-    """Usage of the loss kernel in Triton.
+    """Measure the loss kernel in Triton.
 
     Raises:
-        AssertionError: for labels, it moves or computes other amounts than the roofline model
-            counts; logits are read once more, from the cache, for the gradient.
+        AssertionError: for labels, it moves or computes other amounts than the roofline model;
+            logits may be read once more, from the cache, for the gradient.
     """
     kernel = triton_kernels.evidential_rows_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
@@ -56,14 +56,14 @@ def triton_usage(capability: int, views: int, classes: int, soft: bool) -> Usage
     moved = total(found, "load", rank=3) / 2 + total(found, "store", rank=3) + fused
     assert moved == work.bytes - 8 * rows, (views, classes, moved, work)
     assert fused <= total(found, "store", rank=2) - total(found, "store", rank=3)
-    if classes >= 8:  # below, what a row takes outweighs what its classes take
+    if classes >= 8:  # below, costs per row outweigh costs per class
         ratio = total(found, "float") / work.flops
         assert 1 <= ratio < 4, (views, classes, ratio)
     return usage_of(compiled)
 
 
 def cuda_usage(capability: int, source: str) -> Usage:
-    """Most registers, bytes spilled, and most shared memory of all CUDA kernels of a file."""
+    """Return maximum registers, spilled bytes and maximum shared memory of a file's kernels."""
     with tempfile.TemporaryDirectory() as folder:
         command = ["nvcc", "-std=c++17", "-O3", f"-arch=sm_{capability}", "-Xptxas=-v", "-c"]
         command += [str(CSRC / source), "-o", f"{folder}/kernels.o"]

@@ -1,9 +1,9 @@
-"""The machine code of a compiled kernel: what its asynchronous products read must not change.
+"""Machine code of a compiled kernel: inputs of asynchronous products must not be overwritten.
 
-On sm_90 a product (HGMMA) may take one factor from registers, and reads them after the program has
-gone on. Until the program has waited for it (WARPGROUP.DEPBAR), nothing may write to these
-registers. Compilers have got this wrong; it shows as rare wrong results on a GPU, and here without
-one.
+On sm_90 a product (HGMMA) may take one factor from registers, and reads them while the program
+continues. Until the program has waited for it (WARPGROUP.DEPBAR), nothing may write to these
+registers. Compilers have got this wrong; on a GPU it shows as rare wrong results, and here it can
+be checked without one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ WAIT = re.compile(r"^gsb0, 0x([0-9a-f]+)")
 PREDICATE = re.compile(r"^!?(PT|UPT|U?P\d+)$")
 REGISTER = re.compile(r"^R(\d+)\b")
 FACTOR = 4
-"""Registers of a thread that hold the left factor of a product."""
+"""Number of registers per thread for the left factor of a product."""
 NO_RESULT = (
     "ATOMG", "BAR", "BRA", "BSSY", "BSYNC", "CCTL", "DEPBAR", "DSETP", "ERRBAR", "EXIT", "FCHK",
     "FENCE", "FSETP", "HGMMA", "HSETP2", "ISETP", "LDGDEPBAR", "LDGSTS", "MEMBAR", "NOP", "PLOP3",
     "R2P", "R2UR", "RED", "RET", "ST", "STG", "STL", "STS", "STSM", "SYNCS", "UBLKCP", "UTMALDG",
     "UTMASTG", "WARPGROUP", "WARPSYNC",
 )  # fmt: skip
-"""Instructions whose first operand is not a register that they write at once."""
+"""Instructions whose first operand is not a register written immediately."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Instruction:
     operands: str
 
     def written(self) -> range:
-        """The registers that it writes."""
+        """Return the registers that it writes."""
         name = self.opcode.split(".")[0]
         if name in NO_RESULT:
             return range(0)
@@ -65,7 +65,7 @@ class Instruction:
 
 
 def disassembled(compiled: Any) -> str:
-    """The machine code of a kernel that Triton compiled."""
+    """Return the machine code of a kernel compiled by Triton."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -74,7 +74,7 @@ def disassembled(compiled: Any) -> str:
 
 
 def parsed(code: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions, and the place of each label among them."""
+    """Parse the instructions, and the position of each label among them."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     for line in code.splitlines():
@@ -87,7 +87,7 @@ def parsed(code: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(instructions: list[Instruction], labels: dict[str, int]) -> Iterator[range]:
-    """The body of each loop: from a label to the branch that goes back to it."""
+    """Yield the body of each loop: from a label to the branch back to it."""
     for place, instruction in enumerate(instructions):
         if instruction.opcode.split(".")[0] == "BRA":
             target = re.search(r"\.L_x_\w+", instruction.operands)
@@ -96,7 +96,7 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> Iterator[r
 
 
 def products_from_registers(code: str) -> int:
-    """Number of products that take a factor from registers."""
+    """Count the products that take a factor from registers."""
     instructions, _ = parsed(code)
     return sum(
         one.opcode.startswith("HGMMA") and PRODUCT.match(one.operands) is not None
@@ -105,10 +105,10 @@ def products_from_registers(code: str) -> int:
 
 
 def overwritten(code: str) -> list[str]:
-    """Instructions that write to a register which an asynchronous product may still read.
+    """List instructions that write to a register still read by an asynchronous product.
 
-    The code is followed from its beginning to its end, and every loop twice, so that a product at
-    the end of a pass is still open at the beginning of the next one.
+    The code is followed from beginning to end, with every loop twice, so that a product at the end
+    of an iteration is still open at the beginning of the next one.
     """
     instructions, labels = parsed(code)
     paths = [list(range(len(instructions)))]
@@ -120,8 +120,8 @@ def overwritten(code: str) -> list[str]:
 
 
 def clobbers(instructions: list[Instruction], path: list[int]) -> Iterator[int]:
-    """Places on a path that write to a register of a product that has not been waited for."""
-    groups: list[set[int]] = [set()]  # of products, each group closed by the one that names gsb0
+    """Yield positions on a path that write to a register of an unfinished product."""
+    groups: list[set[int]] = [set()]  # of products; an instruction with gsb0 closes a group
     for place in path:
         one = instructions[place]
         if one.opcode.startswith("HGMMA"):

@@ -9,7 +9,7 @@ from tools.check_kernels.counts import operations, total, wide
 
 
 def checks(capability: int) -> list[Check]:
-    """Every kernel for a chip."""
+    """List every kernel for a chip."""
     rows = [Check("merge of moments", "", merge_usage, (capability,))]
     for dtype in ("bf16", "fp32"):
         for soft in (False, True):
@@ -29,11 +29,11 @@ def checks(capability: int) -> list[Check]:
 
 
 def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Usage of the shift, D = 768.
+    """Measure the shift, D = 768.
 
     Raises:
-        AssertionError: it does not move features 16 bytes at a time, or moves or computes other
-            amounts than the roofline model counts.
+        AssertionError: it does not move features in 16-byte accesses, or moves or computes other
+            amounts than the roofline model.
     """
     kernel = shift_kernels.shift_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
@@ -51,10 +51,10 @@ def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
 
 
 def check_shift_counts(ttir: str, elements: int, dtype: str) -> None:
-    """Check a program of so many features against the roofline model.
+    """Check a program that handles ``elements`` features against the roofline model.
 
-    It reads and writes each feature once, and reads its deviation from a table that stays in the
-    cache. Its FLOPs are at least the model's, and less than twice as many.
+    It must read and write each feature once, and read its deviation from a table that stays in the
+    cache. Its FLOPs must be at least the model's, and less than twice as many.
     """
     size = 2 if dtype == "bf16" else 4
     more, less = (roofline.shift(batch, 768, 8, size) for batch in (2, 1))
@@ -66,7 +66,7 @@ def check_shift_counts(ttir: str, elements: int, dtype: str) -> None:
 
 
 def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Usage of the shift along 64 directions."""
+    """Measure the shift along 64 directions."""
     kernel = shift_kernels.combine_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "moved": f"*{dtype}", "directions": "*fp32"}
@@ -78,7 +78,7 @@ def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
 
 
 def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
-    """Usage of the moments of 8 classes, D = 768.
+    """Measure the moments of 8 classes, D = 768.
 
     Raises:
         AssertionError: it reads its features more than once.
@@ -100,7 +100,7 @@ def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
 
 
 def merge_usage(capability: int) -> Usage:
-    """Usage of the merge of 64 segments."""
+    """Measure the merge of 64 segments."""
     kernel = shift_kernels.merge_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= dict.fromkeys(("counts", "means", "m2s", "count"), "*fp64")
@@ -110,7 +110,7 @@ def merge_usage(capability: int) -> Usage:
 
 
 def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:
-    """Usage of the shifted cross-entropy."""
+    """Measure the shifted cross-entropy."""
     kernel = shift_kernels.losses_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"logits": f"*{dtype}", "gradient": f"*{dtype}", "target": "*i64"}
