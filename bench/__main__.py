@@ -1,12 +1,11 @@
-"""Measure, print a table, store it as JSON.
+"""Measure, print a table, and store it as JSON.
 
     python -m bench --quick | --full [--only SUBJECT ...] [--compare BASE.json] [--threads N]
 
-Results go to bench/results/<device>/<date>-<commit>.json. Those of --quick go to ...-quick.json,
-which git ignores and no table shows. They are written row by row, so that a run that is stopped
-keeps what it has measured. --compare fails where an operator lost ground (publish/compare.py). An
-implementation that is wrong or raises an error is not timed; the others are, and the exit status
-is 1.
+Results go to bench/results/<device>/<date>-<commit>.json, those of --quick to ...-quick.json, which
+git ignores and no table shows. They are written row by row, so a run that is stopped keeps its
+rows. --compare fails if an operator lost ground (publish/compare.py). An implementation that is
+wrong or raises an error is not timed; the others are, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ SUBJECTS = (*OPERATORS, "pipeline", "training", "host")
 
 @dataclass(frozen=True)
 class Request:
-    """Options of this command alone.
+    """Options of this command only.
 
     Attributes:
         only: subjects.
-        ours: leave the rivals out.
-        compare: a stored result that no operator may fall behind.
-        json: where to store the result; None: in bench/results.
+        ours: skip the rivals.
+        compare: a stored result to compare with; no operator may be slower.
+        json: file for the result; None: in bench/results.
     """
 
     only: list[str]
@@ -55,7 +54,7 @@ class Request:
 
 
 def main() -> int:
-    """Run what is asked for; exit status 1 where something failed or lost ground."""
+    """Run the requested subjects; exit status 1 if something failed or lost ground."""
     options, request = parse()
     torch.set_num_threads(options.threads)
     facts = machine(options.device, "full" if options.full else "quick")
@@ -81,20 +80,20 @@ def main() -> int:
 
 
 def store(path: Path, facts: Machine, peaks: dict[str, StoredPeaks], rows: list[Row]) -> None:
-    """Write a result under a temporary name, then rename it."""
+    """Write a result atomically."""
     new = path.with_suffix(".new")
     new.write_text(json.dumps({"machine": facts, "peaks": peaks, "rows": rows}, indent=1) + "\n")
     new.replace(path)
 
 
 def parse() -> tuple[Options, Request]:
-    """The command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
     length = parser.add_mutually_exclusive_group(required=True)
     length.add_argument("--quick", action="store_true", help="1 s per case, no memory on a CPU")
     length.add_argument("--full", action="store_true", help="10 s per case")
     parser.add_argument("--only", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
-    parser.add_argument("--ours", action="store_true", help="operators: leave the rivals out")
+    parser.add_argument("--ours", action="store_true", help="operators: skip the rivals")
     parser.add_argument("--compare", type=Path, metavar="BASE.json", help="fail where slower")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -119,7 +118,7 @@ def parse() -> tuple[Options, Request]:
 
 
 def path_of(facts: Machine) -> Path:
-    """The file that a result is stored in."""
+    """Return the file for a result."""
     suffix = "-quick" if facts["mode"] == "quick" else ""
     folder = ROOT / "bench" / "results" / slug(facts["device"])
     return folder / f"{facts['date']}-{facts['commit']}{suffix}.json"
@@ -128,11 +127,11 @@ def path_of(facts: Machine) -> Path:
 def measured(
     subject: str, options: Options, ours: bool, peaks: dict[str, StoredPeaks]
 ) -> Iterator[Row]:
-    """Rows of a subject, or one that says why there are none.
+    """Yield the rows of a subject, or one with the reason why there are none.
 
     Args:
-        ours: leave the rivals of the operators out.
-        peaks: gets those of each number of threads, for streams that no cache holds.
+        ours: skip the rivals of the operators.
+        peaks: filled with the peaks per number of threads, for streams larger than any cache.
     """
     try:
         module = importlib.import_module(f"bench.{subject}")
@@ -153,7 +152,7 @@ def measured(
 def rows_of_operators(
     subject: str, cases: list[Case], options: Options, ours: bool, peaks: dict[str, StoredPeaks]
 ) -> Iterator[Row]:
-    """The rows of every case; one row for a case that fails or that no time is left for."""
+    """Yield the rows of every case; one row for a case that fails or for which no time is left."""
     for case in cases:
         threads = case.threads or options.threads
         torch.set_num_threads(threads)
@@ -175,7 +174,7 @@ def rows_of_operators(
 
 
 def stored_peaks(peaks: Peaks) -> StoredPeaks:
-    """Peaks as they are stored."""
+    """Convert peaks for storage."""
     return {
         "bytes": peaks.bytes,
         "matrix_flops": peaks.matrix_flops,
@@ -188,7 +187,7 @@ def stored_peaks(peaks: Peaks) -> StoredPeaks:
 def rows_of_case(
     subject: str, case: Case, options: Options, ours: bool, label: Row
 ) -> Iterator[Row]:
-    """One row per implementation; last, those that cannot run here or failed, with the reason."""
+    """Yield one row per implementation; last, those that cannot run here or failed, and why."""
     torch._dynamo.reset()
     device = options.device
     rivals = checked(only_ours(case) if ours else case, device)
@@ -207,7 +206,7 @@ def rows_of_case(
 
 
 def only_ours(case: Case) -> Case:
-    """The case without its rivals."""
+    """Remove the rivals of a case."""
 
     def make(device: torch.device, tiny: bool) -> Rivals:
         rivals = case.make(device, tiny)
@@ -218,7 +217,7 @@ def only_ours(case: Case) -> Case:
 
 
 def absent(label: Row, reason: str, *, failed: bool = False) -> Row:
-    """A row that says why it has no figures; printed."""
+    """Make and print a row that states why it has no figures."""
     what = f"{label['operator']:26} {label['shape']:18} {label['implementation']:20}"
     print(f"{what} {'FAILED' if failed else 'not measured'} ({reason})", flush=True)
     row = label | {"absent": reason}
@@ -226,7 +225,7 @@ def absent(label: Row, reason: str, *, failed: bool = False) -> Row:
 
 
 def print_table(rows: list[Row]) -> None:
-    """Medians and percentiles (of a call, step or pair), ratios, shares of the floor, memory."""
+    """Print medians and percentiles (per call, step or pair), ratios, floors and memory."""
     timed = [row for row in rows if "median_ms" in row]
     if timed:
         head = f"{'median':>9} {'p20':>9} {'p80':>9}  {'times':>6} {'floor':>6} {'memory':>8}"

@@ -1,4 +1,4 @@
-"""A case: an operator on inputs of one size, and the implementations that are compared on them."""
+"""A case: an operator on inputs of one size, and its implementations to compare."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Rival:
     """One implementation.
 
     Attributes:
-        step: one call on inputs that stay where they are; repeated calls are timed.
-        check: takes the result of ``step``; raises AssertionError where it is wrong.
-        call: one call as a user makes it, on the inputs that ``Rivals.fresh`` gives.
-        ours: whether it is this project's.
-        compiled: whether torch.compile makes it: the first call takes long, and no CUDA graph can
+        step: one call on fixed inputs; repeated calls are timed.
+        check: takes the result of ``step``; raises AssertionError if it is wrong.
+        call: one call as users make it, on inputs from ``Rivals.fresh``.
+        ours: True for this project's implementations.
+        compiled: True if torch.compile makes it: the first call is slow, and no CUDA graph can
             capture its backward pass.
-        waits: whether a call waits for the GPU, so that no CUDA graph can capture it.
+        waits: True if a call waits for the GPU, so that no CUDA graph can capture it.
     """
 
     step: Step
@@ -41,11 +41,11 @@ class Rivals:
     """The implementations of a case, on the same inputs.
 
     Attributes:
-        fresh: new inputs for ``Rival.call``, made by operators of torch, as a network's layers
-            make them; they want gradients where the case takes them.
+        fresh: makes new inputs for ``Rival.call`` by torch operators, as a network's layers would;
+            they require gradients if the case has any.
         found: implementation -> how to call it.
         absent: implementation -> why it cannot run here.
-        failed: implementation -> what was wrong with its result, or the error it raised.
+        failed: implementation -> the error in its result, or the one it raised.
     """
 
     fresh: Callable[[], Any]
@@ -59,13 +59,13 @@ class Case:
     """An operator on inputs of one size.
 
     Attributes:
-        operator: what is measured.
+        operator: name of the operator.
         shape: the size, in words.
-        work: bytes and FLOPs that cannot be avoided.
-        make: (device, tiny) -> implementations on new inputs, the same ones at every call;
-            ``tiny`` asks for the smallest inputs of this kind.
+        work: unavoidable bytes and FLOPs.
+        make: (device, tiny) -> implementations on new inputs, equal for every call; ``tiny``
+            requests the smallest inputs of this kind.
         batch: rows, for plots.
-        threads: CPU threads; None: as many as the command line says.
+        threads: CPU threads; None: as on the command line.
     """
 
     operator: str
@@ -77,7 +77,7 @@ class Case:
 
 
 def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """This project's implementations of an operator that can run here, and why the others cannot.
+    """Return this project's backends for an operator that run here, and why others do not.
 
     Args:
         operator: folder of mics_kernels.
@@ -94,7 +94,7 @@ def own_backends(operator: str, device: torch.device) -> tuple[list[str], dict[s
 
 
 def checked(case: Case, device: torch.device) -> Rivals:
-    """The case's implementations whose result is right; ``failed`` says why others are left out."""
+    """Return the case's correct implementations; ``failed`` explains the others."""
     rivals = case.make(device, False)
     right: dict[str, Rival] = {}
     failed = {}
@@ -110,7 +110,7 @@ def checked(case: Case, device: torch.device) -> Rivals:
 
 
 def in_a_line(error: BaseException) -> str:
-    """The type and first line of an error."""
+    """Return the type and first line of an error."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 

@@ -1,20 +1,20 @@
 """Consistency losses: loss and gradient, D = 256, a queue of 65,536.
 
-`multimodal_consistency_loss` of two modalities is compared with the published ALBEF lines (queue in
-columns, cloned and concatenated at every step), with torch.compile of them, with the same loss in
-chunks of keys that are recomputed in the backward pass, and with the same loss written over
+`multimodal_consistency_loss` of two modalities is compared with the published ALBEF code (queue in
+columns, cloned and concatenated at every step), with torch.compile of it, with the same loss in
+chunks of keys that are recomputed in the backward pass, and with the same loss written with
 scaled_dot_product_attention (V = K).
 
-With hard targets (alpha = 0) and one direction the loss is a cross-entropy over keys, which public
-kernels compute, from queries divided by the temperature in bfloat16 (ours divides the scores, in
-float32). They need a GPU, and are measured where they are installed:
+With hard targets (alpha = 0) and one direction the loss is a cross-entropy over keys. Public
+kernels compute it from queries divided by the temperature in bfloat16 (ours divides the scores, in
+float32). They need a GPU, and are measured if installed:
 
 - Liger-Kernel (as of 0.8.2): fused linear cross-entropy with the keys as classifier, whose
-  gradient is not computed. Scores are rounded to bfloat16. It works on as many rows at a time as
-  keep a block of scores the size of the queries: a few, for this many keys.
+  gradient is not computed. Scores are rounded to bfloat16. It processes only as many rows at once
+  as keep a block of scores the size of the queries: few, for this many keys.
 - cut-cross-entropy (25.1.1 to 25.6.4): the same without a block of scores, as "cce_exact". Its
-  default skips blocks of scores whose probabilities are all below 2^-12 in the backward pass, which
-  gives another gradient.
+  default skips blocks whose probabilities are all below 2^-12 in the backward pass, which changes
+  the gradient.
 - Inf-CL (1.2): one contrastive loss per row, averaged here. It converts queries and keys to
   float32, multiplies in TF32, and always computes the keys' gradient: two of its five products.
 """
@@ -37,7 +37,7 @@ from bench.case import Case, Rival, Rivals, close, in_a_line, own_backends
 from mics_kernels import consistency_loss, multimodal_consistency_loss
 
 DIM, QUEUE, TEMPERATURE, ALPHA, CHUNK = 256, 65536, 0.07, 0.4, 8192
-BATCHES = {"cpu": (8, 64, 256), "cuda": (1024, 256, 8, 64)}  # on a GPU, time may run out
+BATCHES = {"cpu": (8, 64, 256), "cuda": (1024, 256, 8, 64)}  # most important first on a GPU
 PUBLIC = (
     ("Liger-Kernel", "liger_kernel"),
     ("cut-cross-entropy", "cut_cross_entropy"),
@@ -50,7 +50,7 @@ Loss = Callable[[list[Tensor], list[Tensor], list[Tensor]], Tensor]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """The loss of two modalities at every batch size, and that of one direction at the largest."""
+    """List the loss of two modalities at every batch size, and of one direction at the largest."""
     batches = BATCHES[device.type]
     size = dtype_on(device).itemsize
     soft = [
@@ -67,19 +67,19 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def dtype_on(device: torch.device) -> torch.dtype:
-    """The dtype of the inputs."""
+    """Return the dtype of the inputs."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def ours(backend: str) -> Loss:
-    """The operator itself."""
+    """Wrap the operator itself."""
     return lambda features, teachers, queues: multimodal_consistency_loss(
         features, teachers, queues, temperature=TEMPERATURE, alpha=ALPHA, backend=backend
     )
 
 
 def both_directions(one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Loss:
-    """Mean of ``one(query, teacher, keys, queue)`` over the two ordered pairs."""
+    """Average ``one(query, teacher, keys, queue)`` over the two ordered pairs."""
 
     def loss(features: list[Tensor], teachers: list[Tensor], queues: list[Tensor]) -> Tensor:
         first = one(features[0], teachers[0], teachers[1], queues[1])
@@ -89,7 +89,7 @@ def both_directions(one: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> 
 
 
 def chunked(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """Chunks of keys, recomputed in the backward pass: memory does not grow with the queue."""
+    """Process keys in chunks, recomputed in the backward pass, so that memory is bounded."""
 
     def part(query: Tensor, chunk: Tensor, log_soft: Tensor) -> tuple[Tensor, Tensor]:
         logits = query @ chunk.T / TEMPERATURE
@@ -111,7 +111,7 @@ def chunked(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tens
 
 
 def attention(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Tensor:
-    """A value whose gradient is that of the loss, by attention with V = K.
+    """Compute a value with the gradient of the loss, by attention with V = K.
 
     scaled_dot_product_attention returns no log-sum-exp, so the value itself is not the loss.
     """
@@ -127,7 +127,7 @@ def attention(query: Tensor, teacher: Tensor, keys: Tensor, queue: Tensor) -> Te
 def inputs(
     batch: int, device: torch.device, queue: int
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Features that want gradients and teachers, (B, D), and queues, (Q, D): unit vectors."""
+    """Draw unit vectors: features (B, D) that require gradients, teachers, and queues (Q, D)."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> Tensor:
@@ -139,17 +139,17 @@ def inputs(
 
 
 def gradients(loss: Tensor, wanted: list[Tensor]) -> tuple[Tensor, ...]:
-    """The loss and its gradients."""
+    """Compute the loss and its gradients."""
     return loss.detach(), *torch.autograd.grad(loss, wanted)
 
 
 def fresh(features: list[Tensor]) -> list[Tensor]:
-    """New features that want gradients."""
+    """Copy features to new leaves that require gradients."""
     return [(one.detach() * 1.0).requires_grad_() for one in features]
 
 
 def rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
-    """Implementations on the same inputs; the published code has its queues in columns."""
+    """Make implementations on the same inputs; the published code has its queues in columns."""
     features, teachers, queues = inputs(1 if tiny else batch, device, 1 if tiny else QUEUE)
     columns = [queue.T.contiguous() for queue in queues]
     published = both_directions(partial(albef, temperature=TEMPERATURE, alpha=ALPHA))
@@ -180,12 +180,12 @@ def rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
 
 
 def tolerance_on(device: torch.device) -> float:
-    """Allowed difference of loss and gradient from float32, as a share of the largest element."""
+    """Return the allowed difference of loss and gradient, relative to the largest element."""
     return 5e-2 if dtype_on(device) == torch.bfloat16 else 1e-4
 
 
 def hard_rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
-    """alpha = 0, one direction: cross-entropy over [keys, queue] with class i for query i."""
+    """Make implementations for alpha = 0, one direction: class i of [keys, queue] for query i."""
     features, teachers, queues = inputs(1 if tiny else batch, device, 1 if tiny else QUEUE)
     query, keys, queue = features[0], teachers[1], queues[1]
     pool = torch.cat([keys, queue])
@@ -224,9 +224,9 @@ def hard_rivals(batch: int, device: torch.device, tiny: bool) -> Rivals:
 def public_kernels(
     device: torch.device, query: Tensor, pool: Tensor, target: Tensor, true: tuple[Tensor, ...]
 ) -> tuple[dict[str, Callable[[Tensor], Tensor]], dict[str, str]]:
-    """Others' kernels for the cross-entropy of query . pool / T, and why some cannot be measured.
+    """Wrap others' kernels for the cross-entropy of query . pool / T; say why some are absent.
 
-    One whose loss and gradient are not the ``true`` ones counts as absent, not as a failure of this
+    A kernel whose loss or gradient differs from ``true`` counts as absent, not as a failure of this
     benchmark.
     """
 

@@ -1,7 +1,7 @@
-"""Evidential operators: loss (or fusion) and gradient.
+"""Evidential operators: loss or fusion, with gradient.
 
-The reference computes in float64 inside. "textbook" is the published formula in float32, as a user
-would have written it: cheaper, and less exact.
+The reference computes in float64. "textbook" is the published formula in float32, as a user would
+write it: cheaper and less accurate.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Every operator at every size."""
+    """List every operator at every size."""
     return [
         Case(
             operator,
@@ -44,7 +44,7 @@ def cases(device: torch.device) -> list[Case]:
 
 
 def textbook_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Softplus, Dempster's rule in closed form and the published loss, in float32 throughout."""
+    """Compute softplus, Dempster's rule in closed form and the published loss in float32."""
     evidence = torch.nn.functional.softplus(logits)
     classes = logits.shape[2]
     fused = classes * (torch.prod(1.0 + evidence / classes, dim=1) - 1.0)
@@ -62,7 +62,7 @@ def textbook_loss(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def loss_of(operator: str, backend: str) -> Loss:
-    """The operator itself."""
+    """Wrap the operator itself."""
     if operator == "fuse_evidence":
         return lambda x, y: fuse_evidence(x, backend=backend).mean()
     if operator == "evidential_loss":
@@ -71,7 +71,7 @@ def loss_of(operator: str, backend: str) -> Loss:
 
 
 def rivals(operator: str, shape: tuple[int, int, int], device: torch.device, tiny: bool) -> Rivals:
-    """Implementations on the same inputs; a step gives loss and gradient."""
+    """Make implementations on the same inputs; a step computes loss and gradient."""
     values, target = inputs(operator, shape, device, tiny)
 
     def rival(loss: Loss, tolerance: float = EXACT, **about: bool) -> Rival:
@@ -101,7 +101,7 @@ def rivals(operator: str, shape: tuple[int, int, int], device: torch.device, tin
 def inputs(
     operator: str, shape: tuple[int, int, int], device: torch.device, tiny: bool
 ) -> tuple[Tensor, Tensor]:
-    """Logits for the fusion loss, evidence for the others, (B, V, C); labels (B,)."""
+    """Draw logits for the fusion loss, evidence for the others, (B, V, C); labels (B,)."""
     generator = torch.Generator().manual_seed(0)
     batch, views, classes = (1 if tiny else shape[0]), *shape[1:]
     values = torch.randn(batch, views, classes, generator=generator)

@@ -1,9 +1,9 @@
 """Time of the host and launches per call on a GPU, measured without one (bench/stub).
 
 Everything up to a launch is real: argument checks, dispatch, autograd, allocation (of CPU memory),
-Triton's launcher. "us" is the time that one thread takes per call; a GPU that is faster than this
-waits. "Launches" counts our kernels, "torch kernels" the operators of torch beside them that would
-launch one. Measure on a quiet machine.
+Triton's launcher. "us" is the time per call on one thread; a faster GPU waits for it. "Launches"
+counts our kernels, "torch kernels" the torch operators beside them that would launch one. Measure
+on a quiet machine.
 
     python -m bench --full --only host
 """
@@ -49,14 +49,14 @@ NONE_ITSELF = frozenset(
         "unsqueeze", "unsqueeze_", "view", "view_as", "zeros", "zeros_like",
     )
 )  # fmt: skip
-"""Operators of torch that launch no kernel of their own; those that they call may."""
+"""torch operators that launch no kernel themselves; operators that they call may."""
 
 
 class Call(NamedTuple):
     """A call of an operator.
 
     Args:
-        operator, shape: what is called on which inputs.
+        operator, shape: the operator and its inputs.
         passes: forward, or forward and backward.
         run: the call.
     """
@@ -68,14 +68,14 @@ class Call(NamedTuple):
 
 
 def calls() -> Iterator[Call]:
-    """Every operator, forward and, where it has gradients, backward."""
+    """Yield every operator, forward and, if it has gradients, backward."""
     yield from consistency_calls()
     yield from evidential_calls()
     yield from shift_calls()
 
 
 def both(operator: str, shape: str, loss: Callable[[], Tensor], leaves: list[Tensor]) -> list[Call]:
-    """A loss alone, without gradients, and with them."""
+    """Make calls of a loss without and with gradients."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -91,7 +91,7 @@ def both(operator: str, shape: str, loss: Callable[[], Tensor], leaves: list[Ten
 
 
 def consistency_calls(batch: int = 8, dim: int = 256, queue: int = 4096) -> Iterator[Call]:
-    """With a full queue and no ids, and with all that pre-training passes."""
+    """Yield calls with a full queue and no ids, and with all arguments of pre-training."""
 
     def unit(rows: int) -> Tensor:
         return torch.nn.functional.normalize(torch.randn(rows, dim), dim=1).bfloat16()
@@ -114,7 +114,7 @@ def consistency_calls(batch: int = 8, dim: int = 256, queue: int = 4096) -> Iter
 
 
 def evidential_calls(rows: int = 64, views: int = 3, classes: int = 8) -> Iterator[Call]:
-    """Fusion loss, loss and fusion of one size."""
+    """Yield fusion loss, loss and fusion of one size."""
     logits = torch.randn(rows, views, classes).requires_grad_()
     evidence = torch.rand(rows, views, classes).requires_grad_()
     target, shape = torch.arange(rows) % classes, f"{rows} x {views} x {classes}"
@@ -133,7 +133,7 @@ def evidential_calls(rows: int = 64, views: int = 3, classes: int = 8) -> Iterat
 
 
 def shift_calls(rows: int = 64, dim: int = 768, classes: int = 8) -> Iterator[Call]:
-    """The shift, its bound, the moments and an update of the statistics."""
+    """Yield the shift, its bound, the moments and an update of the statistics."""
     features = torch.randn(rows, dim).bfloat16()
     target, variance = torch.arange(rows) % classes, torch.rand(classes, dim)
     seed, shape = torch.tensor([17, 0]), f"{rows} x {dim}"
@@ -150,7 +150,7 @@ def shift_calls(rows: int = 64, dim: int = 768, classes: int = 8) -> Iterator[Ca
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """One row per call, from a process of its own: a stand-in for the driver cannot be undone."""
+    """Yield one row per call, from a child process: the driver's stand-in cannot be removed."""
     if reason := obstacle():
         print(f"host: not measured ({reason})")
         yield {"absent": reason}
@@ -171,7 +171,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def measured(call: Call, stub: Stub, count: int) -> Row:
-    """Time ``count`` calls in rounds, and count what one of them launches."""
+    """Time ``count`` calls in rounds, and count the launches of one."""
     for _ in range(WARM_UP):
         call.run()
     times = []
@@ -193,7 +193,7 @@ def measured(call: Call, stub: Stub, count: int) -> Row:
 
 
 def kernels_of(event: Any) -> int:
-    """Kernels that an operator of torch would launch: one, or those of the operators it calls."""
+    """Count the kernels that a torch operator would launch: one, or those of its callees."""
     if event.name.startswith("aten::") and event.name not in NONE_ITSELF:
         return 1
     return sum(map(kernels_of, event.cpu_children))

@@ -1,4 +1,4 @@
-"""The machine that a benchmark ran on: processor, versions, clocks, commit."""
+"""Description of the machine behind a benchmark: processor, versions, clocks, commit."""
 
 from __future__ import annotations
 
@@ -45,24 +45,24 @@ def machine(device: torch.device, mode: str) -> Machine:
 
 
 def processor() -> str:
-    """Model name of the CPU (Linux), or the architecture."""
+    """Return the model name of the CPU (Linux), or the architecture."""
     return from_cpuinfo("model name") or platform.machine()
 
 
 def clock_of_cpu() -> str:
-    """MHz of the first core now, or "" where it is not known."""
+    """Return the current MHz of the first core, or "" if unknown."""
     return from_cpuinfo("cpu MHz")
 
 
 def from_cpuinfo(entry: str) -> str:
-    """The value of the first such entry in /proc/cpuinfo, or ""."""
+    """Return the value of the first such entry in /proc/cpuinfo, or ""."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text().splitlines() if information.exists() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(entry)), "")
 
 
 def version(package: str) -> str | None:
-    """Installed version of a package, or None."""
+    """Return the installed version of a package, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -70,7 +70,7 @@ def version(package: str) -> str | None:
 
 
 def output_of(command: list[str]) -> str:
-    """Standard output of a command, or "" where it fails or is not installed."""
+    """Return the standard output of a command, or "" if it fails or is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -79,18 +79,18 @@ def output_of(command: list[str]) -> str:
 
 
 def from_nvidia_smi(entries: str) -> str:
-    """These entries of the first GPU, or ""."""
+    """Query entries of the first GPU, or ""."""
     lines = output_of(["nvidia-smi", f"--query-gpu={entries}", "--format=csv,noheader"])
     return lines.splitlines()[0] if lines else ""
 
 
 def commit() -> str:
-    """Short hash of the commit, with "-changed" if files differ from it; "unknown" outside git."""
+    """Return the short commit hash, with "-changed" for modified files; "unknown" without git."""
     short = output_of(["git", "rev-parse", "--short", "HEAD"])
     changed = output_of(["git", "status", "--porcelain", "--untracked-files=no"])
     return (short or "unknown") + ("-changed" if changed else "")
 
 
 def slug(name: str) -> str:
-    """A name as part of a path."""
+    """Convert a name to a part of a path."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,7 +1,7 @@
 """Peak memory of a call beyond its inputs, in MB (2**20 bytes).
 
-On a GPU the allocator counts it. On a CPU it is the peak of the resident size (Linux), in a process
-of its own: memory that other implementations have freed would be counted, or reused.
+On a GPU the allocator counts it. On a CPU it is the peak of the resident size (Linux) in a child
+process, because memory freed by other implementations would be counted, or reused.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STATUS = Path("/proc/self/status")
 def extra_megabytes(
     subject: str, case: Case, name: str, step: Step, device: torch.device
 ) -> float | None:
-    """Peak memory of an implementation; None where the system does not tell it.
+    """Measure the peak memory of an implementation; None if the system does not report it.
 
     Args:
         subject: module of the case.
@@ -47,11 +47,11 @@ def extra_megabytes(
 def weigh(case: Case, name: str) -> float:
     """Measure an implementation on a CPU, in this process.
 
-    A call on tiny inputs comes first, for what stays allocated after a first call. torch.compile
-    needs one of full size, which compiles and whose memory is given back.
+    A call on tiny inputs comes first, for memory that stays allocated after any first call.
+    torch.compile needs a full-size call instead, which compiles, and whose memory is then freed.
 
     Raises:
-        SystemExit: the system does not tell.
+        SystemExit: the system does not report peaks.
     """
     rival = case.make(CPU, False).found[name]
     (rival if rival.compiled else case.make(CPU, True).found[name]).step()
@@ -63,9 +63,9 @@ def weigh(case: Case, name: str) -> float:
 
 
 def start_peak(device: torch.device) -> float | None:
-    """MB in use now, from where the peak starts anew; None where that is not known.
+    """Return the MB in use and restart the peak from there; None if unknown.
 
-    On a CPU: resident, after the allocator has given back what it does not use.
+    On a CPU: resident memory, after the allocator has returned unused memory.
     """
     gc.collect()
     if device.type == "cuda":
@@ -81,20 +81,20 @@ def start_peak(device: torch.device) -> float | None:
 
 
 def end_peak(device: torch.device) -> float:
-    """The most MB in use since ``start_peak``."""
+    """Return the peak MB in use since ``start_peak``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resident_megabytes("VmHWM")
 
 
 def resident_megabytes(entry: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process, as Linux counts it."""
+    """Read VmRSS (now) or VmHWM (peak) of this process from Linux."""
     lines = STATUS.read_text().splitlines()
     return next(float(line.split()[1]) / 2**10 for line in lines if line.startswith(entry))
 
 
 def private_megabytes(process: int) -> float:
-    """Memory that a process shares with no other one, as Linux counts it."""
+    """Read the memory that a process shares with no other from Linux."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return sum(float(line.split()[1]) for line in lines if line.startswith("Private_")) / 2**10
 

@@ -1,13 +1,13 @@
-"""The most that a machine can do: the rates that floors are computed from.
+"""Peak rates of a machine, from which floors are computed.
 
 For a known GPU they come from its data sheet, for another one from torch's own copy and product.
 For a CPU they are measured in the same run, with the same number of threads, by a small C program
 (probe.c), because a processor can do more than torch's product and copy show. The program
 multiplies and adds in registers. It streams over as many bytes as the case moves, since data that
-stay in a cache from one call to the next arrive faster than memory delivers them. Reading and
-copying are tried and the faster one counts; passes alternate in direction, so that each begins with
-what the last one left in the cache. bfloat16 has a loop of its own where the processor multiplies
-it in vectors (AVX-512); torch's product counts if it is faster, as torch may use tiles (AMX).
+stay in a cache between calls arrive faster than from memory. Reading and copying are both tried and
+the faster counts; passes alternate in direction, so that each begins with cached data of the last.
+bfloat16 has a loop of its own on processors with AVX-512 bfloat16 instructions; torch's product
+counts if it is faster, as torch may use tiles (AMX).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 from bench.roofline import Peaks
 from mics_fast.engine.meter import PEAK_TFLOPS
 
-# bytes/s, and FLOP/s of float32 outside tensor cores, by full name of the GPU: PCIe and NVL boards
-# and slices (MIG) do less. The trainer's meter has the FLOP/s of dense bfloat16 products.
+# bytes/s, and float32 FLOP/s outside tensor cores, by full name of the GPU: PCIe and NVL boards and
+# MIG slices have less. The trainer's meter has the FLOP/s of dense bfloat16 products.
 DATA_SHEETS = {
     name: Peaks(bandwidth, 1e12 * PEAK_TFLOPS[name], 67e12, f"data sheet of the {board}")
     for name, bandwidth, board in (
@@ -40,13 +40,13 @@ DATA_SHEETS = {
     )
 }
 BLOCK = 2**16  # bytes per step of a stream, as in probe.c
-LARGEST = 2**28  # bytes beyond which no cache matters
+LARGEST = 2**28  # bytes; larger than any cache
 TRIES = 5
-SECONDS = 0.02  # per try at least, so that starting threads does not matter
+SECONDS = 0.02  # minimum per try, so that starting threads does not matter
 
 
 def peaks_of(device: torch.device, footprint: int) -> Peaks:
-    """Rates for a case that moves ``footprint`` bytes, with the number of threads set in torch."""
+    """Return the rates for a case that moves ``footprint`` bytes, with torch's threads."""
     known = data_sheet(device)
     if known is not None:
         return known
@@ -63,14 +63,14 @@ def peaks_of(device: torch.device, footprint: int) -> Peaks:
 
 
 def data_sheet(device: torch.device) -> Peaks | None:
-    """The peaks of a known GPU."""
+    """Return the peaks of a known GPU."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return DATA_SHEETS.get(name)
 
 
 @cache
 def flops_of(device: torch.device, dtype: torch.dtype, threads: int) -> float:
-    """FLOP/s of products in float32 (on a GPU outside tensor cores) or bfloat16."""
+    """Measure the FLOP/s of float32 (on a GPU outside tensor cores) or bfloat16 products."""
     known = data_sheet(device)
     if known is not None:
         return known.vector_flops if dtype == torch.float32 else known.matrix_flops
@@ -79,13 +79,13 @@ def flops_of(device: torch.device, dtype: torch.dtype, threads: int) -> float:
     work = getattr(library, f"{name}_flops")() if library else 0
     rounds = getattr(library, f"{name}_rounds", None)
     found = rate(rounds, threads, work, [(0.5, 1.0)] * threads) if rounds and work else 0.0
-    # Nothing multiplies float32 faster than its multiply-adds; bfloat16 may have units of its own.
+    # Nothing multiplies float32 faster than multiply-adds; bfloat16 may have units of its own.
     return found if found and dtype == torch.float32 else max(found, product(device, dtype))
 
 
 @cache
 def bandwidth_of(device: torch.device, footprint: int, threads: int) -> float:
-    """Bytes a second, read and written, of the fastest stream over as many bytes."""
+    """Measure the bytes per second, read and written, of the fastest stream."""
     library = probe() if device.type == "cpu" else None
     if library is None:
         return copy(device)
@@ -105,14 +105,14 @@ def bandwidth_of(device: torch.device, footprint: int, threads: int) -> float:
 
 
 def aligned(buffer: Tensor) -> int:
-    """The first address in it that a vector register may be read from."""
+    """Return the first address in a buffer that is aligned for vector registers."""
     return -(-buffer.data_ptr() // 64) * 64
 
 
 def rate(
     rounds: Callable[..., Any], threads: int, work: int, arguments: Sequence[tuple[Any, ...]]
 ) -> float:
-    """The most that threads which start together do per second.
+    """Measure the combined rate of threads that start together.
 
     Args:
         rounds: takes a number of rounds and a thread's arguments; releases Python's lock.
@@ -129,7 +129,7 @@ def rate(
 
 
 def together(rounds: Callable[..., Any], count: int, arguments: Sequence[tuple[Any, ...]]) -> float:
-    """Seconds from the first thread's start to the last one's end."""
+    """Return the seconds from the first thread's start to the last one's end."""
     barrier = threading.Barrier(len(arguments))
     times: list[tuple[float, float]] = []
 
@@ -176,14 +176,14 @@ def declared(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def copy(device: torch.device) -> float:
-    """Bytes/s read and written by torch's copy of 256 MB."""
+    """Measure the bytes/s read and written by torch's copy of 256 MB."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / best_of(lambda: target.copy_(source), device)
 
 
 def product(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of torch's square matrix product, the better of two sizes."""
+    """Measure the FLOP/s of torch's square matrix product, the better of two sizes."""
     sides = (1024, 2048) if device.type == "cpu" else (8192,)
 
     def reached(side: int) -> float:
@@ -195,7 +195,7 @@ def product(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def best_of(step: Callable[[], object], device: torch.device, budget: float = 0.5) -> float:
-    """Shortest time of the calls that fit into ``budget`` seconds; the first is not timed."""
+    """Return the shortest time of the calls within ``budget`` seconds, without the first."""
     step()
     times: list[float] = []
     while sum(times) < budget:

@@ -1,19 +1,18 @@
-"""The image pipeline: training views per second, each way to make them in one run.
+"""The image pipeline: training views per second, for several loaders in one run.
 
-The DALI pipeline, uncached and from frames kept in memory, is compared with what many would write:
-a PyTorch DataLoader whose workers, one per core, use Pillow, without and with JPEG draft mode
-(which decodes at a half or a quarter of the size where that is enough, and so changes the image a
-little). All crop, flip, resize, change colours and normalise by the same numbers; that their views
-agree with DALI's is checked first. Rounds alternate; each runs in a process of its own and warms up
-before its clock starts. CPU time is that of the process and its workers while the clock runs;
-"cores" is CPU time over wall time: well below the number of cores, the machine was busy with
-something else.
+The DALI pipeline, uncached and from cached frames, is compared with a common alternative: a PyTorch
+DataLoader whose workers, one per core, use Pillow, without and with JPEG draft mode (which decodes
+at a half or a quarter of the size where possible, and so changes the image a little). All use the
+same numbers for crop, flip, resize, colour and normalisation; the views are first checked against
+DALI's. Rounds alternate; each runs in a child process and warms up before its clock starts. CPU
+time is that of the process and its workers while the clock runs; "cores" is CPU time over wall
+time. If it is well below the number of cores, the machine was busy with something else.
 
-The floor of a loader that decodes is decoding alone: the same crops of the same files on the same
+The floor of a loader that decodes is decoding only: the same crops of the same files on the same
 cores, by DALI or Pillow, whichever is faster. Draft mode does less, and has a floor of its own.
-These take turns with the others. The floor of kept frames is the bytes of the crops and of the
-views over the bandwidth. FLOPs are not counted. "MB" is the growth of the process up to its peak,
-with the private memory of its workers; it is always memory of the host.
+These alternate with the others. The floor of cached frames is the bytes of crops and views over the
+bandwidth. FLOPs are not counted. "MB" is the growth of the process up to its peak, with the private
+memory of its workers; it is always host memory.
 
     python -m bench --full --only pipeline --manifest FILE      (of python -m mics_fast.prepare)
 """
@@ -64,9 +63,9 @@ from mics_fast.options import AugmentConfig, CacheConfig, DataConfig
 
 BATCH, SEED = 32, 0
 CORES = len(os.sched_getaffinity(0))
-BATCHES = 12  # on the clock
-WARM_UP = 5  # batches before and after it: more than any loader makes ahead
-MOST_APART = 2.0  # mean grey levels by which other decoders and resizes may differ
+BATCHES = 12  # timed
+WARM_UP = 5  # batches before and after them: more than any loader prefetches
+MOST_APART = 2.0  # mean grey levels by which other decoders and resizers may differ
 AUGMENT = AugmentConfig()
 DALI_ALONE, PILLOW_ALONE = "decoding alone, DALI", "decoding alone, Pillow"
 DRAFT_ALONE = "decoding alone, draft mode"
@@ -78,15 +77,15 @@ Views = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Loader:
-    """One way to make training views.
+    """A way to make training views.
 
     Attributes:
-        start: starts it; gives batch after batch.
-        decoder: what decodes.
-        ours: whether it is this project's.
-        kept: whether frames come from memory, decoded before the clock starts.
-        floor: loaders whose time, the shortest one, is its floor; none: the bytes of kept frames,
-            or, of a loader that only decodes, no floor.
+        start: starts the loader; returns its batches.
+        decoder: name of the decoder.
+        ours: True for this project's loaders.
+        kept: True if frames come from memory, decoded before the clock starts.
+        floor: loaders whose shortest time is its floor; empty: the bytes of cached frames, or, for
+            a loader that only decodes, no floor.
     """
 
     start: Callable[[], Iterable[Any]]
@@ -102,16 +101,16 @@ class Round(NamedTuple):
     seconds: float  # per pair
     cpu: float  # CPU seconds per pair
     cores: float
-    megabytes: float | None  # at the peak; None where it is not known
+    megabytes: float | None  # at the peak; None if unknown
 
 
 def side_of(device: torch.device) -> int:
-    """Side of a view in pixels: as for vit_tiny, or on a GPU as for the paper's vit_base."""
+    """Return the side of a view in pixels: of vit_tiny, or on a GPU of the paper's vit_base."""
     return 384 if device.type == "cuda" else 224
 
 
 def sample_of(rows: Sequence[Row], names: Sequence[str], number: int) -> tuple[Row, Augmentation]:
-    """A row of the training stream, and its augmentation."""
+    """Return a row of the training stream, and its augmentation."""
     epoch, place = divmod(number, len(rows))
     row = rows[epoch_order(SEED, epoch, len(rows))[place]]
     return row, draw_augmentation(
@@ -126,8 +125,8 @@ class PillowPairs(torch.utils.data.Dataset[np.ndarray]):
         rows: rows of the manifest.
         names: modalities.
         side: of a view, in pixels.
-        draft: whether to use JPEG draft mode.
-        alone: whether to decode and do nothing else; a sample is then its number.
+        draft: use JPEG draft mode.
+        alone: only decode; a sample is then its number.
     """
 
     def __init__(
@@ -157,7 +156,7 @@ class PillowPairs(torch.utils.data.Dataset[np.ndarray]):
         return np.stack(views)
 
     def _opened(self, row: Row, name: str, drawn: Augmentation) -> Image.Image:
-        """Open the image; it is decoded at first use."""
+        """Open the image; it is decoded on first use."""
         file = row.files[name]
         assert file is not None
         image = Image.open(file)
@@ -168,7 +167,7 @@ class PillowPairs(torch.utils.data.Dataset[np.ndarray]):
 
 
 def colour_matrix(numbers: np.ndarray) -> tuple[float, ...]:
-    """The documented colour change as Pillow's 3 x 4 matrix."""
+    """Convert the documented colour change to Pillow's 3 x 4 matrix."""
     turn = np.radians(numbers[HUE])
     rotation = [[1, 0, 0], [0, np.cos(turn), np.sin(turn)], [0, -np.sin(turn), np.cos(turn)]]
     saturation = np.diag([1, numbers[SATURATION], numbers[SATURATION]])
@@ -178,7 +177,7 @@ def colour_matrix(numbers: np.ndarray) -> tuple[float, ...]:
 
 
 def pillow_loader(pairs: PillowPairs) -> Iterable[Views]:
-    """Batches of uint8 from the workers, normalised in this process, as timm does."""
+    """Yield uint8 batches from the workers, normalised in this process, as timm does."""
     mean, std = (255 * torch.tensor(x).reshape(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     for batch in torch.utils.data.DataLoader(pairs, batch_size=BATCH, num_workers=CORES):
         if pairs.alone:
@@ -190,7 +189,7 @@ def pillow_loader(pairs: PillowPairs) -> Iterable[Views]:
 def dali_loader(
     rows: Sequence[Row], names: Sequence[str], device: torch.device, mode: Mode
 ) -> Iterable[Views]:
-    """This project's loader; a cache holds every frame before the clock starts."""
+    """Run this project's loader; a cache is filled before the clock starts."""
     data, side = DataConfig(threads=CORES, cache=CacheConfig(mode)), side_of(device)
     cache = None
     if mode != "none":
@@ -207,7 +206,7 @@ def dali_loader(
 def dali_decoding(
     rows: Sequence[Row], names: Sequence[str], device: torch.device
 ) -> Iterable[Views]:
-    """DALI's decoder on the same crops, and nothing else."""
+    """Run only DALI's decoder, on the same crops."""
     from nvidia.dali import fn
 
     def samples(batch: int) -> list[tuple[Row, Augmentation]]:
@@ -231,7 +230,7 @@ def dali_decoding(
 def loaders_of(
     rows: Sequence[Row], names: Sequence[str], device: torch.device
 ) -> dict[str, Loader]:
-    """Every loader, by name."""
+    """Return all loaders by name."""
     ours = "nvJPEG, mixed" if device.type == "cuda" else "libjpeg-turbo in DALI"
     jpeg = features.version("libjpeg_turbo")
     pillow = f"libjpeg-turbo {jpeg} in Pillow" if jpeg else "libjpeg in Pillow"
@@ -259,13 +258,13 @@ def loaders_of(
 
 
 def one_round(rows: Sequence[Row], names: Sequence[str], device: str, name: str) -> Round:
-    """One round of a loader, in a new process: no thread of another loader runs."""
+    """Run one round of a loader in a new process, without threads of other loaders."""
     torch.set_num_threads(1)  # the loaders have threads or workers of their own
-    check_dali()  # loads its libraries, which are not counted as memory of a loader
+    check_dali()  # loads its libraries, so that they do not count as memory of a loader
     start = loaders_of(rows, names, torch.device(device))[name].start
     memory = start_peak(CPU)
     loader = iter(start())
-    for _ in range(1 + WARM_UP):  # the first batch builds, and fills the cache
+    for _ in range(1 + WARM_UP):  # the first batch builds the pipeline and fills the cache
         next(loader)
     clock, used = time.perf_counter(), cpu_seconds()
     for _ in range(BATCHES):
@@ -287,15 +286,13 @@ def synchronise() -> None:
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of its workers, those that still run included (Linux)."""
-    workers = (
-        multiprocessing.active_children()
-    )  # waits for those that have ended: os.times has them
+    """Return the CPU time of this process and of its workers, including running ones (Linux)."""
+    workers = multiprocessing.active_children()  # reaps finished workers, which os.times includes
     return sum(os.times()[:4]) + sum(worker_seconds(child.pid) for child in workers if child.pid)
 
 
 def worker_seconds(process: int) -> float:
-    """CPU time of a running process, in user and kernel mode."""
+    """Return the CPU time of a running process, in user and kernel mode."""
     fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
@@ -304,7 +301,7 @@ def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.d
     """Compare the first batch of each loader with DALI's.
 
     Raises:
-        AssertionError: they differ by more than a few grey levels on average.
+        AssertionError: the mean difference exceeds a few grey levels.
     """
     scale = 255 * torch.tensor(IMAGENET_STD).reshape(3, 1, 1)
     mean = 255 * torch.tensor(IMAGENET_MEAN).reshape(3, 1, 1)
@@ -319,7 +316,7 @@ def check_differences(rows: Sequence[Row], names: Sequence[str], device: torch.d
 
 
 def rows(options: Options) -> Iterator[ResultRow]:
-    """Measure every loader; one row per loader, or one that says what is missing."""
+    """Measure every loader; yield one row per loader, or one that names what is missing."""
     if options.manifest is None:
         print("pipeline: not measured (give --manifest FILE)")
         yield {"absent": "no --manifest was given"}
@@ -340,7 +337,7 @@ def rows(options: Options) -> Iterator[ResultRow]:
 def table(
     images: Sequence[Row], names: Sequence[str], device: torch.device, rounds: int
 ) -> Iterator[ResultRow]:
-    """One row per loader; ``ratio`` is its time over that of DALI."""
+    """Yield one row per loader; ``ratio`` is its time over DALI's."""
     loaders = loaders_of(images, names, device)
     measured = rounds_of(loaders, images, names, device, rounds)
     medians = {
@@ -377,7 +374,7 @@ def rounds_of(
     device: torch.device,
     rounds: int,
 ) -> dict[str, list[Round]]:
-    """The rounds of each loader, which take turns."""
+    """Run the rounds of all loaders, alternating between them."""
     measured: dict[str, list[Round]] = {name: [] for name in loaders}
     for _, name in itertools.product(range(rounds), loaders):
         context = multiprocessing.get_context("spawn")
@@ -388,7 +385,7 @@ def rounds_of(
 
 
 def speeds(rounds: list[Round]) -> ResultRow:
-    """The columns of a loader's rounds."""
+    """Return the columns for a loader's rounds."""
     times = percentiles([(one.seconds, one.cpu) for one in rounds])
     memory = [one.megabytes for one in rounds if one.megabytes is not None]
     return {
@@ -409,10 +406,10 @@ def speeds(rounds: list[Round]) -> ResultRow:
 def bytes_of(
     images: Sequence[Row], names: Sequence[str], device: torch.device, *, kept: bool
 ) -> tuple[int, int]:
-    """Bytes that a pair has to move, and bytes that the loader goes round.
+    """Return the bytes moved per pair, and the bytes of the loader's working set.
 
-    A pair moves its files, or the crops of its kept frames, and its views in float32. The loader
-    goes round all files or kept frames and one batch of views.
+    A pair moves its files, or the crops of its cached frames, and its views in float32. The working
+    set is all files or cached frames and one batch of views.
     """
     side = side_of(device)
     views = 4 * len(names) * 3 * side**2

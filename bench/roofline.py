@@ -1,9 +1,9 @@
-"""The work that no implementation of an operator can avoid, in closed form, and its least time.
+"""The unavoidable work of each operator, in closed form, and the least time it takes.
 
 Bytes: every input read once and every result written once, in its dtype. FLOPs: two per
-multiply-add of a matrix product; of special functions only the polynomials count (two per
-coefficient), so that their floors are low rather than high. Tests compare these counts with sizes
-of tensors and with torch's FLOP counter, tools/check_kernels with what the compiled kernels do.
+multiply-add of a matrix product; for special functions only the polynomials (two per coefficient),
+so that floors are low rather than high. Tests compare the counts with tensor sizes and torch's FLOP
+counter, tools/check_kernels with the compiled kernels.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ class Work(NamedTuple):
 
     bytes: int
     flops: int
-    matrix: bool = False  # whether its FLOPs are those of matrix products
+    matrix: bool = False  # True if its FLOPs are those of matrix products
 
 
 class Peaks(NamedTuple):
-    """The most that a machine does per second."""
+    """Peak rates of a machine per second."""
 
     bytes: float
     matrix_flops: float
     vector_flops: float
-    source: str  # how it is known
-    reached: bool = False  # whether it is only what torch reaches, which other code may exceed
+    source: str  # of the figures
+    reached: bool = False  # True if only measured with torch, which other code may exceed
 
 
 def floor_seconds(work: Work, peaks: Peaks) -> float:
-    """The longer of moving the bytes and computing the FLOPs."""
+    """Return the longer of moving the bytes and computing the FLOPs."""
     flops = peaks.matrix_flops if work.matrix else peaks.vector_flops
     return max(work.bytes / peaks.bytes, work.flops / flops)
 
@@ -40,9 +40,9 @@ def floor_seconds(work: Work, peaks: Peaks) -> float:
 def consistency(
     batch: int, dim: int, queue: int, itemsize: int, *, views: int = 2, alpha: float = 0.4
 ) -> Work:
-    """Losses and gradients of all ordered pairs of views.
+    """Count losses and gradients of all ordered pairs of modalities.
 
-    Each view has features, teachers, a queue and a gradient. Each pair takes two products of
+    Each modality has features, teachers, a queue and a gradient. Each pair takes two products of
     (batch, dim) with (batch + queue, dim) for its students and, unless alpha is 0, two for its
     teachers.
     """
@@ -53,17 +53,17 @@ def consistency(
 
 
 def contrastive(batch: int, dim: int, queue: int, itemsize: int) -> Work:
-    """One direction with hard targets: queries, keys, queue and a gradient; two products."""
+    """Count one direction with hard targets: queries, keys, queue, a gradient; two products."""
     rows = 3 * batch + queue
     return Work(rows * dim * itemsize, 4 * batch * (batch + queue) * dim, matrix=True)
 
 
 def evidential(batch: int, views: int, classes: int, *, fuse: bool, judge: bool) -> Work:
-    """Evidential operators in float32 with labels: from evidence or logits to their gradient.
+    """Count evidential operators in float32 with labels, up to the gradient of their input.
 
     Args:
-        fuse: whether Dempster's rule is applied, which writes one more opinion, (batch, classes).
-        judge: whether the loss is computed, which reads labels and evaluates special functions.
+        fuse: with Dempster's rule, which writes one more opinion, (batch, classes).
+        judge: with the loss, which reads labels and evaluates special functions.
     """
     elements = batch * views * classes
     opinions = elements + batch * classes * fuse
@@ -75,9 +75,10 @@ def evidential(batch: int, views: int, classes: int, *, fuse: bool, judge: bool)
 
 
 def shift(batch: int, dim: int, classes: int, itemsize: int) -> Work:
-    """The shift, with labels and a table of variances: a normal, a product and a sum per element.
+    """Count the shift with labels and a table of variances: per element a normal draw, a product
+    and a sum.
 
-    A normal takes half a logarithm and a sine or cosine, as polynomials.
+    A normal draw takes half a logarithm and a sine or cosine, as polynomials.
     """
     elements = batch * dim
     normal = len(coefficients.LOG_SHORT) + len(coefficients.SINE) + len(coefficients.COSINE)
@@ -86,6 +87,6 @@ def shift(batch: int, dim: int, classes: int, itemsize: int) -> Work:
 
 
 def moments(batch: int, dim: int, classes: int, itemsize: int) -> Work:
-    """Count (float64), mean and m2: a sum and a sum of squares per element."""
+    """Count the moments: count (float64), mean and m2; a sum and a sum of squares per element."""
     moved = batch * dim * itemsize + 8 * batch + classes * (8 + 8 * dim)
     return Work(moved, 4 * batch * dim)

@@ -1,4 +1,4 @@
-"""The columns of a stored result, and the options of a run."""
+"""Columns of a stored result, and options of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 class Row(TypedDict, total=False):
     """One implementation of one case, as bench/results stores it.
 
-    A row holds the columns of its subject alone. One that has ``absent`` has no figures.
+    A row has only the columns of its subject. A row with ``absent`` has no figures.
     """
 
     subject: str  # evidential, consistency, shift, pipeline, training or host
@@ -21,7 +21,7 @@ class Row(TypedDict, total=False):
     batch: int  # rows, for plots
     threads: int  # CPU threads
     implementation: str
-    ours: bool  # whether it is this project's
+    ours: bool  # this project's
     absent: str  # why there are no figures
     failed: bool  # ... because it was wrong or raised an error
     # Times. A call of an operator, a pair of the pipeline, a step of training.
@@ -38,7 +38,7 @@ class Row(TypedDict, total=False):
     ratio: float | None  # median over that of our fastest implementation
     ratio_of_min: float | None
     ratio_of_cpu: float | None
-    # Work, and what the machine needs for it at least.
+    # Work, and the least time the machine needs for it.
     bytes: int
     flops: float | None
     bandwidth: float  # bytes/s of a stream as long as the case's bytes
@@ -55,19 +55,19 @@ class Row(TypedDict, total=False):
     rung: str
     precision: str
     kind: str  # of a rung: ladder, variant or fine-tuning
-    apart: float  # largest relative difference of a loss from the rung it is compared with
+    apart: float  # largest relative difference of a loss from the reference rung
     loss_first: dict[str, float]
     loss_last: dict[str, float]
-    memory_mb: float | None  # peak of a step beside weights and optimisers
+    memory_mb: float | None  # peak of a step, beyond weights and optimisers
     ms: float  # median step
     gflop_per_pair: float
     tflops: float
     mfu: float
-    data_wait: float | None  # share of the time that waits for data
-    frames: str  # "random" where no images could be read
-    x_ms: float | None  # times faster than rung a
+    data_wait: float | None  # share of time spent waiting for data
+    frames: str  # "random" if no images could be read
+    x_ms: float | None  # speed-up over rung a
     x_cpu_ms: float | None
-    times_b: float | None  # times faster than rung b
+    times_b: float | None  # speed-up over rung b
     # Host time and launches of a call on a GPU, counted without one.
     host_us: float
     launches: int  # of this project's Triton kernels
@@ -75,7 +75,7 @@ class Row(TypedDict, total=False):
 
 
 class Machine(TypedDict, total=False):
-    """The machine and the versions of a run."""
+    """Machine and versions of a run."""
 
     device: str
     kind: str  # cpu or cuda
@@ -96,7 +96,7 @@ class Machine(TypedDict, total=False):
 
 
 class StoredPeaks(TypedDict):
-    """``roofline.Peaks`` as stored, by number of threads."""
+    """``roofline.Peaks`` as stored, per number of threads."""
 
     bytes: float
     matrix_flops: float
@@ -111,10 +111,10 @@ class Options:
 
     Attributes:
         device: where operators and steps run.
-        full: whether the documentation may show the result; else a quick look.
+        full: True if the documentation may show the result.
         threads: CPU threads.
         budget: seconds per case.
-        end: ``time.monotonic()`` after which nothing new begins.
+        end: ``time.monotonic()`` after which nothing new starts.
         manifest: images for ``pipeline`` and ``training``.
     """
 

@@ -36,29 +36,29 @@ from mics_fast.training.flops import finetune_flops, pretrain_flops
 
 Batch = tuple[PairBatch, ...]
 Losses = list[dict[str, float]]
-"""Losses by name, step after step."""
+"""Losses by name, per step."""
 EPOCH = 4
-"""Steps per epoch: the teacher's share grows over the first one."""
+"""Steps per epoch; the teacher's share grows over the first epoch."""
 EXACT, LAGGING, ROUNDED = 1e-4, 1e-2, 3e-2
 """Allowed relative difference of a loss (absolute below 1).
 
-For float32 sums in another order; where the discriminator has stepped since its singular vectors
-were computed; for bfloat16. Measured after four steps of vit_micro and vit_tiny: 4e-6, 3e-3, 3e-3.
+For float32 sums in another order; for singular vectors that are older than the discriminator's last
+step; for bfloat16. Measured after four steps of vit_micro and vit_tiny: 4e-6, 3e-3, 3e-3.
 """
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to make the pre-training step; the default is closest to the published one.
+    """A variant of the pre-training step; the default is closest to the published one.
 
     Attributes:
         adversarial, preset: see ``PretrainConfig``.
-        written_out: whether attention materialises its scores.
-        amp: whether the encoders compute in bfloat16.
-        compiled: whether torch.compile compiles the blocks.
-        fused: whether the contrastive loss is the operator's, else as published.
-        cached: whether frames come from memory, else they are decoded for every step.
-        captured: whether the step is replayed as one CUDA graph.
+        written_out: attention materialises its scores.
+        amp: the encoders compute in bfloat16.
+        compiled: torch.compile compiles the blocks.
+        fused: the contrastive loss is the fused operator; otherwise the published code.
+        cached: frames come from memory; otherwise they are decoded for every step.
+        captured: the step is replayed as one CUDA graph.
     """
 
     adversarial: Literal["simultaneous", "alternating"] = "alternating"
@@ -76,28 +76,28 @@ class Step(Protocol):
 
     @property
     def optimisers(self) -> dict[str, Optimizer]:
-        """By name; "model" comes first."""
+        """Optimisers by name; "model" comes first."""
 
     def __call__(self, batch: Batch, step: int) -> Mapping[str, Tensor | float]:
-        """Train on a batch, given the step's number; losses by name."""
+        """Train on a batch at the given step; return the losses by name."""
 
     def release(self) -> None:
-        """Free the gradients, and whatever else is kept until the next step."""
+        """Free the gradients, and everything else kept until the next step."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One way to make a training step.
+    """A training step of the ladder.
 
     Attributes:
-        name: what it adds.
-        build: gives the step, with weights from the seed.
-        flops: floating-point operations of a step as this rung makes it.
-        pairs: rows of the manifest in a step.
+        name: the change it adds.
+        build: makes the step, with weights from the seed.
+        flops: floating-point operations that this rung computes per step.
+        pairs: rows of the manifest per step.
         kind: a rung of the ladder, a variant outside it, or fine-tuning.
-        way: of this project; None: published.
-        like: the rung whose losses it must give; None: there is none.
-        tolerance: how closely; relative, absolute below 1.
+        way: for this project's step; the default for the published one.
+        like: the rung whose losses it must reproduce; None: there is none.
+        tolerance: of these losses; relative, absolute below 1.
         but: a loss that differs by intent, and with it the weights: only the other losses of the
             first step are compared.
     """
@@ -114,14 +114,14 @@ class Rung:
 
 
 class EngineStep:
-    """A stage's step as the training loop makes it, without a log and at a constant learning rate.
+    """A stage's step as in the training loop, without log and at a constant learning rate.
 
     Args:
         stage: pre-training or fine-tuning.
         optimisers: by name; "model" comes first.
-        precision: float32 products are taken as it says, like in the trainer.
-        written_out: whether attention materialises its scores.
-        captured: whether the step is replayed as one CUDA graph.
+        precision: sets the precision of float32 products, as in the trainer.
+        written_out: attention materialises its scores.
+        captured: the step is replayed as one CUDA graph.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class EngineStep:
         self.train_on = CapturedUpdate(update) if captured else update
 
     def __call__(self, batch: Batch, step: int) -> dict[str, Tensor | float]:
-        """Train on a batch; the losses by name."""
+        """Train on a batch; return the losses by name."""
         attention = sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext()
         with self.precision.products(), attention:
             values = self.train_on(batch, step)
@@ -153,13 +153,13 @@ class EngineStep:
 
 
 def ladder(config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool) -> Iterator[Rung]:
-    """The rungs in order; last, outside the ladder, the turbo preset.
+    """Yield the rungs in order; last, outside the ladder, the turbo preset.
 
     Args:
-        config: the length of the queue is set, nothing is clipped.
+        config: with the length of the queue, and without clipping.
         manifest: of two modalities.
-        amp: whether bfloat16 is faster on this machine.
-        compiles: whether to include the rung with torch.compile, and compile those after it.
+        amp: True if bfloat16 is faster on this machine.
+        compiles: include the rung with torch.compile, and compile the later ones.
 
     On a GPU the last rung replays its step as a CUDA graph.
     """
@@ -200,7 +200,7 @@ def ladder(config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool
 
 
 def published(config: TrainConfig, manifest: Manifest, *, svd: bool) -> Callable[[], Step]:
-    """The published step."""
+    """Make a builder of the published step."""
 
     def build() -> Step:
         stage, _ = filled_stage(configured(config, Way()), manifest, precision_of(config, Way()))
@@ -210,7 +210,7 @@ def published(config: TrainConfig, manifest: Manifest, *, svd: bool) -> Callable
 
 
 def pretraining(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[], Step]:
-    """This project's pre-training step, made in one way."""
+    """Make a builder of this project's pre-training step in one variant."""
 
     def build() -> Step:
         precision = precision_of(config, way)
@@ -233,7 +233,7 @@ def pretraining(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[
 def fine_tuning(
     config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool
 ) -> Iterator[Rung]:
-    """This project's fine-tuning step, eager and, where asked for, compiled."""
+    """Yield this project's fine-tuning step, eager and, on request, compiled."""
     options, size = config.finetune, SIZES[config.model.size]
     sizes = len(manifest.modalities), len(manifest.classes)
     flops = sum(finetune_flops(config, size, *sizes).values())
@@ -247,7 +247,7 @@ def fine_tuning(
 
 
 def tuning(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[], Step]:
-    """This project's fine-tuning step."""
+    """Make a builder of this project's fine-tuning step."""
 
     def build() -> Step:
         precision, device = precision_of(config, way), torch.device(config.device)
@@ -262,7 +262,7 @@ def tuning(config: TrainConfig, manifest: Manifest, way: Way) -> Callable[[], St
 
 
 def configured(config: TrainConfig, way: Way) -> TrainConfig:
-    """The options with those that a way sets; without a balance, which the published step lacks."""
+    """Apply a variant to the options, without the balance, which the published step lacks."""
     options = replace(
         config.pretrain,
         adversarial=way.adversarial,
@@ -273,14 +273,14 @@ def configured(config: TrainConfig, way: Way) -> TrainConfig:
 
 
 def precision_of(config: TrainConfig, way: Way) -> Precision:
-    """The trainer's precision for a way."""
+    """Return the trainer's precision for a variant."""
     return pick_precision("bf16" if way.amp else "fp32", torch.device(config.device))
 
 
 def filled_stage(
     config: TrainConfig, manifest: Manifest, precision: Precision
 ) -> tuple[PretrainStage, Plan]:
-    """The trainer's stage, its queues full of random features that no row repeats."""
+    """Build the trainer's stage with queues full of random, distinct features."""
     device = torch.device(config.device)
     rows = EPOCH * config.pretrain.batch_size
     stage, plan = build_pretraining(config, manifest, rows, precision, device)
@@ -291,7 +291,7 @@ def filled_stage(
 
 
 def losses_of(step: Step, batches: Sequence[Batch]) -> Losses:
-    """The losses of a step on these batches, from its first one on."""
+    """Return the losses of a step on these batches, from its first step on."""
     return [
         {name: float(value) for name, value in step(batch, number).items()}
         for number, batch in enumerate(batches)
@@ -299,10 +299,10 @@ def losses_of(step: Step, batches: Sequence[Batch]) -> Losses:
 
 
 def disagreement(rung: Rung, losses: Mapping[str, Losses]) -> float:
-    """The largest difference of a rung's losses from those of the rung it must agree with.
+    """Return the largest difference of a rung's losses from those of its reference rung.
 
     Raises:
-        ValueError: one is too large, or a loss is missing; the sentence says which, and where.
+        ValueError: a difference is too large, or a loss is missing; names the loss and the step.
     """
     worst = 0.0
     if rung.like is None or not losses.get(rung.like):  # the other one failed

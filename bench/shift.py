@@ -1,9 +1,9 @@
-"""The feature shift and the class moments.
+"""Feature shift and class moments.
 
-"eager" is what a user would have written: ``x + strength * std[y] * torch.randn_like(x)``. For the
-moments that is two one-hot matrix products: squares around the class means, as safe as ours, or
-E[x^2] - E[x]^2, which is cheaper and cancels. "copy" copies the features, the least that a shift
-can do. On a CPU each is measured with all threads and with one.
+"eager" is the obvious code: ``x + strength * std[y] * torch.randn_like(x)``. For the moments it is
+two one-hot matrix products: squares around the class means, as accurate as ours, or
+E[x^2] - E[x]^2, which is cheaper but cancels. "copy" only copies the features, the lower bound for
+a shift. On a CPU each is measured with all threads and with one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ COPY = "copy"
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Both operators at every size, dtype and number of threads."""
+    """List both operators at every size, dtype and number of threads."""
     shapes = [(8192, torch.float32)]
     threads: list[int | None] = [None]
     if device.type == "cuda":
@@ -48,7 +48,7 @@ def cases(device: torch.device) -> list[Case]:
 def inputs(
     batch: int, dtype: torch.dtype, device: torch.device, tiny: bool
 ) -> tuple[Tensor, Tensor]:
-    """Features (B, D) and labels; the tiny ones have two rows per class."""
+    """Draw features (B, D) and labels; the tiny ones have two rows per class."""
     generator = torch.Generator().manual_seed(0)
     batch = 2 * CLASSES if tiny else batch
     x = torch.randn(batch, DIM, generator=generator).to(device, dtype)
@@ -57,12 +57,12 @@ def inputs(
 
 
 def eager_shift(x: Tensor, y: Tensor, deviation: Tensor) -> Tensor:
-    """The shift with noise from PyTorch's generator."""
+    """Shift features with noise from PyTorch's generator."""
     return x + STRENGTH * deviation[y] * torch.randn_like(x)
 
 
 def shift_rivals(batch: int, dtype: torch.dtype, device: torch.device, tiny: bool) -> Rivals:
-    """Implementations of the shift on the same inputs."""
+    """Make implementations of the shift on the same inputs."""
     x, y = inputs(batch, dtype, device, tiny)
     variance = torch.rand(CLASSES, DIM, generator=torch.Generator().manual_seed(1)).to(device)
     deviation = variance.sqrt().to(dtype)
@@ -95,12 +95,12 @@ def shift_rivals(batch: int, dtype: torch.dtype, device: torch.device, tiny: boo
 
 
 def check_noise(result: Tensor, x: Tensor, deviation: Tensor) -> None:
-    """Check the mean and variance of another generator's noise to six standard errors.
+    """Check mean and variance of another generator's noise to six standard errors.
 
     Raises:
-        AssertionError: one of them is further off.
+        AssertionError: one of them differs by more.
     """
-    large = deviation > 0.1  # where the rounding of the sum does not matter
+    large = deviation > 0.1  # where rounding of the sum does not matter
     normal = ((result - x).double() / deviation.double())[large]
     error = 6 / normal.numel() ** 0.5 + 10 * torch.finfo(x.dtype).eps
     mean, variance = normal.mean().item(), normal.var().item()
@@ -109,7 +109,7 @@ def check_noise(result: Tensor, x: Tensor, deviation: Tensor) -> None:
 
 
 def one_hot_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Count, mean and m2 by two matrix products, with squares taken around the class means."""
+    """Compute count, mean and m2 by two matrix products, with squares around the class means."""
     shares = torch.nn.functional.one_hot(y, CLASSES).to(x.dtype)
     count = shares.sum(0)
     mean = (shares.T @ x) / count.unsqueeze(1)
@@ -117,7 +117,7 @@ def one_hot_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plain_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from E[x^2] - E[x]^2, which cancels where means are large."""
+    """Compute the same from E[x^2] - E[x]^2, which cancels for large means."""
     shares = torch.nn.functional.one_hot(y, CLASSES).to(x.dtype)
     count = shares.sum(0).unsqueeze(1)
     total = shares.T @ x
@@ -125,7 +125,7 @@ def plain_moments(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def moments_rivals(batch: int, dtype: torch.dtype, device: torch.device, tiny: bool) -> Rivals:
-    """Implementations of the class moments on the same inputs."""
+    """Make implementations of the class moments on the same inputs."""
     x, y = inputs(batch, dtype, device, tiny)
     compiled = torch.compile(one_hot_moments, fullgraph=True)
 

@@ -1,10 +1,10 @@
-"""This project's operators under pytest-benchmark, for its storage and its comparison of runs.
+"""This project's operators under pytest-benchmark, with its storage and its comparison of runs.
 
     pytest bench --benchmark-autosave [-k "shift and cpu"]
     pytest bench --benchmark-compare
 
-Use it to see whether a change made an operator slower. ``python -m bench`` compares the operators
-with their rivals, and is what the documentation shows.
+It shows whether a change made an operator slower. ``python -m bench`` compares the operators with
+their rivals, and is the source of the documentation.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def own_cases() -> list[Any]:
-    """Each operator, size and implementation of this project that can run here."""
+    """List each operator, size and implementation of this project that runs here."""
     return [
         pytest.param(case, backend, id=f"{case.operator}, {case.shape}, {backend}")
         for subject in OPERATORS
@@ -43,7 +43,7 @@ def test_operator(case: Case, backend: str, benchmark: Any) -> None:
 
 
 def waiting(step: Callable[[], object]) -> Callable[[], object]:
-    """The same call, which on a GPU returns once the result is there."""
+    """Wrap a call so that on a GPU it returns when the result is ready."""
     if DEVICE.type == "cpu":
         return step
 

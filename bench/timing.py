@@ -1,15 +1,15 @@
-"""Time the implementations of a case, which take turns: a few calls each per round.
+"""Timing of the implementations of a case in turns: a few calls each per round.
 
-"cores" is CPU time over wall time of the whole case. Well below the number of threads, the machine
-was busy with something else and wall times prove nothing: measure again, or, with one thread, read
-the CPU times.
+"cores" is CPU time over wall time of the whole case. If it is well below the number of threads, the
+machine was busy with something else and wall times prove nothing: measure again, or, with one
+thread, read the CPU times.
 
-On a GPU a call is a replayed CUDA graph, or an ordinary call where none can be captured. Short
-replayed calls go round copies of the inputs and results, inside one graph, that together exceed the
-L2 cache several times: each finds its inputs in memory and writes its results there.
+On a GPU a call is a replayed CUDA graph, or an ordinary call if none can be captured. Short
+replayed calls cycle through copies of inputs and results, inside one graph, that together exceed
+the L2 cache several times, so that each call reads from and writes to memory.
 
-"As called" is another time: one ordinary call as a user makes it, with new inputs that an operator
-of torch has just made, ending in ``backward()`` where the case takes gradients.
+"As called" is another time: one ordinary call as users make it, with new inputs that a torch
+operator has just made, including ``backward()`` if the case has gradients.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ import torch
 from bench.case import Case, Rival, Rivals, Step, in_a_line
 from bench.rows import Row
 
-SHORT = 300e-6  # seconds below which the L2 cache may decide
-CACHES = 3  # times the L2 cache: inputs are at least two fifths of what a case moves
+SHORT = 300e-6  # seconds; below, the L2 cache may decide
+CACHES = 3  # times the L2 cache: inputs are at least two fifths of the bytes moved
 MOST_COPIES = 256
 TURN = 0.02  # seconds per implementation and round
-MOST_LEAVES = 20  # new inputs that lie in a GPU's memory together
+MOST_LEAVES = 20  # new inputs held in a GPU's memory at once
 
 
 class Timed(NamedTuple):
-    """A function to time, how many calls it makes, and whether it replays a CUDA graph."""
+    """A function to time, its number of calls, and whether it replays a CUDA graph."""
 
     run: Step
     calls: int = 1
@@ -46,19 +46,19 @@ class Times:
     """Seconds per call of one implementation, round by round."""
 
     rounds: list[tuple[float, float]] = field(default_factory=list)  # wall and CPU
-    called: list[float] = field(default_factory=list)  # as a user calls it
+    called: list[float] = field(default_factory=list)  # as users call it
     replayed: bool = False  # as a CUDA graph
 
 
 class Turns(NamedTuple):
-    """The times of each implementation, and CPU time over wall time of all of them."""
+    """Times of each implementation, and CPU time over wall time of all of them."""
 
     times: dict[str, Times]
     cores: float
 
 
 def captured(steps: list[Step]) -> Step:
-    """The same calls, one after the other, as a CUDA graph."""
+    """Capture the calls, in sequence, as a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -67,7 +67,7 @@ def captured(steps: list[Step]) -> Step:
                 step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    results = []  # kept until the capture ends, so that no two calls write to the same memory
+    results = []  # kept until the capture ends, so that calls do not share output memory
     with torch.cuda.graph(graph):
         for step in steps:
             results.append(step())
@@ -75,7 +75,7 @@ def captured(steps: list[Step]) -> Step:
 
 
 def on_gpu(case: Case, rivals: Rivals, device: torch.device) -> dict[str, Timed]:
-    """Each implementation as a graph, short ones over copies of the inputs, or as it is."""
+    """Capture each implementation as a graph if possible, short ones over copies of the inputs."""
     timed = {}
     others: list[Rivals] = []
     for name, rival in rivals.found.items():
@@ -95,13 +95,13 @@ def on_gpu(case: Case, rivals: Rivals, device: torch.device) -> dict[str, Timed]
 
 
 def copies_for(case: Case, device: torch.device) -> int:
-    """Copies of the inputs that push each other out of the L2 cache."""
+    """Return how many copies of the inputs exceed the L2 cache."""
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
     return min(MOST_COPIES, 1 + math.ceil(CACHES * cache / case.work.bytes))
 
 
 def wake(device: torch.device) -> None:
-    """Multiply for half a second: an idle GPU has lowered its clocks."""
+    """Multiply for half a second, because an idle GPU has lowered its clocks."""
     a = torch.ones(4096, 4096, device=device, dtype=torch.bfloat16)
     end = time.perf_counter() + 0.5
     while time.perf_counter() < end:
@@ -110,10 +110,10 @@ def wake(device: torch.device) -> None:
 
 
 def seconds(timed: Timed, device: torch.device, repeats: int) -> tuple[float, float]:
-    """Mean wall and CPU time of a call over ``repeats`` runs in a row.
+    """Return mean wall and CPU time per call over ``repeats`` consecutive runs.
 
-    One run before them is not timed: it faults in the memory that the implementation before has
-    given back to the system.
+    One untimed run comes first: it faults in memory that the previous implementation has returned
+    to the system.
     """
     timed.run()
     calls = repeats * timed.calls
@@ -133,7 +133,7 @@ def seconds(timed: Timed, device: torch.device, repeats: int) -> tuple[float, fl
 
 
 def seconds_as_called(rival: Rival, rivals: Rivals, device: torch.device, repeats: int) -> float:
-    """Mean wall time of a call on new inputs, without the time that making them takes."""
+    """Return the mean wall time of a call on new inputs, without the time to make them."""
     if device.type == "cuda":
         leaves = [rivals.fresh() for _ in range(min(repeats, MOST_LEAVES))]
         waiting = iter([rivals.fresh(), *leaves])  # the first run is not timed
@@ -152,7 +152,7 @@ def take_turns(case: Case, rivals: Rivals, device: torch.device, budget: float) 
     """Time every implementation. Each has been called before, so none compiles now.
 
     Args:
-        budget: seconds for all of them; five rounds at least.
+        budget: seconds in total; at least five rounds are run.
     """
     if device.type == "cuda":
         wake(device)
@@ -176,7 +176,7 @@ def take_turns(case: Case, rivals: Rivals, device: torch.device, budget: float) 
 
 
 def rows_of(label: Row, rivals: Rivals, turns: Turns, floor_ms: float) -> Iterator[Row]:
-    """One row per implementation, compared with the fastest of ours; printed as it comes."""
+    """Yield one row per implementation, compared with our fastest; printed as it comes."""
     found = {name: row_of(times) for name, times in turns.times.items()}
     ours = [name for name in found if rivals.found[name].ours] or list(found)
     best = min((found[name] for name in ours), key=lambda row: row["median_ms"])
@@ -195,7 +195,7 @@ def rows_of(label: Row, rivals: Rivals, turns: Turns, floor_ms: float) -> Iterat
 
 
 def row_of(times: Times) -> Row:
-    """The columns of one implementation's times."""
+    """Return the columns of one implementation's times."""
     return {
         **percentiles(times.rounds),
         "called_ms": 1e3 * statistics.median(times.called),
@@ -205,7 +205,7 @@ def row_of(times: Times) -> Row:
 
 
 def percentiles(times: list[tuple[float, float]]) -> Row:
-    """Median, least, 20th and 80th percentile of wall time and median CPU time, in ms."""
+    """Return median, minimum, 20th and 80th percentile of wall time, and median CPU time, in ms."""
     wall, cpu = zip(*times, strict=True)
     fifths = statistics.quantiles(wall, n=5, method="inclusive")
     return {
@@ -218,7 +218,7 @@ def percentiles(times: list[tuple[float, float]]) -> Row:
 
 
 def line_of(row: Row) -> str:
-    """A row as it is printed while others are still being measured."""
+    """Format a row for printing during the run."""
     cpu = row["ratio_of_cpu"]
     return (
         f"{row['operator']:26} {row['shape']:18} {row['implementation']:20} "

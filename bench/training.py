@@ -1,10 +1,10 @@
-"""Time a training step, from the published code's to this project's: a ladder in one run.
+"""A ladder of training steps, from the published code's to this project's, timed in one run.
 
     a   the published step: bench/baselines/published.py
     b   ... without singular value decomposition
-    c   one forward: of the model (alternating), and of the discriminator for both
-    d   scaled_dot_product_attention, then bfloat16 where large products are 1.5 times faster in it
-        (on a CPU attention in bfloat16 is written out: its fused kernel is slower)
+    c   one forward pass: of the model (alternating), and of the discriminator for both
+    d   scaled_dot_product_attention, then bfloat16 if large products are 1.5 times faster in it
+        (on a CPU bfloat16 attention is not fused: the fused kernel is slower)
     e   torch.compile of the encoders' blocks
     f   the contrastive loss by the fused operator
     g   frames from memory instead of decoding them for every step
@@ -15,17 +15,17 @@ Outside the ladder: the turbo preset, which changes the method, and the fine-tun
 One rung is in memory at a time. Its weights come from the seed and its queue is full of random
 features, the same for all. Its losses on the same frames must agree with those of the rung before;
 then its steps are timed. A full run goes through the rungs three times, so that a drift of the
-machine does not favour one of them. A rung that fails or disagrees is reported, and the others are
-measured. The time of a step includes the loader, DALI's for every rung (the published code decodes
-with Pillow between its steps). Without DALI all rungs get random frames on the device, and the
-share of waiting for data is not known. On a CPU --quick leaves rung e out: compiling takes too
+machine favours none of them. A rung that fails or disagrees is reported, and the others are
+measured. The time of a step includes the loader, which is DALI's for every rung (the published code
+decodes with Pillow between its steps). Without DALI all rungs get random frames on the device, and
+the waiting time for data is unknown. On a CPU --quick skips rung e, whose compilation takes too
 long.
 
-Times are medians; "CPU" is that of all threads, "x" how many times faster than rung a. "MB" is the
-most memory that a step takes beside weights and optimisers. GFLOP are those that the rung computes,
-without the decomposition; MFU is their share of the peak of its precision. The floor is their time
-at that peak or, if that is longer, the time to read and write weights and both moments. "cores" is
-CPU time over wall time: well below the number of threads, the machine was busy with something else.
+Times are medians; "CPU" is that of all threads, "x" the speed-up over rung a. "MB" is the peak
+memory of a step beyond weights and optimisers. GFLOP are those that the rung computes, without the
+decomposition; MFU is their share of the peak of its precision. The floor is their time at that peak
+or, if longer, the time to read and write weights and both moments. "cores" is CPU time over wall
+time: if it is well below the number of threads, the machine was busy with something else.
 
     python -m bench --full --only training [--manifest FILE]      (else 64 pairs of the phantom)
 """
@@ -65,11 +65,11 @@ from mics_fast.options import CacheConfig, DataConfig, ModelSize, TrainConfig
 
 BATCHES: dict[ModelSize, int] = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
 QUEUE = 4096
-PAYS = 1.5  # times float32's speed, for bfloat16 to be worth its rounding
+PAYS = 1.5  # speed-up over float32 that makes bfloat16 worth its rounding
 CHECKED = WARM_UP + 2
-"""Steps whose losses are compared: a captured step is replayed in the last two of them."""
+"""Number of steps whose losses are compared; a captured step is replayed in the last two."""
 LEAST = 3
-"""Steps to time per turn, also where they take longer than their share of the budget."""
+"""Steps to time per turn, even if they take longer than their share of the budget."""
 
 
 class Timing(NamedTuple):
@@ -82,17 +82,17 @@ class Timing(NamedTuple):
 
 @dataclass
 class Trial:
-    """The measurements of a rung.
+    """Measurements of a rung.
 
     Attributes:
         rung: the rung.
         losses: of the checked steps.
         times: of the timed steps.
-        apart: largest difference from the losses it must agree with.
+        apart: largest difference from the losses of the reference rung.
         weights: bytes of the trained weights.
-        memory_mb: most memory of a checked step after the first; None: not known.
+        memory_mb: peak memory of a checked step after the first; None: unknown.
         absent: why it was not measured.
-        failed: whether it failed or disagreed.
+        failed: True if it failed or disagreed.
     """
 
     rung: Rung
@@ -106,21 +106,21 @@ class Trial:
 
 
 class Frames(NamedTuple):
-    """Batches of pre-training, decoded for each step or cached, and of fine-tuning."""
+    """Batches for pre-training, decoded per step or cached, and for fine-tuning."""
 
     decoded: Iterator[Batch]
     cached: Iterator[Batch]
     tuning: Iterator[Batch]
 
     def of(self, rung: Rung) -> Iterator[Batch]:
-        """The batches that a rung is timed on."""
+        """Return the batches for a rung."""
         if rung.kind == "fine-tuning":
             return self.tuning
         return self.cached if rung.way.cached else self.decoded
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """A ladder per size of model: vit_base on a GPU; vit_micro and, if full, vit_tiny on a CPU."""
+    """Yield a ladder per model size: vit_base on a GPU; vit_micro and, if full, vit_tiny on a CPU."""
     sizes: list[ModelSize] = ["vit_micro", "vit_tiny"] if options.full else ["vit_micro"]
     if options.device.type == "cuda":
         sizes = ["vit_base"]
@@ -131,14 +131,14 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def phantom(folder: Path) -> Path:
-    """The manifest of 64 generated pairs."""
+    """Generate 64 pairs; return their manifest."""
     command = [sys.executable, "-m", "mics_fast.prepare", "phantom", "--pairs", "64"]
     subprocess.run([*command, "--out", str(folder)], check=True, stdout=subprocess.DEVNULL)
     return folder / "manifest.csv"
 
 
 def table(manifest: Manifest, config: TrainConfig, options: Options) -> Iterator[Row]:
-    """Check and measure every rung; one row per rung."""
+    """Check and measure every rung; yield one row per rung."""
     device = options.device
     single, half = (product(device, dtype) for dtype in (torch.float32, torch.bfloat16))
     amp = half > PAYS * single
@@ -183,7 +183,7 @@ def measure(rungs: Sequence[Rung], frames: Frames, options: Options) -> list[Tri
         except Exception as error:  # the other rungs are still measured
             traceback.print_exc()
             trial.absent, trial.failed = in_a_line(error), True
-            # Rungs that had to agree with this one are compared with the one before it.
+            # Rungs compared with this one are compared with its predecessor instead.
             losses[rung.name] = losses.get(rung.like or "", [])
     return list(trials.values())
 
@@ -201,7 +201,7 @@ def attempt(
     Raises:
         ValueError: its losses disagree.
     """
-    gc.collect()  # a rung that failed has left its step in the error's frames
+    gc.collect()  # the error of a failed rung keeps its step alive
     if device.type == "cuda":
         torch.cuda.empty_cache()
     step = trial.rung.build()
@@ -224,7 +224,7 @@ def attempt(
 
 
 def timed_step(step: Step, loader: Iterator[Batch], device: torch.device, number: int) -> Timing:
-    """One step on the loader's next batch. What the step before has kept is freed first."""
+    """Time one step on the loader's next batch, after freeing memory of the previous step."""
     step.release()
     begin, used = time.perf_counter(), time.process_time()
     batch = next(loader)
@@ -236,7 +236,7 @@ def timed_step(step: Step, loader: Iterator[Batch], device: torch.device, number
 
 
 def rows_of(trials: Sequence[Trial], device: torch.device, threads: int) -> list[Row]:
-    """One row per rung; ``ratio`` is its time over that of rung g."""
+    """Make one row per rung; ``ratio`` is its time over that of rung g."""
     found = {trial.rung.name: row_of(trial, device, threads) for trial in trials}
     first, second, last = (found.get(name, {}) for name in ("a", "b", "g"))
     for row in found.values():
@@ -250,7 +250,7 @@ def rows_of(trials: Sequence[Trial], device: torch.device, threads: int) -> list
 
 
 def row_of(trial: Trial, device: torch.device, threads: int) -> Row:
-    """The columns of one rung."""
+    """Return the columns of one rung."""
     rung = trial.rung
     row: Row = {
         "operator": "training step", "threads": threads, "implementation": rung.name,
@@ -273,7 +273,7 @@ def row_of(trial: Trial, device: torch.device, threads: int) -> Row:
 
 
 def speeds(trial: Trial, peak: float) -> Row:
-    """The columns of a rung's times; ``peak`` in FLOP/s."""
+    """Return the columns of a rung's times; ``peak`` in FLOP/s."""
     rung = trial.rung
     times = percentiles([(one.wall, one.cpu) for one in trial.times])
     wall = times["median_ms"] / 1e3
@@ -293,14 +293,14 @@ def speeds(trial: Trial, peak: float) -> Row:
 
 
 def over(one: Row, other: Row, column: Literal["ms", "cpu_ms"]) -> float | None:
-    """The ratio of two rows in a column; None where one was not measured."""
+    """Return the ratio of two rows in a column; None if one was not measured."""
     if column not in one or not other.get(column):
         return None
     return one[column] / other[column]
 
 
 def line_of(row: Row) -> str:
-    """A row as it is printed."""
+    """Format a row for printing."""
     if "absent" in row:
         outcome = "FAILED" if row.get("failed") else "not measured"
         return f"{row['rung']:15} {outcome} ({row['absent']})"
@@ -316,7 +316,7 @@ def line_of(row: Row) -> str:
 
 
 def config_of(size: ModelSize, device: torch.device) -> TrainConfig:
-    """The trainer's defaults, the demo's small heads, and no clipping, which would differ."""
+    """Return the trainer's defaults with the demo's small heads, and without clipping."""
     config = TrainConfig(device="cuda" if device.type == "cuda" else "cpu")
     config.model.size = size
     batch = BATCHES[size]
@@ -329,7 +329,7 @@ def config_of(size: ModelSize, device: torch.device) -> TrainConfig:
 
 
 def frames_of(manifest: Manifest, config: TrainConfig, device: torch.device) -> Frames:
-    """Batches of all rows of the manifest; random ones without DALI."""
+    """Make batches from all rows of the manifest; random ones without DALI."""
     if not has_dali():
         return random_frames(manifest, config, device)
     rows, size = list(manifest.rows), SIZES[config.model.size]
@@ -366,7 +366,7 @@ def has_dali() -> bool:
 
 
 def random_frames(manifest: Manifest, config: TrainConfig, device: torch.device) -> Frames:
-    """Four batches of random frames on the device, over and over."""
+    """Cycle through four batches of random frames on the device."""
     generator = torch.Generator(device).manual_seed(config.seed)
     side, names = SIZES[config.model.size].image, manifest.modalities
 
@@ -390,7 +390,7 @@ def random_frames(manifest: Manifest, config: TrainConfig, device: torch.device)
 
 
 def unrepeated(batches: Sequence[Batch]) -> list[Batch]:
-    """The same frames with ids that are all different: the published loss masks no repeats."""
+    """Give the same frames distinct ids, because the published loss masks no repeats."""
     found, first = [], 0
     for batch in batches:
         parts = []

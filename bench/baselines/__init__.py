@@ -1,1 +1,1 @@
-"""Published code that this project is compared with, restated."""
+"""Baselines: published code, reimplemented for comparison."""

@@ -1,4 +1,4 @@
-"""ALBEF's contrastive loss as its authors published it (salesforce/ALBEF), restated."""
+"""ALBEF's contrastive loss, reimplemented as published (salesforce/ALBEF)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def albef(
     temperature: Tensor | float,
     alpha: Tensor | float,
 ) -> Tensor:
-    """One direction of the soft-target contrastive loss, its scores written out; 0-d.
+    """Compute one direction of the soft-target contrastive loss with materialised scores; 0-d.
 
     Args:
         query, teacher, keys: (B, D), normalised; row i of ``keys`` is the positive of query i.
@@ -45,13 +45,13 @@ def albef_of_two(
     reduction: str,
     **masks: object,
 ) -> Tensor:
-    """Both directions, called as ``multimodal_consistency_loss`` is; 0-d.
+    """Compute both directions, with the arguments of ``multimodal_consistency_loss``; 0-d.
 
     Args:
         features, teachers, queues: two each; the queues are full, (Q, D).
         reduction: "sum" over rows and directions.
-        masks: ids, lengths and presence, which the published loss knows nothing of: all rows have
-            to be complete and different.
+        masks: ids, lengths and presence, which the published loss ignores: all rows must be
+            complete and distinct.
     """
     assert reduction == "sum", reduction
     losses = [

@@ -1,22 +1,22 @@
-"""The pre-training step as the published code makes it (LQH89757/MICS, ``Pretrain.py``), restated.
+"""The pre-training step of the published code (LQH89757/MICS, ``Pretrain.py``), reimplemented.
 
-Kept, because it is what the step costs:
+Kept, because it determines the cost of the step:
 
 - the whole model runs twice, without gradients for the discriminator and then for its own loss;
-- one modality after the other, attention with its scores written out, in float32, not compiled,
-  with optimisers of PyTorch's default kind;
-- all patches are embedded before three quarters are dropped, and the decoder's head runs on visible
-  patches, too;
+- one modality after the other, attention with materialised scores, in float32, not compiled, with
+  PyTorch's default kind of optimiser;
+- all patches are embedded before three quarters are dropped, and the decoder's head also runs on
+  visible patches;
 - the discriminator judges four sequences one by one, each time with a full singular value
-  decomposition in every block, and two more for the model's loss, whose backward pass also fills
-  gradients of the discriminator's weights, which are not used;
+  decomposition in every block, and two more for the model's loss, whose backward pass also computes
+  unused gradients of the discriminator's weights;
 - the queue is copied behind the keys, repeats are not masked, five numbers are read back.
 
-Mended, at no cost or a lower one, so that the step trains and has the losses of ``mics_fast``:
+Corrected, at no cost or a lower one, so that the step trains and has the losses of ``mics_fast``:
 
 - the model's loss reaches the model; fakes are reconstructions of both modalities, pasted into true
   patches, and real sequences are true patches; targets are normalised;
-- the decoder has positions and a class token; both passes draw one mask;
+- the decoder has positions and a class token; both passes use the same mask;
 - attention by distance prefers near tokens, by the squared distance of tied queries and keys (one
   matrix of twelve less); logits instead of sigmoids;
 - teacher and queue advance once per step, not twice; weights are rescaled, not re-created, so that
@@ -50,13 +50,13 @@ from mics_kernels import FeatureQueue
 
 
 class PublishedStep:
-    """The published step on the networks and queues of a stage of two modalities.
+    """The published step on the networks and queues of a stage with two modalities.
 
     Args:
-        stage: its parameters, buffers and options are used, its own step is not.
+        stage: provides parameters, buffers and options; its own step is not used.
         optimisers: "model" and "discriminator".
-        svd: whether the norms of the queries' matrices come from a full decomposition in every
-            forward of the discriminator, as published; else from one power iteration per step.
+        svd: compute the norms of the queries' matrices by a full decomposition in every forward
+            pass of the discriminator, as published; otherwise by one power iteration per step.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class PublishedStep:
         self.kept: Tensor | None = None
 
     def __call__(self, batch: tuple[PairBatch, ...], step: int) -> dict[str, float]:
-        """Train on a batch of complete pairs; the losses by name."""
+        """Train on a batch of complete pairs; return the losses by name."""
         self.release()
         (pairs,) = batch
         masks = self._masks(pairs, step)
@@ -116,14 +116,14 @@ class PublishedStep:
         ]
 
     def _judge(self, patches: Tensor) -> Tensor:
-        """Logits (B,) of patch sequences."""
+        """Return the logits (B,) of patch sequences."""
         if self.svd:
             decompose(self.stage.discriminator)
         return judge(self.stage.discriminator, patches)
 
     @torch.no_grad()
     def _advance(self, teachers: list[Tensor], pairs: PairBatch) -> None:
-        """Advance the teacher, parameter by parameter, the queues and the power iteration."""
+        """Advance the teacher parameter by parameter, the queues and the power iteration."""
         self.stage.discriminator.advance_power_iteration()
         model, momentum = self.stage.model, self.stage.config.teacher_momentum
         for student, teacher in (
@@ -138,7 +138,7 @@ class PublishedStep:
 
 @dataclass
 class Forward:
-    """The outputs of a forward of the model; lists hold one tensor per modality."""
+    """Outputs of a forward pass of the model; lists hold one tensor per modality."""
 
     teachers: list[Tensor]  # (B, P) features
     real: list[Tensor]  # (B, N, patch_dim)
@@ -150,7 +150,7 @@ class Forward:
 def forward(
     stage: PretrainStage, pairs: PairBatch, masks: list[tuple[Tensor, Tensor]], step: int
 ) -> Forward:
-    """The whole model on one modality after the other."""
+    """Run the whole model on one modality after the other."""
     model = stage.model
     features, teachers, real, fake, errors = [], [], [], [], []
     for images, (visible, hidden) in zip(pairs.views.values(), masks, strict=True):
@@ -182,12 +182,12 @@ def forward(
 
 
 def queues_of(stage: PretrainStage) -> list[FeatureQueue]:
-    """The queue of each modality."""
+    """Return the queue of each modality."""
     return list(cast(Iterable[FeatureQueue], stage.queues))
 
 
 def encode(vit: VisionTransformer, images: Tensor, visible: Tensor | None = None) -> Tensor:
-    """(B, 3, H, W) -> (B, 1 + n, width): all patches are embedded, the visible ones are kept."""
+    """Encode (B, 3, H, W) to (B, 1 + n, width): embed all patches, keep the visible ones."""
     projection = vit.patch_embed.proj
     tokens = F.conv2d(images, projection.weight, projection.bias, stride=vit.patch_size)
     tokens = tokens.flatten(2).transpose(1, 2) + vit.pos_embed[:, 1:]
@@ -201,7 +201,7 @@ def encode(vit: VisionTransformer, images: Tensor, visible: Tensor | None = None
 
 
 def decode(decoder: MaskedDecoder, tokens: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-    """(B, 1 + n, encoder_width) -> (B, N, patch_dim): mask tokens, unshuffled, a guess for all."""
+    """Decode (B, 1 + n, encoder_width) to (B, N, patch_dim), with predictions for all patches."""
     embedded = decoder.embed(tokens)
     guesses = decoder.mask_token.expand(*hidden.shape, -1)
     patches = torch.cat([embedded[:, 1:], guesses], dim=1)
@@ -213,13 +213,13 @@ def decode(decoder: MaskedDecoder, tokens: Tensor, visible: Tensor, hidden: Tens
 
 
 def transformer_block(layer: Block, tokens: Tensor) -> Tensor:
-    """Pre-norm block with attention written out."""
+    """Run a pre-norm block with materialised attention."""
     tokens = tokens + attend(layer.attn, layer.norm1(tokens))
     return tokens + layer.mlp(layer.norm2(tokens))
 
 
 def attend(layer: Attention, tokens: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, materialised."""
+    """Compute softmax(q k^T / sqrt(d)) v, materialised."""
     qkv = layer.qkv(tokens).unflatten(-1, (3, layer.heads, -1))
     query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     scores = (query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5
@@ -227,7 +227,7 @@ def attend(layer: Attention, tokens: Tensor) -> Tensor:
 
 
 def judge(discriminator: Discriminator, patches: Tensor) -> Tensor:
-    """(B, N, patch_dim) -> (B,) logits."""
+    """Map (B, N, patch_dim) to logits (B,)."""
     tokens = discriminator.embed(patches)
     cls_token = discriminator.cls_token.expand(len(tokens), -1, -1)
     tokens = torch.cat([cls_token, tokens], dim=1) + discriminator.pos_embed
@@ -237,7 +237,7 @@ def judge(discriminator: Discriminator, patches: Tensor) -> Tensor:
 
 
 def judging_block(layer: L2Block, tokens: Tensor) -> Tensor:
-    """Block whose attention weights are softmax_j(-|q_i - q_j|^2 / sqrt(d)), materialised."""
+    """Run a block whose attention weights are softmax_j(-|q_i - q_j|^2 / sqrt(d)), materialised."""
     features = layer.norm1(tokens)
     points = layer.points(features).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
     values = layer.values(features).unflatten(-1, (layer.heads, -1)).transpose(1, 2)
@@ -257,9 +257,9 @@ def decompose(discriminator: Discriminator) -> None:
 
 
 def published_flops(config: TrainConfig) -> float:
-    """FLOPs of one step on two modalities, counted as ``mics_fast.training.flops`` counts them.
+    """Count the FLOPs of one step on two modalities as ``mics_fast.training.flops`` does.
 
-    The decompositions are left out.
+    The decompositions are not counted.
     """
     options, size, width = config.pretrain, SIZES[config.model.size], config.model.projection
     assert options.queue_size is not None
@@ -280,6 +280,6 @@ def published_flops(config: TrainConfig) -> float:
     tokens, wide = 1 + size.num_patches, size.discriminator_width
     blocks = distance_block(tokens, tokens, wide) * size.discriminator_depth
     judged = (embedding(size.num_patches, size.patch_dim, wide) + blocks) * images
-    # The model's loss fills the weights' gradients, too, and its input wants one.
+    # The model's loss also computes gradients of the weights, and its input needs one.
     fooled = judged.trained() + judged.first
     return first + second + (judged * 2).trained() + fooled

@@ -1,10 +1,10 @@
-"""Write the tables of docs/, and the plots, from the stored results.
+"""Write the tables and plots of docs/ from the stored results.
 
     python -m bench.publish            writes them
-    python -m bench.publish --check    fails where one differs from the results
+    python -m bench.publish --check    fails if one differs from the results
 
-A table stands between "<!-- bench: NAME -->" and "<!-- bench: end -->". It stays as it is while its
-subject has no stored result.
+A table stands between "<!-- bench: NAME -->" and "<!-- bench: end -->". It is unchanged as long as
+its subject has no stored result.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
 
 
 def filled(text: str, results: list[Result]) -> str:
-    """A document with its tables written anew."""
+    """Replace the tables in a document."""
 
     def block(match: re.Match[str]) -> str:
         if match[2] not in BLOCKS:
@@ -54,7 +54,7 @@ def filled(text: str, results: list[Result]) -> str:
 
 
 def main() -> int:
-    """Write everything, or report what is stale; exit status 1 where something is."""
+    """Write everything, or report stale parts; exit status 1 if there are any."""
     parser = argparse.ArgumentParser(prog="python -m bench.publish", description=__doc__)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check

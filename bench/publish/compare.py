@@ -1,7 +1,7 @@
-"""The regression gate: the ratios of one run against those of another.
+"""The regression gate: compares the ratios of two runs.
 
-Absolute times depend on the machine and its load. How many times as long as ours a rival takes in
-the same run depends on the code.
+Absolute times depend on the machine and its load. The ratio of a rival's time to ours in the same
+run depends on the code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 from bench.rows import Row
 
 ALLOWED = 0.8
-"""Share of its former ratio below which an operator has lost ground."""
+"""Share of its former ratio below which an operator counts as slower."""
 
 
 class Key(NamedTuple):
@@ -26,7 +26,7 @@ class Key(NamedTuple):
 
 
 def ratios(rows: Iterable[Row]) -> dict[Key, float]:
-    """The ratio of each rival."""
+    """Return the ratio of each rival."""
     found = {}
     for row in rows:
         ratio = row.get("ratio")
@@ -39,7 +39,7 @@ def ratios(rows: Iterable[Row]) -> dict[Key, float]:
 
 
 def lost_ground(rows: Iterable[Row], base: Iterable[Row]) -> list[str]:
-    """One sentence per ratio that fell by more than a fifth, or one if nothing can be compared."""
+    """Return one sentence per ratio that fell by over a fifth, or one if none is comparable."""
     now, before = ratios(rows), ratios(base)
     both = [key for key in now if key in before]
     if not both:

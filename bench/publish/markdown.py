@@ -1,4 +1,4 @@
-"""Parts of the tables: cells, sentences, and which rows belong together."""
+"""Parts of the tables: cells, sentences, and groups of rows."""
 
 from __future__ import annotations
 
@@ -10,50 +10,50 @@ from bench.rows import Row
 
 
 def table(head: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(row)} |".replace("|  |", "| |") for row in rows) + "\n"
 
 
 def digits(value: float) -> str:
-    """Three significant digits."""
+    """Format with three significant digits."""
     return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def milliseconds(value: float) -> str:
-    """A time with its unit."""
+    """Format a time with its unit."""
     return f"{digits(value)} ms"
 
 
 def times(row: Row | None) -> str:
-    """The time of a row as a multiple of ours; "-" for no row."""
+    """Format the time of a row as a multiple of ours; "-" for no row."""
     return "-" if row is None else factor(row["ratio"])
 
 
 def factor(value: float | None) -> str:
-    """A ratio."""
+    """Format a ratio."""
     return "-" if value is None else f"{value:.{0 if value >= 100 else 1}f}x"
 
 
 def share(row: Row) -> str:
-    """The share of the floor that a row reaches."""
+    """Format the share of the floor that a row reaches."""
     value = row["share_of_floor"]
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
 def megabytes(value: float | None, digits: int = 0) -> str:
-    """An amount of memory."""
+    """Format an amount of memory."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 def listed(names: Iterable[str]) -> str:
-    """ "a, b and c"."""
+    """Join names as in "a, b and c"."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
 
 def how(result: Result, subject: str) -> str:
-    """Command, machine and versions of a result."""
+    """Describe command, machine and versions of a result."""
     machine = result.machine
     option = "" if subject != "pipeline" else " --manifest data/mine/manifest.csv"
     command = f"python -m bench --{machine['mode']} --only {subject}{option}"
@@ -70,14 +70,14 @@ def how(result: Result, subject: str) -> str:
 
 
 def on_gpu(results: list[Result], subject: str) -> str:
-    """A sentence on the GPUs that a subject was measured on."""
+    """Name the GPUs on which a subject was measured."""
     found = latest(results, subject, "cuda").values()
     names = [result.machine["device"] for result in found]
     return f"Measured on {listed(names)}, too." if names else "Not measured on a GPU."
 
 
 def not_measured(rows: list[Row]) -> str:
-    """One line on the rows without figures, or ""."""
+    """Describe the rows without figures in one line, or ""."""
     found: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if "absent" in row:
@@ -93,7 +93,7 @@ def not_measured(rows: list[Row]) -> str:
 
 
 def named(rows: list[Row], **wanted: object) -> dict[str, Row]:
-    """Measured rows with these entries, by implementation."""
+    """Return measured rows with these entries, by implementation."""
     return {
         row["implementation"]: row
         for row in measured(rows)
@@ -102,7 +102,7 @@ def named(rows: list[Row], **wanted: object) -> dict[str, Row]:
 
 
 def keys_of(rows: list[Row], *names: str) -> list[tuple[Any, ...]]:
-    """The different values of these columns, in their order."""
+    """Return the distinct values of these columns, in order."""
     return list(
         dict.fromkeys(tuple(row.get(name) for name in names) for row in rows if "shape" in row)
     )

@@ -1,8 +1,8 @@
-"""Plots of the stored results in docs/plots, one set per device.
+"""Plots of the stored results, in docs/plots, one set per device.
 
-Time and memory of the consistency loss over the batch size, the share of its floor that each kernel
-reaches, and the training ladder. Colours are Okabe and Ito's, which colour-blind readers can tell
-apart; markers and dashes differ as well.
+Time and memory of the consistency loss over the batch size, the share of the floor reached by each
+kernel, and the training ladder. Colours are Okabe and Ito's colour-blind-safe palette; markers and
+dashes differ as well.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ STYLES = (
 
 
 class Plot(NamedTuple):
-    """A plot: its file and title, the result it shows, and the function that draws it."""
+    """A plot: its file and title, the result, and the function that draws it."""
 
     path: Path
     title: str
@@ -47,7 +47,7 @@ class Plot(NamedTuple):
 
 
 def plots(results: list[Result]) -> Iterator[Plot]:
-    """Each plot that the results have figures for."""
+    """Yield each plot for which there are figures."""
     for kind in KINDS:
         for device, result in latest(results, "consistency", kind).items():
             where = f"on {result.machine['device']}"
@@ -69,7 +69,7 @@ def plots(results: list[Result]) -> Iterator[Plot]:
 
 
 def merged(results: list[Result], device: str, kind: str) -> Result:
-    """The newest rows of every operator on a device, as one result."""
+    """Merge the newest rows of every operator on a device into one result."""
     found = {subject: latest(results, subject, kind).get(device) for subject in OPERATORS}
     newest = {subject: result for subject, result in found.items() if result is not None}
     rows = [row for subject, result in newest.items() for row in result.of(subject)]
@@ -79,12 +79,12 @@ def merged(results: list[Result], device: str, kind: str) -> Result:
 
 
 def source_of(result: Result) -> str:
-    """The note in a plot's metadata that names the result it shows."""
+    """Return the note in a plot's metadata that names its result."""
     return f"from {result.path.name}"
 
 
 def stale_plots(results: list[Result]) -> list[str]:
-    """Plots that are missing or show another result; needs no matplotlib."""
+    """List plots that are missing or show another result; needs no matplotlib."""
     return [
         str(one.path.relative_to(ROOT))
         for one in plots(results)
@@ -119,7 +119,7 @@ def draw(results: list[Result]) -> None:
 
 
 def where(result: Result) -> str:
-    """Device and threads, for a title."""
+    """Describe device and threads, for a title."""
     machine = result.machine
     number = machine["threads"]
     threads = f", {number} thread{'s' * (number > 1)}" if machine["kind"] == "cpu" else ""
@@ -127,19 +127,19 @@ def where(result: Result) -> str:
 
 
 def floor_of(result: Result) -> str:
-    """The peak that the floor assumes, in words."""
+    """Describe the peak behind the floor."""
     reached = any(peaks["reached"] for peaks in result.peaks.values())
     return "torch's best copy or product" if reached else "bandwidth or FLOP/s in full"
 
 
 def soft_rows(result: Result) -> list[Row]:
-    """Measured rows of the loss of two modalities, by batch size."""
+    """Return measured rows of the loss of two modalities, by batch size."""
     rows = measured(result.of("consistency", "multimodal_consistency_loss"))
     return sorted(rows, key=lambda row: row["batch"])
 
 
 def curves(axes: Axes, result: Result, column: str) -> None:
-    """One line per implementation over the batch size, both axes logarithmic."""
+    """Draw one line per implementation over the batch size, both axes logarithmic."""
     rows = soft_rows(result)
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     for name, (colour, marker, dashes) in zip(names, STYLES, strict=False):
@@ -158,7 +158,7 @@ def curves(axes: Axes, result: Result, column: str) -> None:
 
 
 def time_over_batch(axes: Axes, result: Result) -> None:
-    """Medians, with the floor below."""
+    """Draw medians, with the floor below."""
     curves(axes, result, "median_ms")
     floor = sorted({(row["batch"], row["floor_ms"] or 0) for row in soft_rows(result)})
     batches, least = zip(*floor, strict=True)
@@ -170,7 +170,7 @@ def time_over_batch(axes: Axes, result: Result) -> None:
 
 
 def memory_over_batch(axes: Axes, result: Result) -> None:
-    """Peaks beyond the inputs."""
+    """Draw peaks beyond the inputs."""
     curves(axes, result, "extra_mb")
     axes.set_ylabel("peak memory beyond the inputs (MB)")
     axes.set_title(f"Consistency loss, queue of 65,536 x 256\n{where(result)}", fontsize=10)
@@ -178,7 +178,7 @@ def memory_over_batch(axes: Axes, result: Result) -> None:
 
 
 def shares_of_floor(axes: Axes, result: Result) -> None:
-    """One bar per kernel of ours."""
+    """Draw one bar per kernel of ours."""
     rows = [row for row in result.rows if row.get("ours")]
     several = len({row["threads"] for row in rows}) > 1
     names = [
@@ -198,7 +198,7 @@ def shares_of_floor(axes: Axes, result: Result) -> None:
 
 
 def ladder(axes: Axes, result: Result) -> None:
-    """Speed of each rung over that of the published step, one line per model."""
+    """Draw the speed-up of each rung over the published step, one line per model."""
     rows = [row for row in measured(result.of("training")) if row["implementation"] in RUNGS]
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     for shape, (colour, marker, dashes) in zip(shapes, STYLES, strict=False):

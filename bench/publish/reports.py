@@ -28,7 +28,7 @@ DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def everything(subject: str, results: list[Result]) -> str | None:
-    """Every row of the newest result of each device, and what was not measured."""
+    """Tabulate every row of each device's newest result, and the rows not measured."""
     parts = []
     for kind in KINDS:
         for result in latest(results, subject, kind).values():
@@ -43,7 +43,7 @@ def everything(subject: str, results: list[Result]) -> str | None:
 
 
 def full_table(rows: list[Row]) -> str:
-    """All columns of the rows of operators."""
+    """Tabulate all columns of the operators' rows."""
     lines = [
         [
             f"`{row['operator']}`",
@@ -65,7 +65,7 @@ def full_table(rows: list[Row]) -> str:
 
 
 def training(results: list[Result]) -> str | None:
-    """The ladder of every device."""
+    """Tabulate the ladder of every device."""
     parts = []
     for kind in KINDS:
         for result in latest(results, "training", kind).values():
@@ -83,7 +83,7 @@ def training(results: list[Result]) -> str | None:
 
 
 def ladder_line(row: Row) -> list[str]:
-    """The cells of a rung."""
+    """Return the cells of a rung."""
     wait, faster = row["data_wait"], row["x_ms"]
     return [
         row["shape"],
@@ -101,7 +101,7 @@ def ladder_line(row: Row) -> list[str]:
 
 
 def host(results: list[Result]) -> str | None:
-    """Host time and launches per call."""
+    """Tabulate host time and launches per call."""
     result = newest_cpu(results, "host")
     if result is None:
         return None
@@ -121,12 +121,12 @@ def host(results: list[Result]) -> str | None:
 
 
 def spread(row: Row) -> str:
-    """The 20th and 80th percentile."""
+    """Format the 20th and 80th percentile."""
     return f"{digits(row['p20_ms'])} to {digits(row['p80_ms'])}"
 
 
 def work(results: list[Result]) -> str | None:
-    """Bytes, FLOPs and floor of every case, and what the machines do at most."""
+    """Tabulate bytes, FLOPs and floor of every case, and the peaks of the machines."""
     parts = [
         (result, measured(result.of(subject)))
         for kind in KINDS
@@ -150,7 +150,7 @@ def work(results: list[Result]) -> str | None:
 
 
 def work_line(rows: list[Row], operator: str, shape: str, threads: int) -> list[str]:
-    """The work of a case and its floor, at the bandwidth of as many bytes."""
+    """Return the work of a case and its floor, at the bandwidth for its bytes."""
     row = next(iter(named(rows, operator=operator, shape=shape, threads=threads).values()))
     return [
         f"`{operator}`",
@@ -164,7 +164,7 @@ def work_line(rows: list[Row], operator: str, shape: str, threads: int) -> list[
 
 
 def targets(results: list[Result]) -> str | None:
-    """Each target that was measured, and whether it is met; the others in one line."""
+    """Tabulate the measured targets and whether they are met; list the others in one line."""
     if not results:
         return None
     lines, missing = [], dict.fromkeys(KINDS, 0)
@@ -191,12 +191,12 @@ def targets(results: list[Result]) -> str | None:
 
 
 def what_of(target: Target) -> str:
-    """An operator as code, anything else as words."""
+    """Format an operator as code, anything else as words."""
     return f"`{target.operator}`" if target.operator.isidentifier() else target.operator
 
 
 def kernels(results: list[Result]) -> str | None:
-    """Registers and shared memory of each kind of GPU kernel, as make check-kernels found them."""
+    """Tabulate registers and shared memory of each kind of GPU kernel from make check-kernels."""
     path = FOLDER / "kernels.json"
     if not path.exists():
         return None
@@ -214,7 +214,7 @@ def kernels(results: list[Result]) -> str | None:
 
 
 def shown(results: list[Result]) -> str | None:
-    """The plots, as images."""
+    """Show the plots as images."""
     lines = [
         f"![{one.title}]({one.path.relative_to(ROOT / 'docs').as_posix()})"
         for one in plots(results)
@@ -223,7 +223,7 @@ def shown(results: list[Result]) -> str | None:
 
 
 def in_words(target: Target, value: float) -> str:
-    """A value of a target's column with its unit."""
+    """Format a value of a target's column with its unit."""
     return {
         "ratio": f"{digits(value)}x",
         "called_ratio": f"{digits(value)}x as called",

@@ -1,4 +1,4 @@
-"""Stored results: what was measured where, newest first."""
+"""Stored results of benchmarks, newest first."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ class Result:
         return slug(self.machine["device"])
 
     def of(self, subject: str, operator: str | None = None) -> list[Row]:
-        """Rows of a subject (and operator), those without figures included."""
+        """Return the rows of a subject (and operator), including rows without figures."""
         rows = [row for row in self.rows if row["subject"] == subject]
         return [row for row in rows if operator in (None, row.get("operator"))]
 
 
 def stored(folder: Path = FOLDER) -> list[Result]:
-    """All results but those of --quick, newest first."""
+    """Read all results except those of --quick, newest first."""
     files = [path for path in folder.glob("*/*.json") if not path.stem.endswith("-quick")]
     results = [Result(path, **json.loads(path.read_text())) for path in files]
     return sorted(results, key=lambda result: result.machine["date"], reverse=True)
 
 
 def latest(results: list[Result], subject: str, kind: str) -> dict[str, Result]:
-    """The newest result with figures on a subject from each device of a kind, newest first.
+    """Return the newest result on a subject with figures per device of a kind, newest first.
 
     Args:
         kind: cpu or cuda.
@@ -54,16 +54,16 @@ def latest(results: list[Result], subject: str, kind: str) -> dict[str, Result]:
 
 
 def newest_cpu(results: list[Result], subject: str) -> Result | None:
-    """The newest result of any CPU."""
+    """Return the newest result of any CPU."""
     return next(iter(latest(results, subject, "cpu").values()), None)
 
 
 def figure(row: Row, column: str) -> float | None:
-    """The number in a column; None where there is none."""
+    """Return the number in a column; None if there is none."""
     value = dict(row).get(column)
     return float(value) if isinstance(value, int | float) else None
 
 
 def measured(rows: list[Row]) -> list[Row]:
-    """Rows that hold figures."""
+    """Select rows with figures."""
     return [row for row in rows if "absent" not in row]

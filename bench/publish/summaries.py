@@ -21,7 +21,7 @@ from bench.shift import COPY
 
 
 def evidential(results: list[Result]) -> str | None:
-    """evidential_fusion_loss against its rivals, and where an evidential operator loses."""
+    """Compare evidential_fusion_loss with its rivals; name cases where an operator is slower."""
     result = newest_cpu(results, "evidential")
     if result is None:
         return None
@@ -40,7 +40,7 @@ def evidential(results: list[Result]) -> str | None:
 
 
 def losses(rows: list[Row]) -> str:
-    """A sentence on the rivals that are faster than ours, or ""."""
+    """Name the rivals that are faster than ours, or return ""."""
     lost = [
         f"{row['implementation']} for `{row['operator']}` at {row['shape']} ({times(row)})"
         for row in measured(rows)
@@ -50,7 +50,7 @@ def losses(rows: list[Row]) -> str:
 
 
 def consistency(results: list[Result]) -> str | None:
-    """Times and, below each, memory of the consistency loss."""
+    """Tabulate time and, below it, memory of the consistency loss."""
     result = newest_cpu(results, "consistency")
     if result is None:
         return None
@@ -73,7 +73,7 @@ def consistency(results: list[Result]) -> str | None:
 
 
 def shift(results: list[Result]) -> str | None:
-    """Shift and moments, with all threads and with one."""
+    """Tabulate shift and moments, with all threads and with one."""
     result = newest_cpu(results, "shift")
     if result is None:
         return None
@@ -91,7 +91,7 @@ def shift(results: list[Result]) -> str | None:
 
 
 def pipeline(results: list[Result]) -> str | None:
-    """Pairs a second of each way to make training views."""
+    """Tabulate the pairs per second of each loader."""
     result = newest_cpu(results, "pipeline")
     if result is None:
         return None
@@ -116,7 +116,7 @@ def pipeline(results: list[Result]) -> str | None:
 
 
 def as_called(results: list[Result]) -> str | None:
-    """Each operator as a user calls it, beside the kernel's own ratio."""
+    """Tabulate each operator as users call it, beside the kernel's own ratio."""
     lines = []
     for subject in ("evidential", "consistency", "shift"):
         result = newest_cpu(results, subject)

@@ -1,4 +1,4 @@
-"""The targets of each operator, and the values that the stored results hold for them."""
+"""Targets of the operators, and their values in the stored results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Target(NamedTuple):
     operator: str
     shape: str  # "" for any
     implementation: str
-    column: str  # "ratio": how many times as long as ours this implementation takes
+    column: str  # "ratio": time of this implementation over ours
     least: float | None = None
     most: float | None = None
 
@@ -70,7 +70,7 @@ TARGETS = (
 
 
 def measured_value(target: Target, results: list[Result]) -> float | None:
-    """The value that a target is about, from the newest device of its kind and the most threads."""
+    """Return a target's value from the newest device of its kind with the most threads."""
     for result in latest(results, target.subject, target.kind).values():
         rows = [
             row
@@ -83,7 +83,7 @@ def measured_value(target: Target, results: list[Result]) -> float | None:
 
 
 def holds(target: Target, value: float) -> bool:
-    """Return True if the value keeps to the bound."""
+    """Return True if the value satisfies the bound."""
     return (target.least is None or value >= target.least) and (
         target.most is None or value <= target.most
     )

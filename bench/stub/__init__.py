@@ -1,12 +1,11 @@
-"""Triton's real compiler and launcher, and our real wrappers, on a GPU that is not there.
+"""A pretended GPU: Triton's real compiler and launcher, and our real wrappers, without hardware.
 
-``install`` puts a stand-in for the CUDA driver (driver.c) below Triton, as of an H100, and lets our
-operators take CPU tensors for those of a GPU. Kernels are compiled for sm_90 and passed to the
-driver with their arguments; the driver notes the launch and does nothing, so results hold no
-values. What can be learned is what is launched, with which grid, and how long the host takes until
-then.
+``install`` puts a stand-in for the CUDA driver (driver.c) below Triton, which reports an H100, and
+lets our operators take CPU tensors for GPU tensors. Kernels are compiled for sm_90 and passed to
+the driver with their arguments; the driver records the launch and does nothing, so results hold no
+values. It shows which kernels are launched, with which grid, and the host time until then.
 
-It cannot be undone: use a process of its own. Needs a C compiler and Linux.
+It cannot be removed: use a child process. Needs a C compiler and Linux.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Launch:
 
 
 class StubDriver(nvidia.CudaDriver):
-    """Triton's driver without PyTorch's CUDA, which is not there."""
+    """Triton's driver without PyTorch's CUDA, which is absent."""
 
     def __init__(self) -> None:
         self.utils = nvidia.CudaUtils()
@@ -89,7 +88,7 @@ class Stub:
 
     @contextmanager
     def launches(self) -> Iterator[list[Launch]]:
-        """The launches within the context; the list is filled when it ends."""
+        """Record the launches within the context; the list is filled when it ends."""
         found: list[Launch] = []
         first = self._library.stub_launched()
         yield found
@@ -99,7 +98,7 @@ class Stub:
 
 
 def obstacle() -> str:
-    """Why the stand-in cannot be installed here; "" where it can."""
+    """Explain why the stand-in cannot be installed here; "" if it can."""
     if sys.platform != "linux":
         return "it needs Linux"
     if torch.cuda.is_available():
@@ -108,20 +107,20 @@ def obstacle() -> str:
 
 
 def compiler() -> str:
-    """The C compiler, or ""."""
+    """Return the C compiler, or ""."""
     names = (os.environ.get("CC", ""), "cc", "gcc", "clang")
     return next((name for name in names if name and shutil.which(name)), "")
 
 
 def install() -> Stub:
-    """Put the stand-in below Triton, and let the operators take CPU tensors for a GPU's.
+    """Install the stand-in, and let the operators take CPU tensors for GPU tensors.
 
     Raises:
         RuntimeError: it cannot be installed here; see ``obstacle``.
     """
     if reason := obstacle():
         raise RuntimeError(f"no stand-in for the CUDA driver: {reason}")
-    folder = tempfile.mkdtemp(prefix="stub-")  # Triton may link a launcher per kernel against it
+    folder = tempfile.mkdtemp(prefix="stub-")  # Triton may link each kernel's launcher against it
     atexit.register(shutil.rmtree, folder)
     library = Path(folder) / "libcuda.so.1"
     headers = Path(nvidia.__file__).parent / "include"
@@ -137,12 +136,12 @@ def install() -> Stub:
         )
         backends.implementation(op, "triton")
     replace("chip_of", lambda device: (CAPABILITY, PROCESSORS))
-    replace("looks_at_values", lambda value: False)  # a GPU's are not looked at
+    replace("looks_at_values", lambda value: False)  # values of a GPU are not checked
     return stub
 
 
 def replace(name: str, function: Callable[..., Any]) -> None:
-    """Put a function in the place of one of this name in every module of mics_kernels."""
+    """Replace a function of this name in every module of mics_kernels."""
     for module in list(sys.modules.values()):
         if getattr(module, "__name__", "").startswith("mics_kernels") and name in vars(module):
             setattr(module, name, function)
