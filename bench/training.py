@@ -120,7 +120,7 @@ class Frames(NamedTuple):
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """Yield a ladder per model size: vit_base on a GPU; vit_micro and, if full, vit_tiny on a CPU."""
+    """Yield one ladder per size: vit_base on a GPU; vit_micro, and if full vit_tiny, on a CPU."""
     sizes: list[ModelSize] = ["vit_micro", "vit_tiny"] if options.full else ["vit_micro"]
     if options.device.type == "cuda":
         sizes = ["vit_base"]

@@ -60,7 +60,7 @@ def test_one_sweep_serves_all_ordered_pairs_and_their_gradients(
 def test_a_small_batch_is_swept_by_enough_programs_to_fill_the_chip(
     launched: dict[str, list[Launch]],
 ) -> None:
-    """Keys are few here, so that at most every tile of them is a program."""
+    """There are few keys here, so that each tile of them is at most one program."""
     sweep = launched["one row"][0]
     assert sweep.grid[0] == 1 and 5 <= sweep.grid[1] <= 20
 

@@ -33,9 +33,9 @@ def rivals_of(**steps: Any) -> Rivals:
 
 
 def with_step(case: Case, name: str, wrong: Any) -> Case:
-    """The case with one implementation replaced, on tiny inputs.
+    """Replace one implementation of the case, on tiny inputs.
 
-    Those of "eager" are not tiny: its noise is judged by its variance.
+    Inputs of "eager" are not tiny, because its noise is checked by its variance.
     """
 
     def make(device: torch.device, tiny: bool) -> Any:
@@ -220,7 +220,7 @@ def test_memory_is_what_a_call_takes_beyond_its_inputs() -> None:
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pretended one, with the L2 cache of an H100; what it captures it calls."""
+    """A pretended GPU with the L2 cache of an H100; captured steps are called directly."""
 
     def captured(steps: list[Any]) -> Any:
         return lambda: [step() for step in steps]

@@ -18,7 +18,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture(autouse=True)
 def forgotten(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Nothing is known of other tests, or kept for them; tries are short."""
+    """Forget figures of other tests, keep none for them, and make tries short."""
     monkeypatch.setattr(peaks, "SECONDS", 1e-4)
     kept = (probe, flops_of, bandwidth_of)
     for one in kept:
@@ -84,7 +84,7 @@ def test_a_rate_is_of_all_threads_and_the_best_try(monkeypatch: pytest.MonkeyPat
 def test_no_product_of_torch_beats_the_multiply_adds_and_no_copy_the_streams(
     set_threads: Callable[[int], None],
 ) -> None:
-    """With room for the noise of a machine that does other things, too, and five tries."""
+    """Five tries, with a tolerance for the noise of a shared machine."""
     assert probe() is not None
     source = torch.ones(2**20)
     target = torch.empty_like(source)

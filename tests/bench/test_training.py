@@ -80,7 +80,7 @@ def test_the_published_step_has_the_losses_of_this_project_s(config, batches):
 
 
 def test_a_decomposition_finds_what_the_power_iteration_has_converged_to(config, batches):
-    """As long as the discriminator's weights stand still."""
+    """The losses agree while the discriminator's weights are unchanged."""
     config.pretrain.discriminator_lr = 1e-12
     first_two = islice(rungs_of(config), 2)
     a, b = (rungs.losses_of(rung.build(), batches[:2]) for rung in first_two)

@@ -1,6 +1,6 @@
-"""What the tests of all fast implementations share: which of them run here, and where.
+"""Shared by the tests of all fast implementations: which ones run here, and on which device.
 
-Imports nothing but torch: on a machine without hypothesis the other tests still run.
+It imports only torch, so that the other tests run on a machine without hypothesis.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROUNDING = {torch.float32: 4e-7, torch.bfloat16: BFLOAT16, torch.float16: 2.0**-
 
 
 def device_of(backend: str) -> str:
-    """Where the inputs of an implementation lie."""
+    """Return the device for the inputs of an implementation."""
     return "cuda" if GPU and backend in ("triton", "cuda") else "cpu"
 
 

@@ -1,4 +1,4 @@
-"""How properties are tested here: many examples, the same in every run."""
+"""Settings of the property tests: many examples, the same in every run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who decides which implementation runs, and what happens when it cannot."""
+"""The choice of an implementation, and the errors when the requested one cannot run."""
 
 import warnings
 

@@ -210,7 +210,7 @@ def test_values_on_a_gpu_are_looked_at_only_when_asked(monkeypatch):
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    """What a GPU does without MICS_KERNELS_CHECK: nobody looks at values."""
+    """Without MICS_KERNELS_CHECK, values on a GPU are not checked."""
     monkeypatch.setattr(checks, "looks_at_values", lambda value: False)
 
 

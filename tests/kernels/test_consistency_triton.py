@@ -160,7 +160,7 @@ def inputs_of(problem: Problem, want_gradient: bool = True) -> ConsistencyInputs
 
 
 def solve_by_reference(problem: Problem, dtype: torch.dtype | None = None) -> list[Tensor]:
-    """What ``solve`` returns, from the reference and autograd, with queries of ``dtype``."""
+    """Compute the results of ``solve`` by reference and autograd, with queries of ``dtype``."""
     results: list[list[Tensor]] = [[], [], [], []]
     for a, b in problem.pairs:
         query = problem.queries[a].to(dtype=dtype).clone().requires_grad_()

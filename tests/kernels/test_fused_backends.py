@@ -1,4 +1,4 @@
-"""What a GPU rounds otherwise than Triton's interpreter: ``a * b + c`` once, and exp twice.
+"""Rounding that differs between a GPU and Triton's interpreter: fused ``a * b + c``, and exp.
 
 ``TRITON_INTERPRET=1 pytest <this file>``; on a GPU, as it is.
 """

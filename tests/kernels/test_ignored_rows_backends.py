@@ -1,4 +1,4 @@
-"""What lies in rows that do not count changes nothing, NaN and infinity included, in any backend.
+"""Ignored rows change nothing in any backend, even if they hold NaN or infinity.
 
 Without a GPU this runs the reference and the C++ implementation; ``TRITON_INTERPRET=1 pytest <this
 file>`` the Triton one.

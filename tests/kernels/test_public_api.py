@@ -1,4 +1,4 @@
-"""What the package shows: its names, its report, operators that compile as a whole graph."""
+"""The public API: its names, its report, operators that compile without graph breaks."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What shift, moments and shifted cross-entropy promise alike: the same bits, graphs, registration.
+"""Promises of shift, moments and shifted cross-entropy: the same bits, graphs, registration.
 
 Without a GPU this runs the C++ one; ``TRITON_INTERPRET=1 pytest <this file>`` the Triton one.
 """
@@ -20,7 +20,7 @@ SEED = (2**40 + 17, 5)
 
 
 def everything(backend: str, rows: int = 37) -> list[Tensor]:
-    """What every operator of the folder makes of one batch, with labels and with posteriors."""
+    """Run every operator of the folder on one batch, with labels and with posteriors."""
     generator = torch.Generator().manual_seed(4)
     device = device_of(backend)
     features = torch.randn(rows, 100, generator=generator).to(device)

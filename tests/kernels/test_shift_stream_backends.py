@@ -112,7 +112,7 @@ def test_normals_are_those_of_the_reference(
 
 
 def test_normals_of_extreme_words_are_right_too(backend: str) -> None:
-    """Where u is nearest to 0 and to 1: rows found by search, the law has no say in it."""
+    """Rows where u is nearest to 0 and to 1, found by search, independently of the law."""
     seed = torch.tensor(SEED)
     rows = torch.arange(2_000_000)
     word = philox4x32((seed[0], seed[0] >> 32), (0, rows, 0, SEED[1]))[0]

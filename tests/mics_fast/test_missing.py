@@ -139,7 +139,7 @@ def test_a_third_modality_is_a_column(rewrite, train_few_steps, tmp_path):
 
 
 def one_answer(tmp_path, manifest):
-    """What the run says of the first row of a manifest."""
+    """Return the run's answer for the first row of a manifest."""
     lines = manifest.read_text().splitlines()
     single = manifest.with_name("single-row.csv")
     single.write_text("\n".join(lines[:2]) + "\n")

@@ -1,4 +1,4 @@
-"""What the trainer would ask of a GPU, as far as that shows without one (pretence.py)."""
+"""The trainer on a pretended GPU (pretence.py): its requests to the device, without hardware."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def build(gpu, tiny, monkeypatch):
 
 
 class Pipeline:
-    """In the place of DALI's: outputs of squares, and the streams that they were made for."""
+    """Replaces the DALI pipeline: outputs squares, and records the consuming streams."""
 
     def __init__(self, outputs, rows, side):
         self.shape, self.outputs, self.streams = (rows, side, side, 3), outputs, []
@@ -92,12 +92,12 @@ class Pipeline:
         return [self] * self.outputs
 
     def to_torch(self, device):
-        """As ``graph.to_torch`` copies an output."""
+        """Copy an output as ``to_torch`` does."""
         return torch.empty(self.shape, dtype=torch.uint8, device=device)
 
 
 def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, teacher=False, missing=False):
-    """The loader's stream of so many samples on a GPU, and what stands there for DALI."""
+    """Return the loader's stream of some samples on a GPU, and its replacement of DALI."""
     augment = AugmentConfig(weak=ColourConfig(blur=1.0))
     side = SIZES["vit_micro"].image
     graph = PairGraph(modalities, DataConfig(), side, GPU, augment, strong, teacher=teacher)
@@ -135,7 +135,7 @@ def batch_of(rows, **options):
 
 
 def parts_of(stage, **options):
-    """What the loop hands to a step."""
+    """A step's argument as the loop passes it."""
     if stage == "pretrain":
         return (batch_of(4, **options),)
     return batch_of(2, **options), batch_of(4, strong=True, **options)
@@ -146,7 +146,7 @@ def on_gpu(values):
 
 
 def step(stage, plan, batch, steps=2):
-    """Steps of the real update, and what they say."""
+    """Run steps of the real update; return their values."""
     launched.clear()
     update = Update(stage, plan)
     with Watch():
@@ -276,7 +276,7 @@ def test_activations_computed_once_more_wait_for_nothing(build, stage):
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_what_a_checkpoint_holds_goes_back_to_where_it_was(build, stage, monkeypatch):
-    """As ``Loop`` saves and loads it, by way of main memory."""
+    """Save and load a state as ``Loop`` does, through main memory."""
     made, plan = build(stage, precision="fp16")
     step(made, plan, parts_of(stage))
     optimisers = {name: own.state_dict() for name, own in plan.optimisers.items()}

@@ -1,4 +1,4 @@
-"""Where NVIDIA DALI does not exist, all imports, and what needs it says so, with status 2."""
+"""Without NVIDIA DALI everything imports, and commands that need it say so with status 2."""
 
 from __future__ import annotations
 
@@ -40,14 +40,21 @@ def run(commands, system="Linux"):
 
 @pytest.fixture(scope="module")
 def results(trained_run, phantom_manifest, tmp_path_factory):
-    """What every command says; a finished run lies there from before."""
+    """Collect the output of every command; a finished run exists already."""
     folder = tmp_path_factory.mktemp("without")
     data = ["--data.manifest", phantom_manifest]
     commands = [
         ["mics_kernels"],
         ["mics_fast.prepare", "phantom", "--out", folder / "data", "--pairs", "12"],
         ["mics_fast.train", *data, "--out", folder / "run", "--model.size", "vit_micro"],
-        ["mics_fast.experiment", *data, "--out", folder / "study", "--experiment.label_counts", "[2]"],
+        [
+            "mics_fast.experiment",
+            *data,
+            "--out",
+            folder / "study",
+            "--experiment.label_counts",
+            "[2]",
+        ],
         ["mics_fast.evaluate", trained_run],
         ["mics_fast.report", trained_run, "--out", folder / "report.html"],
         ["mics_fast.export", trained_run, "--out", folder / "model"],

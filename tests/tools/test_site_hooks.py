@@ -1,4 +1,4 @@
-"""What the documentation site adds to its pages."""
+"""Additions of the hooks to the pages of the documentation site."""
 
 from __future__ import annotations
 

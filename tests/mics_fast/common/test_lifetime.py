@@ -26,7 +26,7 @@ child.wait()
 
 
 def runs(process: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Return True if a process runs and is no zombie."""
     try:
         with open(f"/proc/{process}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"

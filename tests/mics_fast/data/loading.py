@@ -80,6 +80,6 @@ def tensors(batch):
 
 
 def same(a, b):
-    """Whether two batches hold the same bits."""
+    """Return True if two batches have the same bits."""
     a, b = tensors(a), tensors(b)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,4 +1,4 @@
-"""From rows to batches: what a batch holds, in training and in evaluation."""
+"""Loaders: the batches made from rows, in training and in evaluation."""
 
 from __future__ import annotations
 

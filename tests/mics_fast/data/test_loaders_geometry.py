@@ -100,7 +100,7 @@ def block_rows(folder):
 
 
 def bright(view):
-    """Where an image is brighter than half way between its blocks, (H, W) bool."""
+    """Mark the pixels brighter than half way between an image's blocks, (H, W) bool."""
     grey = view.float().sum(0)
     return grey > (grey.min() + grey.max()) / 2
 

@@ -186,7 +186,7 @@ def test_a_modality_that_is_no_column_is_named(write):
         read_manifest(write(GOOD), ["wli", "depth"])
 
 
-# What people and spreadsheets do to a table
+# Changes made to a table by people and spreadsheets
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])

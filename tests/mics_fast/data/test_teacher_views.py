@@ -88,7 +88,7 @@ def test_the_teacher_sees_both_modalities_of_a_pair_in_one_crop(loading):
 def test_the_teacher_s_view_leaves_the_student_s_as_it_is(loading):
     alone, beside = next(loading()), next(loading(teacher=True))
     for name in NAMES:
-        # From a file a larger part is decoded, whose border lies at another whole pixel.
+        # A larger part of the file is decoded, and its border falls on another whole pixel.
         assert (alone.views[name] - beside.views[name]).abs().max() <= 2.0
 
 

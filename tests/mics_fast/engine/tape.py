@@ -1,8 +1,8 @@
-"""What a CUDA graph does, on a CPU: operators and addresses are recorded, Python is not.
+"""A CUDA graph imitated on a CPU: operators and addresses are recorded, Python is not.
 
 The tape holds every operator that ran below autograd, with the very tensors it read and wrote. A
-replay runs them again on these tensors: numbers that Python worked out are frozen, tensors that
-Python let go are still written. What a graph cannot record is an error here, too.
+replay runs them again on these tensors: numbers computed by Python are frozen, and tensors that
+Python has freed are still written. Operations that a graph cannot record raise an error.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Tape(TorchDispatchMode):
 
 
 def waits_for_the_device(function, args):
-    """Whether the host, to run an operator, would have to know what a device has computed."""
+    """Return True if running an operator needs the host to read a value from the device."""
     name = name_of(function)
     by_mask = name in ("index", "index_put_") and any(
         isinstance(at, Tensor) and at.dtype == torch.bool for at in args[1]
@@ -75,7 +75,7 @@ def name_of(function):
 
 
 def gives_nothing_new(function):
-    """Whether what an operator gives is a view of what it got, or that itself."""
+    """Return True if an operator's output is one of its inputs, or a view of one."""
     return any(result.alias_info for result in function._schema.returns)
 
 

@@ -50,7 +50,7 @@ def on_device(batch, device):
 
 
 def history(case, size, batches, wrap, device="cpu"):
-    """What some steps log, and everything that they leave behind."""
+    """Run some steps; return their log and the state after them."""
     make, options, plan = CASES[case]
     scaler = torch.amp.GradScaler(device) if plan.get("scaled") else None
     stage, optimisers = make(size, torch.float16 if scaler else None, **options)

@@ -1,4 +1,4 @@
-"""What ranks share, and how they fail and stop: together, in one sentence, at one step."""
+"""Ranks exchange values, and fail and stop together: in one sentence, at one step."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 
 def outcome_of(action):
-    """What a call returned, or the kind and the sentence of what it raised."""
+    """Return the result of a call, or the type and message of its exception."""
     try:
         return action()
     except (InputError, RunFailed, SystemExit) as error:
@@ -103,9 +103,9 @@ class Stage(nn.Module):
 
 
 def run_loop(rank, folder, happens):
-    """Whether a loop of nine steps ran to its end and the step it came to, or what it raised.
+    """Run a loop of nine steps; return whether it finished and its last step, or its exception.
 
-    Rank r has label r; ``happens(step)`` comes before a batch, and may give another label.
+    Rank r has label r; ``happens(step)`` runs before a batch, and may return another label.
     """
     folder.mkdir(exist_ok=True)
     stage = Stage()
@@ -153,7 +153,7 @@ def run_loops(rank, folder):
 
 
 def fail_on_one(rank):
-    """How the ranks leave when one of them alone has something to say."""
+    """Let rank 1 fail with a message; return the outcome of this rank."""
 
     def fail():
         with distributed.joined(CPU):
@@ -205,7 +205,7 @@ def work(rank, folder, port):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What each of two ranks found, and the folder they share."""
+    """Return the results of two ranks, and their shared folder."""
     folder = tmp_path_factory.mktemp("ranks")
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("failed", "0")  # which a start before these has left behind

@@ -1,4 +1,4 @@
-"""What a run says reaches the terminal, ``metrics.jsonl`` and TensorBoard."""
+"""The log of a run reaches the terminal, ``metrics.jsonl`` and TensorBoard."""
 
 from __future__ import annotations
 

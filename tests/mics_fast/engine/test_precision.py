@@ -1,4 +1,4 @@
-"""What each precision means on each device."""
+"""The meaning of each precision on each device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who gets the threads of a process: the rule, what overrides it, and that it is followed."""
+"""How the CPU threads of a process are shared: the rule, its overrides, its effect."""
 
 from __future__ import annotations
 

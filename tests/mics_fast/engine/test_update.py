@@ -37,7 +37,7 @@ def in_float64():
 
 
 def gradients(stage, optimisers, batch, parts):
-    """Those of the model after one step, by name."""
+    """Return the model's gradients after one step, by name."""
     Update(stage, plan_of(optimisers, clip=0.0, accumulate=parts))(batch, 50)
     return {n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None}
 
@@ -47,7 +47,7 @@ def gradients(stage, optimisers, batch, parts):
 def test_a_batch_in_parts_gives_the_gradients_of_the_whole(
     in_float64, tiny, make_batch, name, parts
 ):
-    """Where the rows of a batch know nothing of each other."""
+    """Parts of a batch add up if its rows are independent."""
     made = []
     for count in (1, parts):
         batch = (make_batch(8),)

@@ -1,4 +1,4 @@
-"""What is collected of a classifier is what it says, fused, alone, and with a modality hidden."""
+"""Collected opinions equal the classifier's output: fused, alone, and with a modality hidden."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_modality_is_asked_only_about_the_rows_that_have_it(model, batch):
 
 
 def test_a_hidden_modality_is_a_missing_one(model, batch):
-    """What is said without a modality is what is said of rows that never had it."""
+    """Hiding a modality gives the opinions of rows that never had it."""
     every = collect_opinions(model, [batch], hide=True).predictions()
     without = {source.name: own for source, own in every.items() if source.missing}
     assert [len(without[name]) for name in ("wli", "nbi")] == [5, 5]

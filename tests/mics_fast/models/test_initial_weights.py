@@ -226,7 +226,7 @@ def test_another_network_is_refused_in_one_sentence(load, content, sentence):
 
 
 class Planted:
-    """What pickle would run."""
+    """Code that unpickling would run."""
 
     def __reduce__(self):
         return (print, ("code of the file ran",))

@@ -1,4 +1,4 @@
-"""What a command line that holds a mistake is told, before anything is computed."""
+"""Mistakes on a command line are refused in one sentence before anything is computed."""
 
 from __future__ import annotations
 

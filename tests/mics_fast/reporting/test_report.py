@@ -76,7 +76,7 @@ def test_the_page_asks_for_nothing(page):
 
 
 def browse(file, profile, *flags):
-    """What headless Chromium prints on stdout and stderr for a file."""
+    """Open a file in headless Chromium; return its stdout and stderr."""
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={profile}", *flags, file.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

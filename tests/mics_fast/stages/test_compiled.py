@@ -22,7 +22,7 @@ def nothing_stays_compiled():
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """How many graphs were compiled so far; into what is of no interest here."""
+    """Return a counter of the compiled graphs; the backend generates no code."""
     counters.clear()
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     return lambda: counters["stats"]["unique_graphs"]

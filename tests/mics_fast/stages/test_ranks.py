@@ -90,7 +90,7 @@ def of_rank(batch: PairBatch, rank: int, ranks: int) -> PairBatch:
 def train(
     stage: PretrainStage | FinetuneStage, batches: list[tuple[PairBatch, ...]]
 ) -> dict[str, Tensor]:
-    """What some steps leave behind: losses, gradients, and all that the stage remembers."""
+    """Run some steps; return losses, gradients and the state of the stage."""
     left: dict[str, Tensor] = {}
     parts = {"model": stage.model}
     if isinstance(stage, PretrainStage):

@@ -93,7 +93,7 @@ def go_on(case, stage, batches, folder, *, after, sharded=False):
 
 
 def elements(loop):
-    """How many elements each network, and the momentum of all of them, has: here, and in all."""
+    """Count the elements of each network and of all momentum, on this rank and in total."""
     found = {}
     for number, network in enumerate(loop.stage.networks()):
         own = list(network.parameters())

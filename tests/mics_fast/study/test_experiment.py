@@ -23,7 +23,7 @@ from mics_fast.study.experiment import Labels, draw_labels, make_cells, pretrain
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """What a worker has: another number of threads may round otherwise."""
+    """Use as many threads as a worker, because another number may round differently."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -131,7 +131,7 @@ def test_variants_share_a_pre_training_where_its_options_are_the_same(options, t
 
 
 def test_a_killed_experiment_goes_on_as_if_it_had_never_stopped(finished, options, tmp_path):
-    """Two workers are killed in the middle; what was never stopped ran in one process."""
+    """Two workers are killed half way; the uninterrupted study ran in one process."""
     out = tmp_path / "grid"
     arguments = [*options, "--experiment.processes", "2", "--out", str(out)]
     process = subprocess.Popen(
@@ -156,7 +156,7 @@ def test_a_killed_experiment_goes_on_as_if_it_had_never_stopped(finished, option
 
 
 def children(parent):
-    """Processes of Python's that a process has begun, but for its resource tracker."""
+    """List the child processes of a process, except Python's resource tracker."""
     found = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     return [n for n in found if "spawn_main" in Path(f"/proc/{n}/cmdline").read_text()]
 

@@ -1,4 +1,4 @@
-"""What each variant of an experiment has of the method."""
+"""The variants of an experiment: which parts of the method each one has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the options make of a stage: its optimisers, its plan."""
+"""Options determine the optimisers and the plan of a stage."""
 
 from __future__ import annotations
 

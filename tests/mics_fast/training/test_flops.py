@@ -21,7 +21,7 @@ MODELS = [ModelConfig(pool=pool, projection=8, fusion_depth=2) for pool in ("mea
 
 
 def counted(run):
-    """What PyTorch counts while ``run`` runs, with attention written out."""
+    """Count the FLOPs of ``run`` by PyTorch, with plain attention."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         run()
     return counter.get_total_flops()

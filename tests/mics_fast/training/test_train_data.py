@@ -67,7 +67,7 @@ def broken(manifest):
 
 
 def evaluated(run):
-    """What ``evaluate`` writes of a run."""
+    """Return the JSON that ``evaluate`` writes for a run."""
     file = run / "metrics.json"
     evaluate.main([str(run), "--json", str(file), "--resamples", "5"])
     return json.loads(file.read_text())

@@ -1,4 +1,4 @@
-"""What a run starts from: weights of a file in timm's naming."""
+"""Initial weights of a run, from a file with timm's names."""
 
 from __future__ import annotations
 
