@@ -1,7 +1,7 @@
-"""``python -m mics_fast.prepare``: from images, wherever they lie, to a manifest.
+"""``python -m mics_fast.prepare``: write a manifest for images in folders or in a table.
 
-Every image is opened and decoded once, on all cores; in the same pass it is cropped, stored again
-and rendered as virtual NBI where that is asked for, and hashed for the check of near-duplicates.
+Every image is decoded once, on all cores. In the same pass it is hashed to find near-duplicates
+and, on request, cropped, stored again and rendered as virtual NBI.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mics_fast.common.errors import InputError, SentenceParser, run_command
+from mics_fast.preparation.options import Columns, PrepareOptions, check_options
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Find or make the images, check every one, split the rows, write the manifest."""
+    """Find or generate the images, check them, split the rows and write the manifest."""
     options = parse(arguments)
-    # Decoders and torch take seconds to import: --help and mistyped options do not wait for them.
+    # Decoders and torch take seconds to import; --help and bad options are answered before that.
     from mics_fast.preparation.assembly import prepare
 
-    out: Path = options.out
+    out = options.out
     try:
         out.mkdir(parents=True, exist_ok=True)
         report = prepare(options)
@@ -31,8 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report()
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked.
+def parse(arguments: Sequence[str] | None) -> PrepareOptions:
+    """Read and check the command line.
 
     Raises:
         InputError: an option is unknown, ill-typed or out of range.
@@ -75,86 +76,32 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "paths of the source and no contact sheet")  # fmt: skip
     add("--seed", type=int, default=0, help="of split, labels and phantom (default: 0)")
     add("--pairs", type=int, default=600, help="of the phantom (default: 600)")
-    options = parser.parse_args(arguments)
-    check_numbers(options)
-    check_source(options)
+    options = _options(parser.parse_args(arguments))
+    check_options(options)
     return options
 
 
-def check_numbers(options: argparse.Namespace) -> None:
-    """Refuse numbers out of range.
+def _options(found: argparse.Namespace) -> PrepareOptions:
+    """Convert the parsed texts to options.
 
     Raises:
-        InputError: names the first such option.
+        InputError: a malformed column assignment or regular expression.
     """
-    if not 0 < options.label_fraction <= 1:
-        raise InputError(
-            f"--label-fraction is {options.label_fraction}, wanted above 0 and up to 1"
-        )
-    split = options.split
-    if not (min(split) >= 0 and split[0] > 0 and abs(sum(split) - 1) < 1e-6):
-        raise InputError(f"--split is {options.split}, wanted three fractions that sum to 1")
-    if options.folds is not None and options.folds < 2:
-        raise InputError(f"--folds is {options.folds}, wanted at least 2")
-    if options.to_shards is not None and (options.to_shards < 1 or options.folds):
-        raise InputError(
-            f"--to-shards is {options.to_shards}, wanted at least 1 row a shard, and no --folds: "
-            "a shard is of one split"
-        )
-    if options.store_side is not None and options.store_side < 32:
-        raise InputError(f"--store-side is {options.store_side}, wanted at least 32 pixels")
-    for name, least in (("seed", 0), ("pairs", 1)):
-        if getattr(options, name) < least:
-            raise InputError(f"--{name} is {getattr(options, name)}, wanted at least {least}")
+    given = vars(found)
+    assignments = given.pop("column")
+    names = {name: given.pop(f"{name}_column") for name in ("label", "group", "id", "split")}
+    paths: dict[str, str] = {}
+    if assignments:
+        from mics_fast.preparation.sources import read_assignments
 
-
-def check_source(options: argparse.Namespace) -> None:
-    """Refuse options that do not go with the source; compile the pattern, read the columns.
-
-    Raises:
-        InputError: names the first such option.
-    """
-    if options.source == "phantom":
-        for name in ("virtual_nbi", "crop_borders", "store_side"):
-            if getattr(options, name):
-                option = name.replace("_", "-")
-                raise InputError(f"--{option} is for given frames, but the phantom makes its own")
-    is_table = Path(options.source).suffix.lower() in (".csv", ".tsv", ".txt")
-    if is_table and not options.column:
-        raise InputError(
-            f"{options.source} is a table, wanted --column MODALITY=COLUMN, as in wli=file"
-        )
-    if is_table and options.pair_pattern:
-        raise InputError("--pair-pattern is for folders, but the rows of a table are pairs already")
-    for name in ("column", "label_column", "group_column", "id_column", "split_column"):
-        if getattr(options, name) and not is_table:
-            option = name.replace("_", "-")
-            raise InputError(f"--{option} is for a CSV file, but the source is {options.source}")
-    stored = options.store_side or options.crop_borders
-    if options.anonymise and not (stored or (options.to_shards and not options.hold_out)):
-        raise InputError(
-            "--anonymise needs --store-side or --crop-borders, or --to-shards without --hold-out: "
-            "the names of the source's own files would be in the manifest"
-        )
-    if options.split_column and options.folds:
-        raise InputError("--split-column gives the splits, but --folds draws them, wanted one")
-    from mics_fast.preparation.sources import Columns, read_assignments
-
-    options.column = read_assignments(options.column)
-    options.columns = Columns(
-        options.column,
-        options.label_column,
-        options.group_column,
-        options.id_column,
-        options.split_column,
-    )
-    if options.pair_pattern is not None:
-        try:
-            options.pair_pattern = re.compile(options.pair_pattern)
-        except re.error as error:
-            raise InputError(
-                f"--pair-pattern {options.pair_pattern} is no regular expression: {error}"
-            ) from None
+        paths = read_assignments(assignments)
+    pattern = given.pop("pair_pattern")
+    try:
+        compiled = None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"--pair-pattern {pattern} is not a regular expression: {error}") from None
+    given["split"] = tuple(given["split"])
+    return PrepareOptions(columns=Columns(paths, **names), pair_pattern=compiled, **given)
 
 
 if __name__ == "__main__":

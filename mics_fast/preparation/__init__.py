@@ -1,1 +1,1 @@
-"""From images wherever they lie to a manifest: sources, inspection, splits, leaks, phantom."""
+"""Preparation: sources, inspection, splits, leak checks and the phantom, ending in a manifest."""

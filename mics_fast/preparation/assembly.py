@@ -1,11 +1,7 @@
-"""From a source to a manifest: find the images, check every one, split the rows, report.
-
-``options`` is the command line of ``prepare``.
-"""
+"""The steps of ``prepare``: find the images, check them, split the rows, write and report."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from mics_fast.preparation.inspection import (
     keep_complete,
     make_phantom,
 )
+from mics_fast.preparation.options import PHANTOM, PrepareOptions
 from mics_fast.preparation.reports import (
     Rejected,
     print_leaks,
@@ -40,18 +37,18 @@ from mics_fast.preparation.sources import (
 REJECTED = "rejected.csv"
 
 
-def prepare(options: argparse.Namespace) -> Callable[[], None]:
-    """Write everything.
+def prepare(options: PrepareOptions) -> Callable[[], None]:
+    """Write the manifest and everything beside it.
 
     Returns:
-        What prints the report: a terminal that is gone costs no manifest.
+        A function that prints the report. It runs last, so a closed terminal loses no manifest.
 
     Raises:
-        InputError: a source or options that cannot be used, or nothing that is left of it.
+        InputError: the source or the options cannot be used, or no sample is usable.
     """
-    out: Path = options.out
+    out = options.out
     unknown: list[Rejected] = []
-    if options.source == "phantom":
+    if options.source == PHANTOM:
         found, modalities = make_phantom(out, options.pairs, options.seed), ["wli", "nbi"]
     else:
         candidates, modalities, unknown = find_candidates(options)
@@ -63,7 +60,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
     write_rejected(out / REJECTED, without_paths(rejected) if options.anonymise else rejected)
     if not kept:
         raise InputError(
-            f"source {options.source} has no sample left, wanted one with all of its images; "
+            f"source {options.source} has no usable sample, wanted one with all of its images; "
             f"{out / REJECTED} says what is wrong"
         )
     kept, apart = hold_out(kept, options.hold_out)
@@ -84,7 +81,7 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
         for warning in written.warnings:
             print(f"warning: {printable(warning)}")
         for path in written.kept:
-            print(f"{path.with_suffix('')} was another one: it is now {path}")
+            print(f"{path.with_suffix('')} existed with other content: it is now {path}")
         for path in (*written.files, *held_out):
             print(f"wrote {path}")
 
@@ -92,18 +89,18 @@ def prepare(options: argparse.Namespace) -> Callable[[], None]:
 
 
 def find_candidates(
-    options: argparse.Namespace,
+    options: PrepareOptions,
 ) -> tuple[list[Candidate], list[str], list[Rejected]]:
-    """The samples of a table or of folders, complete or not; the modalities they should have; and
-    the files of unknown suffix.
+    """Find the samples of a table or of folders without opening any image.
 
-    Nothing is opened yet.
+    Returns:
+        The samples, complete or not; their modalities; the files with an unknown suffix.
     """
     source = Path(options.source)
     unknown: list[Rejected] = []
-    if options.column:
+    if options.columns.paths:
         candidates = read_list(source, options.columns)
-        modalities = list(options.column)
+        modalities = list(options.columns.paths)
     else:
         candidates, modalities = read_folders(source, options.out, options.pair_pattern)
         reason = f"its suffix is none of {', '.join(sorted(READ_SUFFIXES))}"

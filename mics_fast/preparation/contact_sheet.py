@@ -1,4 +1,4 @@
-"""The contact sheet: a picture on which a person sees whether the pairs are pairs."""
+"""The contact sheet: a picture to check by eye that the two images of each pair match."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _INK, _PAPER, _MISSING = "black", "white", "lightgrey"
 def write_contact_sheet(
     path: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
 ) -> None:
-    """Draw some samples of every class, the modalities of a sample side by side.
+    """Draw samples of every class, with the modalities of a sample side by side.
 
     Args:
-        path: of the PNG; the paths of the records are relative to its folder.
+        path: of the PNG; paths in the records are relative to its folder.
         records: rows of the manifest.
         modalities: names of the columns that hold paths.
     """
@@ -44,7 +44,7 @@ def write_contact_sheet(
 
 
 def choose(records: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Up to 24 samples: the classes take turns, each evenly through its rows; in class order."""
+    """Choose up to 24 samples in turn from each class, evenly spaced over its rows."""
     by_class = defaultdict(list)
     for record in records:
         by_class[record["label"]].append(record)
@@ -65,7 +65,7 @@ def draw_sample(
     modalities: Sequence[str],
     folder: Path,
 ) -> None:
-    """The images of one sample, whole, and below them what and whose they are."""
+    """Draw the uncropped images of one sample with a caption below: label, split and id."""
     left, top = corner
     virtual = record["virtual"].split()
     for column, name in enumerate(modalities):
@@ -88,7 +88,7 @@ def draw_sample(
 
 
 def fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-    """The text, its beginning cut away where it is wider than ``width`` pixels."""
+    """Shorten a text from its beginning until it is at most ``width`` pixels wide."""
     if draw.textlength(text, font=font()) <= width:
         return text
     while text and draw.textlength(f"...{text}", font=font()) > width:
@@ -97,5 +97,5 @@ def fitted(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
 
 
 def font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font."""
+    """Return Pillow's built-in font."""
     return ImageFont.load_default(13)

@@ -1,4 +1,4 @@
-"""DICOM images, read by pydicom (extra ``dicom``): pixels alone, nothing of the patient."""
+"""DICOM images, read by pydicom (extra ``dicom``): pixels only, no patient data."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from mics_fast.data.image_header import LARGEST_IMAGE, RefusedImage
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file begins as DICOM does."""
+    """Return True if the data have the DICOM preamble."""
     return data[128:132] == b"DICM"
 
 
 def read_dicom(data: bytes) -> np.ndarray:
-    """The image of a DICOM file as (H, W, 3) uint8.
+    """Decode a DICOM file to (H, W, 3) uint8.
 
-    Grey levels are shown through the file's first window, without one over all bits stored;
-    MONOCHROME1 is inverted.
+    Grey levels are mapped through the file's first window, or through the full stored range if it
+    has none; MONOCHROME1 is inverted.
 
     Raises:
-        RefusedImage: pydicom is not installed, or the file has no single image that it can read.
+        RefusedImage: pydicom is not installed, or the file has no single readable image.
     """
     try:
         import pydicom
@@ -42,12 +42,12 @@ def read_dicom(data: bytes) -> np.ndarray:
         raise
     except (
         Exception
-    ) as error:  # pydicom and its decoders raise whatever a broken file makes of them
+    ) as error:  # pydicom and its decoders raise many kinds of errors for broken files
         raise RefusedImage(f"cannot be decoded as DICOM: {error}") from None
 
 
 def _levels(dataset: Any) -> np.ndarray:
-    """(H, W, 3) uint8 of the pixels of a dataset."""
+    """Convert the pixels of a dataset to (H, W, 3) uint8."""
     from pydicom.pixels import apply_color_lut, apply_modality_lut
 
     values = dataset.pixel_array
@@ -61,7 +61,7 @@ def _levels(dataset: Any) -> np.ndarray:
     grey = np.asarray(apply_modality_lut(values, dataset), np.float64)
     if "WindowCenter" in dataset:
         centre, width = (_first(dataset[name].value) for name in ("WindowCenter", "WindowWidth"))
-        # PS3.3 C.11.2.1.2.1, for a shown range of 0 to 1.
+        # DICOM PS3.3 C.11.2.1.2.1, for an output range of 0 to 1.
         shown = (grey - (centre - 0.5)) / max(width - 1, 1e-6) + 0.5
     else:
         low = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
@@ -73,5 +73,5 @@ def _levels(dataset: Any) -> np.ndarray:
 
 
 def _first(value: Any) -> float:
-    """The first of the values of an element, which may have one alone."""
+    """Return the first value of an element that has one or more."""
     return float(value[0] if hasattr(value, "__len__") and not isinstance(value, str) else value)

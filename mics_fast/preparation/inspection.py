@@ -1,11 +1,7 @@
-"""Inspection of images: each is decoded once and checked, cropped, stored, hashed in one pass.
-
-``options`` is the command line of ``prepare``.
-"""
+"""Inspection of images: each is decoded once and checked, cropped, stored, hashed in one pass."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import threading
@@ -31,6 +27,7 @@ from mics_fast.engine.threads import available_threads
 from mics_fast.preparation import phantom
 from mics_fast.preparation.dicom import is_dicom, read_dicom
 from mics_fast.preparation.leaks import perceptual_hash
+from mics_fast.preparation.options import PrepareOptions
 from mics_fast.preparation.reports import Rejected
 from mics_fast.preparation.sources import Candidate
 from mics_fast.preparation.virtual_nbi import virtual_nbi
@@ -40,7 +37,7 @@ R = TypeVar("R")
 
 _DARK = 64  # a quarter of the grey levels
 _SECONDS = 30  # between lines of progress where there is no terminal
-_own = threading.local()  # the decoder of training, one per thread
+_own = threading.local()  # the training decoder of each thread
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class Frame:
 
     Args:
         pixels: (H, W, 3) uint8.
-        dark: it has 16 bits per sample and uses less than a quarter of them.
-        foreign: training cannot read its file, so it must be stored again.
+        dark: True if it has 16 bits per sample and uses less than a quarter of their range.
+        foreign: True if training cannot read the file type, so the frame must be stored again.
     """
 
     pixels: np.ndarray
@@ -60,13 +57,13 @@ class Frame:
 
 @dataclass(frozen=True)
 class Inspected:
-    """A sample after its images have been decoded.
+    """A sample whose images have been decoded.
 
     Args:
-        sample: with the files that training is to read; broken ones are gone.
-        hashes: modality -> perceptual hash; none of a modality that is derived.
-        rejected: broken file and what is wrong with it.
-        dark: files of 16 bits that use less than a quarter of their range.
+        sample: with the files that training reads, without the broken ones.
+        hashes: modality -> perceptual hash, for modalities that are not derived.
+        rejected: broken files, each with the reason.
+        dark: 16-bit files that use less than a quarter of their range.
     """
 
     sample: Candidate
@@ -76,7 +73,7 @@ class Inspected:
 
 
 def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
-    """Render the phantom's pairs below ``out/wli`` and ``out/nbi``."""
+    """Render the phantom's pairs into ``out/wli`` and ``out/nbi``."""
 
     def render(index: int) -> Inspected:
         label, wli, nbi = phantom.render_pair(seed, index)
@@ -89,8 +86,8 @@ def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
     return in_threads(render, range(pairs), "phantom")
 
 
-def inspect(sample: Candidate, options: argparse.Namespace) -> Inspected:
-    """Decode every image of a sample once, and make of it whatever the options ask for."""
+def inspect(sample: Candidate, options: PrepareOptions) -> Inspected:
+    """Decode every image of a sample once; check, crop, store, derive and hash it as asked."""
     frames, rejected = {}, []
     for name, path in sample.files.items():
         try:
@@ -104,7 +101,7 @@ def inspect(sample: Candidate, options: argparse.Namespace) -> Inspected:
     checked = Candidate(sample.id, sample.label, files, sample.group, sample.split)
     pixels = {name: frame.pixels for name, frame in frames.items()}
     if options.crop_borders and pixels:
-        # One box for all modalities, in fractions of the frame: a pair stays registered.
+        # One box for all modalities, in fractions of the frame, keeps the pair registered.
         box = around(content_box(own) for own in pixels.values())
         pixels = {name: cut(own, box) for name, own in pixels.items()}
     if options.store_side:
@@ -121,10 +118,10 @@ def inspect(sample: Candidate, options: argparse.Namespace) -> Inspected:
 
 
 def read_frame(path: Path) -> Frame:
-    """Decode an image, and check that training reads the same pixels.
+    """Decode an image and check that training reads the same pixels.
 
     Raises:
-        InputError: it cannot be read or decoded, or training's decoder reads something else.
+        InputError: it cannot be read or decoded, or the training decoder reads other pixels.
     """
     try:
         data = read_bytes(path)
@@ -141,10 +138,10 @@ def read_frame(path: Path) -> Frame:
 
 
 def check_training_reads(data: bytes, pixels: np.ndarray, path: Path) -> None:
-    """Refuse an image that the decoder of training does not read to within one grey level.
+    """Refuse an image that the training decoder reads differently by more than one grey level.
 
     Raises:
-        InputError: names the file, and by how much the two decoders differ.
+        InputError: names the file and the largest difference between the two decoders.
     """
     if not hasattr(_own, "decoder"):
         try:
@@ -168,17 +165,17 @@ def check_training_reads(data: bytes, pixels: np.ndarray, path: Path) -> None:
 
 
 def leads_outside(path: Path, source: Path) -> bool:
-    """Whether a link on the way to an image leads out of the source (a folder, or a table's)."""
+    """Return True if a link on the path of an image leads out of the source's folder."""
     root = Path(os.path.abspath(source if source.is_dir() else source.parent))
     place = Path(os.path.abspath(path))
-    # A table may name images elsewhere; their own folder is then what they must not leave.
+    # A table may name images elsewhere; then links must stay inside the image's own folder.
     home = root if place.is_relative_to(root) else place.parent
     return not place.resolve().is_relative_to(home.resolve())
 
 
 def store(frame: np.ndarray, modality: str, sample: Candidate, out: Path, suffix: str) -> None:
-    """Write a frame below ``out/<modality>`` and let the sample refer to it."""
-    # An id from a table may hold "..", or begin with "/": never a way out of the folder.
+    """Write a frame to ``out/<modality>`` and point the sample to it."""
+    # An id from a table may hold ".." or begin with "/": it must not lead out of the folder.
     parts = [f"%{part}" if part in ("", ".", "..") else part for part in sample.id.split("/")]
     target = out / modality.replace("/", "%") / ("/".join(parts) + suffix)
     save(frame, target)
@@ -186,16 +183,16 @@ def store(frame: np.ndarray, modality: str, sample: Candidate, out: Path, suffix
 
 
 def in_threads(work: Callable[[T], R], items: Sequence[T], title: str) -> list[R]:
-    """Apply ``work`` to all items, in order, and say how far it is."""
+    """Apply ``work`` to all items in parallel, in order, and show progress."""
     pool = ThreadPoolExecutor(available_threads())
     try:
         return list(_progress(pool.map(work, items), title, len(items)))
-    finally:  # after an error or Ctrl-C nothing more is begun
+    finally:  # on an error or Ctrl-C, start no further item
         pool.shutdown(cancel_futures=True)
 
 
 def _progress(results: Iterator[R], title: str, count: int) -> Iterator[R]:
-    """The results: with a bar on a terminal, else with a line on stderr every half minute."""
+    """Yield the results; show a bar on a terminal, else a line on stderr every half minute."""
     console = Console(stderr=True)
     if console.is_terminal:
         yield from track(results, title, count, console=console)
@@ -211,7 +208,7 @@ def _progress(results: Iterator[R], title: str, count: int) -> Iterator[R]:
 def keep_complete(
     found: Sequence[Inspected], modalities: Sequence[str], keep_orphans: bool
 ) -> tuple[list[Inspected], list[Rejected], list[Rejected]]:
-    """The samples that become rows, the broken images, and the images without a partner."""
+    """Return the samples that become rows, the broken images and the images without a partner."""
     enough = 1 if keep_orphans else len(modalities)
     kept, broken, orphans = [], [], []
     for one in found:
@@ -229,7 +226,10 @@ def keep_complete(
 def hold_out(
     found: Sequence[Inspected], name: str | None
 ) -> tuple[list[Inspected], list[Inspected]]:
-    """The samples of all classes but the one that is to be held out, and those of that one.
+    """Separate the samples of one class from the others.
+
+    Returns:
+        The other samples, and the samples of the class ``name``.
 
     Raises:
         InputError: no sample is of that class, or all are.

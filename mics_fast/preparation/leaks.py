@@ -1,4 +1,4 @@
-"""Near-duplicates: frames that look alike, and must not lie on two sides of a split.
+"""Near-duplicates: frames that look alike, which must not lie in different splits.
 
 The perceptual hash of a frame is the signs of its low spatial frequencies: the 16 x 16 lowest
 coefficients of the discrete cosine transform of its 64 x 64 grey version, without the mean, each
@@ -17,17 +17,17 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 Hashes = Sequence[Mapping[str, np.ndarray]]
-"""For each row, modality -> perceptual hash."""
+"""One mapping per row: modality -> perceptual hash."""
 
 MAX_DISTANCE = 32
-"""Bits in which near-duplicates differ at most. Of 877 Kvasir-SEG frames, no two that are listed as
-unrelated differ in fewer than 42; a copy differs in up to 8 at JPEG quality 40, 12 at half size, 22
-a fifth brighter, 34 (99 % of the frames) shifted by 1 % of its width and height."""
+"""Largest distance, in bits, of near-duplicates. Among 877 Kvasir-SEG frames, no two that are
+listed as unrelated differ in fewer than 42. A copy differs in up to 8 at JPEG quality 40, 12 at
+half size, 22 a fifth brighter, 34 (99 % of the frames) shifted by 1 % of its width and height."""
 
 _SIDE, _FREQUENCIES = 64, 16
 _COSINES = np.cos(np.pi / _SIDE * np.arange(_FREQUENCIES)[:, None] * (np.arange(_SIDE)[None] + 0.5))
-_BLOCK = 2048  # rows compared at a time
-_MOST = 1000  # pairs that are listed
+_BLOCK = 2048  # rows compared at once
+_MOST = 1000  # pairs listed
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class NearDuplicate:
     Args:
         first, second: row numbers, the smaller one first.
         modality: of the images.
-        distance: bits that differ.
+        distance: number of different bits.
     """
 
     first: int
@@ -47,14 +47,14 @@ class NearDuplicate:
 
 
 def perceptual_hash(image: np.ndarray) -> np.ndarray:
-    """(255,) bool of an (H, W, 3) uint8 image."""
+    """Return the hash, (255,) bool, of an (H, W, 3) uint8 image."""
     grey = Image.fromarray(image).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
     frequencies = (_COSINES @ np.asarray(grey, np.float64) @ _COSINES.T).ravel()[1:]
     return frequencies > np.median(frequencies)
 
 
 def near_duplicates(hashes: Hashes, splits: Sequence[str]) -> tuple[list[NearDuplicate], int]:
-    """Pairs of rows of different splits that look alike in a modality.
+    """Find pairs of rows in different splits that look alike in a modality.
 
     Frames of one video may all look alike, so pairs are counted block by block and only the
     closest ``_MOST`` are kept.
@@ -64,10 +64,10 @@ def near_duplicates(hashes: Hashes, splits: Sequence[str]) -> tuple[list[NearDup
         splits: of each row.
 
     Returns:
-        The closest pairs, the closest first, and the number of all pairs.
+        The closest pairs, closest first, and the total number of pairs.
     """
     codes = np.unique(np.asarray(splits, str), return_inverse=True)[1]
-    kept, count = np.empty((0, 4), np.int64), 0  # distance, first, second, number of the modality
+    kept, count = np.empty((0, 4), np.int64), 0  # distance, first, second, index of the modality
     modalities = _modalities(hashes)
     for number, modality in enumerate(modalities):
         for first, second, distance in _close(hashes, modality):
@@ -87,11 +87,11 @@ def near_duplicates(hashes: Hashes, splits: Sequence[str]) -> tuple[list[NearDup
 
 
 def group_together(groups: Sequence[str], ids: Sequence[str], hashes: Hashes) -> list[str]:
-    """Group names after groups whose rows look alike, through any chain of rows, are united.
+    """Merge groups whose rows look alike, directly or through a chain of other rows.
 
     Args:
         groups: name of each row's group, "" = a group of its own.
-        ids: of the rows; the first of a united group names it.
+        ids: of the rows; a merged group is named after its first row.
         hashes: of each row.
     """
     count = len(groups)
@@ -119,13 +119,13 @@ def _modalities(hashes: Hashes) -> list[str]:
 
 
 def _close(hashes: Hashes, modality: str) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """First row, second row and distance of the pairs that look alike, a block at a time."""
+    """Yield first row, second row and distance of similar pairs, block by block."""
     rows = np.array([number for number, row in enumerate(hashes) if modality in row])
     bits = np.array([hashes[number][modality] for number in rows], np.float32) * 2 - 1
     count, length = bits.shape
     for top in range(0, count, _BLOCK):
         for left in range(top, count, _BLOCK):
-            agree = bits[top : top + _BLOCK] @ bits[left : left + _BLOCK].T  # minus different ones
+            agree = bits[top : top + _BLOCK] @ bits[left : left + _BLOCK].T  # equal - different
             close = agree >= length - 2 * MAX_DISTANCE
             first, second = np.nonzero(np.triu(close, 1) if left == top else close)
             distance = (length - agree[first, second]) / 2

@@ -1,8 +1,8 @@
-"""Removal of metadata from encoded images: EXIF with its places and names, comments, profiles.
+"""Removal of metadata from encoded images: EXIF (places, names), comments, profiles.
 
-JPEG and PNG keep their pixels bit for bit: segments and chunks are left out, and of EXIF a flag of
-orientation alone stays, since decoders turn the image by it. Other files with room for metadata
-become PNG.
+JPEG and PNG keep their pixels bit for bit: metadata segments and chunks are dropped, and of EXIF
+only the orientation flag is kept, since decoders rotate the image by it. Other file types with
+room for metadata become PNG.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 
 
 def without_metadata(data: bytes, path: Path) -> bytes:
-    """An encoded image of the same pixels that tells nothing else.
+    """Return an encoded image with the same pixels and no metadata.
 
     Args:
         data: an image that ``check_image`` accepts.
-        path: names it in a refusal.
+        path: for error messages.
 
     Raises:
-        InputError: it cannot be decoded.
+        InputError: the image cannot be decoded.
     """
     kind = check_image(data).kind
     try:
@@ -38,7 +38,7 @@ def without_metadata(data: bytes, path: Path) -> bytes:
         if kind == "PNG":
             return _png(data, _orientation(data))
     except (struct.error, IndexError, ValueError):
-        pass  # decoders forgive more than this page does
+        pass  # decoders accept files that this parser does not
     if kind in ("BMP", "WEBP"):
         return data[: _end_of(kind, data)]
     buffer = io.BytesIO()
@@ -52,7 +52,7 @@ def _orientation(data: bytes) -> int:
 
 
 def _exif(orientation: int) -> bytes:
-    """TIFF structure of one tag."""
+    """Return the TIFF structure of the orientation tag."""
     return b"II*\0" + struct.pack("<IHHHIHHI", 8, 1, _ORIENTATION, 3, 1, orientation, 0, 0)
 
 
@@ -75,7 +75,7 @@ def _jpeg(data: bytes, orientation: int) -> bytes:
             end = data.index(b"\xff", end)
             while data[end + 1] == 0 or 0xD0 <= data[end + 1] <= 0xD7:
                 end = data.index(b"\xff", end + 2)
-        # 0xEE names the colour transform; what other applications and comments say goes.
+        # 0xEE names the colour transform; other application segments and comments are dropped.
         if jfif or marker == 0xEE or not (0xE0 <= marker <= 0xEF or marker == 0xFE):
             kept.append(data[place:end])
         place = end
@@ -100,7 +100,7 @@ def _png(data: bytes, orientation: int) -> bytes:
 
 
 def _end_of(kind: str, data: bytes) -> int:
-    """Length of the image as its header says; what follows it is none of it."""
+    """Return the length of the image according to its header; trailing bytes are dropped."""
     place, more = (2, 0) if kind == "BMP" else (4, 8)
     length = struct.unpack_from("<I", data, place)[0] + more
     return length if kind == "WEBP" else max(length, 26) if length else len(data)

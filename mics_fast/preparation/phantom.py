@@ -1,19 +1,19 @@
 """The endoscopic phantom: paired WLI and NBI frames rendered from one hidden scene.
 
-A scene is maps of blood in a superficial and a deep layer, of pigment, of height and of light. It
-is rendered twice: through broad bands of white light (WLI), and through 415 and 540 nm (NBI), by
-the Beer-Lambert law. Haemoglobin absorbs most at 415 nm, which does not reach deep: superficial
+A scene is a set of maps: blood in a superficial and a deep layer, pigment, height and light. It is
+rendered twice by the Beer-Lambert law: through broad bands of white light (WLI), and through 415
+and 540 nm (NBI). Haemoglobin absorbs most at 415 nm, which does not reach deep: superficial
 capillaries stand out in NBI and are faint in WLI. The pigments absorb between and beyond the two
-narrow bands, so NBI does not see them.
+narrow bands, so they are invisible in NBI.
 
-Six classes, two by colour (WLI alone tells them apart), two by capillaries (NBI), two by both:
+Six classes, two that differ in colour (WLI only), two in capillaries (NBI only), two in both:
 
     plaque-yellow, plaque-green      a flat patch of pigment
-    flat-mesh, flat-tortuous         a flat patch of regular fine, or of few thick winding vessels
+    flat-mesh, flat-tortuous         a flat patch of regular fine, or of few thick winding, vessels
     bump-diffuse, bump-rim           a bump, red all over, or with a pale centre and a red rim
 
 Position, size and shape of the lesion, lighting, white balance, base colour, stains, folds, deep
-vessels, defocus and noise vary from scene to scene. Scene i is a function of (seed, i) alone.
+vessels, defocus and noise vary between scenes. Scene i is a function of (seed, i) alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FREQUENCY = np.hypot(np.fft.fftfreq(SIDE)[:, None], np.fft.rfftfreq(SIDE)[None]
 
 @dataclass(frozen=True)
 class Scene:
-    """What is really there; all maps (SIDE, SIDE).
+    """The hidden scene; all maps are (SIDE, SIDE).
 
     Args:
         label: index into ``CLASSES``.
@@ -77,7 +77,10 @@ class Scene:
 
 
 def render_pair(seed: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
-    """One pair of frames: class name, WLI and NBI image, each (SIDE, SIDE, 3) uint8.
+    """Render one pair of frames.
+
+    Returns:
+        Class name, WLI and NBI image, each (SIDE, SIDE, 3) uint8.
 
     Args:
         seed: of the data set.
@@ -89,7 +92,7 @@ def render_pair(seed: int, index: int) -> tuple[str, np.ndarray, np.ndarray]:
 
 
 def make_scene(rng: np.random.Generator, label: int) -> Scene:
-    """Draw a scene of a class."""
+    """Draw a random scene of a class."""
     distance, angle, radius = _lesion_shape(rng)
     lesion = _sigmoid((1 - distance) * radius / 0.05)
     yellow, green = 0.12 * _cloud(rng, 4) ** 2, 0.12 * _cloud(rng, 4) ** 2
@@ -126,7 +129,7 @@ def make_scene(rng: np.random.Generator, label: int) -> Scene:
 
 
 def _expose(rng: np.random.Generator, scene: Scene, response: np.ndarray) -> np.ndarray:
-    """A frame of the scene through a sensor: (SIDE, SIDE, 3) uint8."""
+    """Render the scene through a sensor: (SIDE, SIDE, 3) uint8."""
     used = response.any(0)
     blood = _BLOOD[used, None, None]
     path = _SUPERFICIAL[used, None, None] * scene.superficial + _DEEP[used, None, None] * scene.deep
@@ -143,7 +146,8 @@ def _expose(rng: np.random.Generator, scene: Scene, response: np.ndarray) -> np.
 
 
 def _lesion_shape(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, float]:
-    """Distance from the lesion's centre in units of its radius there, angle, mean radius."""
+    """Draw the lesion's outline: distance from its centre in units of the radius, angle, mean
+    radius."""
     x, y = _X - rng.uniform(-0.35, 0.35), _Y - rng.uniform(-0.35, 0.35)
     radius = rng.uniform(0.32, 0.5)
     angle = np.arctan2(y, x)
@@ -154,7 +158,7 @@ def _lesion_shape(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, flo
 
 
 def _lighting(rng: np.random.Generator, height: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Irradiance times Lambert shading, and glare where the surface mirrors the lamp."""
+    """Return irradiance times Lambert shading, and the glare of specular reflection."""
     lamp = rng.uniform(-0.4, 0.4, 2)
     slope_y, slope_x = np.gradient(height, 2 / SIDE)
     tilt = rng.normal(0, 0.15, 2)
@@ -169,14 +173,14 @@ def _lighting(rng: np.random.Generator, height: np.ndarray) -> tuple[np.ndarray,
 
 
 def _folds(rng: np.random.Generator) -> np.ndarray:
-    """Height of a few winding folds."""
+    """Draw the height of a few winding folds."""
     direction = rng.uniform(0, np.pi)
     along = np.cos(direction) * _X + np.sin(direction) * _Y + 0.25 * _cloud(rng, 1.5)
     return np.abs(np.sin(rng.uniform(2.5, 4.5) * along + rng.uniform(0, 6.28))) * 2
 
 
 def _mesh(rng: np.random.Generator) -> np.ndarray:
-    """A regular honeycomb of fine capillaries, 6 to 8 pixels wide, slightly warped."""
+    """Draw a regular honeycomb of fine capillaries, 6 to 8 pixels wide, slightly warped."""
     frequency = 2 * np.pi * SIDE / 2 / rng.uniform(6, 8)
     turn = rng.uniform(0, np.pi)
     x, y = _X + 0.015 * _cloud(rng, 3), _Y + 0.015 * _cloud(rng, 3)
@@ -188,13 +192,13 @@ def _mesh(rng: np.random.Generator) -> np.ndarray:
 
 
 def _vessels(rng: np.random.Generator, scale: float, width: float) -> np.ndarray:
-    """A net of winding vessels: the zero lines of a smooth random map of a given scale."""
+    """Draw a net of winding vessels: the zero lines of a smooth random map of a given scale."""
     level = _cloud(rng, scale)
     return np.exp(-((level / width) ** 2))
 
 
 def _cloud(rng: np.random.Generator, scale: float) -> np.ndarray:
-    """A smooth random map of mean 0 and variance 1 with about ``scale`` waves across."""
+    """Draw a smooth random map of mean 0 and variance 1 with about ``scale`` waves across."""
     band = np.exp(-(((_FREQUENCY - scale) / (0.5 * scale)) ** 2))
     spectrum = band * np.fft.rfft2(rng.standard_normal((SIDE, SIDE)))
     spectrum[0, 0] = 0
@@ -203,7 +207,7 @@ def _cloud(rng: np.random.Generator, scale: float) -> np.ndarray:
 
 
 def _blur(channels: np.ndarray, sigma: float) -> np.ndarray:
-    """Gaussian blur of (3, SIDE, SIDE) by a standard deviation in pixels."""
+    """Blur (3, SIDE, SIDE) channels by a Gaussian of ``sigma`` pixels."""
     transfer = np.exp(-2 * (np.pi * sigma * _FREQUENCY / SIDE) ** 2)
     return np.fft.irfft2(np.fft.rfft2(channels) * transfer, channels.shape[1:])
 

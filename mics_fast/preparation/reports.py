@@ -15,14 +15,14 @@ from mics_fast.common.files import printable, write_csv
 from mics_fast.data.manifest import SPLITS
 from mics_fast.preparation.leaks import NearDuplicate
 
-_SHOWN = 10  # lines of a list on the screen; its file holds all of them
+_SHOWN = 10  # lines of a list on the screen; the file holds the whole list
 
 
 class Rejected(NamedTuple):
-    """A file that becomes no part of a row.
+    """A file that is used in no row.
 
     Args:
-        id: of its sample, "" where it belongs to none.
+        id: of its sample, "" if it belongs to none.
         file: path.
         reason: a sentence.
     """
@@ -33,7 +33,7 @@ class Rejected(NamedTuple):
 
 
 def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str]) -> None:
-    """Classes x splits, with the images of each modality where rows miss some; labelled rows."""
+    """Print the rows per class and split, with images per modality if rows lack some."""
 
     def cell(rows: Sequence[Mapping[str, str]]) -> str:
         images = {name: sum(bool(record[name]) for record in rows) for name in modalities}
@@ -48,7 +48,7 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
         mine = [record for record in records if record["label"] == label]
         parts = [[record for record in mine if record["split"] == split] for split in SPLITS]
         labelled = sum(record["labelled"] == "1" for record in mine)
-        # As Text: names may hold what looks like markup.
+        # As Text, because names may contain characters that rich reads as markup.
         cells = (printable(label) or "(no label)", *map(cell, parts), str(labelled))
         table.add_row(*map(Text, cells))
     Console().print(table)
@@ -62,12 +62,12 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
-    """List what becomes no part of a row, each file with its reason."""
+    """Write the list of rejected files with their reasons."""
     write_list(path, ("id", "file", "reason"), rejected)
 
 
 def without_paths(rejected: Sequence[Rejected]) -> list[Rejected]:
-    """The same files by suffix alone, their names gone from the reasons."""
+    """Reduce the files to their suffixes and remove their names from the reasons."""
     return [
         Rejected(one.id, Path(f"*{one.file.suffix}"), one.reason.replace(str(one.file), "it"))
         for one in rejected
@@ -77,7 +77,7 @@ def without_paths(rejected: Sequence[Rejected]) -> list[Rejected]:
 def print_rejected(
     broken: Sequence[Rejected], orphans: Sequence[Rejected], unknown: Sequence[Rejected], file: str
 ) -> None:
-    """The first of the rejected files; suffixes of the unknown ones."""
+    """Print the first rejected files, and the suffixes of the unknown ones."""
     for title, lines in (
         (f"rejected, see {file}", [one.reason for one in broken]),
         ("left out, without a partner of the same name", [str(one.file) for one in orphans]),
@@ -94,7 +94,7 @@ def print_rejected(
 def write_leaks(
     path: Path, alike: Sequence[NearDuplicate], records: Sequence[Mapping[str, str]]
 ) -> None:
-    """List near-duplicates that lie in two splits."""
+    """Write the list of near-duplicates that lie in two splits."""
     header = ("id", "split", "other_id", "other_split", "modality", "different_bits")
     lines = [
         (a["id"], a["split"], b["id"], b["split"], pair.modality, pair.distance)
@@ -107,7 +107,7 @@ def write_leaks(
 def print_leaks(
     alike: Sequence[NearDuplicate], count: int, records: Sequence[Mapping[str, str]], file: str
 ) -> None:
-    """The first near-duplicates that lie in two splits, and how many there are."""
+    """Print the number of near-duplicates across splits, and the first of them."""
     if not count:
         return
     listed = "" if count == len(alike) else f", the closest {len(alike)} of them"
@@ -120,7 +120,7 @@ def print_leaks(
 
 
 def write_list(path: Path, header: Sequence[str], lines: Sequence[Sequence[object]]) -> None:
-    """Write a CSV file; no lines leave no file, not even that of an earlier run.
+    """Write a CSV file; without lines, remove the file of an earlier run instead.
 
     Raises:
         InputError: the file cannot be written.

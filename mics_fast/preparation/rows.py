@@ -1,11 +1,7 @@
-"""From the samples that ``prepare`` keeps to manifests: splits, labels, leaks, rows.
-
-``options`` is the command line of ``prepare``.
-"""
+"""Manifest rows of ``prepare``: splits, labels, leak check, writing."""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +13,7 @@ from mics_fast.data.manifest_checks import check_labels, check_rows
 from mics_fast.preparation.contact_sheet import write_contact_sheet
 from mics_fast.preparation.inspection import Inspected
 from mics_fast.preparation.leaks import NearDuplicate, group_together, near_duplicates
+from mics_fast.preparation.options import PrepareOptions
 from mics_fast.preparation.reports import write_leaks
 from mics_fast.preparation.shard_files import write_shards
 from mics_fast.preparation.sources import CONTACT_SHEET, Candidate
@@ -27,15 +24,15 @@ HELD_OUT, NEAR_DUPLICATES = "held-out.csv", "near_duplicates.csv"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, to be printed once all of it is there.
+    """The files that were written, and the facts for the report.
 
     Args:
         files: manifests, contact sheet.
-        kept: manifests that were there before, under their new names.
+        kept: earlier manifests that were kept, under their new names.
         records: rows of the first manifest.
-        alike: near-duplicates in two of its splits, the closest ones.
-        pairs: number of all of those.
-        warnings: sentences on its splits.
+        alike: the closest near-duplicates in two of its splits.
+        pairs: total number of near-duplicates.
+        warnings: sentences about its splits.
     """
 
     files: list[Path]
@@ -47,12 +44,12 @@ class Written:
 
 
 def write_rows(
-    found: Sequence[Inspected], modalities: Sequence[str], options: argparse.Namespace
+    found: Sequence[Inspected], modalities: Sequence[str], options: PrepareOptions
 ) -> Written:
-    """Split the samples, check for leaks, write manifests, lists and contact sheet.
+    """Split the samples, check for leaks, write manifests, lists and the contact sheet.
 
     Raises:
-        InputError: labels or groups that contradict each other, or a file that cannot be written.
+        InputError: labels or groups contradict each other, or a file cannot be written.
     """
     samples = [one.sample for one in found]
     labels = [sample.label for sample in samples]
@@ -89,10 +86,10 @@ def write_rows(
 def replace_manifest(
     file: Path, records: Sequence[Mapping[str, str]], modalities: Sequence[str]
 ) -> list[Path]:
-    """Write a manifest; another one that was there, edited by hand maybe, stays beside it.
+    """Write a manifest; an existing, different one is renamed, since it may be edited by hand.
 
     Returns:
-        The new name of that one, if there was one.
+        The new name of the existing manifest, if there was one.
     """
     before = file.read_bytes() if file.exists() else None
     write_manifest(file, records, modalities)
@@ -105,7 +102,7 @@ def replace_manifest(
 
 
 def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: Path) -> Path:
-    """The manifest of the class that is held out: every row is for testing."""
+    """Write the manifest of the held-out class: every row is a test row."""
     samples = [one.sample for one in found]
     groups = [sample.group for sample in samples]
     splits = ["test"] * len(samples)
@@ -115,9 +112,9 @@ def write_held_out(found: Sequence[Inspected], modalities: Sequence[str], out: P
 
 
 def draw_splits(
-    labels: Sequence[str], groups: Sequence[str], options: argparse.Namespace
+    labels: Sequence[str], groups: Sequence[str], options: PrepareOptions
 ) -> dict[str, list[str]]:
-    """File name of each manifest -> the split of each row."""
+    """Return the split of each row, keyed by the file name of its manifest."""
     if options.folds is None:
         return {"manifest.csv": split_rows(labels, groups, options.split, options.seed)}
     fold = fold_rows(labels, groups, options.folds, options.seed)
@@ -132,9 +129,9 @@ def draw_labelled(
     labels: Sequence[str],
     groups: Sequence[str],
     splits: Sequence[str],
-    options: argparse.Namespace,
+    options: PrepareOptions,
 ) -> set[int]:
-    """The train rows that keep their label."""
+    """Choose the train rows that keep their label."""
     train = [row for row, split in enumerate(splits) if split == "train"]
     chosen = label_rows(
         [labels[row] for row in train],
@@ -153,8 +150,8 @@ def records_of(
     modalities: Sequence[str],
     out: Path,
 ) -> list[dict[str, str]]:
-    """The rows of a manifest in ``out``."""
-    # Resolved: "out/.." is not the parent of a folder that is reached through a link.
+    """Return the rows of a manifest in ``out``."""
+    # Resolved, because "out/.." is not the parent of a folder that is reached through a link.
     folder = out.resolve()
     return [
         {
@@ -174,5 +171,5 @@ def records_of(
 
 
 def relative(file: Path, folder: Path) -> str:
-    """The way from a resolved folder to a file, whose own name may be a link."""
+    """Return the path of a file relative to a resolved folder; the file itself may be a link."""
     return os.path.relpath(file.parent.resolve() / file.name, folder)

@@ -1,4 +1,4 @@
-"""Writing of shards: tar files of the images of one split, in random order, each with an index."""
+"""Writing of shards: tar files with images of one split, in random order, each with an index."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def write_shards(
     rows_per_shard: int,
     seed: int,
 ) -> list[dict[str, str]]:
-    """Copy the images of all rows into shards, without their metadata.
+    """Copy the images of all rows into shards, without metadata.
 
     Args:
         records: rows of the manifest; their paths are relative to ``folder``.
         modalities: names of the columns that hold paths.
         folder: of the manifest; shards are written below its ``shards``.
-        rows_per_shard: most rows of a shard.
+        rows_per_shard: at most this many rows per shard.
         seed: of the order.
 
     Returns:
@@ -57,7 +57,7 @@ def write_shards(
 def members_of(
     number: int, record: dict[str, str], modalities: Sequence[str], folder: Path, shard: str
 ) -> list[tuple[str, bytes]]:
-    """Name and content of the members of a row; its paths lead into the shard from now on."""
+    """Return name and content of a row's members, and rewrite its paths to lead into the shard."""
     key = f"{number:06d}"
     about = {name: record[name] for name in ("id", "label", "split")}
     members: list[tuple[str, bytes]] = [(f"{key}.json", json.dumps(about).encode())]
@@ -73,8 +73,8 @@ def members_of(
 
 
 def write_shard(path: Path, members: Sequence[tuple[str, bytes]]) -> None:
-    """Write a tar file and its index, each under a temporary name first; the index gets its name
-    first, so that a shard with its name has one."""
+    """Write a tar file and its index atomically; the index is renamed first, so that every shard
+    has one."""
     with renamed(path) as partial:
         with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
             for name, content in members:

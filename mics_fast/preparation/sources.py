@@ -1,10 +1,10 @@
-"""Sources of ``prepare``: class folders, one folder per class and modality, or a table of paths."""
+"""Sources of ``prepare``: class folders, folders per class and modality, or a table of paths."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -13,9 +13,10 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.images import SUFFIXES
 from mics_fast.data.manifest import RESERVED, SPLITS
 from mics_fast.data.tables import read_table
+from mics_fast.preparation.options import Columns
 
 CONTACT_SHEET = "contact_sheet.png"
-"""Name of the picture that ``prepare`` draws beside the manifest."""
+"""Name of the contact sheet beside the manifest."""
 
 KNOWN_MODALITIES = ("wli", "nbi")
 READ_SUFFIXES = SUFFIXES | {".dcm"}
@@ -28,12 +29,12 @@ class Candidate:
     """A sample that becomes a row of the manifest if its images can be used.
 
     Args:
-        id: unique text; of a folder or a path, the relative path without suffix.
+        id: unique text; from folders or paths, the relative path without suffix.
         label: class name, "" = unknown.
         files: modality -> image; a missing modality has no entry.
         group: name of the group, "" = a group of its own.
-        split: train, val or test where the source says so, "" where it is drawn.
-        virtual: modalities that are derived from another.
+        split: train, val or test if the source gives it, "" if it is drawn.
+        virtual: modalities derived from another one.
     """
 
     id: str
@@ -44,43 +45,22 @@ class Candidate:
     virtual: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a table hold what; None: none does.
-
-    Args:
-        paths: modality -> column of paths, relative to the table's folder.
-        label, group, id, split: columns of names.
-    """
-
-    paths: Mapping[str, str]
-    label: str | None = None
-    group: str | None = None
-    id: str | None = None
-    split: str | None = None
-
-    def all(self) -> list[str]:
-        """Every column that is read."""
-        names = (*self.paths.values(), self.label, self.group, self.id, self.split)
-        return [name for name in names if name]
-
-
 def read_folders(
     source: Path, out: Path, pattern: re.Pattern[str] | None
 ) -> tuple[list[Candidate], list[str]]:
-    """The samples of ``<class>/`` folders, or of ``<class>_<MODALITY>/`` folders.
+    """Read the samples of ``<class>/`` folders, or of ``<class>_<MODALITY>/`` folders.
 
     Args:
         source: folder of folders.
         out: folder that ``prepare`` writes to, which may lie in the source.
-        pattern: finds the id that the file names of one sample share, its first group if it has
-            one; None: the whole stem.
+        pattern: regular expression for the id that the files of one sample share (its first group
+            if it has one); None: the whole stem.
 
     Returns:
-        Samples in the order of their ids, those without a partner included, and the modalities.
+        Samples sorted by id, including samples without a partner, and the modalities.
 
     Raises:
-        InputError: no such folder, a layout that is neither, or a folder that cannot be used.
+        InputError: the folder does not exist, has another layout, or cannot be used.
     """
     if not source.is_dir():
         raise InputError(f"source {source} is neither a folder nor a table (CSV, TSV)")
@@ -99,10 +79,10 @@ def read_folders(
 
 
 def class_folders(source: Path, out: Path) -> dict[tuple[str, str], Path]:
-    """(class, modality) -> its folder; in the one-modality layout every modality is wli.
+    """Map (class, modality) to its folder; in the one-modality layout every modality is wli.
 
     Raises:
-        InputError: there is none, there are both layouts, one holds no image, or lacks a partner.
+        InputError: no folder, both layouts, a folder without images or without a partner.
     """
     written = {out.resolve(), *(out.resolve() / name for name in (*KNOWN_MODALITIES, "shards"))}
     folders = sorted(
@@ -124,13 +104,13 @@ def class_folders(source: Path, out: Path) -> dict[tuple[str, str], Path]:
 
 
 def by_class_and_modality(source: Path, folders: Sequence[Path]) -> dict[tuple[str, str], Path]:
-    """The folders of the layout ``<class>_<MODALITY>``; nothing where it is the other one.
+    """Return the folders of the layout ``<class>_<MODALITY>``; empty for the other layout.
 
-    ``_WLI`` and ``_NBI`` may be written in any case. Other modalities are recognised where every
+    ``_WLI`` and ``_NBI`` may be written in any case. Other modalities are recognised if every
     folder's name ends in capitals and every class has the same two or more of them.
 
     Raises:
-        InputError: folders of both layouts, twice the same, or without a partner.
+        InputError: folders of both layouts, duplicates, or a folder without a partner.
     """
     split = {path: path.name.rpartition("_") for path in folders}
     known = [
@@ -168,17 +148,17 @@ def by_class_and_modality(source: Path, folders: Sequence[Path]) -> dict[tuple[s
 
 
 def in_order(modalities: set[str]) -> list[str]:
-    """The modalities, wli and nbi first."""
+    """Sort the modalities, wli and nbi first."""
     return sorted(modalities, key=lambda name: (name not in KNOWN_MODALITIES, name == "nbi", name))
 
 
 def images_of(folder: Path) -> list[Path]:
-    """Image files of a folder, sorted by name, but for what ``prepare`` drew itself."""
+    """Return the image files of a folder, sorted by name, without the contact sheet."""
     return [path for path in _files_of(folder) if path.suffix.lower() in READ_SUFFIXES]
 
 
 def unknown_files(source: Path) -> list[Path]:
-    """Files in the folders of a source whose suffix is none that is read."""
+    """Return the files in the folders of a source whose suffix is not recognised."""
     folders = (
         [path for path in sorted(source.iterdir()) if path.is_dir()] if source.is_dir() else []
     )
@@ -200,10 +180,10 @@ def _files_of(folder: Path) -> list[Path]:
 
 
 def images_by_key(folder: Path, pattern: re.Pattern[str] | None) -> dict[str, Path]:
-    """The images of a folder by what they share with the other images of their sample.
+    """Map the id that the images of a sample share to the image in this folder.
 
     Raises:
-        InputError: the pattern finds nothing in a name, or two images have one key.
+        InputError: the pattern does not match a name, or two images have the same id.
     """
     files = images_of(folder)
     keys = [path.stem for path in files]
@@ -220,17 +200,17 @@ def images_by_key(folder: Path, pattern: re.Pattern[str] | None) -> dict[str, Pa
 
 
 def read_list(file: Path, columns: Columns) -> list[Candidate]:
-    """The samples of a table whose columns hold paths, relative to its folder.
+    """Read the samples of a table whose columns hold paths, relative to its folder.
 
-    Without an id column the id of a row is the path of its first image without image suffix.
+    Without an id column, the id of a row is the path of its first image without image suffix.
 
     Args:
         file: CSV or TSV with a header.
-        columns: what they hold; an empty cell of a path is a missing image.
+        columns: names of the columns; an empty path cell is a missing image.
 
     Raises:
-        InputError: unreadable, no such column, a row without an image, two rows of one id, or a
-            split that is none; names file and line.
+        InputError: names file and line; the file is unreadable, a column is missing, a row has no
+            image, an id is repeated, or a split is not known.
     """
     table = read_table(file, str(file))
     for column in columns.all():
@@ -261,7 +241,7 @@ def read_list(file: Path, columns: Columns) -> list[Candidate]:
 
 
 def name_of(path: str) -> str:
-    """The id that a path gives its row: without image suffix, root and steps upwards."""
+    """Return the id of a path: without image suffix, root and upward steps."""
     first = PurePosixPath(path)
     if first.suffix.lower() in READ_SUFFIXES:  # the end of 1.2.840.1 is no suffix
         first = first.with_suffix("")
@@ -269,10 +249,10 @@ def name_of(path: str) -> str:
 
 
 def split_of(cell: str, where: str) -> str:
-    """The split that an official split calls by a name such as "Training".
+    """Return the split for a cell, which may use another common name such as "Training".
 
     Raises:
-        InputError: it is none.
+        InputError: the name is not known.
     """
     name = _SPLIT_NAMES.get(cell.lower(), cell.lower())
     if name not in SPLITS:
@@ -281,7 +261,7 @@ def split_of(cell: str, where: str) -> str:
 
 
 def anonymised(candidates: Sequence[Candidate], key: bytes) -> list[Candidate]:
-    """The same samples with pseudonyms in the place of ids and names of groups."""
+    """Replace the ids and group names of samples by pseudonyms."""
     return [
         replace(one, id=pseudonym(key, one.id), group=one.group and pseudonym(key, one.group))
         for one in candidates
@@ -289,10 +269,10 @@ def anonymised(candidates: Sequence[Candidate], key: bytes) -> list[Candidate]:
 
 
 def read_assignments(assignments: Sequence[str]) -> dict[str, str]:
-    """Modality -> column from texts such as ``wli=file``.
+    """Read modality -> column from texts such as ``wli=file``.
 
     Raises:
-        InputError: another form, a modality given twice, or a reserved name.
+        InputError: malformed text, a repeated modality, or a reserved name.
     """
     columns: dict[str, str] = {}
     for text in assignments:

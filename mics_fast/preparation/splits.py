@@ -1,6 +1,6 @@
-"""Which rows are trained, validated and tested on, and which train rows keep their label.
+"""Splits: draw train, val and test rows, and the train rows that keep their label.
 
-Both draws are functions of the seed alone: raw words of numpy's PCG64, the same on any machine.
+Every draw is a function of the seed alone: raw words of numpy's PCG64, the same on any machine.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mics_fast.data.manifest import SPLITS
 def split_rows(
     labels: Sequence[str], groups: Sequence[str], fractions: Sequence[float], seed: int
 ) -> list[str]:
-    """Deal whole groups out to train, val and test, class by class.
+    """Assign whole groups to train, val and test, class by class.
 
     A group belongs to the class of its first row. Each group, in random order, goes to the split
-    that is furthest behind its share of the class; a split with a fraction above 0 gets a row of
-    every class that has as many groups.
+    that is furthest behind its share of the class. Every split with a fraction above 0 gets a row
+    of each class that has enough groups.
 
     Args:
         labels: class name of each row.
@@ -36,7 +36,7 @@ def split_rows(
         rows = sum(len(group) for group in members)
         counts = np.zeros(3)
         for group in members:
-            # Empty splits first, test before val: a class with few groups is still tested.
+            # Empty splits first, test before val, so that a class with few groups is still tested.
             empty = [k for k in (0, 2, 1) if counts[k] == 0 and fractions[k] > 0]
             behind = np.array(fractions) * rows - counts
             chosen = empty[0] if empty else int(np.argmax(behind))
@@ -47,12 +47,12 @@ def split_rows(
 
 
 def fold_rows(labels: Sequence[str], groups: Sequence[str], folds: int, seed: int) -> list[int]:
-    """Deal whole groups out to folds of equal shares, class by class.
+    """Assign whole groups to folds of equal shares, class by class.
 
     Args:
         labels: class name of each row.
         groups: as ``split_rows``.
-        folds: how many.
+        folds: number of folds.
         seed: of the draw.
 
     Returns:
@@ -61,7 +61,7 @@ def fold_rows(labels: Sequence[str], groups: Sequence[str], folds: int, seed: in
     fold = [0] * len(labels)
     shuffled = _shuffled_groups(labels, groups, seed, purpose=2)
     for number, members in enumerate(shuffled.values()):
-        # The classes begin with different folds, lest the first gets the odd row of each.
+        # Classes start at different folds, so that the first fold does not get every odd row.
         order = np.roll(np.arange(folds), -number)
         counts = np.zeros(folds)
         for group in members:
@@ -80,14 +80,14 @@ def split_fold(
     val_share: float,
     seed: int,
 ) -> list[str]:
-    """The split of one round of cross-validation: a fold to test, of the rest a share to validate.
+    """Split the rows for one round of cross-validation: one test fold, a val share of the rest.
 
     Args:
         labels: class name of each row.
         groups: as ``split_rows``.
-        fold: of each row, as ``fold_rows`` gives it.
-        tested: the fold of the test rows.
-        val_share: of the other rows, from 0 up to, not including, 1.
+        fold: of each row, from ``fold_rows``.
+        tested: index of the test fold.
+        val_share: share of the other rows, in [0, 1).
         seed: of the draw of val rows.
     """
     split = ["test"] * len(labels)
@@ -112,13 +112,13 @@ def label_rows(
     Args:
         labels: class name of each train row; "" = unknown, never labelled.
         groups: as ``split_rows``.
-        fraction: of the rows of each class: max(1, round(fraction * n)) of them, and no more
-            than the last whole group adds.
+        fraction: of the rows of each class; max(1, round(fraction * n)) rows, rounded up to whole
+            groups.
         seed: of the draw.
-        count: rows of each class to label, in place of a fraction.
+        count: rows of each class to label, instead of a fraction.
 
     Returns:
-        For each row, whether training may use its label.
+        True for each row whose label training may use.
     """
     labelled = [False] * len(labels)
     for label, members in _shuffled_groups(labels, groups, seed, purpose=1).items():
@@ -136,7 +136,7 @@ def label_rows(
 def _shuffled_groups(
     labels: Sequence[str], groups: Sequence[str], seed: int, purpose: int
 ) -> dict[str, list[list[int]]]:
-    """Class -> its groups (lists of row numbers) in random order; classes sorted."""
+    """Map each class, in sorted order, to its shuffled groups (lists of row numbers)."""
     members: dict[str, list[int]] = defaultdict(list)
     for row, group in enumerate(groups):
         members[f"group {group}" if group else f"row {row}"].append(row)

@@ -13,7 +13,7 @@ such bands, but its blue and green channels average around them. The model, per 
    b415 = b * exp(-k415 * blood);
 4. show g540 as red, b415 as green and blue, with the gamma applied again.
 
-A function of the white-light frame: it adds no information, and is no measurement of NBI.
+The result is a function of the white-light frame: it adds no information and measures no NBI.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def virtual_nbi(image: np.ndarray) -> np.ndarray:
     linear = np.float32(1e-3) + _to_linear()[image]
     red, green, blue = linear[..., 0], linear[..., 1], linear[..., 2]
     blood = np.log(red / green)
-    # Only what exceeds the frame's typical tissue: the balance of the frame as a whole is kept.
+    # Relative to the frame's typical tissue, so that the overall colour balance is kept.
     excess = blood - np.median(blood[red > 0.02]) if (red > 0.02).any() else 0 * blood
     shown_540 = green * np.exp(-K_540 * excess)
     shown_415 = blue * np.exp(-K_415 * excess)
@@ -47,11 +47,11 @@ def virtual_nbi(image: np.ndarray) -> np.ndarray:
 
 
 def _to_linear() -> np.ndarray:
-    """Linear value of each of the 256 sRGB levels, float32 (IEC 61966-2-1)."""
+    """Return the linear value of each of the 256 sRGB levels, float32 (IEC 61966-2-1)."""
     level = np.arange(256) / 255
     return np.where(level <= 0.04045, level / 12.92, ((level + 0.055) / 1.055) ** 2.4).astype("f4")
 
 
 def _to_srgb(linear: np.ndarray) -> np.ndarray:
-    """The inverse of ``_to_linear``, for values in [0, 1]."""
+    """Invert ``_to_linear`` for values in [0, 1]."""
     return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)

@@ -108,7 +108,7 @@ def test_a_manifest_that_was_edited_is_kept_beside_the_new_one(kvasir, tmp_path,
     manifest.write_text(edited)
     run(kvasir, "--out", tmp_path / "out")
     assert kept.read_text() == edited and "adenomas" not in manifest.read_text()
-    assert "manifest.csv was another one: it is now" in capsys.readouterr().out
+    assert "manifest.csv existed with other content: it is now" in capsys.readouterr().out
 
 
 def test_a_failed_command_leaves_the_manifest_of_the_last_one(kvasir, tmp_path):

@@ -59,7 +59,7 @@ def test_a_list_of_rejected_files_does_not_outlive_its_reason(kvasir, tmp_path):
 def test_a_source_of_broken_images_alone_is_refused(tmp_path):
     paint(tmp_path / "in" / "polyps" / "x.jpg")
     damaged(tmp_path / "in" / "polyps" / "x.jpg", "text")
-    with pytest.raises(InputError, match=r"no sample left.*rejected\.csv"):
+    with pytest.raises(InputError, match=r"no usable sample.*rejected\.csv"):
         run(tmp_path / "in", "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.csv").exists()
 

@@ -1,4 +1,4 @@
-"""Preparing data: which files of folders and tables become which rows."""
+"""Preparation: the rows made from files of folders and tables."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_a_pattern_without_a_group_is_the_id_itself(tmp_path):
 @pytest.mark.parametrize(
     ("pattern", "complaint"),
     [
-        ("(", "no regular expression"),
+        ("(", "not a regular expression"),
         ("x", r"finds no id in .*polyps_NBI.0\.png"),
         (".*?(z?)", "finds no id"),
         ("(.)?", r"polyps_WLI holds 2 images named 1"),
@@ -152,7 +152,7 @@ def test_a_pattern_that_finds_no_pairs_is_refused(pairs, tmp_path, pattern, comp
 
 @pytest.fixture
 def table(tmp_path):
-    """A table beside its images: 12 rows, two a group, the last without NBI."""
+    """A table beside its images: 12 rows, two per group, the last without NBI."""
     lines = ["file,narrow,kind,lesion"]
     for number in range(12):
         for folder in ("white", "narrow"):
