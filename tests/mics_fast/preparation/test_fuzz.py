@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +19,8 @@ from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.data.tables import read_table
 from mics_fast.options import DataConfig
 from tests.mics_fast.data.loading import evaluate, row
+from tests.mics_fast.mutation import draws, mutated
 from tests.mics_fast.preparation.preparing import rejected, run, scenery
-
-SECONDS = float(os.environ.get("MICS_FUZZ_SECONDS", "3"))
-SEED = int(os.environ.get("MICS_FUZZ_SEED", "0"))
 
 TABLE = "\n".join(
     [
@@ -38,36 +33,6 @@ TABLE = "\n".join(
 PIECES = [b"", b",", b";", b"\t", b'"', b"\n", b"\r", b"\0", b"\xff", "\ufeff".encode(), b"'=",
           b"id", b"train", b"Polyp", b" polyp", b"1", b"../../a.png", b"x.tar/y.png", b"9" * 400,
           b"," * 50, "\u202e".encode(), "\ud7ff".encode(), b"[/b]"]  # fmt: skip
-
-
-def draws():
-    """Random generators, each of a seed of its own, until the time is over."""
-    end, number = time.monotonic() + SECONDS, SEED
-    while time.monotonic() < end:
-        yield random.Random(number)
-        number += 1
-
-
-def mutated(draw, data, pieces=None):
-    """Some bytes with a few changes: flipped, cut, doubled, overwritten, or a piece put in."""
-    data = bytearray(data)
-    for _ in range(draw.randint(1, 8)):
-        at = draw.randrange(len(data) + 1)
-        kind = draw.randrange(6)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            del data[at : at + draw.choice([1, 2, 4, 50])]
-        elif kind == 2:
-            data[at:at] = data[at : at + draw.choice([1, 4, 30, 300])]
-        elif kind == 3:
-            end = at + draw.choice([1, 2, 4])
-            data[at:end] = draw.choice([b"\0", b"\xff", b"\x7f", b"\x80"]) * (end - at)
-        elif kind == 4 and pieces:
-            data[at:at] = draw.choice(pieces)
-        elif draw.random() < 0.2:
-            del data[at:]
-    return bytes(data)
 
 
 def encoded(kind, **options):

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import random
-import time
 from dataclasses import asdict
 
 import pytest
@@ -23,39 +20,13 @@ from mics_fast.options import TrainConfig
 from mics_fast.options.commands import parse_train
 from mics_fast.options.parsing import as_yaml
 from mics_fast.training.run import Run
+from tests.mics_fast.mutation import SEED, draws, mutated
 
-SECONDS = float(os.environ.get("MICS_FUZZ_SECONDS", "3"))
-SEED = int(os.environ.get("MICS_FUZZ_SEED", "0"))
 PIECES = [b"", b"{", b"}", b"[" * 300, b"]", b":", b"\n", b"  ", b"- ", b"&a ", b"*a", b"<<: *a",
           b"!!python/name:os.system ", b"class_path: os.system", b"config: /etc/passwd", b"null",
           b"~", b"NaN", b"Infinity", b"1e999", b"-1", b"9" * 400, b"true", b'"', b"'", b"\0",
           b"\xff", b"\xef\xbb\xbf", b"? ", b"| ", b"%YAML 9.9\n", b"---\n",
           b"x" * 3000]  # fmt: skip
-
-
-def draws():
-    """Random generators, each of a seed of its own, until the time is over."""
-    end, number = time.monotonic() + SECONDS, SEED
-    while time.monotonic() < end:
-        yield random.Random(number)
-        number += 1
-
-
-def mutated(draw, data):
-    """Some bytes with a few changes: flipped, cut, doubled, or a piece put in."""
-    data = bytearray(data)
-    for _ in range(draw.randint(1, 6)):
-        at = draw.randrange(len(data) + 1)
-        kind = draw.randrange(5)
-        if kind == 0 and at < len(data):
-            data[at] ^= 1 << draw.randrange(8)
-        elif kind == 1:
-            del data[at : at + draw.choice([1, 2, 8, 200])]
-        elif kind == 2:
-            data[at:at] = data[max(0, at - draw.choice([1, 20, 100])) : at]
-        else:
-            data[at:at] = draw.choice(PIECES)
-    return bytes(data)
 
 
 @pytest.fixture
@@ -111,7 +82,7 @@ def test_every_file_of_a_run_folder(run, one_sentence):
     assert len(whole) == 6
     for number, draw in enumerate(draws(), SEED):
         file = draw.choice(list(whole))
-        file.write_bytes(mutated(draw, whole[file]))
+        file.write_bytes(mutated(draw, whole[file], PIECES))
         one_sentence(lambda: read_everything(run), number)
         file.write_bytes(whole[file])
 
@@ -122,7 +93,7 @@ def test_a_state_whose_checksum_was_made_to_fit(run, one_sentence):
     state, meta = checkpoint / "state.pt", json.loads((checkpoint / "meta.json").read_text())
     whole = state.read_bytes()
     for number, draw in enumerate(draws(), SEED):
-        data = mutated(draw, whole)
+        data = mutated(draw, whole, PIECES)
         state.write_bytes(data)
         meta["sha256"] = hashlib.sha256(data).hexdigest()
         (checkpoint / "meta.json").write_text(json.dumps(meta))
@@ -134,7 +105,7 @@ def test_configurations_and_command_lines(tmp_path, one_sentence):
     whole = as_yaml(asdict(TrainConfig())).encode()
     texts = ["--seed", "--data.mean", "--finetune.augment.crop_scale", "--threads", "--model.size"]
     for number, draw in enumerate(draws(), SEED):
-        file.write_bytes(mutated(draw, whole))
+        file.write_bytes(mutated(draw, whole, PIECES))
         one_sentence(lambda: parse_train(["--config", str(file)]), number)
         text = draw.choice(PIECES).decode(errors="surrogateescape")
         option = draw.choice(texts)
@@ -146,5 +117,5 @@ def test_weights_files(tmp_path, one_sentence):
     torch.save({"model": own.state_dict()}, file)
     whole = file.read_bytes()
     for number, draw in enumerate(draws(), SEED):
-        file.write_bytes(mutated(draw, whole))
+        file.write_bytes(mutated(draw, whole, PIECES))
         one_sentence(lambda: load_initial_weights(file, [own]), number)
