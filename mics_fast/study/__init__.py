@@ -1,1 +1,1 @@
-"""Grids of runs: cells, processes, summaries."""
+"""Studies: grids of runs, the processes that train them, and summaries of their results."""

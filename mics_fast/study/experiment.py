@@ -1,4 +1,4 @@
-"""The grid of an experiment: its cells, their runs, what each of them is assessed by."""
+"""The grid of an experiment: its cells, their runs and their assessment."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mics_fast.training.trainer import Trainer
 
 @dataclass(frozen=True)
 class Labels:
-    """How many train rows of each class keep their label: a fraction of them, or a number."""
+    """Amount of labels: a fraction, or a number, of the train rows of each class."""
 
     fraction: float = 0.0
     count: int | None = None
@@ -53,10 +53,10 @@ class Cell:
     """One run of the grid.
 
     Args:
-        seed, labels, variant: where it is in the grid.
-        config: of its fine-tuning.
-        pretraining: of the pre-training that it starts from; None: from scratch.
-        other: path of the out-of-distribution manifest; "" = none.
+        seed, labels, variant: position in the grid.
+        config: options of the fine-tuning.
+        pretraining: options of the pre-training it starts from; None: from scratch.
+        other: path of the out-of-distribution manifest; "" for none.
     """
 
     seed: int
@@ -68,15 +68,15 @@ class Cell:
 
     @property
     def file(self) -> Path:
-        """Of its result."""
+        """Path of the result."""
         return Path(self.config.out) / "result.json"
 
 
 def make_cells(train: TrainConfig, grid: ExperimentConfig, out: Path) -> list[Cell]:
-    """All cells of the grid; the labels of each draw are written to its manifest.
+    """Make all cells of the grid, and write a manifest for each draw of labels.
 
     Raises:
-        InputError: a manifest cannot be used.
+        InputError: a manifest is invalid.
     """
     manifest = read_manifest(Path(train.data.manifest), train.data.modalities)
     labelled_rows(manifest, "test")
@@ -104,16 +104,16 @@ def make_cells(train: TrainConfig, grid: ExperimentConfig, out: Path) -> list[Ce
 
 
 def draws(grid: ExperimentConfig) -> list[Labels]:
-    """Every amount of labels, fractions first."""
+    """Return every amount of labels, fractions first."""
     counts = [Labels(count=count) for count in grid.label_counts]
     return [Labels(fraction) for fraction in grid.label_fractions] + counts
 
 
 def missing_tasks(cells: Sequence[Cell]) -> tuple[list[Task], list[Task]]:
-    """What is still to be done: first all that waits for nothing, then what needs pre-training.
+    """Return the tasks not yet done: those that need no other task, then those that need them.
 
     Raises:
-        InputError: a run was begun with other options.
+        InputError: a run was started with other options.
     """
     first: list[Task] = []
     second: list[Task] = []
@@ -138,13 +138,13 @@ def missing_tasks(cells: Sequence[Cell]) -> tuple[list[Task], list[Task]]:
 
 
 def pretraining_folder(out: Path, seed: int, variant: Variant) -> Path:
-    """The run folder of a pre-training; cells of a seed share it where its options are the same."""
+    """Return the run folder of a pre-training; cells with the same seed and options share it."""
     off = "-".join(name.removesuffix("_weight") for name in RECIPES[variant].pretrain)
     return out / f"seed-{seed}" / (f"pretraining-without-{off}" if off else "pretraining")
 
 
 def refuse_other_options(config: TrainConfig) -> None:
-    """Refuse to go on with a run under options, or on a manifest, that change what it computes."""
+    """Refuse to resume a run with other options or another manifest that change its results."""
     folder = Path(config.out)
     if (folder / CONFIG).exists():
         refuse_changes(read_config(folder / CONFIG), with_absolute_paths(config), folder)
@@ -155,18 +155,21 @@ def refuse_other_options(config: TrainConfig) -> None:
 
 
 def is_done(cell: Cell) -> bool:
-    """Whether a cell has been evaluated as it should be."""
-    return cell.file.exists() and json.loads(cell.file.read_text()).get("other") == cell.other
+    """Return True if the cell has a complete result for its out-of-distribution manifest."""
+    if not cell.file.exists():
+        return False
+    result = json.loads(cell.file.read_text())
+    return result.get("other") == cell.other and "missing" in result
 
 
 def pretrain(config: TrainConfig) -> bool:
-    """Pre-train for one seed, from where it was; False where SIGTERM asked to stop."""
+    """Pre-train for one seed, resuming if possible; False if stopped by SIGTERM."""
     manifest = read_manifest(Path(config.data.manifest), config.data.modalities)
     return Trainer(config, manifest, resume=True).pretrain()
 
 
 def run_cell(cell: Cell) -> bool:
-    """Train a cell, from where it was, and evaluate it; False where SIGTERM asked to stop."""
+    """Train a cell, resuming if possible, and evaluate it; False if stopped by SIGTERM."""
     manifest = read_manifest(Path(cell.config.data.manifest), cell.config.data.modalities)
     trainer = Trainer(cell.config, manifest, resume=True)
     if not trainer.finetune():
@@ -176,8 +179,8 @@ def run_cell(cell: Cell) -> bool:
 
 
 def draw_labels(manifest: Manifest, file: Path, labels: Labels, seed: int) -> None:
-    """Write the same rows and splits with other labelled ones, drawn by the seed as ``prepare``
-    does."""
+    """Write a manifest with the same rows and splits and newly drawn labelled rows; the draw is
+    that of ``prepare`` with this seed."""
     train = manifest.select("train")
     names = ["" if row.label < 0 else manifest.classes[row.label] for row in train]
     groups = [str(row.group) for row in train]
@@ -199,11 +202,12 @@ def draw_labels(manifest: Manifest, file: Path, labels: Labels, seed: int) -> No
 
 
 def assess(run: Run, manifest: Manifest, cell: Cell) -> dict[str, Any]:
-    """Metrics of every view on the test rows, and how long the training took."""
+    """Evaluate a cell on the test rows, and sum up its training time."""
     assessment = assess_run(run, manifest, "test")
+    predictions = assessment.predictions()
     views = {
         str(source): prediction_metrics(own) | risks_at(own, COVERAGES)
-        for source, own in assessment.predictions().items()
+        for source, own in predictions.items()
     }
     count = 0
     if cell.other:
@@ -222,19 +226,20 @@ def assess(run: Run, manifest: Manifest, cell: Cell) -> dict[str, Any]:
         "n_other": count,
         "other": cell.other,
         "views": views,
+        "missing": [str(source) for source in predictions if source.missing],
         "curve": validation_curve(run),
         "seconds": seconds,
     }
 
 
 def validation_curve(run: Run) -> list[tuple[float, float]]:
-    """Step and accuracy of the fused opinion on the val rows, as they were logged."""
+    """Read steps and fused accuracies on the val rows from the log."""
     lines = read_log(run.folder).get("finetune", [])
     return [(line["step"], line["val_accuracy"]) for line in lines if "val_accuracy" in line]
 
 
 def training_seconds(run: Run, stage: str) -> float:
-    """Wall time that a finished stage took, validation included."""
+    """Return the wall time of a finished stage, validation included."""
     checkpoint = run.checkpoints(stage).latest()
     assert checkpoint is not None
     return load_checkpoint(checkpoint, {})["seconds"]

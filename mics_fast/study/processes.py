@@ -1,4 +1,4 @@
-"""Tasks in processes of their own, a few at a time, that end with the process that began them."""
+"""Tasks in child processes, a few at a time; the children end with their parent."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import torch
 from mics_fast.common.errors import InputError
 from mics_fast.engine.loop import StopOnSignal
 
-STOPPED = 3  # exit status of a task that SIGTERM asked to stop
+STOPPED = 3  # exit status of a task that was stopped by SIGTERM
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to do that leaves its result on disk.
+    """Work that leaves its result on disk.
 
     Args:
-        name: for a person.
-        work: can be pickled; True when it is done, False where SIGTERM asked it to stop.
+        name: for messages.
+        work: picklable; returns True when done, False if stopped by SIGTERM.
     """
 
     name: str
@@ -35,18 +35,18 @@ class Task:
 
 
 def run_tasks(tasks: Sequence[Task], processes: int) -> bool:
-    """Do all tasks, in their order as far as they begin.
+    """Run all tasks, starting them in order.
 
     Args:
         tasks: independent of each other.
-        processes: 1: in this process, one after the other; otherwise so many at a time, each in a
-            new process with its share of torch's threads and without output.
+        processes: 1: run them in this process, one after the other; otherwise this many at once,
+            each in a new process with its share of torch's threads and without output.
 
     Returns:
-        True when all are done, False where SIGTERM asked to stop.
+        True when all are done, False if stopped by SIGTERM.
 
     Raises:
-        InputError: the sentence of the first task that failed; the others are stopped.
+        InputError: the message of the first task that failed; the others are stopped.
     """
     if processes == 1:
         for task in tasks:
@@ -79,9 +79,9 @@ def run_tasks(tasks: Sequence[Task], processes: int) -> bool:
 
 
 def _work(task: Task, threads: int, sentences: SimpleQueue[str]) -> None:
-    """What a process does: the task; its exit status says how that went."""
+    """Run the task in a child process, and report the outcome by the exit status."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent decides
     torch.set_num_threads(threads)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         try:
@@ -93,7 +93,7 @@ def _work(task: Task, threads: int, sentences: SimpleQueue[str]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent is gone: nothing else would write into its folders."""
+    """End this process when its parent is gone; only then may others write into its folders."""
     parent = parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])
@@ -101,10 +101,10 @@ def _end_with_parent() -> None:
 
 
 def _ended(task: Task, process: SpawnProcess, stopping: bool, sentences: SimpleQueue[str]) -> bool:
-    """Whether a process has ended; tells how.
+    """Return True if a process has ended successfully.
 
     Raises:
-        InputError: it failed.
+        InputError: the process failed.
     """
     status = process.exitcode
     if status is None:
@@ -115,7 +115,7 @@ def _ended(task: Task, process: SpawnProcess, stopping: bool, sentences: SimpleQ
         if not sentences.empty():
             raise InputError(sentences.get())
         ending = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        raise InputError(f"{task.name}: {ending}; the same command goes on from there")
+        raise InputError(f"{task.name}: {ending}; the same command resumes from there")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Results of many runs as tables: means over seeds, intervals, and paired differences."""
+"""Summaries of many runs: means over seeds, intervals, paired differences, Markdown tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mics_fast.evaluation.tables import markdown_table
 FULL = "full"  # the variant that ablations are compared with
 # The risk-coverage table, in % of the samples.
 COVERAGES = (50, 60, 70, 80, 90, 100)
-# Metrics in the tables: title and factor; the JSON holds every metric of every view.
+# Metrics in the tables: title and factor; the JSON holds all metrics of all views.
 FUSED = {"macro_f1": ("macro F1", 1), "macro_auroc": ("macro AUROC", 1)}
 SELECTION = {
     "aurc": ("AURC", 1),
@@ -26,9 +26,9 @@ SELECTION = {
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and Student's 95 % interval over seeds; without an interval for a single seed.
+    """Compute the mean and Student's 95 % interval over seeds; no interval for a single seed.
 
-    The values are of independent draws (seeds), not of test rows.
+    The values must come from independent draws (seeds), not from test rows.
     """
     mean = statistics.fmean(values)
     if len(values) < 2:
@@ -41,16 +41,16 @@ def mean_interval(values: Sequence[float]) -> dict[str, Any]:
 def tabulate(
     results: Sequence[dict[str, Any]], labels: Sequence[str], variants: Sequence[str]
 ) -> dict[str, Any]:
-    """All metrics of all views for every amount of labels and variant.
+    """Summarise all metrics of all views for every amount of labels and variant.
 
     Args:
-        results: of every run: "seed", "labels", "variant", "views", "labelled", "n", "n_other",
+        results: of all runs, from ``assess``.
             "curve", "seconds".
         labels, variants: in the order of the rows.
 
     Returns:
-        "rows": each with means, and differences paired by seed: to the first variant of its
-        labels, to the full method, and of the fused opinion to every other view.
+        "rows": means, and differences paired by seed: to the first variant with the same labels,
+        to the full method, and of the fused opinion to every other view.
     """
     rows = []
     for amount in labels:
@@ -76,7 +76,7 @@ def tabulate(
 
 
 def describe(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The row of one variant and amount of labels, from its runs sorted by seed."""
+    """Summarise the runs of one variant and amount of labels, sorted by seed."""
     views = results[0]["views"]
     row = {
         "labels": results[0]["labels"],
@@ -87,6 +87,7 @@ def describe(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "n_other": results[0]["n_other"],
         "seconds": statistics.fmean(result["seconds"] for result in results),
         "views": {view: over_seeds(results, view) for view in views},
+        "missing": results[0]["missing"],
         "fused_minus": {
             view: over_seeds(results, "fused", results, view) for view in views if view != "fused"
         },
@@ -102,7 +103,7 @@ def describe(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mean_curve(curves: Sequence[Sequence[Sequence[float]]]) -> list[list[float]]:
-    """Step and mean accuracy over seeds, at the steps that all of them have."""
+    """Return step and mean accuracy over seeds at the steps that all curves share."""
     by_step: list[dict[float, float]] = [{at[0]: at[1] for at in curve} for curve in curves]
     shared = sorted(set.intersection(*(set(own) for own in by_step)))
     return [[step, statistics.fmean(own[step] for own in by_step)] for step in shared]
@@ -114,9 +115,9 @@ def over_seeds(
     minus: Sequence[dict[str, Any]] = (),
     minus_view: str = "",
 ) -> dict[str, dict[str, Any]]:
-    """Metric -> mean and interval of a view's values, or of their paired differences.
+    """Summarise each metric of a view, or its differences to another view paired by seed.
 
-    A metric that is not defined (None) for one of the seeds is left out.
+    A metric that is undefined (None) for one of the seeds is omitted.
     """
     summary = {}
     for name in results[0]["views"][view]:
@@ -129,10 +130,10 @@ def over_seeds(
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The tables for a person, each under a caption: what is compared, and in what unit."""
+    """Format the tables, each under a caption with the comparison and the unit."""
     rows = table["rows"]
     others = list(rows[0]["fused_minus"])
-    missing = [name for name in others if name.startswith("without ")]
+    missing = rows[0]["missing"]
     modalities = [name for name in others if name not in missing]
     parts = [
         introduction(rows),
@@ -141,7 +142,7 @@ def markdown(table: dict[str, Any]) -> str:
         "**Fused against each modality alone**, accuracy in %; the differences are paired.",
         view_table(rows, modalities, [f"{name} alone" for name in modalities]),
         "**One modality missing** from every test sample, accuracy of the fused opinion in %. Of "
-        "two modalities, what is left is what the other says alone.",
+        "two modalities, the other one then decides alone.",
         view_table(rows, missing, missing),
         "**Knowing when it is wrong**: the fused opinion answers where its vacuity is lowest. "
         "Risk (error rate) and coverage (share answered) in %.",
@@ -153,7 +154,7 @@ def markdown(table: dict[str, Any]) -> str:
     ]
     if rows[0]["n_other"]:
         parts += [
-            f"**Out of distribution**: how well vacuity tells {rows[0]['n_other']} samples of "
+            f"**Out of distribution**: how well vacuity separates {rows[0]['n_other']} samples of "
             "another manifest from the test samples (AUROC; 0.5 is chance).",
             other_table(rows, ["fused", *modalities]),
         ]
@@ -161,7 +162,7 @@ def markdown(table: dict[str, Any]) -> str:
 
 
 def introduction(rows: Sequence[dict[str, Any]]) -> str:
-    """What the figures of all tables are."""
+    """Describe the figures of all tables."""
     count = len(rows[0]["seeds"])
     spread = (
         "One seed: no interval."
@@ -176,7 +177,7 @@ def introduction(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def fused_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The fused opinion of each variant, and what it gains over the others."""
+    """Format the fused opinion of each variant, and its gain over the others."""
     first = rows[0]["variant"]
     differences = {"minus_first": f"- {first}", "minus_full": f"- {FULL}"}
     if first == FULL or not any("minus_full" in row for row in rows):
@@ -205,7 +206,7 @@ def fused_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def curve_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Accuracy on the val rows along each variant's fine-tuning."""
+    """Format the accuracy on the val rows along each variant's fine-tuning."""
     quarters = (25, 50, 75, 100)
     lines = []
     for row in rows:
@@ -220,15 +221,16 @@ def curve_table(rows: Sequence[dict[str, Any]]) -> str:
             ]
         )
     caption = (
-        "**Learning curves**: mean accuracy in % on the val rows, which choose nothing here, after "
-        "a quarter, half, three quarters and all of the steps; how far the end lies below the best."
+        "**Learning curves**: mean accuracy in % on the val rows, which select nothing here, after "
+        "a quarter, half, three quarters and all of the steps, and the fall from the best to the "
+        "last."
     )
     head = ["steps", *(f"{share} %" for share in quarters), "fall from the best"]
     return f"{caption}\n\n{labelled_table(rows, head, lines)}"
 
 
 def view_table(rows: Sequence[dict[str, Any]], views: Sequence[str], titles: Sequence[str]) -> str:
-    """Accuracy of the fused opinion, of other views, and the paired differences."""
+    """Format the accuracies of the fused opinion and of other views, with paired differences."""
     lines = [
         [
             *(cell(row["views"][view].get("accuracy"), 100) for view in ("fused", *views)),
@@ -240,7 +242,7 @@ def view_table(rows: Sequence[dict[str, Any]], views: Sequence[str], titles: Seq
 
 
 def metric_table(rows: Sequence[dict[str, Any]], shown: dict[str, tuple[str, int]]) -> str:
-    """Metrics of the fused opinion."""
+    """Format metrics of the fused opinion."""
     lines = [
         [cell(row["views"]["fused"].get(name), scale) for name, (_, scale) in shown.items()]
         for row in rows
@@ -249,7 +251,7 @@ def metric_table(rows: Sequence[dict[str, Any]], shown: dict[str, tuple[str, int
 
 
 def other_table(rows: Sequence[dict[str, Any]], views: Sequence[str]) -> str:
-    """Area by vacuity against another manifest."""
+    """Format the AUROC of vacuity against another manifest."""
     lines = [
         [cell(row["views"][view].get("out_of_distribution_auroc"), 1) for view in views]
         for row in rows
@@ -260,7 +262,7 @@ def other_table(rows: Sequence[dict[str, Any]], views: Sequence[str]) -> str:
 def labelled_table(
     rows: Sequence[dict[str, Any]], head: Sequence[str], lines: Sequence[Sequence[str]]
 ) -> str:
-    """A Markdown table whose lines begin with the amount of labels and the variant."""
+    """Format a Markdown table whose rows begin with the amount of labels and the variant."""
     return markdown_table(
         ["labels", "variant", *head],
         [
@@ -275,9 +277,9 @@ def labelled_table(
 
 
 def cell(value: dict[str, Any] | None, scale: float, *, signed: bool = False) -> str:
-    """Mean and half the interval of one metric."""
+    """Format the mean and half the interval of one metric."""
     if value is None:
-        return "not defined"
+        return "undefined"
     digits = 1 if scale == 100 else 3
     sign = "+" if signed else ""
     text = f"{scale * value['mean']:{sign}.{digits}f}"

@@ -1,18 +1,18 @@
-"""The variants of the method that an experiment compares: which parts each has.
+"""Variants of the method for experiments, as recipes of the parts they have.
 
-    supervised                     labelled rows alone, from scratch
-    supervised-long                the same, for as many floating-point operations as "full",
+    supervised                     labelled rows only, from scratch
+    supervised-long                the same, with as many floating-point operations as "full",
                                    pre-training included
-    reconstruction                 labelled rows alone, after pre-training by reconstruction alone
-    pretraining                    labelled rows alone, after pre-training
+    reconstruction                 labelled rows only, after pre-training by reconstruction only
+    pretraining                    labelled rows only, after pre-training
     pseudo-labels                  from scratch, without shift and modality consistency
     without-pretraining            fine-tuning with all terms, from scratch
     full                           pre-training, then fine-tuning with all terms
-    without-consistency            full, but for the contrastive loss of pre-training
-    without-adversary              full, but for the adversarial alignment of pre-training
-    without-shift                  full, but for the distribution shift
-    without-modality-consistency   full, but for the agreement of the modalities
-    fixmatch, freematch            full, with that method's rule for pseudo-labels
+    without-consistency            full without the contrastive loss of pre-training
+    without-adversary              full without the adversarial alignment of pre-training
+    without-shift                  full without the distribution shift
+    without-modality-consistency   full without the agreement between modalities
+    fixmatch, freematch            full with that method's rule for pseudo-labels
 
 A term whose weight is 0 in the options stays off in every variant.
 """
@@ -39,13 +39,13 @@ LABELS_ONLY = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a variant changes.
+    """The options that a variant changes.
 
     Args:
         finetune: options of fine-tuning.
-        pretrained: whether it starts from pre-training.
+        pretrained: True if it starts from pre-training.
         pretrain: options of that pre-training.
-        as_long_as_full: whether it gets as many operations as "full".
+        as_long_as_full: True if it is trained for as many operations as "full".
     """
 
     finetune: Mapping[str, Any] = field(default_factory=dict)
@@ -76,12 +76,12 @@ RECIPES: dict[Variant, Recipe] = {
 
 
 def finetuning_of(train: TrainConfig, variant: Variant, manifest: Manifest) -> TrainConfig:
-    """The options of a variant's fine-tuning, a copy.
+    """Return the options of a variant's fine-tuning, a copy.
 
     Args:
         train: options of the full method.
-        variant: its name.
-        manifest: what it is trained on.
+        variant: name of the variant.
+        manifest: training data.
     """
     recipe, config = RECIPES[variant], copy.deepcopy(train)
     config.stage = "finetune"
@@ -94,7 +94,7 @@ def finetuning_of(train: TrainConfig, variant: Variant, manifest: Manifest) -> T
 
 
 def pretraining_of(train: TrainConfig, variant: Variant) -> TrainConfig | None:
-    """The options of a variant's pre-training, a copy; None: it starts from scratch."""
+    """Return the options of a variant's pre-training, a copy; None: it starts from scratch."""
     recipe, config = RECIPES[variant], copy.deepcopy(train)
     config.stage = "pretrain"
     for name, value in recipe.pretrain.items():
@@ -103,7 +103,7 @@ def pretraining_of(train: TrainConfig, variant: Variant) -> TrainConfig | None:
 
 
 def full_flops(train: TrainConfig, manifest: Manifest) -> float:
-    """Floating-point operations of both stages of the full method."""
+    """Count the floating-point operations of both stages of the full method."""
     rows = len(manifest.select("train"))
     size, modalities, classes = sizes_of(train, manifest)
     first = pretrain_flops(train, size, modalities, queue_size(train.pretrain, rows))
@@ -114,5 +114,5 @@ def full_flops(train: TrainConfig, manifest: Manifest) -> float:
 
 
 def sizes_of(train: TrainConfig, manifest: Manifest) -> tuple[Size, int, int]:
-    """The networks' size, the number of modalities and that of classes."""
+    """Return the network size, the number of modalities and the number of classes."""
     return SIZES[train.model.size], len(manifest.modalities), len(manifest.classes)

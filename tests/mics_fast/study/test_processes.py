@@ -1,4 +1,4 @@
-"""Tasks in processes of their own: done once each, and failing in one sentence."""
+"""Tasks in child processes: done once each, and failing in one sentence."""
 
 from __future__ import annotations
 

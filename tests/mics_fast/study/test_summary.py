@@ -18,6 +18,7 @@ def result(seed, variant, accuracy, labels="5.0%"):
         "n_other": 0, "seconds": 10.0 * (seed + 1),
         "curve": [(10, accuracy + 0.1), (20, accuracy - 0.01 * seed)],
         "views": {"fused": metrics, "wli": alone, "without nbi": alone},
+        "missing": ["without nbi"],
     }  # fmt: skip
 
 
@@ -68,7 +69,7 @@ def test_the_fused_opinion_is_compared_with_each_other_view_of_the_same_seed(tab
 def test_a_metric_that_is_not_defined_everywhere_has_no_mean(table):
     assert "macro_auroc" not in table["rows"][0]["views"]["fused"]
     assert "aurc" not in table["rows"][0]["fused_minus"]["wli"]
-    assert "not defined" in markdown(table)
+    assert "undefined" in markdown(table)
 
 
 def test_one_seed_has_no_interval():
