@@ -18,14 +18,44 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypedDict, cast
 
 import torch
+from torch import Tensor
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import open_regular, read_json, renamed
 
 MOST_NAMES = 10_000  # limit of classes, and of modalities
+
+
+class CheckpointState(TypedDict):
+    """Content of ``state.pt``.
+
+    Args:
+        step: optimiser steps so far.
+        stage: ``state_dict`` of the stage.
+        optimisers: name -> ``state_dict``.
+        scaler: ``state_dict`` of the loss scaler; None without one.
+        skipped_steps: steps that the scaler skipped.
+        rng: state of the CPU's random generator.
+        seconds: wall time of training so far.
+    """
+
+    step: int
+    stage: dict[str, Any]
+    optimisers: dict[str, dict[str, Any]]
+    scaler: dict[str, Any] | None
+    skipped_steps: float
+    rng: Tensor
+    seconds: float
+
+
+class Best(TypedDict):
+    """Content of ``best.json``: the step with the best score."""
+
+    step: int
+    score: float
 
 
 class DamagedCheckpoint(InputError):
@@ -67,7 +97,7 @@ class Checkpoints:
         self.folder = folder
         self.keep = keep
 
-    def save(self, step: int, state: Mapping[str, Any], meta: Mapping[str, Any]) -> Path:
+    def save(self, step: int, state: CheckpointState, meta: Mapping[str, Any]) -> Path:
         """Write the checkpoint of a step, unless this step already has one.
 
         Raises:
@@ -88,7 +118,7 @@ class Checkpoints:
         self._prune()
         return target
 
-    def load_latest(self, expected: Mapping[str, Any]) -> dict[str, Any] | None:
+    def load_latest(self, expected: Mapping[str, Any]) -> CheckpointState | None:
         """Load the latest intact checkpoint; None if there is none.
 
         A damaged one is reported on stderr and moved aside; remains of a killed save are removed.
@@ -102,7 +132,7 @@ class Checkpoints:
             try:
                 return load_checkpoint(path, expected)
             except DamagedCheckpoint as error:
-                print(f"{error}; going on from the one before it", file=sys.stderr)
+                print(f"{error}; resuming from the previous one", file=sys.stderr)
                 damaged = path.with_name(f".damaged-{path.name}")
                 shutil.rmtree(damaged, ignore_errors=True)
                 path.rename(damaged)
@@ -132,7 +162,7 @@ class Checkpoints:
         best = self._best()
         return None if best is None else best["step"]
 
-    def _best(self) -> dict[str, Any] | None:
+    def _best(self) -> Best | None:
         path = self.folder / "best.json"
         if not path.exists():
             return None
@@ -143,8 +173,8 @@ class Checkpoints:
             and type(best.get("score")) in (int, float)
             and best["step"] >= 0
         ):
-            raise InputError(f"{path} is damaged, wanted a step and its score; remove it to go on")
-        return best
+            raise InputError(f"{path} is damaged, wanted a step and its score; remove it")
+        return cast(Best, best)
 
     def _steps(self) -> list[Path]:
         return sorted(self.folder.glob("step-*"))
@@ -156,7 +186,7 @@ class Checkpoints:
                 shutil.rmtree(path)
 
 
-def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
+def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> CheckpointState:
     """Read a checkpoint folder onto the CPU.
 
     Args:
@@ -191,10 +221,10 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> dict[str, Any]:
         raise DamagedCheckpoint(f"checkpoint {file} cannot be read: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise DamagedCheckpoint(f"checkpoint {file} holds no named state")
-    return state
+    return cast(CheckpointState, state)
 
 
-def weights_of(state: Mapping[str, Any], part: str) -> dict[str, Any]:
+def weights_of(state: CheckpointState, part: str) -> dict[str, Any]:
     """Return the weights of one part of a stage, such as "average", without the part's prefix.
 
     Raises:
@@ -256,7 +286,7 @@ def is_meta(meta: Any) -> bool:
     )
 
 
-def write_state(folder: Path, state: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+def write_state(folder: Path, state: CheckpointState, meta: Mapping[str, Any]) -> None:
     """Write state.pt, flushed to the disk, and meta.json with its checksum."""
     with open(folder / "state.pt", "wb") as file:
         hashing = HashingFile(file)

@@ -16,7 +16,7 @@ from torch import Tensor
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.engine.background import CheckpointWriter
 from mics_fast.engine.capture import CapturedUpdate
-from mics_fast.engine.checkpoint import Checkpoints, fitting
+from mics_fast.engine.checkpoint import Checkpoints, CheckpointState, fitting
 from mics_fast.engine.distributed import (
     agree,
     from_first,
@@ -69,7 +69,7 @@ class Loop:
         self.train_on = CapturedUpdate(self.update) if plan.cuda_graph else self.update
         self.meter = self._meter(0.0)
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: CheckpointState) -> None:
         """Restore the state of a checkpoint.
 
         Raises:
@@ -78,7 +78,7 @@ class Loop:
         with fitting(f"the last checkpoint of {self.plan.name}"):
             self._load(state)
 
-    def _load(self, state: Mapping[str, Any]) -> None:
+    def _load(self, state: CheckpointState) -> None:
         if self.plan.shards is not None:
             state = self.plan.shards.deal(state)
         self.step = state["step"]
@@ -107,7 +107,7 @@ class Loop:
         plan, stream, stopping = self.plan, batches(self.step), False
         if plan.flops and rank() == 0:
             terms = "  ".join(f"{name} {own / 1e9:.4g}" for name, own in plan.flops.items())
-            print(f"{plan.name}  {sum(plan.flops.values()) / 1e9:.4g} GFLOP a step:  {terms}")
+            print(f"{plan.name}  {sum(plan.flops.values()) / 1e9:.4g} GFLOP per step:  {terms}")
         writer = CheckpointWriter(self.checkpoints, plan.name, self.meta)
         due = Due(plan.checkpoint_every, plan.checkpoint_minutes)
         folder = self.log.folder / "profile"
@@ -205,7 +205,7 @@ class Loop:
             # A sharded network needs all ranks; each evaluates the same rows.
             scores = from_first(self.validate) if shards is None else self.validate()
         scaler = self.plan.scaler
-        state = {
+        state: CheckpointState = {
             "step": self.step,
             "stage": self.stage.state_dict(),
             "optimisers": {name: o.state_dict() for name, o in self.plan.optimisers.items()},

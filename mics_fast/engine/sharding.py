@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
+from mics_fast.engine.checkpoint import CheckpointState
 from mics_fast.engine.distributed import rank, sum_over_ranks, world_size
 from mics_fast.engine.optimiser import parameters_of
 
@@ -93,7 +94,7 @@ class Shards:
         squares = [get_total_norm(each, foreach=True).double().square() for each in (own, common)]
         return (sum_over_ranks(squares[0]) + squares[1]).sqrt().to(own[0].dtype)
 
-    def gather(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def gather(self, state: CheckpointState) -> CheckpointState:
         """Gather a checkpoint as a single rank would have it; a collective call.
 
         The result is complete on rank 0 only, in main memory.
@@ -112,7 +113,7 @@ class Shards:
         optimisers = self._each_moment(state["optimisers"], gathered)
         return {**state, "stage": stage, "optimisers": optimisers}
 
-    def deal(self, state: Mapping[str, Any]) -> dict[str, Any]:
+    def deal(self, state: CheckpointState) -> CheckpointState:
         """Invert ``gather`` for a state that every rank has."""
         own = dict(self._stage.named_parameters())
         stage = {}

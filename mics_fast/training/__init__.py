@@ -1,1 +1,1 @@
-"""The trainer: stages and plans from options, run folders, the nearest-neighbour check."""
+"""Training: the trainer, stages and plans from options, run folders, the neighbour check."""

@@ -21,14 +21,14 @@ from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.flops import finetune_flops, pretrain_flops
 
-FINAL_FINETUNE_LR = 0.01  # of its peak
+FINAL_FINETUNE_LR = 0.01  # as a factor of its peak
 
 
 def pick_device(name: str) -> torch.device:
-    """The device an option names; of several processes on a machine, each gets its own GPU.
+    """Return the device for an option; each process of a machine gets its own GPU.
 
     Raises:
-        InputError: "cuda" where there is none, or none for this process.
+        InputError: the option is "cuda", but there is no GPU for this process.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -37,14 +37,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def built_on(config: TrainConfig, device: torch.device) -> torch.device:
-    """Where a stage begins: the device, but for one that it may not fit on before it is sharded."""
+    """Return the device on which a stage is built: the CPU if it is sharded afterwards."""
     return torch.device("cpu") if config.shard_parameters else device
 
 
 def build_pretraining(
     config: TrainConfig, manifest: Manifest, rows: int, precision: Precision, device: torch.device
 ) -> tuple[PretrainStage, Plan]:
-    """Stage 1 over so many train rows, its weights drawn from the seed, and its plan."""
+    """Build stage 1 for a number of train rows, with weights drawn from the seed, and its plan."""
     options, model = config.pretrain, config.model
     steps_per_epoch = max(1, rows // options.batch_size)
     queue = queue_size(options, rows)
@@ -76,11 +76,11 @@ def build_pretraining(
 
 
 def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> dict[str, Optimizer]:
-    """AdamW for the model and, where the stage has an adversarial term, Adam for the discriminator.
+    """Make AdamW for the model and, with an adversarial term, Adam for the discriminator.
 
     Args:
-        stage: its options hold learning rates and weight decay.
-        fused: as torch.optim.AdamW and Adam take it: one kernel per step; None: torch decides.
+        stage: its options give learning rates and weight decay.
+        fused: argument of torch.optim.AdamW and Adam; None: torch decides.
     """
     options = stage.config
     parameters = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
@@ -97,7 +97,7 @@ def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> d
 
 
 def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str, Optimizer]:
-    """AdamW for a classifier: the encoders at ``lr``, the heads at ``lr * head_lr_factor``."""
+    """Make AdamW for a classifier: encoders at ``lr``, heads at ``lr * head_lr_factor``."""
     named = list(model.named_parameters())
     encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
     heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
@@ -109,7 +109,7 @@ def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str,
 
 
 def build_classifier(config: TrainConfig, manifest: Manifest) -> Classifier:
-    """The classifier that fine-tuning starts from, its weights drawn from the seed."""
+    """Build the classifier that fine-tuning starts from, with weights drawn from the seed."""
     torch.manual_seed(config.seed)
     return Classifier(
         SIZES[config.model.size],
@@ -128,7 +128,7 @@ def build_finetuning(
     precision: Precision,
     device: torch.device,
 ) -> tuple[FinetuneStage, Plan]:
-    """Stage 2 of a classifier over so many train rows, and its plan."""
+    """Build stage 2 for a classifier and a number of train rows, and its plan."""
     options = config.finetune
     steps_per_epoch = max(1, rows // options.unlabelled_batch)
     stage = FinetuneStage(
@@ -157,12 +157,12 @@ def build_finetuning(
 
 
 def queue_size(options: PretrainConfig, rows: int) -> int:
-    """Rows of each queue: those asked for, or a quarter of the train rows."""
+    """Return the number of rows per queue: the option, or a quarter of the train rows."""
     return options.queue_size or max(1, min(65536, rows // 4))
 
 
 def stage_steps(options: PretrainConfig | FinetuneConfig, steps_per_epoch: int) -> int:
-    """The optimiser steps of a stage: those asked for, or those of its epochs."""
+    """Return the number of optimiser steps of a stage: the option, or that of its epochs."""
     return options.steps or options.epochs * max(1, steps_per_epoch)
 
 
@@ -175,16 +175,16 @@ def make_plan(
     device: torch.device,
     **own: Any,
 ) -> Plan:
-    """The plan of a stage.
+    """Make the plan of a stage.
 
     Args:
         config: of the run.
         stage: its name.
         optimisers: of the stage, the main one first.
         steps_per_epoch: for schedules and log.
-        precision: of the encoders, which may need a loss scaler.
-        device: the stage trains on.
-        own: fields of ``Plan`` that each stage fills in its own way.
+        precision: of the encoders; float16 needs a loss scaler.
+        device: training device.
+        own: fields of ``Plan`` that differ between the stages.
     """
     options: PretrainConfig | FinetuneConfig = getattr(config, stage)
     steps = stage_steps(options, steps_per_epoch)

@@ -1,15 +1,14 @@
-"""Floating-point operations of one optimiser step of each stage, by loss term.
+"""Model FLOPs: floating-point operations of one optimiser step of each stage, by loss term.
 
-What the method needs, in closed form: two for every multiply-add of the matrix products, the
-embeddings and attention; none for norms, activations, optimisers, the evidential loss and the
-statistics of classes. A backward pass costs what its products cost: twice the forward for a layer
-whose input wants a gradient, once for one whose input does not (patch embeddings) or whose weights
-stand still; four products for the two of attention. That is how ``torch.utils.flop_counter``
-counts attention written out; of fused kernels, which form the scores again, it counts five.
-What becomes of tokens that nobody reads in a last block costs nothing, and nothing that is computed
-again is counted again, so a share of the hardware's peak means the same whichever kernels run
-(model FLOPs: Chowdhery et al., PaLM, appendix B). Every pair counts as complete, every queue as
-full.
+They are counted in closed form: two for every multiply-add of matrix products, embeddings and
+attention; none for norms, activations, optimisers, the evidential loss and class statistics. A
+backward pass costs as much as its products: twice the forward pass for a layer whose input needs a
+gradient, once for a layer whose input needs none (patch embeddings) or whose weights are frozen;
+four products for the two of attention. ``torch.utils.flop_counter`` counts plain attention in the
+same way; for fused kernels, which recompute the scores, it counts five. Unused tokens of a last
+block and recomputations are not counted, so a share of the hardware's peak means the same for any
+kernel (model FLOPs: Chowdhery et al., PaLM, appendix B). Every pair counts as complete, every queue
+as full.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ LONGEST_QUEUE = 65536
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of one forward pass, by what its backward pass costs.
+    """FLOPs of one forward pass, by the cost of their backward pass.
 
     Args:
-        inner: of layers with weights whose input wants a gradient.
-        first: of layers with weights whose input wants none.
-        attention: of products without weights.
+        inner: layers with weights whose input needs a gradient.
+        first: layers with weights whose input needs none.
+        attention: products without weights.
     """
 
     inner: float = 0.0
@@ -47,34 +46,34 @@ class Work:
         return Work(self.inner * times, self.first * times, self.attention * times)
 
     def forward(self) -> float:
-        """Without a gradient."""
+        """Count the forward pass only."""
         return self.inner + self.first + self.attention
 
     def trained(self) -> float:
-        """Forward, and backward to weights and inputs."""
+        """Count forward, and backward to weights and inputs."""
         return 3 * self.inner + 2 * self.first + 3 * self.attention
 
     def passed_through(self) -> float:
-        """Forward, and backward to the inputs alone, those of ``first`` too."""
+        """Count forward, and backward to the inputs only, including those of ``first``."""
         return 2 * self.inner + 2 * self.first + 3 * self.attention
 
 
 def pretrain_flops(
     config: TrainConfig, size: Size, modalities: int, queue: int | None = None
 ) -> dict[str, float]:
-    """FLOPs of one step of stage 1.
+    """Count the FLOPs of one step of stage 1.
 
     Args:
-        config: of the run; weights that are 0 switch their terms off.
+        config: of the run; a weight of 0 disables its term.
         size: of the networks.
         modalities: number M.
         queue: rows of each queue; default: the option's, or its largest default.
 
     Returns:
-        Of the terms that are on: "consistency" (the student's whole views, their loss), "teacher",
-        "reconstruction" (masked views and decoder, which the adversarial term needs too; in the
-        turbo preset the student's views are these), "discriminator" (its own loss) and
-        "adversarial" (what the model's loss through it takes more).
+        One entry per enabled term: "consistency" (the student's whole views and their loss),
+        "teacher", "reconstruction" (masked views and decoder, also needed by the adversarial term;
+        in the turbo preset they are the student's views, too), "discriminator" (its own loss) and
+        "adversarial" (the additional cost of the model's loss through the discriminator).
     """
     options, images = config.pretrain, config.pretrain.batch_size * modalities
     turbo = options.preset == "turbo"
@@ -99,7 +98,7 @@ def pretrain_flops(
         share = TURBO_SHARE if turbo else 1.0
         judged = discriminator(size, round(size.num_patches * share)) * images
         flops["discriminator"] = (judged * 2).trained()
-        # Simultaneous: beyond its own backward pass, the gradient of the reconstructions alone.
+        # Simultaneous: beyond the discriminator's own backward pass, only the reconstructions'.
         alternates = options.adversarial == "alternating"
         flops["adversarial"] = judged.passed_through() if alternates else judged.first
     return flops
@@ -108,18 +107,18 @@ def pretrain_flops(
 def finetune_flops(
     config: TrainConfig, size: Size, modalities: int, classes: int
 ) -> dict[str, float]:
-    """FLOPs of one step of stage 2.
+    """Count the FLOPs of one step of stage 2.
 
     Args:
-        config: of the run; weights that are 0 switch their terms off.
+        config: of the run; a weight of 0 disables its term.
         size: of the networks.
         modalities: number M.
         classes: number C.
 
     Returns:
-        Of the terms that are on: "supervised" (the student on labelled rows), "unlabelled" (on
-        the others, which pseudo-labels and the agreement of modalities share), "teacher" (the
-        averaged weights' pseudo-labels) and "shift" (the fusion head on moved features).
+        One entry per enabled term: "supervised" (the student on labelled rows), "unlabelled" (on
+        the others, shared by pseudo-labels and the agreement of modalities), "teacher" (the
+        averaged weights' pseudo-labels) and "shift" (the fusion head on shifted features).
     """
     options = config.finetune
     model = classifier(size, modalities, classes, config.model)
@@ -136,36 +135,36 @@ def finetune_flops(
 
 
 def dense(tokens: int, inputs: int, outputs: int) -> Work:
-    """A linear layer."""
+    """Count a linear layer."""
     return Work(inner=2.0 * tokens * inputs * outputs)
 
 
 def embedding(tokens: int, inputs: int, outputs: int) -> Work:
-    """A linear layer on numbers that want no gradient."""
+    """Count a linear layer whose input needs no gradient."""
     return Work(first=2.0 * tokens * inputs * outputs)
 
 
 def block(tokens: int, width: int, read: int | None = None) -> Work:
-    """A transformer block: three width x width matrices on all tokens; of those that are read, by
-    default all, one more, the MLP's eight, and attention's products."""
+    """Count a transformer block: three width x width matrices on all tokens; on the ``read`` ones
+    (default: all) one more, eight of the MLP, and the attention products."""
     read = tokens if read is None else read
     inner = 2.0 * (3 * tokens + 9 * read) * width**2
     return Work(inner=inner, attention=4.0 * tokens * read * width)
 
 
 def blocks(depth: int, tokens: int, width: int, read: int | None = None) -> Work:
-    """Blocks in a row; only of the last one some tokens may be all that is read."""
+    """Count a stack of blocks; only the last one can be limited to the tokens that are read."""
     return block(tokens, width) * (depth - 1) + block(tokens, width, read)
 
 
 def encoder(size: Size, patches: int, read: int | None = None) -> Work:
-    """The vision transformer on some patches of one image."""
+    """Count the vision transformer on some patches of one image."""
     stack = blocks(size.depth, 1 + patches, size.width, read)
     return embedding(patches, size.patch_dim, size.width) + stack
 
 
 def decoder(size: Size, visible: int) -> Work:
-    """The reconstruction decoder on all tokens of one image, its head on the hidden ones."""
+    """Count the decoder on all tokens of one image, and its head on the masked ones."""
     return (
         dense(1 + visible, size.width, size.decoder_width)
         + block(1 + size.num_patches, size.decoder_width) * size.decoder_depth
@@ -174,8 +173,10 @@ def decoder(size: Size, visible: int) -> Work:
 
 
 def discriminator(size: Size, patches: int) -> Work:
-    """The discriminator on some patches of one image; the last block's class token is all that is
-    read. L2 attention counts as dot products of its width, its queries and keys as tied."""
+    """Count the discriminator on some patches of one image.
+
+    In the last block only the class token is read. L2 attention counts as dot products of its
+    width, with tied queries and keys."""
     tokens, width = 1 + patches, size.discriminator_width
     stack = distance_block(tokens, tokens, width) * (size.discriminator_depth - 1)
     last = distance_block(tokens, 1, width)
@@ -183,19 +184,19 @@ def discriminator(size: Size, patches: int) -> Work:
 
 
 def distance_block(tokens: int, read: int, width: int) -> Work:
-    """A block with L2 attention: two matrices on all tokens, nine on those that are read."""
+    """Count a block with L2 attention: two matrices on all tokens, nine on those that are read."""
     inner = 2.0 * (2 * tokens + 9 * read) * width**2
     return Work(inner=inner, attention=4.0 * tokens * read * width)
 
 
 def contrastive(queries: int, keys: int, width: int) -> float:
-    """The soft-target loss of one ordered pair of modalities: student's and teacher's products
-    with the keys, and the student's gradient."""
+    """Count the soft-target loss of one ordered pair of modalities: products of student and
+    teacher with the keys, and the student's gradient."""
     return 3 * 2.0 * queries * keys * width
 
 
 def classifier(size: Size, modalities: int, classes: int, model: ModelConfig) -> Work:
-    """An encoder for each modality, their fusion, and a head for each view, on one pair."""
+    """Count one encoder per modality, their fusion and one head per opinion, on one pair."""
     views, read = modalities + (modalities > 1), tokens_read(model.pool)
     heads = dense(1, size.width, classes) * views
     if modalities == 1:

@@ -1,7 +1,7 @@
-"""Is pre-training working? Whether the nearest labelled rows share the class of a val row.
+"""k-nearest-neighbour check of pre-training: do labelled neighbours predict the class of val rows?
 
 The features are those that fine-tuning starts from: the student encoder's, pooled, without the
-projection. Nothing is trained, and only labels that fine-tuning may use are read.
+projection. Nothing is trained, and only labels available to fine-tuning are read.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mics_fast.models.pretraining import PretrainModel
 from mics_fast.models.vit import pool_tokens
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-MOST_ROWS = 2000  # of each side: a check costs at most as many forward passes as 4,000 pairs take
+MOST_ROWS = 2000  # per side, so that a check costs at most the forward passes of 4,000 pairs
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Features:
     """Features of n rows.
 
     Args:
-        values: (n, M, D) float32, of length 1; of an absent modality, without meaning.
+        values: (n, M, D) float32, of length 1; undefined for an absent modality.
         present: (n, M) bool.
         label: (n,) int64.
     """
@@ -38,7 +38,7 @@ class Features:
     label: Tensor
 
     def mean(self) -> tuple[Tensor, Tensor]:
-        """(n, D), of length 1: the mean over the modalities that are there; and (n,) bool."""
+        """Average over the present modalities, (n, D) of length 1; mark rows with any, (n,)."""
         kept = self.values.masked_fill(~self.present.unsqueeze(-1), 0.0)
         return F.normalize(kept.sum(1), dim=-1), self.present.any(1)
 
@@ -49,17 +49,17 @@ def neighbour_accuracy(
     val: Iterable[PairBatch],
     autocast: torch.dtype | None = None,
 ) -> dict[str, float]:
-    """Share of val rows whose class a vote of their nearest labelled rows names.
+    """Classify val rows by a vote of their nearest labelled rows.
 
     Args:
-        model: of the first stage; left as it is.
-        labelled: the rows that vote.
-        val: the rows that are asked about; their labels are the truth.
+        model: of the first stage; unchanged.
+        labelled: rows with votes.
+        val: rows to classify; their labels are the truth.
         autocast: dtype of the encoder's arithmetic, None for float32.
 
     Returns:
-        ``knn_accuracy`` of the mean feature of the modalities, ``knn_accuracy_<modality>`` of each
-        where there are several; without those for which there is no row on one of the sides.
+        ``knn_accuracy`` for the mean feature of the modalities and, if there are several,
+        ``knn_accuracy_<modality>``; scores without rows on one of the sides are omitted.
     """
     keys, queries = (extract_features(model, batches, autocast) for batches in (labelled, val))
     views = {"knn_accuracy": (*keys.mean(), *queries.mean())}
@@ -77,7 +77,7 @@ def neighbour_accuracy(
 
 
 def vote(queries: Tensor, keys: Tensor, label: Tensor) -> Tensor:
-    """The class that the nearest keys vote for, each with the weight exp(cosine / 0.07).
+    """Return the class with most votes of the nearest keys, each weighted by exp(cosine / 0.07).
 
     Args:
         queries: (n, D), of length 1.
@@ -101,10 +101,9 @@ def vote(queries: Tensor, keys: Tensor, label: Tensor) -> Tensor:
 def extract_features(
     model: PretrainModel, batches: Iterable[PairBatch], autocast: torch.dtype | None
 ) -> Features:
-    """The student's features of all rows of some batches."""
+    """Extract the student's features of all rows."""
     values, present, label = [], [], []
-    # Blocks compiled for training would be compiled again, without gradients and for the size of
-    # the last batch.
+    # Compiled blocks would be recompiled without gradients, and for the size of the last batch.
     with torch.compiler.set_stance("force_eager"):
         for batch in batches:
             images = torch.cat([batch.views[name] for name in model.modalities])
@@ -118,11 +117,11 @@ def extract_features(
 
 
 def bounded(rows: Sequence[Row]) -> list[Row]:
-    """At most ``MOST_ROWS`` of the rows, in their order: the same ones each time, drawn at random
-    so that a manifest in the order of its classes keeps their shares."""
+    """Draw at most ``MOST_ROWS`` rows, always the same ones, and keep their order; the draw keeps
+    the class shares of a manifest sorted by class."""
     return [rows[place] for place in sorted(epoch_order(0, 0, len(rows))[:MOST_ROWS])]
 
 
 def in_words(scores: dict[str, float]) -> str:
-    """The scores on one line."""
+    """Format the scores on one line."""
     return "  ".join(f"{name.replace('_', ' ')} {score:.1%}" for name, score in scores.items())

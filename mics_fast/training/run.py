@@ -1,4 +1,4 @@
-"""A run folder: its options, the digest of its manifest, its checkpoints and log."""
+"""A run folder: options, digest of the manifest, checkpoints, log, result."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import make_folder, read_json, write_json, write_text
@@ -21,7 +21,7 @@ from mics_fast.options.parsing import as_yaml
 
 MANIFEST = "manifest.json"  # in a run folder: Manifest.digest()
 
-# What may differ when a run goes on: none of these changes its losses.
+# Options that may change on resume: none of them changes the losses.
 FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
@@ -30,8 +30,37 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
-# What the processes of a run may have each to itself: paths, and shares of their machine.
+# Options that may differ between the processes of a run: paths, and shares of their machine.
 OF_ONE_PROCESS = {"out", "data.manifest", "model.init", "finetune.init", "threads", "data.threads"}
+
+
+class StageResult(TypedDict):
+    """Outcome of a stage, read from its log.
+
+    Args:
+        steps: optimiser steps so far.
+        loss: last loss; None if it was not finite.
+        losses: last value of each loss term.
+        pairs_per_second: median over the log; None if it was not logged.
+        seconds: wall time; None if it was not logged.
+        best_step: step of the best checkpoint, if one was chosen.
+        val: scores of that checkpoint on the val rows.
+    """
+
+    steps: float
+    loss: float | None
+    losses: dict[str, float]
+    pairs_per_second: float | None
+    seconds: float | None
+    best_step: NotRequired[int]
+    val: NotRequired[dict[str, float]]
+
+
+class RunResult(TypedDict):
+    """Outcome of a run: its folder, and the outcome of each stage by name."""
+
+    run: str
+    stages: dict[str, StageResult]
 
 
 class Run:
@@ -47,17 +76,18 @@ class Run:
 
     @staticmethod
     def start(config: TrainConfig, manifest: Manifest, *, resume: bool) -> Run:
-        """Make the folder of a new run, or open the one to go on with; take it for this process.
+        """Make the folder of a new run, or open an existing one to resume; lock it.
 
         Raises:
-            InputError: there is a run already and ``resume`` is False; it was started with other
-                options or another manifest; another process trains there; the folder cannot be
-                written.
+            InputError: a run exists and ``resume`` is False; it was started with other options or
+                another manifest; another process trains there; the folder cannot be written.
         """
         folder, config = Path(config.out), with_absolute_paths(config)
         file = folder / CONFIG
         if file.exists() and not resume:
-            raise InputError(f"{folder} holds a run; add --resume to go on, or name another --out")
+            raise InputError(
+                f"{folder} holds a run; add --resume to continue, or name another --out"
+            )
         if file.exists():
             refuse_changes(read_config(file), config, folder)
             refuse_other_manifest(folder, manifest)
@@ -69,7 +99,7 @@ class Run:
 
     @staticmethod
     def open(folder: Path) -> Run:
-        """Open a run to read.
+        """Open a run for reading.
 
         Raises:
             InputError: the folder holds no run.
@@ -80,7 +110,7 @@ class Run:
         return Run(folder, read_config(file))
 
     def digest(self) -> dict[str, str] | None:
-        """``Manifest.digest`` of what the run was started on; None where that is not known.
+        """Return ``Manifest.digest`` from the start of the run; None if unknown.
 
         Raises:
             InputError: the file is damaged.
@@ -88,19 +118,19 @@ class Run:
         return read_digest(self.folder)
 
     def checkpoints(self, stage: str) -> Checkpoints:
-        """The checkpoints of a stage, "pretrain" or "finetune"."""
+        """Return the checkpoints of a stage, "pretrain" or "finetune"."""
         return Checkpoints(self.folder / "checkpoints" / stage, self.config.keep_checkpoints)
 
-    def result(self) -> dict[str, Any]:
-        """What came of each stage, from the log: steps, final losses, speed, scores on val."""
+    def result(self) -> RunResult:
+        """Read the outcome of each stage from the log."""
         log = read_log(self.folder)
         stages = {name: self._stage_result(name, lines) for name, lines in log.items()}
         return {"run": str(self.folder), "stages": stages}
 
-    def _stage_result(self, stage: str, lines: Sequence[dict[str, float]]) -> dict[str, Any]:
+    def _stage_result(self, stage: str, lines: Sequence[dict[str, float]]) -> StageResult:
         last = lines[-1]
         speeds = [line["pairs_per_second"] for line in lines if "pairs_per_second" in line]
-        result: dict[str, Any] = {
+        result: StageResult = {
             "steps": last["step"],
             "loss": last.get("loss"),
             "losses": _named("loss_", last),
@@ -110,17 +140,18 @@ class Run:
         best = self.checkpoints(stage).best_step()
         if best is not None:
             scored = next((line for line in lines if line["step"] == best), {})
-            result |= {"best_step": best, "val": _named("val_", scored)}
+            result["best_step"] = best
+            result["val"] = _named("val_", scored)
         return result
 
 
 def _named(prefix: str, record: Mapping[str, float]) -> dict[str, float]:
-    """The entries of a log record whose names begin with a prefix, without it."""
+    """Return the entries of a log record with a prefix, which is removed from their names."""
     return {n.removeprefix(prefix): v for n, v in record.items() if n.startswith(prefix)}
 
 
 def read_digest(folder: Path) -> dict[str, str] | None:
-    """The digest of its manifest that a run folder holds; None where there is none.
+    """Read the digest of the manifest from a run folder; None if there is none.
 
     Raises:
         InputError: the file is damaged.
@@ -136,10 +167,10 @@ def read_digest(folder: Path) -> dict[str, str] | None:
 
 
 def refuse_other_manifest(folder: Path, manifest: Manifest) -> None:
-    """Refuse to go on with a run on other rows, labels, groups or splits than before.
+    """Refuse to resume a run with other rows, labels, groups or splits.
 
     Raises:
-        InputError: says what changed.
+        InputError: names the difference.
     """
     before = read_digest(folder)
     if before is None:
@@ -148,12 +179,12 @@ def refuse_other_manifest(folder: Path, manifest: Manifest) -> None:
     if difference:
         raise InputError(
             f"{manifest.path} is not the manifest that the run in {folder} was started with: "
-            f"{difference}; go on with that one, or name another --out"
+            f"{difference}; use that one, or name another --out"
         )
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Make the paths of a run independent of the folder that it was started in."""
+    """Make the paths of a run absolute, so that it can be resumed from any folder."""
     return with_paths(
         config, lambda path: os.path.abspath(path) if path not in ("", "none") else path
     )
@@ -170,10 +201,10 @@ def with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig
 
 
 def pretraining_of(run: Run) -> Path | None:
-    """The pre-training that a run's fine-tuning starts from; None: it starts from scratch.
+    """Find the pre-training that a run's fine-tuning starts from; None: from scratch.
 
     Raises:
-        InputError: ``finetune.init`` names none.
+        InputError: ``finetune.init`` names no pre-training.
     """
     init = run.config.finetune.init
     if init == "none":
@@ -182,10 +213,10 @@ def pretraining_of(run: Run) -> Path | None:
 
 
 def find_pretraining(path: Path) -> Path:
-    """The checkpoint folder that a run folder, a checkpoint folder or its state.pt names.
+    """Find the checkpoint folder for a run folder, a checkpoint folder or its state.pt.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no checkpoint.
     """
     if path.name == "state.pt":
         path = path.parent
@@ -198,9 +229,9 @@ def find_pretraining(path: Path) -> Path:
 
 
 def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
-    """What a checkpoint of a stage belongs to: weights fit only where all of it agrees."""
+    """Return the ``meta.json`` entries that identify a model; weights fit only if all agree."""
     model = asdict(config.model)
-    for name in ("init", "init_prefix"):  # where the weights began, not what they fit
+    for name in ("init", "init_prefix"):  # the origin of the weights does not change their shape
         model.pop(name)
     model.pop("activation_checkpointing")  # changes memory, not weights
     if stage == "pretrain":
@@ -216,10 +247,10 @@ def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, A
 
 
 def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
-    """Refuse to go on with a run under options that would change what it computes.
+    """Refuse to resume a run with options that would change its results.
 
     Raises:
-        InputError: names the first such option and both its values, and counts the others.
+        InputError: names the first such option and its two values, and counts the others.
     """
     old, new = flatten(asdict(before)), flatten(asdict(with_absolute_paths(now)))
     free = FREE_ON_RESUME | {"out"}
@@ -229,23 +260,23 @@ def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
         others = f" (and {len(changed) - 1} more differ)" if len(changed) > 1 else ""
         raise InputError(
             f"option {name} is {new[name]!r}, but the run in {folder} was started with "
-            f"{old.get(name)!r}{others}; go on with that, or name another --out"
+            f"{old.get(name)!r}{others}; use that, or name another --out"
         )
 
 
 def shared_options(config: TrainConfig) -> dict[str, Any]:
-    """The options that all processes of a run need alike, under their names."""
+    """Return the options that must be equal on all processes of a run, with names for messages."""
     own = flatten(asdict(config))
     return {f"option {name}": own[name] for name in own if name not in OF_ONE_PROCESS}
 
 
 def manifest_entries(manifest: Manifest) -> dict[str, str]:
-    """The digest of a manifest, under names that a message can show."""
+    """Return the digest of a manifest, with names for messages."""
     return {f"manifest {name}": own[:12] for name, own in manifest.digest().items()}
 
 
 def flatten(options: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested options under dotted names."""
+    """Flatten nested options to dotted names."""
     flat: dict[str, Any] = {}
     for name, value in options.items():
         nested = isinstance(value, dict)

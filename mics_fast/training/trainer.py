@@ -66,7 +66,7 @@ Batches = Iterator[tuple[PairBatch, ...]]
 
 
 def train(config: TrainConfig, *, resume: bool) -> None:
-    """Run the stages that a configuration asks for, on this and all other ranks."""
+    """Run the stages of a configuration; called on every rank."""
     manifest = read_manifest(
         Path(config.data.manifest),
         config.data.modalities,
@@ -85,7 +85,7 @@ def train(config: TrainConfig, *, resume: bool) -> None:
     if rank() > 0:
         return
     result = {"finished": finished, **trainer.run.result()}
-    said = "finished:" if finished else "stopped and saved: go on with --resume --out"
+    said = "finished:" if finished else "stopped and saved: resume with --resume --out"
     print(f"{said} {config.out}")
     print(f"RESULT {json.dumps(result)}", flush=True)
 
@@ -95,12 +95,11 @@ class Trainer:
 
     Args:
         config: the run's options.
-        manifest: what to train on.
-        resume: go on with the run in ``config.out`` if there is one.
+        manifest: training data.
+        resume: continue the run in ``config.out`` if there is one.
 
     Raises:
-        InputError: nothing to train on, no DALI, no such device, or a run folder that cannot be
-            used.
+        InputError: no train rows, no DALI, no such device, or an unusable run folder.
     """
 
     def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
@@ -133,7 +132,7 @@ class Trainer:
         self.run = from_first(lambda: Run.start(config, manifest, resume=resume))
 
     def pretrain(self) -> bool:
-        """Stage 1 over all train rows; False where it was asked to stop before its end."""
+        """Run stage 1 on all train rows; False if stopped before its end."""
         options, init = self.config.pretrain, self.config.model.init
         check_pretraining(options, self.manifest.modalities)
         if len(self.manifest.modalities) == 1 and options.consistency_weight:
@@ -154,7 +153,7 @@ class Trainer:
         return self._run(stage, plan, batches, self._neighbours(stage))
 
     def finetune(self) -> bool:
-        """Stage 2; False where it was asked to stop before its end."""
+        """Run stage 2; False if stopped before its end."""
         options = self.config.finetune
         if len(self.manifest.modalities) == 1:
             say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
@@ -184,7 +183,7 @@ class Trainer:
         batches: Callable[[int], Batches],
         validate: Callable[[], dict[str, float]] | None = None,
     ) -> bool:
-        """Go on from the stage's last checkpoint, or from its beginning."""
+        """Run a stage from its last checkpoint, or from its beginning."""
         if self.config.model.activation_checkpointing:
             checkpoint_activations(stage)
         if self.config.shard_parameters:
@@ -220,7 +219,7 @@ class Trainer:
             log.close()
 
     def _too_large(self, stage: str) -> str:
-        """What to say of a step that had not enough memory."""
+        """Describe a step that ran out of memory, and the options to change."""
         options = self.config
         batch = f"pretrain.batch_size {options.pretrain.batch_size}"
         if stage == "finetune":
@@ -235,7 +234,7 @@ class Trainer:
         )
 
     def _cache(self) -> FrameCache | None:
-        """Memory for the frames of all train rows, which both stages share."""
+        """Allocate the frame cache of all train rows; both stages share it."""
         if self.config.data.cache.mode == "none":
             return None
         return FrameCache(
@@ -279,7 +278,7 @@ class Trainer:
         return loader
 
     def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
-        """Scores of the averaged model on the val rows; None where there are none."""
+        """Return a function that scores the averaged model on the val rows; None without any."""
         rows = [row for row in self.manifest.select("val") if row.label >= 0]
         if not rows:
             return None
@@ -292,11 +291,13 @@ class Trainer:
         return validate
 
     def _neighbours(self, stage: PretrainStage) -> Callable[[], dict[str, float]] | None:
-        """How well nearest labelled rows classify the val rows; None where either is lacking.
+        """Return a function that classifies val rows by their nearest labelled rows.
+
+        None without val rows or labelled rows. Scores of the untrained network and the share of
+        the most frequent class are added for comparison.
 
         Args:
-            stage: not trained yet: beside its scores stand those that it begins with, and the
-                share of the most frequent class.
+            stage: not yet trained.
         """
         val = [row for row in self.manifest.select("val") if row.label >= 0]
         labelled = [row for row in self.rows if row.labelled]
@@ -312,7 +313,7 @@ class Trainer:
 
         asked = bounded(val)
         beside = {"knn_chance": max(Counter(row.label for row in asked).values()) / len(asked)}
-        if not self.config.shard_parameters:  # the whole network is on no device yet
+        if not self.config.shard_parameters:  # a sharded network is not yet on the devices
             before = from_first(score)
             if "knn_accuracy" in before:
                 beside["knn_accuracy_untrained"] = before["knn_accuracy"]
@@ -335,7 +336,7 @@ class Trainer:
         )
 
     def _load_encoder(self, model: Classifier) -> None:
-        """Start the encoders from the pre-training that ``finetune.init`` names, if any."""
+        """Load the encoders from the pre-training that ``finetune.init`` names, if any."""
         checkpoint = from_first(lambda: pretraining_of(self.run))
         if checkpoint is None:
             say("fine-tuning without pre-training")
@@ -352,16 +353,16 @@ class Trainer:
 
 
 def say(sentence: str) -> None:
-    """Print, once for all ranks."""
+    """Print a sentence on rank 0 only."""
     if rank() == 0:
         print(sentence, flush=True)
 
 
 def check_labels(manifest: Manifest) -> None:
-    """Refuse, before hours of pre-training, what no classifier can be fine-tuned on.
+    """Refuse data for fine-tuning before hours of pre-training.
 
     Raises:
-        InputError: no labelled train row, or a single class.
+        InputError: no labelled train row, or only one class.
     """
     if not any(row.labelled for row in manifest.select("train")):
         raise InputError(f"{manifest.path} has no train row with labelled = 1")
