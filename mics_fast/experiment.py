@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells = make_cells(train, grid, out)
     for tasks in missing_tasks(cells):
         if not run_tasks(tasks, grid.processes):
-            print(f"stopped and saved: the same command goes on, --out {train.out}")
+            print(f"stopped and saved: the same command resumes, --out {train.out}")
             return
     results = [json.loads(cell.file.read_text()) for cell in cells]
     table = tabulate(results, [str(labels) for labels in draws(grid)], grid.variants)

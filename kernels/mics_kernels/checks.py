@@ -1,8 +1,8 @@
-"""Checks of arguments; an error is one sentence: the argument, what was given, what is wanted.
+"""Checks of arguments. An error is one sentence: the argument, what was given, what is wanted.
 
 Shape, dtype, layout and device are always checked. Values are checked on Python numbers and CPU
-tensors; on a GPU, where a look costs a synchronisation, with ``MICS_KERNELS_CHECK=1``. They cannot
-be checked while code is traced or transformed (torch.compile, make_fx, vmap, ...).
+tensors; on a GPU, where reading a value costs a host sync, only with ``MICS_KERNELS_CHECK=1``.
+Values cannot be checked while code is traced or transformed (torch.compile, make_fx, vmap, ...).
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 def end_with_parent() -> None:
     """Have the kernel kill this process when its parent ends for any reason (Linux only).
 
-    A killed parent passes on no signal: without this, its children would go on training and keep
+    A killed parent passes on no signal: without this, its children would continue training and keep
     their devices and run folder.
     """
     if sys.platform != "linux":

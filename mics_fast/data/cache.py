@@ -125,7 +125,7 @@ class FrameCache:
             images = [encoded for _, _, encoded in readable]
             (frames,) = self._pipeline.run(consumer(self._device), encoded=images)
         except RuntimeError:
-            self._pipeline = None  # DALI cannot go on after an error
+            self._pipeline = None  # DALI cannot continue after an error
             suspects = [(row, self.modalities[column], WHOLE) for row, column, _ in readable]
             if not self.files.suspect(suspects):
                 raise

@@ -136,7 +136,7 @@ class SingleDecoder:
         try:
             (output,) = self._pipeline.run(encoded=[encoded], crop=[crop])
         except RuntimeError as error:
-            self._pipeline = None  # DALI cannot go on after an error
+            self._pipeline = None  # DALI cannot continue after an error
             if "CUDA allocation failed" in str(error):
                 raise
             return None

@@ -95,7 +95,7 @@ def _jpeg(data: bytes) -> tuple[int, int]:
                 break  # a second frame
             bits, height, width = struct.unpack_from(">BHH", data, place + 4)
             if bits != 8:
-                raise RefusedImage(f"is a JPEG of {bits} bits a sample, wanted 8")
+                raise RefusedImage(f"is a JPEG of {bits} bits per sample, wanted 8")
             size = width, height
         place += 2 + length
     raise IndexError
@@ -137,13 +137,13 @@ def _tiff(data: bytes) -> tuple[int, int]:
     if set(tags["numbers"]) != {1}:
         problem = "signed or floating-point samples"
     elif len(set(tags["bits"])) != 1 or tags["bits"][0] not in (1, 8, 16):
-        problem = f"{max(tags['bits'])} bits a sample"
+        problem = f"{max(tags['bits'])} bits per sample"
     elif samples > 1 and tags["planes"] != (1,):
         problem = "separate colour planes"
     elif (not grey and not (rgb and samples in (3, 4))) or _PREMULTIPLIED in tags["extra"]:
         problem = f"{samples} channels of TIFF's colour kind {colours}"
     if problem is not None:
-        wanted = "8 or 16 unsigned bits a sample, grey or RGB; convert it to PNG"
+        wanted = "8 or 16 unsigned bits per sample, grey or RGB; convert it to PNG"
         raise RefusedImage(f"is a TIFF with {problem}, wanted {wanted}")
     (tile_width,), (tile_height,) = tags["tile_width"], tags["tile_height"]
     return (

@@ -120,7 +120,7 @@ class Stream:
             try:
                 outputs = self._pipeline.run(consumer(self._graph.device))
             except RuntimeError:
-                # DALI cannot go on after an error.
+                # DALI cannot continue after an error.
                 self._pipeline = None
                 if not self._files.suspect(self._encoded_in_flight()):
                     raise

@@ -99,7 +99,7 @@ class CheckpointWriter:
 
     def _tell(self, failure: str | None) -> None:
         if failure is not None:
-            print(f"{failure}; going on without it", file=sys.stderr)
+            print(f"{failure}; continuing without it", file=sys.stderr)
 
     def _write(self, step: int, snapshot: Snapshot, score: float | None) -> None:
         self.checkpoints.save(step, snapshot.read(), self.meta)

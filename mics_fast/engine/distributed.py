@@ -257,6 +257,6 @@ def local_gpu() -> torch.device:
     if number >= torch.cuda.device_count():
         raise InputError(
             f"process {number} of this machine has no GPU of its own, torch sees "
-            f"{torch.cuda.device_count()}; start one process a GPU (--nproc-per-node)"
+            f"{torch.cuda.device_count()}; start one process per GPU (--nproc-per-node)"
         )
     return torch.device("cuda", number) if is_launched() else torch.device("cuda")

@@ -77,7 +77,8 @@ class RunLog:
         try:
             self._file.append(json.dumps({"stage": stage, "step": step, **values}))
         except OSError as error:
-            self.warn(stage, f"records cannot be written: {error.strerror}; going on without them")
+            reason = f"records cannot be written: {error.strerror}"
+            self.warn(stage, f"{reason}; continuing without them")
         self._write_events(stage, step, values)
         shown = [
             f"{name.removeprefix('loss_')} {value:.4g}"
@@ -105,7 +106,7 @@ class RunLog:
                 board.add_scalar(f"{stage}/{name}", value, step)
 
         if not self._leave_board(write):
-            self.warn(stage, "TensorBoard events cannot be written; going on without them")
+            self.warn(stage, "TensorBoard events cannot be written; continuing without them")
 
     def _leave_board(self, action: Callable[[SummaryWriter], None]) -> bool:
         """Write events; after a failure, stop writing them and return False."""

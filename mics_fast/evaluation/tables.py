@@ -124,21 +124,21 @@ def class_table(evaluation: Evaluation) -> Table:
 def difference_table(against: Comparison) -> Table:
     """Make a table of fused metrics of this run minus those of the other."""
     title = f"fused: this run - {printable(against.run)}"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in DIFFERENCE_COLUMNS:
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    for row in difference_rows(against):
-        table.add_row(*row)
-    return table
+    return _table(title, DIFFERENCE_COLUMNS, difference_rows(against))
 
 
 def referral_table(evaluation: Evaluation) -> Table:
     """Make a table of answered and wrong samples, one row per rule."""
     title = f"referral to a person, on {evaluation.split} (fused)"
+    return _table(title, REFERRAL_COLUMNS, referral_rows(evaluation))
+
+
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Make a table whose first column names the row."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in REFERRAL_COLUMNS:
-        table.add_column(name, justify="left" if name == "refer if" else "right")
-    for row in referral_rows(evaluation):
+    for place, name in enumerate(columns):
+        table.add_column(name, justify="right" if place else "left")
+    for row in rows:
         table.add_row(*row)
     return table
 

@@ -32,7 +32,7 @@ def parse_train(
         usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] "
         "[--OPTION VALUE]...",
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     found, settings = parser.read(arguments)
     base = None
     from_file = any(name == "config" for name, _ in found.given)

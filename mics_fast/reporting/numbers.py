@@ -216,10 +216,10 @@ def stage_figures(
         drawn.append(figures.line_chart(title, steps, "share", scores, y=Axis("share", 0, 1)))
     wait = series("data wait", lines, "data_wait")
     wait = Series(wait.name, wait.x, [100 * share for share in wait.y])
-    speed = series("pairs a second", lines, "pairs_per_second")
+    speed = series("pairs per second", lines, "pairs_per_second")
     return [
         *drawn,
-        figures.line_chart(f"{stage}: throughput", steps, "pairs a second", [speed]),
+        figures.line_chart(f"{stage}: throughput", steps, "pairs per second", [speed]),
         figures.line_chart(f"{stage}: time that waited for data", steps, "data wait, %", [wait]),
     ]
 

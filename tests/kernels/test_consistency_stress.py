@@ -1,4 +1,4 @@
-"""The same bits a thousand times: a missing fence or wait shows in some runs alone."""
+"""The same bits in a thousand runs: a missing fence or wait shows only in some."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The feature shift: its law, its gradient, and that its noise belongs to the row id."""
+"""The feature shift: its law, its gradient, and noise that depends on the row id."""
 
 import math
 

@@ -58,7 +58,7 @@ def make_batch():
 
 @pytest.fixture(scope="session")
 def few_steps():
-    """Options of the demo network, three steps a stage on ``phantom_manifest``."""
+    """Options of the demo network, three steps per stage on ``phantom_manifest``."""
     return FEW_STEPS
 
 
@@ -106,7 +106,7 @@ def kvasir_seg():
 
 @pytest.fixture(scope="session")
 def kvasir_mini5():
-    """Folder of a folder a class of native Kvasir frames."""
+    """Folder of native Kvasir frames, with one folder per class."""
     if not (FRAMES / "kvasir_mini5").is_dir():
         pytest.skip(f"{FRAMES / 'kvasir_mini5'} is not there")
     return FRAMES / "kvasir_mini5"

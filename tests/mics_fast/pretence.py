@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors that say "cuda" and hold nothing.
+"""A pretended GPU: tensors that say "cuda" and hold no data.
 
 Operators work out shapes, dtypes and devices alone (``FakeTensorMode``), Triton's kernels are asked
 for but not launched, and ``Watch`` refuses what would make the host wait for the GPU or leave a
@@ -74,7 +74,7 @@ class Stray(AssertionError):
 
 
 class Watch(TorchDispatchMode):
-    """Lets through only what the host can ask for without waiting for the GPU.
+    """Allows only operations that do not make the host wait for the GPU.
 
     Args:
         reads: results may be read back.
@@ -116,7 +116,7 @@ launched: set[str] = set()
 
 
 def launch(kernel, *args, grid, warmup, **options):
-    """In the place of a launch: a kernel takes tensors of the GPU, without gaps."""
+    """Replaces a launch: checks that a kernel gets contiguous tensors of the GPU."""
     for tensor in tree_leaves((args, options)):
         if isinstance(tensor, Tensor):
             assert tensor.device.type == "cuda" and tensor.is_contiguous(), kernel.__name__

@@ -1,4 +1,4 @@
-"""The demo: what it says follows from its figures."""
+"""The demo: its conclusions follow from its figures."""
 
 from __future__ import annotations
 

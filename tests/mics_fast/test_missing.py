@@ -41,7 +41,7 @@ def log_of(run):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_vacuous_opinion_is_exactly_neutral(dtype):
-    """Not almost: the same bits, wherever among the views it stands and whether named or not."""
+    """The answer has the same bits, wherever the missing view stands and whether it is named."""
     evidence = 20 * torch.rand(50, 2, 6, dtype=dtype, generator=torch.Generator().manual_seed(0))
     alone = fuse_evidence(evidence)
     vacuous, junk = torch.zeros(50, 1, 6, dtype=dtype), torch.full((50, 1, 6), torch.nan).to(dtype)
@@ -123,7 +123,7 @@ def test_both_stages_train_where_no_row_has_both_modalities(rewrite, train_few_s
 
 
 def test_a_third_modality_is_a_column(rewrite, train_few_steps, tmp_path):
-    """A third column, the WLI frame of another name, with gaps: trained, evaluated, asked."""
+    """A third modality, the WLI frame of another row, with gaps: train, evaluate, predict."""
     manifest = rewrite("three.csv", lambda n, x: {**x, "lci": "" if n % 4 == 0 else x["wli"]})
     run = tmp_path / "run"
     train_few_steps(manifest, run)

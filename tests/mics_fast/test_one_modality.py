@@ -1,4 +1,4 @@
-"""One modality alone goes through both stages to an answer; what takes two is left out in words."""
+"""A single modality passes through both stages; terms that need two are skipped with a note."""
 
 from __future__ import annotations
 

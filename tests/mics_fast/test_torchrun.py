@@ -1,4 +1,4 @@
-"""``torchrun``: two processes make the run of one, and go on after one of them is killed."""
+"""``torchrun``: two processes make the run of one, and resume after one of them is killed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts in the code of a compiled kernel, on code written here."""
+"""Counts in the code of a compiled kernel, on handwritten code."""
 
 from __future__ import annotations
 

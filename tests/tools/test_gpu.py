@@ -1,4 +1,4 @@
-"""``make gpu``: a step that hangs, fails or lacks a package does not take the others with it."""
+"""``make gpu``: a step that hangs, fails or lacks a package does not affect the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The check for overwritten registers, on machine code written here."""
+"""The check for overwritten registers, on handwritten machine code."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class ConsistencyInputs(NamedTuple):
         query_modalities: for each pair, the modality of its queries.
         key_modalities: for each pair, the modality of its keys.
         backend: name of the implementation.
-        want_gradient: whether to compute gradients; the losses alone take half of the products.
+        want_gradient: compute gradients, too; the losses alone take half of the products.
     """
 
     queries: list[Tensor]
@@ -59,7 +59,7 @@ class ConsistencyResults(NamedTuple):
 
     Args:
         losses: (P, B) float32, 0 where a query does not count.
-        counted: (P, B) bool, whether the query counts.
+        counted: (P, B) bool, True for each query that counts.
         gradient: (P, B, D), d losses / d queries.
         slope: (P, B), d losses / d temperature.
     """

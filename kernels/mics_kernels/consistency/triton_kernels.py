@@ -366,7 +366,7 @@ def tile_for(
     for keys, stages in ((64, 3), (32, 3), (32, 2), (16, 3), (16, 2)):
         if keys > most:
             continue
-        # From 64 rows on, tensor cores read shared memory, which holds one stage more.
+        # For 64 rows or more, tensor cores read shared memory, which holds one stage more.
         # TensorFloat-32 needs the keys there in two orders.
         buffers = stages if rows >= 64 else stages - 1
         if itemsize == 4 and not exact:

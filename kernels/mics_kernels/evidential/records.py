@@ -26,7 +26,7 @@ class EvidentialInputs(NamedTuple):
         ignore_index: label of rows that do not count.
         reduction: "mean", "sum" or "none".
         backend: name of the implementation.
-        want_gradient: whether to compute the gradient.
+        want_gradient: compute the gradient, too.
     """
 
     values: Tensor

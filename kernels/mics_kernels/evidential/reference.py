@@ -73,7 +73,7 @@ def _evidence(inputs: EvidentialInputs, present: Tensor) -> Tensor:
 
 
 def _losses(inputs: EvidentialInputs, evidence: Tensor, present: Tensor | None) -> Tensor:
-    """Weighted loss of each opinion, 0 where none counts: (B, C) -> (B,), (B, V, C) -> (B, V)."""
+    """Weigh the loss of each opinion, 0 if ignored: (B, C) -> (B,), (B, V, C) -> (B, V)."""
     counted, probability = _counted(inputs), _probabilities(inputs.target, evidence.shape[-1])
     weight = inputs.weight
     if evidence.dim() == 3:

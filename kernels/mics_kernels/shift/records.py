@@ -20,7 +20,7 @@ class ShiftInputs(NamedTuple):
     Args:
         features: (B, D).
         target: (B,) int64 labels, or (B, C) posteriors.
-        variance: (C, D), or None where there are directions.
+        variance: (C, D), or None with directions.
         strength: number, or tensor, 0-d or (B,).
         seed: (2,) int64.
         row_ids: (B,) int64, or None: 0 .. B - 1.
@@ -79,7 +79,7 @@ class ShiftedLossInputs(NamedTuple):
         table: (C, C), ``(w_j - w_y)^T Sigma_y (w_j - w_y)`` for class y and logit j.
         strength: number, or tensor, 0-d or (B,).
         backend: name of the implementation.
-        want_gradient: whether to compute the gradient.
+        want_gradient: compute the gradient, too.
     """
 
     logits: Tensor

@@ -327,7 +327,7 @@ def merge_kernel(
 
 @triton.jit
 def _moved_logits(logits, table, half_square, row, label, counts, k, C: tl.constexpr):
-    """(R, K) logits raised by the shift; -inf where there is no class."""
+    """Raise (R, K) logits by the shift; -inf for padding classes."""
     mask = counts[:, None] & (k < C)[None, :]
     z = tl.load(logits + row[:, None] * C + k[None, :], mask=mask, other=0.0).to(tl.float32)
     extra = tl.load(table + label[:, None] * C + k[None, :], mask=mask, other=0.0)
@@ -369,7 +369,7 @@ def losses_kernel(
             tl.store(gradient + row[:, None] * C + k[None, :], g, mask=mask)
 
 
-# --- From tensors to launches ---------------------------------------------------------------------
+# --- Launches ---------------------------------------------------------------------------------
 
 
 def shift_blocks(dim: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Commands end in a sentence, and trouble with their output costs nothing."""
+"""Commands end in a sentence, and problems with their output do not fail them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEAD = "from mics_fast.common.errors import InputError, run_command\n"
 
 
 def run(body, *, environment=None, stdout=subprocess.PIPE):
-    """Run ``body`` as the main function of a command in a process of its own."""
+    """Run ``body`` as the main function of a command in a child process."""
     code = f"{HEAD}def main():\n" + "".join(f"    {line}\n" for line in body) + "run_command(main)"
     return subprocess.run(
         [sys.executable, "-c", code], stdout=stdout, stderr=subprocess.PIPE, text=True,

@@ -1,4 +1,4 @@
-"""A process ends with its parent, also where the parent is killed."""
+"""A process ends with its parent, even if the parent is killed."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def take(loader, count):
 
 
 def tensors(batch):
-    """All that a batch holds, by name."""
+    """Return all tensors of a batch, by name."""
     plain = ("present", "label", "labelled", "sample_id", "group_id")
     found = {name: getattr(batch, name) for name in plain}
     found |= {f"weak {name}": view for name, view in batch.views.items()}

@@ -56,7 +56,7 @@ def evaluate(rows, **changes):
 
 
 def spoil(path, how):
-    """Make a file unusable."""
+    """Corrupt a file."""
     whole = path.read_bytes()
     if how == "missing":
         path.unlink()

@@ -1,4 +1,4 @@
-"""Frames kept in memory: the same stream whatever is kept, and no surprise about the memory."""
+"""The frame cache: the same stream whatever is cached, and memory checked in advance."""
 
 from __future__ import annotations
 

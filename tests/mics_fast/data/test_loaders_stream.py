@@ -1,4 +1,4 @@
-"""The training stream: nothing but (seed, step) decides it, whoever reads it and from where."""
+"""The training stream depends only on (seed, step), not on its reader or starting point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Colour, blur and normalisation: every value is that of the documented formula in numpy."""
+"""Colour, blur and normalisation: every value equals the documented formula in numpy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The resize of the CPU: that of a reference in numpy, that of DALI, whatever the threads."""
+"""The resize on a CPU equals a numpy reference and DALI, for any number of threads."""
 
 from __future__ import annotations
 

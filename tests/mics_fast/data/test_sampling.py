@@ -1,4 +1,4 @@
-"""Class-balanced sampling: how often a class and a row come, and what decides it."""
+"""Class-balanced sampling: the frequency of classes and rows, and its dependence on the seed."""
 
 from __future__ import annotations
 

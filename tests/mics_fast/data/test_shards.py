@@ -1,4 +1,4 @@
-"""Pairs in tar shards: nothing is lost on the way, and the stream is as exact as that of files."""
+"""Pairs in tar shards: nothing is lost, and the stream is as exact as from files."""
 
 from __future__ import annotations
 

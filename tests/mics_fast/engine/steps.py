@@ -1,4 +1,4 @@
-"""Small stages, their optimisers and batches, for tests of the step; without a file or a loader."""
+"""Small stages, their optimisers and batches, for tests of the step; no files, no loader."""
 
 from __future__ import annotations
 

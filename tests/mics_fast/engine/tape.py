@@ -41,7 +41,7 @@ class Tape(TorchDispatchMode):
         return output
 
     def rewind(self):
-        """Give all memory that was there before the recording its contents back."""
+        """Restore the contents of all memory that existed before the recording."""
         for storage, contents in self._before.values():
             storage.copy_(contents)
 
@@ -54,7 +54,7 @@ class Tape(TorchDispatchMode):
                     old.copy_(new)
 
     def _keep(self, values):
-        """Remember memory that is about to change, if it was there before the recording."""
+        """Remember memory that is about to change, if it existed before the recording."""
         for tensor in tensors_of(values):
             storage = storage_of(tensor)
             if storage.data_ptr() not in self._made | self._before.keys():
@@ -80,7 +80,7 @@ def gives_nothing_new(function):
 
 
 def alias(value):
-    """A tensor as it is now: the same memory, whatever shape the tensor is given later."""
+    """Return a tensor with the same memory and the current shape."""
     return value.detach() if isinstance(value, Tensor) else value
 
 

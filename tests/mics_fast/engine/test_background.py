@@ -1,4 +1,4 @@
-"""A thread writes what the state was when it was handed over, one checkpoint at a time."""
+"""A thread writes the state as of the hand-over, one checkpoint at a time."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_checkpoint_that_could_not_be_written_is_told_at_the_next(tmp_path, mo
     writer.save(1, {}, score=0.9)
     writer.save(2, {}, score=0.1)
     sentence = "the checkpoint of pretrain step 1 cannot be written: No space left on device"
-    assert capsys.readouterr().err == f"{sentence}; going on without it\n"
+    assert capsys.readouterr().err == f"{sentence}; continuing without it\n"
     writer.close()
     assert writer.checkpoints.best_step() == 2
 

@@ -1,4 +1,4 @@
-"""A recorded step is the step, whatever changes from one to the next."""
+"""A recorded step equals the original one, whatever changes between steps."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def history(case, size, batches, wrap, device="cpu"):
 
 
 def assert_equal(ours, theirs):
-    """Bit for bit, in what was logged and in what is left."""
+    """Logs and final states agree bit for bit."""
     for step, (got, wanted) in enumerate(zip(ours[0], theirs[0], strict=True)):
         assert got == pytest.approx(wanted, rel=0, abs=0, nan_ok=True), step
     (got, names), (wanted, same_names) = (tree_flatten(own[1]) for own in (ours, theirs))
@@ -88,7 +88,7 @@ def assert_equal(ours, theirs):
 
 @pytest.fixture
 def taped(monkeypatch):
-    """Wraps an update; its operators look at no values, and a tape can look into them."""
+    """Wraps an update so that operators read no values and a tape can record them."""
     monkeypatch.setenv("MICS_KERNELS_BACKEND", "reference")
     monkeypatch.setattr(checks, "looks_at_values", lambda value: False)
     return lambda update: CapturedUpdate(update, record_tape)
@@ -119,7 +119,7 @@ def test_a_cuda_graph_is_the_step(case, make_batch, tiny):
 
 
 def test_a_batch_of_another_shape_is_stepped_on_as_it_is(make_batch, tiny, taped):
-    """As where an image cannot be read."""
+    """A batch of another shape occurs if an image cannot be read."""
 
     def batches(make):
         for step in range(STEPS):
@@ -146,7 +146,7 @@ def test_what_is_recorded_is_the_shape_that_comes_again(make_batch, tiny, monkey
 
 
 class Toy(nn.Module):
-    """A stage of one weight, and what its loss is multiplied by."""
+    """A stage with one weight, and a factor of its loss."""
 
     def __init__(self, factor):
         super().__init__()

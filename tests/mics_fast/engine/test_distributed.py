@@ -57,7 +57,7 @@ def share(rank, folder):
 
 
 def average_gradients():
-    """Means of gradients of two backward passes; of a layer that only the second one uses."""
+    """Average gradients of two backward passes, and of a layer used only in the second."""
     torch.manual_seed(0)
     layers = [nn.Linear(2, 2, bias=False) for _ in range(3)]
     averager = GradientAverager([layer.weight for layer in layers], bucket_bytes=1)
@@ -133,7 +133,7 @@ def run_loop(rank, folder, happens):
 
 
 def run_loops(rank, folder):
-    """Loops that end in different ways, always by what happens on rank 1 alone."""
+    """Run loops that end in different ways, each decided by rank 1 only."""
 
     def is_stopped(step):
         if rank == 1 and step == 2:
@@ -165,7 +165,7 @@ def fail_on_one(rank):
 
 
 def wait_in_vain(rank, folder):
-    """Rank 1 is busy for longer than rank 0 waits for it."""
+    """Rank 1 is busy for longer than the time limit of rank 0."""
 
     def wait():
         with distributed.joined(CPU, minutes=1 / 60):

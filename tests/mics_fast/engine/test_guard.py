@@ -1,4 +1,4 @@
-"""The guard names what broke first, and keeps what is needed to see it again."""
+"""The guard names the first broken value, and stores the data to reproduce it."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_a_record_that_cannot_be_written_costs_that_record(log, tmp_path, monkey
         log.write("pretrain", 2, {"loss": 2.0}, "step 2")
     log.write("pretrain", 3, {"loss": 3.0}, "step 3")
     told = capsys.readouterr()
-    assert told.err.count("No space left on device; going on without") == 1
+    assert told.err.count("No space left on device; continuing without") == 1
     assert "step 2" in told.out
     assert [record["step"] for record in read_log(tmp_path)["pretrain"]] == [3]
 

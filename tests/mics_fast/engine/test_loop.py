@@ -1,4 +1,4 @@
-"""The loop resumes exactly, logs what was minimised, stops on SIGTERM and on a loss that broke."""
+"""The loop resumes exactly, logs the minimised loss, and stops on SIGTERM or a broken loss."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(tmp_path, monkeypatch, c
     monkeypatch.setattr(Checkpoints, "save", full_disk(10))
     assert loop.run(batches)
     told = capsys.readouterr().err
-    assert "step 10 cannot be written: No space left on device; going on without it" in told
+    assert "step 10 cannot be written: No space left on device; continuing without it" in told
     assert [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))] == [
         "step-00000005",
         "step-00000012",

@@ -1,4 +1,4 @@
-"""The meter's figures are those of the interval, against a clock that is told what to say."""
+"""The meter's figures are those of the interval, checked with a fake clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that the test sets: ``clock.now = 3``."""
+    """A clock set by the test: ``clock.now = 3``."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(time, "perf_counter", lambda: clock.now)
     return clock

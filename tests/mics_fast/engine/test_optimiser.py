@@ -1,4 +1,4 @@
-"""The learning rate is a function of the step alone, without jumps; only matrices decay."""
+"""The learning rate depends on the step only, without jumps; only matrices decay."""
 
 from __future__ import annotations
 

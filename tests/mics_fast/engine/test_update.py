@@ -1,4 +1,4 @@
-"""A step is the same in parts, waits for nothing, and survives the overflows of float16."""
+"""A step is the same in parts, waits for nothing, and survives overflows of float16."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_a_stage_in_float16_and_in_parts_resumes_exactly(tiny, make_batch, make,
 
 
 class HostReads(TorchDispatchMode):
-    """Counts, by step, the operators for which the host would wait for a device."""
+    """Counts per step the operators for which the host would wait for a device."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""A factor fitted on val rows finds the one that was hidden in them."""
+"""A factor fitted on val rows recovers the true one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bootstrap intervals hold the true value as often as they say, measured by simulation."""
+"""Bootstrap intervals have the stated coverage, measured by simulation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mics_fast.evaluation.opinions import Predictions
 
 
 def simulated(right, group):
-    """Predictions of two classes whose rows are right where asked."""
+    """Predictions of two classes that are right in the given rows."""
     probability = torch.tensor([[1.0, 0.0]]).expand(len(right), 2)
     return Predictions(probability, torch.full((len(right),), 0.5), (~right).long(), group)
 
@@ -21,7 +21,7 @@ def accuracy(predictions):
 
 
 def covered(draw, truth, datasets=300):
-    """Share of simulated data sets whose interval holds the truth."""
+    """Return the share of simulated data sets whose interval contains the truth."""
     hits = 0
     for seed in range(datasets):
         low, high = bootstrap(draw(seed), accuracy, count=200, seed=seed)["accuracy"]

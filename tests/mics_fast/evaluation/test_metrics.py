@@ -1,4 +1,4 @@
-"""Metrics agree with scikit-learn, or with values worked out by hand where it has none."""
+"""Metrics agree with scikit-learn, or with values computed by hand where it has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An exported model answers like the trained one, and says what it is."""
+"""An exported model answers like the trained one, and describes itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calibration and referral rule are stored in the run, and everything after uses them."""
+"""Calibration and referral rule are stored in the run, and later commands use them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mics_fast.training.run import Run
 
 @pytest.fixture(scope="module")
 def run(trained_run, tmp_path_factory):
-    """A run with a stored operating point, and what evaluate said of it."""
+    """A run with a stored operating point, and the evaluation that chose it."""
     folder = tmp_path_factory.mktemp("pointed") / "run"
     shutil.copytree(trained_run, folder)
     evaluate.main(

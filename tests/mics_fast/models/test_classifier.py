@@ -1,4 +1,4 @@
-"""The classifier: a view a modality and their fusion; what is absent has no say."""
+"""The classifier: one opinion per modality and their fusion; absent ones have no influence."""
 
 import pytest
 import torch

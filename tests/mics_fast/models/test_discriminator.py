@@ -1,4 +1,4 @@
-"""The discriminator: L2 attention, constant spectral norms, and weights that do learn."""
+"""The discriminator: L2 attention, constant spectral norms, and trainable weights."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Files in timm's naming: what they give the encoder, and what is refused in one sentence."""
+"""Files with timm's names: the weights that encoders get, and refusals in one sentence."""
 
 from __future__ import annotations
 

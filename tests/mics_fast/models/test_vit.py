@@ -1,4 +1,4 @@
-"""The encoder: timm's names, the textbook block, and masking by leaving patches out."""
+"""The encoder: timm's names, the textbook block, and masking by omitting patches."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def tiny_encoder() -> VisionTransformer:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_tokens_that_nobody_reads_are_left_out_of_the_last_block(checkpointing):
-    """In float64: those that are read, and the gradients, as if the others had been there."""
+    """In float64, wanted tokens and gradients are the same as without skipping the others."""
     results = []
     for wanted in (None, 1):
         encoder = tiny_encoder().double()

@@ -1,4 +1,4 @@
-"""The configurations that come with the project: each is a whole set of options."""
+"""The configurations of the project: each is a complete set of options."""
 
 from __future__ import annotations
 

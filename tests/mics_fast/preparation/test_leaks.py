@@ -1,4 +1,4 @@
-"""Near-duplicates: what counts as one, and that nobody is left out when groups are united."""
+"""Near-duplicates: their definition, and the merging of their groups."""
 
 from __future__ import annotations
 

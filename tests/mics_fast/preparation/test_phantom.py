@@ -111,7 +111,7 @@ def test_colour_statistics_do_not_solve_it(frames):
 
 
 def local_features(frame, lesion):
-    """What a known lesion's place makes visible: its colour and its texture, against the rest."""
+    """Features of a lesion at its known place: colour and texture, relative to the rest."""
     log = np.log(frame.astype(float) + 10)
     near = gaussian_filter(lesion.astype(float), 6) > 0.1
     outside = near & ~lesion

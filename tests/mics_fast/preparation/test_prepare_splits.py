@@ -1,4 +1,4 @@
-"""Preparing data: which rows are for what, which keep their label, and which must stay together."""
+"""Preparation: splits, labels, and rows that must stay together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Privacy: metadata leave stored images, names are hashed with a key, files are their owner's."""
+"""Privacy: stored images have no metadata, names are hashed, files are private."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Virtual NBI: blood turns dark and brown, nothing is added to what WLI shows."""
+"""Virtual NBI: blood turns dark and brown, and nothing is added to WLI."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures say in words what they show, and put every value where its axis says."""
+"""Figures describe themselves in words, and draw every value where its axis says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report: everything on one page that asks for nothing, opened in a browser where there is."""
+"""The report: one page without requests, opened in a browser if there is one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One backward pass through the discriminator gives what two give."""
+"""One backward pass through the discriminator yields the gradients of two."""
 
 from __future__ import annotations
 

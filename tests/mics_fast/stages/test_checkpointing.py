@@ -1,4 +1,4 @@
-"""Activation checkpointing: computed once more, and nothing else changes."""
+"""Activation checkpointing recomputes activations and changes nothing else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 2: which rows count for what, and what advances when."""
+"""Stage 2: the rows that enter each term, and the state that advances."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def double(batch):
 
 
 def run(stage, batch_of):
-    """Losses by term, a step at a time; the optimisers are those of the trainer."""
+    """Return the losses by term and step; the optimisers are those of the trainer."""
     stage.double()
     optimisers = {"model": torch.optim.AdamW(_trained(stage.model), lr=1e-3)}
     if hasattr(stage, "discriminator"):

@@ -1,4 +1,4 @@
-"""Warnings: what a record must show for each, and that healthy ones show none."""
+"""Warnings: the record that triggers each, and silence for healthy ones."""
 
 from __future__ import annotations
 

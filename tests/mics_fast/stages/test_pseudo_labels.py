@@ -1,4 +1,4 @@
-"""The rules by which opinions become pseudo-labels."""
+"""The rules that turn opinions into pseudo-labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that each keep a part of the networks make the run of one rank that has all of them."""
+"""Sharded ranks make the same run as one rank with whole networks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ RESUMED = ("pretrain", "finetune")
 
 
 def make_plan(case, stage, steps):
-    """SGD, whose steps do not make much of rounding; its momentum is a state to keep."""
+    """SGD, which does not amplify rounding; its momentum is a state to keep."""
     trained = [(n, p) for n, p in stage.model.named_parameters() if p.requires_grad]
     groups = decay_groups(trained, lr=0.05, weight_decay=0.01)
     optimisers = {"model": torch.optim.SGD(groups, momentum=0.9, fused=True)}

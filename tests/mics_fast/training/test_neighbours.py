@@ -1,4 +1,4 @@
-"""The nearest-neighbour line of pre-training: what votes, and that all is left as it was."""
+"""The nearest-neighbour check of pre-training: its votes, and its lack of side effects."""
 
 from __future__ import annotations
 

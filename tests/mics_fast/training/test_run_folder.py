@@ -1,4 +1,4 @@
-"""A run folder means the same wherever it is read from."""
+"""A run folder can be read from any working directory."""
 
 from __future__ import annotations
 

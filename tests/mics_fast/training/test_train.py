@@ -1,4 +1,4 @@
-"""From a manifest to a trained and evaluated classifier, through the command lines."""
+"""Training and evaluation of a classifier from a manifest, through the command lines."""
 
 from __future__ import annotations
 
@@ -225,7 +225,7 @@ def test_speed_and_operations_are_logged(manifest, tmp_path, capsys):
     )  # fmt: skip
     last = records(run)[-1]
     assert last["mfu"] == pytest.approx(last["tflops"] / 0.5) and last["tflops"] > 0
-    assert "GFLOP a step:  supervised" in capsys.readouterr().out
+    assert "GFLOP per step:  supervised" in capsys.readouterr().out
     phases = (run / "profile" / "finetune.txt").read_text().splitlines()[2:7]
     assert all(float(line.split()[1]) > 0 for line in phases)
     assert (run / "profile" / "finetune.json").exists()
@@ -288,7 +288,7 @@ def test_a_bad_option_is_one_sentence(manifest, tmp_path, option, value, sentenc
 
 def test_a_run_is_never_overwritten(finished, manifest):
     arguments = [*SHORT, "--data.manifest", manifest, "--out", str(finished)]
-    with pytest.raises(InputError, match="holds a run; add --resume to go on"):
+    with pytest.raises(InputError, match="holds a run; add --resume to continue"):
         train.main(arguments)
 
 
