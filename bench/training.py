@@ -162,7 +162,7 @@ def table(manifest: Manifest, config: TrainConfig, options: Options) -> Iterator
 
 
 def measure(rungs: Sequence[Rung], frames: Frames, options: Options) -> list[Trial]:
-    """Go through the rungs, once or three times, with one of them in memory at a time."""
+    """Measure the rungs, once or three times, with one of them in memory at a time."""
     pairs, tuning = (
         unrepeated(list(itertools.islice(own, CHECKED))) for own in (frames.decoded, frames.tuning)
     )

@@ -90,7 +90,7 @@ FITS: dict[str, Fit] = {
 
 
 def fit(name: str) -> list[np.float32]:
-    """Coefficients in increasing powers, rounded to float32."""
+    """Compute coefficients in increasing powers, rounded to float32."""
     _, function, (low, high), degree = FITS[name]
     nodes = [
         (low + high) / mp.mpf(2)
@@ -103,7 +103,7 @@ def fit(name: str) -> list[np.float32]:
 
 
 def float32_error(name: str, coefficients: list[np.float32]) -> float:
-    """Largest absolute error of the polynomial, evaluated in float32 by Horner's rule."""
+    """Return the largest absolute error of the polynomial in float32 by Horner's rule."""
     _, function, (low, high), _ = FITS[name]
     points = np.linspace(low, high, 1202, dtype=np.float32)[1:-1]
     sums = np.full_like(points, coefficients[-1])

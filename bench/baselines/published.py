@@ -17,8 +17,8 @@ Corrected, at no cost or a lower one, so that the step trains and has the losses
 - the model's loss reaches the model; fakes are reconstructions of both modalities, pasted into true
   patches, and real sequences are true patches; targets are normalised;
 - the decoder has positions and a class token; both passes use the same mask;
-- attention by distance prefers near tokens, by the squared distance of tied queries and keys (one
-  matrix of twelve less); logits instead of sigmoids;
+- attention by distance prefers near tokens, by the squared distance of tied queries and keys
+  (eleven matrices instead of twelve); logits instead of sigmoids;
 - teacher and queue advance once per step, not twice; weights are rescaled, not re-created, so that
   they learn;
 - the decomposition is that of the queries' matrix (d x d; published: queries, keys and values

@@ -32,7 +32,7 @@ def dtype_name(tensor: Tensor) -> str:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """True if the memory of the tensor holds its elements as they are.
+    """Return True if the memory of the tensor holds its elements as they are.
 
     Subclasses, lazily negated tensors and tensors without storage (fake, batched, zero) are not
     plain.
@@ -46,10 +46,10 @@ def is_plain(tensor: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """True inside a functorch transform (grad, vmap, jacrev, ...)."""
+    """Return True inside a functorch transform (grad, vmap, jacrev, ...)."""
     return torch._C._are_functorch_transforms_active()
 
 
 def is_intercepted() -> bool:
-    """True if a dispatch mode (FakeTensorMode, make_fx, ...) or torch.jit.trace sees each call."""
+    """Return True if a dispatch mode (FakeTensorMode, make_fx, ...) or torch.jit.trace is on."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None

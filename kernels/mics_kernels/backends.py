@@ -117,7 +117,7 @@ _broken: dict[str, str] = {}  # module -> why its import failed
 
 
 def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
-    """The implementation that serves ``tensor``, and why.
+    """Return the implementation that serves ``tensor``, and why.
 
     Args:
         op: "consistency", "evidential", "moments" or "shift".
@@ -152,7 +152,7 @@ def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
 
 
 def implementation(op: str, backend: str) -> ModuleType:
-    """The module of the backend that ``explain`` has chosen for an operator.
+    """Return the module of the backend that ``explain`` chooses for an operator.
 
     Raises:
         RuntimeError: it cannot be imported in this process.
@@ -175,7 +175,7 @@ def _requested(op: str, tensor: Tensor, backend: str, source: str) -> Choice:
 
 
 def _obstacle(row: Implementation, tensor: Tensor) -> str:
-    """Reason why this implementation cannot run, or "", once it is imported."""
+    """Import an implementation; return the reason why it cannot run, or ""."""
     if refusal := row.refuses(tensor):
         return refusal
     broken = _import(row.backend, row.module)
@@ -183,7 +183,7 @@ def _obstacle(row: Implementation, tensor: Tensor) -> str:
 
 
 def _import(backend: str, module: str) -> str:
-    """Import an implementation once; the reason why that failed, or ""."""
+    """Import an implementation once; return the reason why that failed, or ""."""
     if module in _modules or module in _broken:
         return _broken.get(module, "")
     try:

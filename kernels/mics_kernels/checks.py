@@ -196,7 +196,7 @@ def _fits(given: Sequence[int], wanted: Sequence[int | str]) -> bool:
 
 
 def looks_at_values(value: Tensor) -> bool:
-    """True if checking values neither synchronises with a device nor breaks a graph."""
+    """Return True if checking values neither synchronises with a device nor breaks a graph."""
     if torch.compiler.is_compiling():
         return False
     if value.device.type != "cpu" and os.environ.get("MICS_KERNELS_CHECK") != "1":
@@ -205,7 +205,7 @@ def looks_at_values(value: Tensor) -> bool:
 
 
 def _all_inside(value: Tensor, low: float, high: float, above: bool = False) -> bool:
-    """True if all elements are inside, found in one pass without a copy; False if one is NaN."""
+    """Return True if all elements are inside (NaN never is), in one pass without a copy."""
     if value.numel() == 0:
         return True
     least, most = (bound.item() for bound in value.aminmax())

@@ -20,7 +20,7 @@ _MASK = 0xFFFFFFFF
 def philox4x32(
     key: tuple[Word, Word], counter: tuple[Word, Word, Word, Word]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four random 32-bit words for each (key, counter).
+    """Compute four random 32-bit words for each (key, counter).
 
     Args:
         key: two words, Python ints or int64 tensors; the low 32 bits are used.
@@ -50,7 +50,7 @@ def philox4x32(
 
 
 def uniforms(words: Tensor) -> Tensor:
-    """Uniform numbers in (0, 1) from 32-bit words: ``((word >> 8) + 0.5) * 2**-24``.
+    """Convert 32-bit words to uniform numbers in (0, 1): ``((word >> 8) + 0.5) * 2**-24``.
 
     Args:
         words: int64, any shape, values in [0, 2**32).
@@ -62,7 +62,7 @@ def uniforms(words: Tensor) -> Tensor:
 
 
 def normals(seed: Tensor, row_ids: Tensor, columns: int) -> Tensor:
-    """Standard normal numbers as a function of (seed, offset, row id, column).
+    """Draw standard normal numbers, a function of (seed, offset, row id, column).
 
     The key is the low and the high half of the seed; the counter is (column // 4, row low, row
     high, offset), with the low 32 bits of the offset. The Box-Muller transform turns words (0, 1)
@@ -102,7 +102,7 @@ def _word(value: Word) -> Word:
 
 
 def _multiply(factor: int, word: Word) -> tuple[Word, Word]:
-    """High and low word of the 64-bit product, through 16-bit halves of ``word``."""
+    """Return high and low word of the 64-bit product, by 16-bit halves of ``word``."""
     low = factor * (word & 0xFFFF)
     rest = factor * (word >> 16) + (low >> 16)
     return rest >> 16, ((rest & 0xFFFF) << 16) | (low & 0xFFFF)

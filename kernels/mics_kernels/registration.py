@@ -101,7 +101,7 @@ class Operator(Generic[Inputs, Results]):
         self._registered = getattr(torch.ops.mics_kernels, name).default
 
     def __call__(self, inputs: Inputs) -> Results:
-        """Results of a record, whose fields the caller has checked."""
+        """Compute the results of a record, whose fields the caller has checked."""
         if torch.compiler.is_compiling():
             return self._call_registered(self._wanting(inputs, self._needs_gradient(inputs)))
         if is_transformed() or forward_ad._current_level >= 0:
@@ -261,7 +261,7 @@ def _flat(gradients: Gradients, layout: Layout) -> Iterator[Tensor | None]:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values and in lists among them."""
+    """Yield the tensors among values and in lists among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

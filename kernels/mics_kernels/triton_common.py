@@ -24,7 +24,7 @@ def polynomial(t, c: tl.constexpr):
 
 
 def device_of(tensor: Tensor) -> torch.cuda.device:
-    """Context in which kernels launch on the GPU of the tensor; it does nothing on a CPU."""
+    """Make kernels launch on the GPU of the tensor; does nothing on a CPU."""
     return torch.cuda.device(tensor.device if tensor.device.type == "cuda" else -1)
 
 

@@ -27,7 +27,7 @@ values, which are undefined before the first replay."""
 
 
 class CapturedUpdate:
-    """Train like the ``Update`` it records; after three batches of one shape, by replay.
+    """Trains like the ``Update`` it records; after three batches of one shape it replays a graph.
 
     Batches of other shapes, for example with an unreadable image, are trained on without a graph.
 

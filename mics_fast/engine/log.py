@@ -37,10 +37,10 @@ class RunLog:
     Rank 0 logs for all ranks. A record that cannot be written is reported and skipped.
 
     Args:
-        folder: run folder; a log that is already there is appended to.
+        folder: run folder; an existing log is appended to.
 
     Raises:
-        InputError: ``metrics.jsonl`` is a link or no regular file, or cannot be written.
+        InputError: ``metrics.jsonl`` is a link or not a regular file, or cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -37,7 +37,7 @@ def cosine_with_warmup(step: Tensor, steps: int, warmup: int, final: float) -> T
     Args:
         step: 0-d int64.
         steps: length of the schedule.
-        warmup: number of warm-up steps among them.
+        warmup: number of warm-up steps, part of ``steps``.
         final: factor at the end.
 
     Returns:

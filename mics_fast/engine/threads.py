@@ -1,4 +1,4 @@
-"""How the CPU threads of a process are shared.
+"""Sharing of CPU threads between torch and the image pipelines.
 
 On a CPU the networks do most of the work: torch gets every thread, and DALI a quarter as many in
 addition, which sleep while enough batches are ready. On a GPU torch only launches kernels and gets

@@ -123,7 +123,7 @@ class L2Block(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Returns one logit per sample: is this sequence of normalised patches real?
+    """Discriminator of normalised patch sequences: one logit per sample, large for real ones.
 
     Args:
         num_patches: N.

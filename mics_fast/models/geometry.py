@@ -49,7 +49,7 @@ class Geometry:
 def geometry_of(
     source: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None = None
 ) -> Geometry:
-    """Read the geometry from the tensors, and from the configuration what tensors do not show.
+    """Read the geometry from the tensors, and the rest from the configuration.
 
     Args:
         source: name for error messages.

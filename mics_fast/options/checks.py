@@ -140,7 +140,7 @@ def check_pretraining(options: PretrainConfig, modalities: Sequence[str]) -> Non
     """Refuse pre-training without a loss.
 
     Raises:
-        InputError: every weight is 0 but those that need two modalities.
+        InputError: every weight is 0, except of terms that need two modalities.
     """
     several = len(modalities) > 1
     own = options.reconstruction_weight or options.adversarial_weight

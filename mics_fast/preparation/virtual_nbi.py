@@ -5,7 +5,7 @@ haemoglobin absorbs; vessels turn dark brown on a pale greenish mucosa. A white-
 such bands, but its blue and green channels average around them. The model, per pixel:
 
 1. undo the display's gamma (sRGB): linear reflectances r, g, b, relative to the frame's own
-   lighting, which the red channel, hardly absorbed by blood, estimates;
+   lighting, estimated from the red channel, which blood hardly absorbs;
 2. blood = the optical density in green over that in red, log(r / g): haemoglobin absorbs green
    light some ten times more than red;
 3. extrapolate both narrow bands by the Beer-Lambert law, with more density where haemoglobin

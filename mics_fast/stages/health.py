@@ -109,8 +109,8 @@ def closing_warnings(stage: str, records: Sequence[Mapping[str, float]]) -> list
         )
     if scores and scores[-1] < max(scores) - FALLEN:
         warnings.append(
-            f"accuracy on val rows fell from {max(scores):.1%} to {scores[-1]:.1%}: what is "
-            "learned in the end is wrong; lower finetune.steps or finetune.unlabelled_weight, or "
+            f"accuracy on val rows fell from {max(scores):.1%} to {scores[-1]:.1%}: the last "
+            "steps did harm; lower finetune.steps or finetune.unlabelled_weight, or "
             "raise finetune.kl_weight"
         )
     return warnings

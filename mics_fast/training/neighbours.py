@@ -1,7 +1,7 @@
 """k-nearest-neighbour check of pre-training: do labelled neighbours predict the class of val rows?
 
-The features are those that fine-tuning starts from: the student encoder's, pooled, without the
-projection. Nothing is trained, and only labels available to fine-tuning are read.
+The features are the starting point of fine-tuning: pooled outputs of the student encoder, without
+the projection. Nothing is trained, and only labels available to fine-tuning are read.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# From top to bottom. Packages of one line do not import each other.
+# Top to bottom. Packages of one line do not import each other.
 LAYERS = [
     {"commands"},
     {"reporting", "study"},

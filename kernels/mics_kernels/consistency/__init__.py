@@ -32,7 +32,7 @@ def consistency_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Contrastive loss of queries against keys, with soft targets from a teacher.
+    """Compute the contrastive loss of queries against keys, with soft targets from a teacher.
 
     Cross-entropy of ``softmax(query . keys / T)`` over keys and queue, under the target
     ``alpha * softmax(teacher . keys / T) + (1 - alpha) * onehot(positive)``. Row i of ``keys`` is
@@ -118,7 +118,7 @@ def multimodal_consistency_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """``consistency_loss`` of every modality against every other one.
+    """Compute ``consistency_loss`` of every modality against every other one.
 
     For each ordered pair (a, b): queries ``features[a]``, teacher ``teachers[a]``, keys
     ``keys[b]`` and ``queues[b]``.
@@ -211,7 +211,7 @@ def _losses_and_counted(inputs: ConsistencyInputs) -> tuple[Tensor, Tensor]:
 
 
 def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: int) -> Tensor | None:
-    """(K, V) flags for the samples of the keys, given those or (B, V) flags of the queries."""
+    """Return (K, V) flags of the keys from these, or from (B, V) flags of the queries."""
     if present is None:
         return None
     rows = len(query)

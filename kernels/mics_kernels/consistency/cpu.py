@@ -13,7 +13,7 @@ from mics_kernels.consistency.records import ConsistencyInputs, ConsistencyResul
 
 
 def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
-    """Losses of the ordered pairs and their gradients, in one sweep over the keys."""
+    """Compute the losses of the ordered pairs and their gradients in one sweep over the keys."""
     inputs = _as_read(inputs)  # kept alive until the native call returns
     query, pairs = inputs.queries[0], inputs.pairs
     rows, dim = query.shape
@@ -40,7 +40,7 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
 
 
 def _as_read(inputs: ConsistencyInputs) -> ConsistencyInputs:
-    """The record as the native call reads it: contiguous, known dtypes, lengths in range.
+    """Prepare the record for the native call: contiguous, known dtypes, lengths in range.
 
     Queries and teachers are float32; keys and queues are read in half precision, too.
     """
@@ -82,7 +82,7 @@ def _pair(
 
 
 def _lengths(queues: Sequence[Tensor], lengths: Sequence[int | Tensor]) -> list[int | Tensor]:
-    """Rows to read as ints; no more than there are, whatever an unchecked tensor says."""
+    """Return the rows to read as ints, limited to the existing ones even if unchecked."""
     rows = [len(queue) for queue in queues]
     if not lengths:
         return [*rows]
@@ -90,5 +90,5 @@ def _lengths(queues: Sequence[Tensor], lengths: Sequence[int | Tensor]) -> list[
 
 
 def _readable(keys: Tensor) -> Tensor:
-    """Keys in a dtype the native call reads; float64 is rounded to float32."""
+    """Convert keys to a dtype of the native call; float64 is rounded to float32."""
     return keys.to(torch.float32 if keys.dtype == torch.float64 else keys.dtype).contiguous()

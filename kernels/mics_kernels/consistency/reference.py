@@ -14,7 +14,7 @@ from mics_kernels.consistency.records import ConsistencyInputs
 
 
 def losses_and_counted(inputs: ConsistencyInputs) -> tuple[Tensor, Tensor]:
-    """Losses of P ordered pairs of modalities (P, B), and which of them count (P, B) bool."""
+    """Compute losses (P, B) of P ordered pairs of modalities, and mark those that count."""
     results = [_losses_of_pair(inputs, a, b) for a, b in inputs.pairs]
     losses, counted = zip(*results, strict=True)
     return torch.stack(losses), torch.stack(counted)
@@ -48,7 +48,7 @@ def _losses_of_pair(inputs: ConsistencyInputs, a: int, b: int) -> tuple[Tensor, 
 
 
 def _readable(inputs: ConsistencyInputs, b: int) -> Tensor:
-    """(N,) bool: keys and queue rows of modality b that may be read."""
+    """Mark the keys and queue rows of modality b that may be read, (N,) bool."""
     keys = inputs.keys[b]
     readable = torch.ones(len(keys), dtype=torch.bool, device=keys.device)
     if inputs.present is not None:
@@ -72,7 +72,7 @@ def _allowed(
     queue_ids: Tensor | None,
     rows: int,
 ) -> Tensor:
-    """(B, N) bool: keys in the softmax of each query.
+    """Mark the keys in the softmax of each query, (B, N) bool.
 
     Queries that do not count keep all keys, so that no softmax is empty.
     """
@@ -94,7 +94,7 @@ def _targets(
     temperature: float | Tensor,
     alpha: float | Tensor,
 ) -> Tensor:
-    """``alpha softmax(teacher . keys / T) + (1 - alpha) onehot(positive)``, (B, N), a constant."""
+    """Compute the targets ``alpha softmax(teacher . keys / T) + (1 - alpha) onehot``, (B, N)."""
     with torch.no_grad():
         logits = (teacher @ pool.T / temperature).masked_fill(~allowed, -torch.inf)
         positive = torch.eye(*logits.shape, dtype=logits.dtype, device=logits.device)

@@ -325,7 +325,7 @@ class Tile(NamedTuple):
 
 
 def shared_memory(capability: int) -> int:
-    """Bytes of shared memory available to a program (capability 90 for 9.0)."""
+    """Return the bytes of shared memory available to a program (capability 90 for 9.0)."""
     kilobytes = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227}
     return 1024 * kilobytes.get(capability, 99)
 
@@ -333,7 +333,7 @@ def shared_memory(capability: int) -> int:
 def tile_for(
     capability: int, batch: int, width: int, itemsize: int, has_ids: bool, exact: bool
 ) -> Tile:
-    """Largest tile that registers and shared memory of a chip hold without spilling.
+    """Return the largest tile that fits a chip's registers and shared memory.
 
     tools/check_kernels verifies it. Small batches get fewer rows.
 
@@ -398,7 +398,7 @@ def splits_for(row_tiles: int, key_tiles: int, processors: int, residents: int) 
 
 
 def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
-    """Losses of the ordered pairs and their gradients, in one sweep over the keys."""
+    """Compute the losses of the ordered pairs and their gradients in one sweep over the keys."""
     query, pairs, wanted = inputs.queries[0], inputs.pairs, inputs.want_gradient
     rows, width = query.shape
     shape = (len(pairs), rows)
@@ -461,7 +461,7 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
 
 
 def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Smallest dtype that holds all of them, float32 at most."""
+    """Return the smallest dtype that holds all of them, float32 at most."""
     dtype = tensors[0].dtype
     for tensor in tensors:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -473,7 +473,7 @@ def _rows_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...
 
 
 def _ids_of_modalities(key_ids: Tensor | None, present: Tensor | None) -> tuple[Tensor | None, int]:
-    """Ids of the keys of each modality, -1 where it is missing, and the step between modalities.
+    """Return ids of the keys per modality (-1 if missing), and the stride between modalities.
 
     Keys without ids get one each, so that none repeats another."""
     if present is None:
@@ -486,7 +486,7 @@ def _ids_of_modalities(key_ids: Tensor | None, present: Tensor | None) -> tuple[
 def _lengths(
     lengths: Sequence[int | Tensor], like: Tensor
 ) -> tuple[tuple[int | Tensor, ...], bool]:
-    """Lengths as the kernel takes them, and whether they are tensors.
+    """Return the lengths for the kernel, and True if they are tensors.
 
     An int n is passed as 2 n + 3: the compiler would specialise on 1 and on multiples of 16.
     """
@@ -497,7 +497,7 @@ def _lengths(
 
 
 def _precision() -> str:
-    """Precision of float32 products: "ieee", or "tf32" where torch's settings allow it.
+    """Return the precision of float32 products: "ieee", or "tf32" if torch's settings allow it.
 
     ``get_float32_matmul_precision`` would raise if the newer of the two settings was used.
     """

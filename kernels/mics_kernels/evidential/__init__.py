@@ -92,7 +92,7 @@ def evidential_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Evidential loss of one opinion per row, or of several.
+    """Compute the evidential loss of one opinion per row, or of several.
 
     With alpha = evidence + 1 and S its sum, the expected cross-entropy
     ``sum_k y_k (digamma(S) - digamma(alpha_k))`` plus ``kl_weight`` times
@@ -167,7 +167,7 @@ def evidential_fusion_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> FusionOutput:
-    """Evidential loss of V views and of their fusion, from logits, in one pass.
+    """Compute the evidential loss of V views and of their fusion from logits, in one pass.
 
     The loss of a row is the sum of ``evidential_loss`` over its present views and their fusion
     (``fuse_evidence``), times the weight of the row.
@@ -230,7 +230,7 @@ def evidential_fusion_loss(
 
 
 def opinion(evidence: Tensor) -> Opinion:
-    """Subjective opinion of evidence: belief, vacuity and expected probability.
+    """Convert evidence to an opinion: belief, vacuity and expected probability.
 
     With alpha = evidence + 1 and S its sum: ``belief = evidence / S``, ``uncertainty = C / S``,
     ``probability = alpha / S``.
@@ -263,7 +263,7 @@ def opinion(evidence: Tensor) -> Opinion:
 
 
 def conflict(evidence: Tensor, *, present: Tensor | None = None) -> Tensor:
-    """Mass that Dempster's rule discards because the views contradict each other.
+    """Compute the mass that Dempster's rule discards because views contradict each other.
 
     ``1 - sum_k [prod_v (b_vk + u_v) - prod_v u_v] - prod_v u_v``: the mass that remains after the
     combinations in which views agree on a class and the one in which all are vacuous.

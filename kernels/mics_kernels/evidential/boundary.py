@@ -60,7 +60,7 @@ def _scale_gradient(ctx: Any, outer: Tensor) -> Gradients:
 
 
 def _is_last_use(outer: Tensor) -> bool:
-    """True if the saved gradient may be returned itself where ``outer`` is 1, which saves a pass.
+    """Return True if the saved gradient can be returned as it is for ``outer`` = 1.
 
     The graph must not be kept, since others may write into the gradient, and reading ``outer`` must
     not synchronise.

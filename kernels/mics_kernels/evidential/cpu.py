@@ -16,7 +16,7 @@ from mics_kernels.evidential.records import (
 
 
 def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
-    """Losses, fused evidence and the gradient of the losses' sum, in one sweep."""
+    """Compute losses, fused evidence and the gradient of the losses' sum in one sweep."""
     count = _counted_rows(inputs) if inputs.reduction == "mean" else None
     prepared = prepare_rows(inputs, count)
     _native.evidential_cpu(prepared.call, torch.get_num_threads())
@@ -39,7 +39,7 @@ def fuse_evidence(inputs: FusionInputs) -> Tensor:
 
 
 def fuse_evidence_gradient(inputs: FusionGradientInputs) -> Tensor:
-    """Gradient of the evidence, given that of the fused evidence."""
+    """Compute the gradient of the evidence from that of the fused evidence."""
     prepared = prepare_fusion_gradient(inputs)
     _native.fuse_evidence_gradient_cpu(prepared.call, torch.get_num_threads())
     return prepared.output

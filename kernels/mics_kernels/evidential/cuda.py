@@ -20,7 +20,7 @@ if not _native.build_info()["cuda"]:
 
 
 def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
-    """Losses, fused evidence and the gradient of the losses' sum, in one sweep."""
+    """Compute losses, fused evidence and the gradient of the losses' sum in one sweep."""
     with torch.cuda.device(inputs.values.device):
         stream = torch.cuda.current_stream().cuda_stream
         count = _count(inputs, stream) if inputs.reduction == "mean" else None
@@ -38,7 +38,7 @@ def fuse_evidence(inputs: FusionInputs) -> Tensor:
 
 
 def fuse_evidence_gradient(inputs: FusionGradientInputs) -> Tensor:
-    """Gradient of the evidence, given that of the fused evidence."""
+    """Compute the gradient of the evidence from that of the fused evidence."""
     prepared = prepare_fusion_gradient(inputs)
     with torch.cuda.device(inputs.evidence.device):
         _native.fuse_evidence_gradient_cuda(prepared.call, torch.cuda.current_stream().cuda_stream)

@@ -19,7 +19,7 @@ _FAR = 1000.0  # from here on the series of h
 
 
 def fuse_evidence(evidence: Tensor, present: Tensor | None) -> Tensor:
-    """Dempster's rule, ``1 + fused / C = prod_v (1 + evidence_v / C)``: (B, V, C) -> (B, C)."""
+    """Fuse by Dempster's rule, ``1 + fused / C = prod_v (1 + evidence_v / C)``, to (B, C)."""
     evidence = _keep(_wide(evidence), present)
     classes = evidence.shape[-1]
     fused = torch.zeros_like(evidence[:, 0])
@@ -51,7 +51,7 @@ def evidential_fusion_loss(inputs: EvidentialInputs) -> tuple[Tensor, Tensor]:
 
 
 def opinion(evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Belief (..., C), vacuity (...,) and expected probability (..., C) of evidence (..., C)."""
+    """Compute belief (..., C), vacuity (...,) and expected probability (..., C)."""
     evidence = _wide(evidence)
     classes = evidence.shape[-1]
     strength = evidence.sum(-1, keepdim=True) + classes
@@ -59,7 +59,7 @@ def opinion(evidence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def conflict(evidence: Tensor, present: Tensor | None) -> Tensor:
-    """Mass of the combinations of views that contradict each other: (B, V, C) -> (B,)."""
+    """Sum the mass of combinations of views that contradict each other: (B, V, C) -> (B,)."""
     belief, uncertainty, _ = opinion(_keep(evidence, present))
     silent = uncertainty.prod(dim=1)
     agreed = (belief + uncertainty.unsqueeze(-1)).prod(dim=1) - silent.unsqueeze(-1)
@@ -67,7 +67,7 @@ def conflict(evidence: Tensor, present: Tensor | None) -> Tensor:
 
 
 def _evidence(inputs: EvidentialInputs, present: Tensor) -> Tensor:
-    """Evidence of the views that are there, 0 for the others: (B, V, C)."""
+    """Return the evidence of present views, 0 for the others: (B, V, C)."""
     # Masked twice: the activation of 0 is not 0, and its derivative at NaN is NaN.
     return _keep(_activate(_keep(_wide(inputs.values), present), inputs.activation), present)
 
@@ -90,14 +90,14 @@ def _losses(inputs: EvidentialInputs, evidence: Tensor, present: Tensor | None) 
 
 
 def _counted(inputs: EvidentialInputs) -> Tensor:
-    """Rows with a target: (B,) bool. All rows of probabilities have one."""
+    """Mark the rows with a target, (B,) bool; all rows of probabilities have one."""
     if inputs.target.dim() == 2:
         return torch.ones(len(inputs.target), dtype=torch.bool, device=inputs.target.device)
     return inputs.target != inputs.ignore_index
 
 
 def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float | Tensor) -> Tensor:
-    """Expected cross-entropy plus ``kl_weight`` times KL, in float64.
+    """Compute the expected cross-entropy plus ``kl_weight`` times KL, in float64.
 
     A and KL are small differences of large digammas and log-gammas, which torch computes to six
     digits at best in float32. float64 is what makes float32 losses accurate.
@@ -114,7 +114,7 @@ def _opinion_loss(evidence: Tensor, probability: Tensor, kl_weight: float | Tens
 
 
 def _kl_from_uniform(evidence: Tensor) -> Tensor:
-    """KL(Dirichlet(1 + evidence) || Dirichlet(1)), in a form without large terms that cancel."""
+    """Compute KL(Dirichlet(1 + evidence) || Dirichlet(1)) without large terms that cancel."""
     classes = evidence.shape[-1]
     alpha = evidence + 1.0
     strength = alpha.sum(-1)
@@ -146,17 +146,17 @@ def _activate(logits: Tensor, activation: str | None) -> Tensor:
 
 
 def _probabilities(target: Tensor, classes: int) -> Tensor:
-    """(B, C) probabilities of a target; all 0 for a label that is no class."""
+    """Return the (B, C) probabilities of a target; all 0 for a label that is no class."""
     if target.dim() == 2:
         return target
     return target.unsqueeze(1) == torch.arange(classes, device=target.device)
 
 
 def _wide(values: Tensor) -> Tensor:
-    """Values in float32 at least: products over views exceed half precision."""
+    """Convert values to at least float32: products over views exceed half precision."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 def _keep(values: Tensor, present: Tensor | None) -> Tensor:
-    """Values of present views, 0 for the others, even if they held NaN."""
+    """Return the values of present views, 0 for the others, even if they are NaN."""
     return values if present is None else torch.where(present.unsqueeze(-1), values, 0.0)

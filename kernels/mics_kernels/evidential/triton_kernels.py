@@ -331,7 +331,7 @@ def fuse_kernel(
 
 
 def blocks(views: int, classes: int) -> dict[str, int]:
-    """Tile of a program: 512 elements of (rows, padded views, classes), which registers can hold.
+    """Return a program's tile: 512 elements of (rows, padded views, classes) fit its registers.
 
     Rows of many classes take several steps; a tile has at most 128 rows.
     """
@@ -347,7 +347,7 @@ def blocks(views: int, classes: int) -> dict[str, int]:
 
 
 def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
-    """Losses, fused evidence and the gradient of the losses' sum."""
+    """Compute losses, fused evidence and the gradient of the losses' sum."""
     values, kl_weight = inputs.values.contiguous(), inputs.kl_weight
     rows, classes = values.shape[0], values.shape[-1]
     views = values.shape[1] if values.dim() == 3 else 1
@@ -386,7 +386,7 @@ def fuse_evidence(inputs: FusionInputs) -> Tensor:
 
 
 def fuse_evidence_gradient(inputs: FusionGradientInputs) -> Tensor:
-    """Gradient of the evidence, given that of the fused evidence."""
+    """Compute the gradient of the evidence from that of the fused evidence."""
     gradient = inputs.evidence.new_empty(inputs.evidence.shape)
     _launch_fuse(inputs, None, inputs.outer.contiguous(), gradient)
     return gradient

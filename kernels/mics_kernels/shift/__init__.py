@@ -110,7 +110,7 @@ def shifted_cross_entropy(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
-    """Upper bound of the expected cross-entropy of shifted features, without sampling.
+    """Bound the expected cross-entropy of shifted features from above, without sampling.
 
     Softmax cross-entropy of logits raised by
     ``strength**2 / 2 * (w_j - w_y)^T Sigma_y (w_j - w_y)``, where Sigma_y is diag(variance[y]) or

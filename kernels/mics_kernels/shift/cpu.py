@@ -43,7 +43,7 @@ def class_moments(inputs: MomentsInputs) -> ClassMoments:
 
 
 def shift_features(inputs: ShiftInputs) -> Tensor:
-    """``features + strength * noise``."""
+    """Compute ``features + strength * noise``."""
     features = inputs.features.contiguous()
     labels, shares = _labels_or_shares(inputs.target)
     spread, directions = None, inputs.directions
@@ -81,7 +81,7 @@ def shift_features(inputs: ShiftInputs) -> Tensor:
 
 
 def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
-    """Losses and the gradient of each in its logits, in one sweep."""
+    """Compute losses, and the gradient of each in its logits, in one sweep."""
     logits, target = inputs.logits.contiguous(), inputs.target.contiguous()
     table = inputs.table.contiguous()
     strength, strengths = _strength(inputs.strength)
@@ -112,7 +112,7 @@ def _labels_or_shares(target: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _strength(strength: float | Tensor) -> tuple[float, Tensor | None]:
-    """One strength for all rows, or one per row."""
+    """Return one strength for all rows, or one per row."""
     if isinstance(strength, Tensor) and strength.dim() == 1:
         return 0.0, strength.to(torch.float32).contiguous()
     return float(strength), None

@@ -27,7 +27,7 @@ class RecentRows(NamedTuple):
 def latest_rows(
     features: Tensor, target: Tensor, weight: Tensor | None, classes: int, size: int
 ) -> RecentRows:
-    """The last ``size`` rows of each class in a batch; arguments as ``class_moments``.
+    """Select the last ``size`` rows of each class in a batch; arguments as ``class_moments``.
 
     A row with posteriors counts for its most probable class, by that probability.
     """
@@ -56,7 +56,7 @@ def latest_rows(
 
 
 def append_rows(old: RecentRows, new: RecentRows) -> RecentRows:
-    """Latest rows of each class when ``new`` rows follow ``old`` ones."""
+    """Keep the latest rows of each class when ``new`` rows follow ``old`` ones."""
     size = old.weight.shape[1]
     added = (new.weight > 0).sum(1, keepdim=True)
     slot = torch.arange(size, device=added.device)
@@ -70,7 +70,7 @@ def append_rows(old: RecentRows, new: RecentRows) -> RecentRows:
 
 
 def centred_directions(recent: RecentRows) -> Tensor:
-    """Directions ``R`` (C, r, D) float32: ``R^T R / r`` is the weighted covariance of the rows."""
+    """Compute ``R`` (C, r, D) float32 so that ``R^T R / r`` is the rows' weighted covariance."""
     size = recent.weight.shape[1]
     mass = recent.weight.sum(1, keepdim=True)
     share = (recent.weight / torch.where(mass > 0, mass, 1.0)).unsqueeze(2)

@@ -26,7 +26,7 @@ def class_moments(inputs: MomentsInputs) -> ClassMoments:
 
 
 def shift_features(inputs: ShiftInputs) -> Tensor:
-    """``features + strength * noise``, in the dtype of the features."""
+    """Compute ``features + strength * noise`` in the dtype of the features."""
     features, row_ids, strength = inputs.features, inputs.row_ids, inputs.strength
     dtype = _result_dtype(features)
     if row_ids is None:
@@ -46,7 +46,7 @@ def shift_features(inputs: ShiftInputs) -> Tensor:
 
 
 def spread_table(weight: Tensor, variance: Tensor | None, directions: Tensor | None) -> Tensor:
-    """(C, C) float64: ``(w_j - w_y)^T Sigma_y (w_j - w_y)`` for class y and logit j.
+    """Compute (C, C) float64 ``(w_j - w_y)^T Sigma_y (w_j - w_y)`` for class y and logit j.
 
     Expanded into matrix products, which need no tensor of shape (C, C, D). They cancel, and float64
     has the digits to spare.
@@ -63,7 +63,7 @@ def spread_table(weight: Tensor, variance: Tensor | None, directions: Tensor | N
 
 
 def shifted_losses(inputs: ShiftedLossInputs) -> Tensor:
-    """(B,) cross-entropy of ``logits + strength**2 / 2 * table[target]``; 0 for a label -1."""
+    """Compute cross-entropy (B,) of ``logits + strength**2 / 2 * table[target]``; 0 for -1."""
     logits, strength = inputs.logits, inputs.strength
     is_class, label = _class_of(inputs.target, logits.shape[1])
     if isinstance(strength, Tensor):
@@ -77,7 +77,7 @@ def shifted_losses(inputs: ShiftedLossInputs) -> Tensor:
 
 
 def _combination(target: Tensor, directions: Tensor, seed: Tensor, row_ids: Tensor) -> Tensor:
-    """(B, D): ``sum_j normal_j directions[target, j] / sqrt(r)``.
+    """Compute (B, D) ``sum_j normal_j directions[target, j] / sqrt(r)``.
 
     With posteriors p each class takes its own normals, number c r + j, times sqrt(p_c), so that the
     covariance is the mixture.
@@ -95,7 +95,7 @@ def _combination(target: Tensor, directions: Tensor, seed: Tensor, row_ids: Tens
 
 
 def _row_variance(target: Tensor, variance: Tensor) -> Tensor:
-    """(B, D) variance of each row's class or mixture of classes; 0 for a label that is no class."""
+    """Return the (B, D) variance of each row's class or mixture; 0 for a label that is no class."""
     if target.dim() == 2:
         return target.double() @ variance
     is_class, label = _class_of(target, len(variance))
@@ -103,12 +103,12 @@ def _row_variance(target: Tensor, variance: Tensor) -> Tensor:
 
 
 def _class_of(target: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """(B,) bool, true for labels that are classes, and (B,) labels clamped to valid indices."""
+    """Mark the labels that are classes, (B,) bool; also clamp labels to valid indices, (B,)."""
     return (target >= 0) & (target < classes), target.clamp(0, classes - 1)
 
 
 def _shares(inputs: MomentsInputs) -> Tensor:
-    """(B, C) float64 weight of each row in each class; 0 for a label that is no class."""
+    """Return the (B, C) float64 weights of rows in classes; 0 for a label that is no class."""
     shares = inputs.target.double()
     if inputs.target.dim() == 1:
         classes = torch.arange(inputs.num_classes, device=inputs.target.device)

@@ -71,7 +71,7 @@ def class_moments(
 
 
 def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
-    """Moments of the rows of ``a`` and ``b`` together, as of one batch.
+    """Merge the moments of ``a`` and ``b`` as if their rows were one batch.
 
     Args:
         a: moments of C classes and D features.
@@ -187,12 +187,12 @@ class ClassStatistics(nn.Module):
                 self._keep(part, append_rows(self._recent(part), latest))
 
     def variance(self) -> Tensor:
-        """Variance of each class, divided by the count: (C, D) float32; 0 before the second row."""
+        """Return each class's variance over the count, (C, D) float32; 0 before the second row."""
         variance = self.m2 / self.count.clamp(min=1.0).unsqueeze(1)
         return torch.where(self.count.unsqueeze(1) < 2.0, 0.0, variance).float()
 
     def directions(self) -> Tensor:
-        """Directions along which each class varies: (C, rank, D) float32; 0 before the second row.
+        """Return the directions in which each class varies: (C, rank, D); 0 before the second row.
 
         They are the latest rows, centred and scaled such that the mean of their outer products is
         the weighted covariance of these rows, even if there are fewer than ``rank``.
@@ -274,7 +274,7 @@ class ClassStatistics(nn.Module):
 
 
 def _pack(moments: ClassMoments, recent: RecentRows) -> Tensor:
-    """All state of a class in one row of float64, which holds float32 exactly."""
+    """Pack the state of each class into a row of float64, which holds float32 exactly."""
     rows = recent.rows.double().flatten(1)
     return torch.cat(
         [moments.count.unsqueeze(1), moments.mean, moments.m2, recent.weight, rows], dim=1

@@ -373,7 +373,7 @@ def losses_kernel(
 
 
 def shift_blocks(dim: int) -> dict[str, int]:
-    """Tile of the shift: 4,096 elements, 32 per thread, which share work per row and per column.
+    """Return the shift's tile: 4,096 elements, 32 per thread, share work per row and column.
 
     The number of columns is a power of two, one that divides D where possible.
     """
@@ -385,7 +385,7 @@ def shift_blocks(dim: int) -> dict[str, int]:
 
 
 def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
-    """Tile and segments of the moments: up to 64 segments, fewer where they would need much memory.
+    """Return tile and segments of the moments: at most 64, fewer if they need much memory.
 
     They depend on shapes alone, and so does every bit of the result.
     """
@@ -396,7 +396,7 @@ def moments_blocks(rows: int, dim: int, classes: int) -> dict[str, int]:
 
 
 def loss_blocks(classes: int) -> dict[str, int]:
-    """Tile of the shifted cross-entropy: 1,024 logits, in whole rows where they fit."""
+    """Return the tile of the shifted cross-entropy: 1,024 logits, in whole rows if they fit."""
     block = min(triton.next_power_of_2(classes), 1024)
     return {"C": classes, "R": 1024 // block, "K": block}
 
@@ -429,7 +429,7 @@ def class_moments(inputs: MomentsInputs) -> ClassMoments:
 
 
 def shift_features(inputs: ShiftInputs) -> Tensor:
-    """``features + strength * noise``."""
+    """Compute ``features + strength * noise``."""
     features, directions, soft = inputs.features.contiguous(), inputs.directions, _is_soft(inputs)
     rows, dim = features.shape
     target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
@@ -461,7 +461,7 @@ def shift_features(inputs: ShiftInputs) -> Tensor:
 
 
 def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
-    """Losses and the gradient of each in its logits, in one sweep."""
+    """Compute losses, and the gradient of each in its logits, in one sweep."""
     logits, strength = inputs.logits.contiguous(), _strength_options(inputs.strength)
     rows, classes = logits.shape
     results = ShiftedLossResults(
@@ -480,12 +480,12 @@ def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
 
 
 def _is_soft(inputs: ShiftInputs | MomentsInputs) -> bool:
-    """True for a target of posteriors, False for labels."""
+    """Return True for a target of posteriors, False for labels."""
     return inputs.target.dim() == 2
 
 
 def _strength_options(strength: float | Tensor) -> dict[str, bool | int | float | Tensor]:
-    """Arguments of a kernel for a number, a tensor that holds one, or a tensor with one per row."""
+    """Return a kernel's arguments for a number, a tensor with one, or one per row."""
     if isinstance(strength, Tensor):
         return {"strength": strength.contiguous(), "IN_MEMORY": True, "STRIDE": strength.dim()}
     return {"strength": strength, "IN_MEMORY": False, "STRIDE": 0}

@@ -1,4 +1,4 @@
-"""How the CPU threads of a process are shared: the rule, its overrides, its effect."""
+"""Sharing of CPU threads: the rule, its overrides, its effect."""
 
 from __future__ import annotations
 
