@@ -42,7 +42,7 @@ class ImageFiles:
         self._skipped: Counter[str] = Counter()
         self.problems: dict[int, str] = {}
         """Row number -> sentence about its latest bad image, under "skip"."""
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
 
     def read(
         self, row: Row, modality: str, crop: np.ndarray = WHOLE
@@ -91,9 +91,9 @@ class ImageFiles:
     def skip(self, sentences: Iterable[str]) -> None:
         """Count the skipped images of a batch, and report each file once."""
         for sentence in sentences:
-            if sentence not in self._told:
+            if sentence not in self._reported:
                 print(f"skipped: {sentence}", file=sys.stderr)
-                self._told.add(sentence)
+                self._reported.add(sentence)
             self._skipped[sentence] += 1
 
     def report(self, what: str) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from mics_fast.engine.checkpoint import Checkpoints
+from mics_fast.engine.checkpoint import Checkpoints, CheckpointState
+
+State = TypeVar("State", bound=Mapping[str, Any])
 
 
-class Snapshot:
+class Snapshot(Generic[State]):
     """A copy of a state in main memory, independent of further training.
 
     Copies from a GPU are queued behind its current work; the host does not wait.
@@ -22,13 +24,13 @@ class Snapshot:
         state: nested dicts, lists and tuples of tensors and plain values.
     """
 
-    def __init__(self, state: Mapping[str, Any]) -> None:
+    def __init__(self, state: State) -> None:
         self._copied: torch.cuda.Event | None = None
-        self._state = self._copy(state)
+        self._state: State = self._copy(state)
         if self._copied is not None:
             self._copied.record()
 
-    def read(self) -> dict[str, Any]:
+    def read(self) -> State:
         """Wait until the copy is complete and return it; safe from any thread."""
         if self._copied is not None:
             self._copied.synchronize()
@@ -66,15 +68,15 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
 
-    def save(self, step: int, state: Mapping[str, Any], score: float | None = None) -> None:
+    def save(self, step: int, state: CheckpointState, score: float | None = None) -> None:
         """Copy a state, and write it in the background after the previous one.
 
         Args:
             step: of the state.
-            state: as ``Snapshot`` copies it.
+            state: of the loop; training may change it afterwards.
             score: the checkpoint is marked as best, once written, if it scores highest.
         """
-        self._tell(self.wait())
+        self._report(self.wait())
         snapshot = Snapshot(state)
         self._pending = step, self._thread.submit(self._write, step, snapshot, score)
 
@@ -93,15 +95,15 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait for pending work, and end the thread."""
         try:
-            self._tell(self.wait())
+            self._report(self.wait())
         finally:
             self._thread.shutdown()
 
-    def _tell(self, failure: str | None) -> None:
+    def _report(self, failure: str | None) -> None:
         if failure is not None:
             print(f"{failure}; continuing without it", file=sys.stderr)
 
-    def _write(self, step: int, snapshot: Snapshot, score: float | None) -> None:
+    def _write(self, step: int, snapshot: Snapshot[CheckpointState], score: float | None) -> None:
         self.checkpoints.save(step, snapshot.read(), self.meta)
         if score is not None:
             self.checkpoints.offer_best(step, score)

@@ -85,9 +85,10 @@ class Loop:
         self.stage.load_state_dict(state["stage"])
         for name, optimiser in self.plan.optimisers.items():
             optimiser.load_state_dict(state["optimisers"][name])
-        if self.plan.scaler is not None and state.get("scaler"):
-            self.plan.scaler.load_state_dict(state["scaler"])
-        self.update.skipped.fill_(state.get("skipped_steps", 0.0))
+        scaler = state["scaler"]
+        if self.plan.scaler is not None and scaler:
+            self.plan.scaler.load_state_dict(scaler)
+        self.update.skipped.fill_(state["skipped_steps"])
         torch.set_rng_state(state["rng"])
         self.meter = self._meter(state["seconds"])
 

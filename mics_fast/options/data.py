@@ -62,8 +62,8 @@ class CacheConfig:
 
     mode: Literal["none", "host", "device"] = option(
         "none",
-        '"none" decodes each time; "host" keeps frames in main memory, "device" on the device '
-        "that trains",
+        '"none" decodes each time; "host" keeps frames in main memory, "device" on the '
+        "training device",
     )
     side: int | None = option(
         None, "side of the kept frames, pixels; null: 256/224 of the views' side",
@@ -96,11 +96,11 @@ class DataConfig:
         None, "CPU threads of an image pipeline; null: its share of `threads`", above=0, most=1024
     )
     prefetch: int = option(
-        2, "batches in flight: while the loop works on one, the next are made", above=0, most=1024
+        2, "batches in flight, prepared while the loop works on another", above=0, most=1024
     )
     on_bad_file: Literal["error", "skip"] = option(
         "error",
         '"error" stops at a file that cannot be read or decoded; "skip" treats it as a missing '
-        "modality, or, where a row has none left, takes the next row instead",
+        "modality; a row without any other modality is replaced by the next row",
     )
     cache: CacheConfig = option(factory=CacheConfig)

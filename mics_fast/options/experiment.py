@@ -20,17 +20,19 @@ class ExperimentConfig:
     """The grid of ``mics-fast experiment``: every variant on every draw of labels."""
 
     seeds: list[int] = option(
-        help="one run each; of the label draw, the weights, the order, masks and shifts",
+        help="one run each; determine label draw, weights, order, masks and shifts",
         factory=lambda: [0, 1, 2, 3, 4], least=0, most=2**63 - 1,
     )  # fmt: skip
     label_fractions: list[float] = option(
         help="of the train rows of each class", factory=list, above=0, most=1
     )
     label_counts: list[int] = option(
-        help="labelled train rows of each class, beside those fractions", factory=list, least=1
+        help="labelled train rows of each class, besides the fractions",
+        factory=list,
+        least=1,
     )
     variants: list[Variant] = option(
-        help="as in study/variants.py; the first is what the others are compared with",
+        help="see study/variants.py; the others are compared with the first",
         factory=lambda: ["supervised-long", "pretraining", "without-pretraining", "full"],
     )
     out_of_distribution: str = option(

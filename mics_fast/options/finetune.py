@@ -22,9 +22,7 @@ class FinetuneConfig:
         'pre-training if there is one; "none": from scratch',
     )
     epochs: int = option(50, "passes over the train rows", above=0)
-    steps: int | None = option(
-        None, "optimiser steps; where given, finetune.epochs is not read", above=0
-    )
+    steps: int | None = option(None, "optimiser steps; overrides finetune.epochs", above=0)
     select: Literal["best", "last"] = option(
         "best",
         'the checkpoint that evaluation and prediction read: "best", by the fused macro-F1 on the '
@@ -34,14 +32,14 @@ class FinetuneConfig:
     unlabelled_batch: int = option(48, "unlabelled pairs per step", above=0)
     accumulate: int = option(
         1,
-        "parts of both batches that are worked on one after the other, for less memory; the "
+        "parts of both batches that are processed one after the other, for less memory; the "
         "agreement of modalities is a mean over one part's complete pairs",
         above=0,
     )
     sampling: Literal["natural", "balanced"] = option(
         "natural",
         'of the labelled rows: "natural", each row once per epoch; "balanced", each class equally '
-        "often, for data in which some are rare",
+        "often, for data with rare classes",
     )
     lr: float = option(
         1e-4, "peak learning rate of the encoders (AdamW, cosine to 1 % of it)", above=0
@@ -65,15 +63,15 @@ class FinetuneConfig:
     )
     pseudo_labels: PseudoLabelRule = option(
         "vacuity",
-        'the rule of acceptance, as in stages/pseudo_labels.py: "vacuity", "curriculum", '
+        'rule that accepts pseudo-labels, see stages/pseudo_labels.py: "vacuity", "curriculum", '
         '"fixmatch" or "freematch"',
     )
     confidence: float = option(
-        0.95, 'softmax probability that "fixmatch" asks for', source="FixMatch", least=0, most=1
+        0.95, 'softmax probability required by "fixmatch"', source="FixMatch", least=0, most=1
     )
     accepted_share: float = option(
         0.8,
-        'share of the unlabelled rows of each class that "curriculum" accepts in the end; it grows '
+        'share of the unlabelled rows of each class that "curriculum" accepts at the end; it grows '
         "from 0",
         least=0, most=1,
     )  # fmt: skip
@@ -88,16 +86,16 @@ class FinetuneConfig:
     )
     modality_dropout: float = option(
         0.1,
-        "probability with which the student must do without a modality of a row, never without its "
-        "last; evaluation and pseudo-labels see all",
+        "probability that a modality of a row is hidden from the student, but never its last one; "
+        "evaluation and pseudo-labels use all",
         least=0, most=1,
     )  # fmt: skip
     shift: ShiftForm = option(
         "diagonal",
-        'augmentation of fusion features: "none"; "diagonal": moved at random by their class\'s '
-        'variance; "low-rank": moved along the latest rows of their class; both under the '
-        'evidential loss; "closed-form": not moved, but a cross-entropy that bounds the expected '
-        "one of the diagonal shift",
+        'augmentation of fusion features: "none"; "diagonal": shifted at random by their class\'s '
+        'variance; "low-rank": shifted along the latest rows of their class; both with the '
+        'evidential loss; "closed-form": an upper bound of the expected cross-entropy under the '
+        "diagonal shift, without sampling",
         source="ISDA",
     )
     shift_weight: float = option(0.5, "weight of that loss; 0 = off", source="ISDA", least=0)

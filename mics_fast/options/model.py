@@ -29,17 +29,17 @@ class ModelConfig:
     fusion_depth: int = option(4, "blocks of the fusion encoder", above=0, most=64)
     init: str = option(
         "",
-        "weights file of a vision transformer in timm's naming, from which the encoders start: in "
-        "pre-training, or in a fine-tuning without one (data.mean and data.std should be those it "
-        "was trained with)",
+        "initial weights of the encoders, from the file of a vision transformer with timm's names: "
+        "for pre-training, or for fine-tuning without it (data.mean and data.std should be those "
+        "of its training)",
     )
     init_prefix: str = option(
         "",
-        "names the network, where that file holds several, as in teacher.backbone (DINO) or "
+        "prefix of the network if that file holds several, as in teacher.backbone (DINO) or "
         "module.base_encoder (MoCo v3); default: the only one",
     )
     activation_checkpointing: bool = option(
         False,
-        "computes each block's activations once more in the backward pass instead of keeping them: "
+        "recomputes each block's activations in the backward pass instead of keeping them: "
         "less memory, a third more arithmetic, the same result",
     )

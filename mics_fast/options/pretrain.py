@@ -20,13 +20,11 @@ class PretrainConfig:
         "patches",
     )
     epochs: int = option(30, "passes over the train rows", source="code", above=0)
-    steps: int | None = option(
-        None, "optimiser steps; where given, pretrain.epochs is not read", above=0
-    )
+    steps: int | None = option(None, "optimiser steps; overrides pretrain.epochs", above=0)
     batch_size: int = option(64, "pairs per step", above=0)
     accumulate: int = option(
         1,
-        "parts of a batch that are worked on one after the other, for less memory; the contrastive "
+        "parts of a batch that are processed one after the other, for less memory; the contrastive "
         "loss and the discriminator see one part at a time",
         above=0,
     )
@@ -48,12 +46,12 @@ class PretrainConfig:
     adversarial: Literal["simultaneous", "alternating"] = option(
         "simultaneous",
         '"simultaneous": one backward pass through the discriminator serves both it and the model; '
-        '"alternating", as in the published code: the discriminator steps first, the model learns '
-        "through it as it is then, by a forward and backward pass of its own",
+        '"alternating", as in the published code: the discriminator steps first, the model then '
+        "learns through the updated one, by a forward and backward pass of its own",
     )
     adversarial_balance: Literal["adaptive", "fixed"] = option(
         "adaptive",
-        '"adaptive": the discriminator sees patches with as much noise as keeps it right in about '
+        '"adaptive": noise on the patches keeps the discriminator right in about '
         "70 % of cases, and pretrain.adversarial_weight is the size of its gradient relative to "
         'that of the reconstruction; "fixed", as in the published code: neither',
     )

@@ -45,8 +45,8 @@ class TrainConfig:
     )
     cuda_graph: bool = option(
         False,
-        "replays each step as one CUDA graph, which spares a small network the launches of its "
-        "kernels; on one GPU",
+        "replays each step as one CUDA graph, which saves a small network its kernel launches; on "
+        "one GPU",
     )
     shard_parameters: bool = option(
         False,
@@ -57,7 +57,7 @@ class TrainConfig:
     )
     timeout_minutes: float = option(
         30.0,
-        "how long one of several processes waits for another, such as for the first one's "
+        "how long one of several processes waits for another, for example for the first one's "
         "validation",
         above=0, most=10080,
     )  # fmt: skip
@@ -71,13 +71,11 @@ class TrainConfig:
     checkpoint_every: int = option(
         200, "steps between checkpoints; 0 = off; one is also written when a stage ends", least=0
     )
-    checkpoint_minutes: float = option(
-        0.0, "minutes between checkpoints, beside those; 0 = off", least=0
-    )
+    checkpoint_minutes: float = option(0.0, "minutes between further checkpoints; 0 = off", least=0)
     keep_checkpoints: int = option(2, "latest checkpoints to keep, beside the best", above=0)
     peak_tflops: float | None = option(
         None,
-        "of the device, in TFLOP/s, for the share of it that is used (MFU) in the log; null: 989, "
+        "peak of the device in TFLOP/s, for its utilisation (MFU) in the log; null: 989, "
         "dense bf16, on an H100 (SXM) or H200, none elsewhere",
         above=0,
     )
