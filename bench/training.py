@@ -320,7 +320,9 @@ def config_of(size: ModelSize, device: torch.device) -> TrainConfig:
     config = TrainConfig(device="cuda" if device.type == "cuda" else "cpu")
     config.model.size = size
     batch = BATCHES[size]
-    config.pretrain = replace(config.pretrain, batch_size=batch, queue_size=QUEUE, clip=0.0)
+    config.pretrain = replace(
+        config.pretrain, batch_size=batch, queue_size=QUEUE, clip=0.0, adversarial_weight=0.1
+    )
     labelled = max(1, batch // 4)
     config.finetune = replace(
         config.finetune, labelled_batch=labelled, unlabelled_batch=batch - labelled, clip=0.0

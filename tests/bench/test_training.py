@@ -46,7 +46,7 @@ def config():
     return TrainConfig(
         device="cpu",
         model=ModelConfig(size="vit_micro", projection=8, fusion_depth=1),
-        pretrain=PretrainConfig(batch_size=4, queue_size=32, clip=0.0),
+        pretrain=PretrainConfig(batch_size=4, queue_size=32, clip=0.0, adversarial_weight=0.1),
     )
 
 

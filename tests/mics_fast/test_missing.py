@@ -61,7 +61,7 @@ def test_a_vacuous_opinion_is_exactly_neutral(dtype):
 def test_a_row_of_one_modality_pretrains_the_encoder(tiny, make_batch):
     torch.manual_seed(0)
     stage = PretrainStage(
-        PretrainConfig(), tiny, ("wli", "nbi"),
+        PretrainConfig(adversarial_weight=0.1), tiny, ("wli", "nbi"),
         pool="cls", projection=8, queue_size=8, steps_per_epoch=10, seed=0,
     )  # fmt: skip
     batch = make_batch(4)

@@ -66,7 +66,7 @@ def build(gpu, tiny, monkeypatch):
         config = TrainConfig(
             precision=precision,
             model=ModelConfig(size="vit_micro", projection=8, fusion_depth=1),
-            pretrain=PretrainConfig(batch_size=4),
+            pretrain=PretrainConfig(batch_size=4, adversarial_weight=0.1),
             finetune=FinetuneConfig(labelled_batch=2, unlabelled_batch=4, shift_rank=2),
         )
         for name, value in options.items():

@@ -17,8 +17,8 @@ ACCEPT_ALL = {"max_uncertainty": 1.0, "min_probability": 0.0}
 def pretraining(size, autocast=None, **options):
     torch.manual_seed(0)
     stage = PretrainStage(
-        PretrainConfig(**options), size, ("wli", "nbi"), pool="mean", projection=8, queue_size=32,
-        steps_per_epoch=4, seed=0, autocast=autocast,
+        PretrainConfig(**{"adversarial_weight": 0.1, **options}), size, ("wli", "nbi"),
+        pool="mean", projection=8, queue_size=32, steps_per_epoch=4, seed=0, autocast=autocast,
     )  # fmt: skip
     trained = [p for p in stage.model.parameters() if p.requires_grad]
     optimisers = {"model": torch.optim.AdamW(trained, lr=1e-3, fused=True)}

@@ -18,7 +18,7 @@ def make_pretraining(tiny):
     def make(queue_size=32, **options):
         torch.manual_seed(0)
         return PretrainStage(
-            PretrainConfig(**options),
+            PretrainConfig(**{"adversarial_weight": 0.1, **options}),
             tiny,
             ("wli", "nbi"),
             pool="mean",

@@ -42,7 +42,7 @@ def make_stage(case: str, size: Size) -> PretrainStage | FinetuneStage:
     torch.manual_seed(0)
     if case.startswith("pretrain"):
         return PretrainStage(
-            PretrainConfig(teacher_momentum=0.9, **CASES[case]),
+            PretrainConfig(**{"teacher_momentum": 0.9, "adversarial_weight": 0.1, **CASES[case]}),
             size,
             ("wli", "nbi"),
             pool="mean",

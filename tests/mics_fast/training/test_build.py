@@ -21,7 +21,7 @@ def built(phantom_manifest):
     def build(stage, of_stage=None, **options):
         config = TrainConfig(
             model=ModelConfig(size="vit_micro", projection=16, fusion_depth=1),
-            pretrain=PretrainConfig(epochs=4, batch_size=8, accumulate=2),
+            pretrain=PretrainConfig(epochs=4, batch_size=8, accumulate=2, adversarial_weight=0.1),
             finetune=FinetuneConfig(epochs=4, labelled_batch=4, unlabelled_batch=8, accumulate=4),
             **options,
         )

@@ -111,7 +111,7 @@ def test_the_discriminator_costs_what_it_runs(name, monkeypatch):
      {"reconstruction_weight": 0.0}],
 )  # fmt: skip
 def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, model, options):
-    config = PretrainConfig(batch_size=4, queue_size=32, **options)
+    config = PretrainConfig(batch_size=4, queue_size=32, **{"adversarial_weight": 0.1, **options})
     stage = make_pretrain_stage(config, tiny, model)
     patches = tiny.num_patches // 4 if config.preset == "turbo" else tiny.num_patches
     extra = 2 * 2 * 4 * 4 * model.projection  # how alike teachers' features are, for the log
@@ -125,7 +125,9 @@ def test_a_pre_training_step_costs_what_it_runs(tiny, make_batch, model, options
 
 def test_a_term_that_is_off_costs_nothing(tiny):
     def terms(**options):
-        config = TrainConfig(pretrain=PretrainConfig(batch_size=4, **options))
+        config = TrainConfig(
+            pretrain=PretrainConfig(batch_size=4, **{"adversarial_weight": 0.1, **options})
+        )
         return set(pretrain_flops(config, tiny, 2))
 
     everything = {"consistency", "teacher", "reconstruction", "discriminator", "adversarial"}
