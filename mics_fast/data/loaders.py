@@ -10,20 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import torch
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.augmentation import Augmentation, View, draw_augmentation, epoch_order
+from mics_fast.data.augmentation import Augmentation, View, draw_augmentation
 from mics_fast.data.batch import PairBatch, Sample
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import PairGraph
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.manifest import Row
-from mics_fast.data.sampling import BalancedOrder
-from mics_fast.data.shards import shard_of, shard_order
+from mics_fast.data.sampling import RowOrder, samples_of
 from mics_fast.data.stream import (
     Prepared,
     Stream,
@@ -103,9 +100,7 @@ class TrainLoader:
         self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
         self._rank, self._parts = rank, parts
         self._share = batch_size // world_size
-        self._shards = shards_of(rows)
-        self._orders: dict[int, np.ndarray] = {}
-        self._balanced = BalancedOrder(seed, [row.label for row in rows]) if balanced else None
+        self._order = RowOrder(rows, seed, balanced=balanced)
         self._stream: Stream | None = None
 
     def __iter__(self) -> TrainLoader:
@@ -136,10 +131,7 @@ class TrainLoader:
 
     def _prepare(self, step: int) -> Prepared:
         """Return this rank's samples of a batch."""
-        part, share = self.batch_size // self._parts, self._share // self._parts
-        first = step * self.batch_size + self._rank * share
-        starts = range(first, first + self.batch_size, part)
-        numbers = [start + own for start in starts for own in range(share)]
+        numbers = samples_of(step, self.batch_size, self._share, self._rank, self._parts)
         if self._cache is not None:
             self._cache.fill([self._row(number)[0] for number in numbers])
         return Prepared([self._sample(number) for number in numbers])
@@ -147,23 +139,8 @@ class TrainLoader:
     def _row(self, number: int, later: int = 0) -> tuple[Row, int]:
         """Return the row of a sample of the stream, or of one ``later`` in its epoch, and the
         number of its earlier draws."""
-        if self._balanced is not None:
-            place, before = self._balanced.row(number + later)
-            return self.rows[place], before
-        count = len(self.rows)
-        epoch, place = divmod(number, count)
-        return self.rows[self._order(epoch)[(place + later) % count]], epoch
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """Return the order of the rows in an epoch, (R,); the last epoch's is kept, too."""
-        if epoch not in self._orders:
-            self._orders = {own: o for own, o in self._orders.items() if own == epoch - 1}
-            self._orders[epoch] = (
-                shard_order(self.seed, epoch, self._shards)
-                if self._shards
-                else epoch_order(self.seed, epoch, len(self.rows))
-            )
-        return self._orders[epoch]
+        place, before = self._order.place(number, later)
+        return self.rows[place], before
 
     def _sample(self, number: int) -> Sample:
         """Return a sample of the stream; if it has no image, the next one that has."""
@@ -259,15 +236,3 @@ class EvalLoader:
         some: Sequence[Row | None] = rows or [None]
         names = self._graph.modalities
         return Prepared([encoded_sample(self._files, row, names) for row in some])
-
-
-def shards_of(rows: Sequence[Row]) -> list[Path]:
-    """Return the shard of each row; empty unless every row lies in a shard."""
-    found = []
-    for row in rows:
-        shards = {shard_of(path) for path in row.files.values() if path is not None}
-        shard = shards.pop() if len(shards) == 1 else None
-        if shard is None:
-            return []
-        found.append(shard)
-    return found

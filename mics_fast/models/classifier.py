@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mics_fast.common.errors import InputError
+from mics_fast.models.pooled import PooledEncoder, PooledFusion
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import (
     Block,
@@ -19,6 +20,7 @@ from mics_fast.models.vit import (
     pool_tokens,
     tokens_read,
 )
+from mics_fast.options import PooledFusionName
 
 FUSION = "fusion"
 # softplus(-4) = 0.018: an untrained head states hardly any evidence, for any number of opinions.
@@ -91,11 +93,13 @@ class Classifier(nn.Module):
     """A classifier with one opinion per modality and, if there are several, one of their fusion.
 
     Args:
-        size: a row of ``SIZES``.
+        size: of the networks.
         modalities: names of the modalities; not "fusion", and without a dot.
         num_classes: C.
         pool: input of a head: the class token, "cls", or the "mean" of the patch tokens.
         fusion_depth: blocks of the fusion encoder.
+        pooled: read one feature per image, of a frozen encoder, and fuse those in this way; None:
+            read images, and fuse their tokens.
 
     Raises:
         InputError: as ``check_modality_names``.
@@ -109,18 +113,27 @@ class Classifier(nn.Module):
         *,
         pool: Pool,
         fusion_depth: int,
+        pooled: PooledFusionName | None = None,
     ) -> None:
         super().__init__()
         check_modality_names(modalities)
         self.modalities = tuple(modalities)
-        self.pool = pool
-        self.encoders = nn.ModuleDict({name: size.encoder() for name in self.modalities})
+        self.pool: Pool = "cls" if pooled else pool
+        self.encoders = nn.ModuleDict(
+            {
+                name: PooledEncoder(size.width, pool) if pooled else size.encoder()
+                for name in self.modalities
+            }
+        )
         self.views = self.modalities
-        self.fusion: FusionEncoder | None = None
-        if len(self.modalities) >= 2:
+        self.fusion: FusionEncoder | PooledFusion | None = None
+        count = len(self.modalities)
+        if count >= 2:
             self.views += (FUSION,)
-            self.fusion = FusionEncoder(
-                len(self.modalities), size.width, fusion_depth, size.heads, pool
+            self.fusion = (
+                PooledFusion(count, size.width, pooled)
+                if pooled
+                else FusionEncoder(count, size.width, fusion_depth, size.heads, pool)
             )
         self.heads = nn.ModuleDict({view: _head(size.width, num_classes) for view in self.views})
 
@@ -128,8 +141,8 @@ class Classifier(nn.Module):
         """Encode each modality, fuse them, and apply every head.
 
         Args:
-            views: modality -> (B, 3, image, image), normalised; rows of an absent modality are
-                never read and may even hold NaN.
+            views: modality -> (B, 3, image, image), normalised, or (B, width) kept features;
+                rows of an absent modality are never read and may even hold NaN.
             present: (B, M) bool, in the order of ``modalities``.
         """
         return self.speak(self.encode(views, present), present)
@@ -155,7 +168,8 @@ class Classifier(nn.Module):
             for name, own in zip(self.modalities, tokens, strict=True)
         }
         if self.fusion is not None:
-            patches = torch.stack([own[:, 1:] for own in tokens], dim=1)
+            first = 0 if isinstance(self.fusion, PooledFusion) else 1  # the class token
+            patches = torch.stack([own[:, first:] for own in tokens], dim=1)
             features[FUSION] = at_least_float32(self.fusion(patches, present))
             several = present.sum(dim=1, keepdim=True) >= 2
             present = torch.cat([present, several], dim=1)
@@ -175,17 +189,7 @@ class Classifier(nn.Module):
         Raises:
             InputError: a parameter is missing, unexpected, or has another shape.
         """
-        own = self.encoders[self.modalities[0]].state_dict()
-        for name in sorted(own.keys() | state.keys()):
-            wanted = tuple(own[name].shape) if name in own else "absent"
-            given = tuple(state[name].shape) if name in state else "absent"
-            if given != wanted:
-                raise InputError(
-                    f"the pre-trained encoder does not fit the model: {name} is {given}, wanted "
-                    f"{wanted}; is model.size the same?"
-                )
-        for encoder in self.encoders.values():
-            encoder.load_state_dict(state)
+        load_encoders(self.encoders.values(), state)
 
     def _logits(self, view: str, feature: Tensor) -> Tensor:
         # Near -4, bfloat16 has a resolution of only 0.03.
@@ -200,6 +204,29 @@ def _head(width: int, num_classes: int) -> nn.Linear:
     return head
 
 
+def load_encoders(encoders: Iterable[nn.Module], state: Mapping[str, Tensor]) -> None:
+    """Load encoders from a pre-trained one.
+
+    Args:
+        encoders: at least one, all of one architecture.
+        state: ``PretrainModel.encoder.state_dict()``.
+
+    Raises:
+        InputError: a parameter is missing, left over, or has another shape.
+    """
+    for encoder in encoders:
+        own = encoder.state_dict()
+        for name in sorted(own.keys() | state.keys()):
+            wanted = tuple(own[name].shape) if name in own else "absent"
+            given = tuple(state[name].shape) if name in state else "absent"
+            if given != wanted:
+                raise InputError(
+                    f"the pre-trained encoder does not fit the model: {name} is {given}, wanted "
+                    f"{wanted}; are model.size, model.image and model.init the same?"
+                )
+        encoder.load_state_dict(state)
+
+
 def check_modality_names(modalities: Sequence[str]) -> None:
     """Refuse modality names that cannot name an opinion.
 
@@ -212,5 +239,5 @@ def check_modality_names(modalities: Sequence[str]) -> None:
 
 
 def _without_absent(images: Tensor, present: Tensor) -> Tensor:
-    # Masked at the pixels, so that a NaN reaches neither an activation nor (as 0 * NaN) a gradient.
-    return images.masked_fill(~present[:, None, None, None], 0.0)
+    # Masked at the input, so that a NaN reaches neither an activation nor (as 0 * NaN) a gradient.
+    return images.masked_fill(~present.reshape(-1, *[1] * (images.ndim - 1)), 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -149,6 +149,48 @@ def _refuse_unknown_parts(source: str, tensors: Mapping[str, Tensor], geometry: 
             f"{source} has parts that are not supported: {', '.join(unknown[:4])}; supported are "
             "plain ViT, MAE, DINO, DINOv2 with and without registers, and CLIP's image tower"
         )
+
+
+def as_numbers(geometry: Geometry) -> dict[str, float]:
+    """A geometry as a configuration stores it: names and numbers, without mean and std."""
+    fields = asdict(geometry)
+    parts = fields.pop("parts")
+    del fields["mean"], fields["std"]
+    return {
+        name: value if name == "eps" else int(value) for name, value in (fields | parts).items()
+    }
+
+
+def from_numbers(numbers: Mapping[str, float]) -> Geometry:
+    """The inverse of ``as_numbers``.
+
+    Raises:
+        InputError: a number is missing, unknown, or none that a network can have.
+    """
+    plain = as_numbers(Geometry(16, 16, 64, 1, 1, Parts()))
+    differing = sorted(plain.keys() ^ numbers.keys())
+    if differing:
+        raise InputError(
+            f"option model.geometry lacks or does not know {', '.join(differing)}, wanted what a "
+            "run wrote"
+        )
+    whole = {name: int(value) for name, value in numbers.items() if name != "eps"}
+    sizes = [whole.pop(name) for name in ("image", "patch", "width", "depth", "heads")]
+    image, patch, width, depth, heads = sizes
+    if min(sizes) < 1 or image % patch or width % heads or width % 4 or depth > 256:
+        raise InputError(f"option model.geometry {dict(numbers)} is of no vision transformer")
+    parts = Parts(
+        hidden=whole["hidden"],
+        registers=whole["registers"],
+        prefix_positions=bool(whole["prefix_positions"]),
+        layer_scale=bool(whole["layer_scale"]),
+        pre_norm=bool(whole["pre_norm"]),
+        patch_bias=bool(whole["patch_bias"]),
+        quick_gelu=bool(whole["quick_gelu"]),
+        eps=float(numbers["eps"]),
+        antialias=bool(whole["antialias"]),
+    )
+    return Geometry(image, patch, width, depth, heads, parts)
 
 
 def new_encoder(geometry: Geometry, *, device: str = "cpu") -> VisionTransformer:

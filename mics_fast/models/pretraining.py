@@ -64,7 +64,7 @@ class PretrainModel(nn.Module):
     """The networks of pre-training, except the discriminator.
 
     Args:
-        size: a row of ``SIZES``.
+        size: of the networks.
         modalities: names of the modalities; one encoder serves them all.
         pool: input of the contrastive feature: "cls" or "mean".
         projection: width P of the contrastive feature.

@@ -1,10 +1,13 @@
-"""The five model sizes: decoder and discriminator scale with the encoder."""
+"""Model sizes: five built-in ones, or around a published encoder, with which the rest scales."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from mics_fast.common.errors import InputError
+from mics_fast.models.geometry import Geometry, from_numbers
 from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
+from mics_fast.options import ModelConfig, ModelSize
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,65 @@ class Size:
         return 3 * self.patch**2
 
 
-SIZES = {
+SIZES: dict[ModelSize, Size] = {
     "vit_nano": Size(64, 8, 64, 3, 4, 48, 1, 4, 64, 2, 4),
     "vit_micro": Size(64, 8, 128, 4, 4, 64, 2, 4, 128, 2, 4),
     "vit_tiny": Size(224, 16, 192, 12, 3, 128, 4, 4, 192, 4, 3),
     "vit_small": Size(224, 16, 384, 12, 6, 256, 4, 8, 384, 4, 6),
     "vit_base": Size(384, 16, 768, 12, 12, 512, 8, 16, 768, 6, 6),
 }
+
+
+def size_of(model: ModelConfig) -> Size:
+    """The networks of a run: around the encoder that ``model.init`` named, else of ``model.size``.
+
+    Raises:
+        InputError: ``model.image`` is no multiple of the patch, or ``model.geometry`` is of no
+            network.
+    """
+    size = around(from_numbers(model.geometry)) if model.geometry else SIZES[model.size]
+    image = model.image or size.image
+    if image % size.patch:
+        raise InputError(
+            f"option model.image is {image}, wanted a multiple of {size.patch}, the side of the "
+            "encoder's patches"
+        )
+    return replace(size, image=image)
+
+
+def around(geometry: Geometry) -> Size:
+    """An encoder with the decoder and discriminator of the widest built-in one that is no wider."""
+    narrower = [size for size in SIZES.values() if size.width <= geometry.width]
+    like = max(narrower or [SIZES["vit_nano"]], key=lambda size: size.width)
+    parts = geometry.parts
+    if parts.hidden == 4 * geometry.width:
+        parts = replace(parts, hidden=0)
+    return replace(
+        like,
+        image=geometry.image,
+        patch=geometry.patch,
+        width=geometry.width,
+        depth=geometry.depth,
+        heads=geometry.heads,
+        parts=parts,
+    )
+
+
+def canonical(model: ModelConfig) -> ModelConfig:
+    """The same networks, by the name of a built-in size and without its own image side where they
+    are of one: what a run is compared by, wherever its weights began."""
+    size = size_of(model)
+    names = (name for name, own in SIZES.items() if replace(size, image=own.image) == own)
+    name = next(names, None)
+    if name is None:
+        return model
+    image = None if size.image == SIZES[name].image else size.image
+    return replace(model, size=name, image=image, geometry={})
+
+
+def network_name(model: ModelConfig) -> str:
+    """What to call the encoders of a run in a sentence."""
+    if not model.geometry:
+        return model.size
+    size = size_of(model)
+    return f"ViT {size.width} x {size.depth}, patch {size.patch}, {size.image} px"

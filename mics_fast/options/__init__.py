@@ -10,7 +10,7 @@ from mics_fast.options.data import AugmentConfig, CacheConfig, ColourConfig, Dat
 from mics_fast.options.experiment import ExperimentConfig, Variant, check_experiment
 from mics_fast.options.fields import Option, describe
 from mics_fast.options.finetune import FinetuneConfig, PseudoLabelRule, ShiftForm, wants_unlabelled
-from mics_fast.options.model import ModelConfig, ModelSize
+from mics_fast.options.model import ModelConfig, ModelSize, PooledFusionName
 from mics_fast.options.pretrain import PretrainConfig
 from mics_fast.options.train import CompileScope, PrecisionName, StageChoice, TrainConfig
 
@@ -25,6 +25,7 @@ __all__ = [
     "ModelConfig",
     "ModelSize",
     "Option",
+    "PooledFusionName",
     "PrecisionName",
     "PretrainConfig",
     "PseudoLabelRule",

@@ -129,6 +129,11 @@ def check_sharding(config: TrainConfig, arithmetic: str, processes: int) -> None
         return
     if processes == 1:
         raise InputError("option shard_parameters is on, wanted several processes (torchrun)")
+    if config.stage != "pretrain" and config.finetune.encoder != "full":
+        raise InputError(
+            f"option finetune.encoder is {config.finetune.encoder}, wanted full with "
+            "shard_parameters"
+        )
     if config.compile != "off" and config.compile_scope == "step":
         raise InputError("option compile_scope is step, wanted blocks with shard_parameters")
     if arithmetic == "fp16":

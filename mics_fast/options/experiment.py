@@ -11,7 +11,7 @@ from mics_fast.options.fields import check_ranges, option
 Variant = Literal[
     "supervised", "supervised-long", "reconstruction", "pretraining", "pseudo-labels",
     "without-pretraining", "full", "without-consistency", "without-adversary", "without-shift",
-    "without-modality-consistency", "fixmatch", "freematch",
+    "without-modality-consistency", "fixmatch", "freematch", "probe", "probe+full", "lora",
 ]  # fmt: skip
 
 

@@ -66,7 +66,7 @@ def option(
         help: meaning and unit.
         factory: makes a mutable default.
         source: the work that the default comes from: "paper" (arXiv 2509.17492), "code" (its
-            published pre-training code), "ALBEF", "MAE", "TMC", "EDL", "ISDA", "FixMatch";
+            published pre-training code), "ALBEF", "MAE", "TMC", "EDL", "ISDA", "FixMatch", "LoRA";
             "ours": a decision of this project.
         least, above: lower bound, included or excluded; for a list, of each number.
         most, below: upper bound, included or excluded.
@@ -195,7 +195,7 @@ def type_in_words(kind: Any) -> str:
     if origin in (list, tuple):
         return f"a list such as [{', '.join('abc'[: len(inner) if origin is tuple else 2])}]"
     if origin is dict:
-        return "a mapping such as {wli: [a, b, c]}"
+        return f"a mapping such as {{{'name: a' if inner[1] is float else 'wli: [a, b, c]'}}}"
     return {"str": "text", "bool": "true or false"}.get(kind.__name__, kind.__name__)
 
 

@@ -21,6 +21,25 @@ class FinetuneConfig:
         "run folder or checkpoint whose pre-trained encoder to start from; default: this run's "
         'pre-training if there is one; "none": from scratch',
     )
+    encoder: Literal["full", "lora", "frozen"] = option(
+        "full",
+        'how much of the encoders learns: "full"; "lora", low-rank additions to their attention; '
+        '"frozen", nothing: their pooled features are computed once and kept, and fusion and heads '
+        "train on those",
+    )
+    lora_rank: int = option(8, "of each low-rank addition", source="LoRA", above=0, most=1024)
+    lora_alpha: float = option(
+        16.0, "scale of the additions, times finetune.lora_rank", source="LoRA", above=0
+    )
+    augmented_views: int = option(
+        4,
+        "augmented views of each image whose features frozen encoders keep for the student's "
+        "unlabelled rows; 0: the plain view alone",
+        least=0, most=1024,
+    )  # fmt: skip
+    feature_cache: str = option(
+        "", "folder that keeps the features of frozen encoders for other runs; default: none"
+    )
     epochs: int = option(50, "passes over the train rows", above=0)
     steps: int | None = option(None, "optimiser steps; overrides finetune.epochs", above=0)
     select: Literal["best", "last"] = option(

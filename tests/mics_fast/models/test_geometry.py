@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mics_fast.common.errors import InputError
-from mics_fast.models.geometry import Geometry, geometry_of, new_encoder
+from mics_fast.models.geometry import Geometry, as_numbers, from_numbers, geometry_of, new_encoder
 from mics_fast.models.initial_weights import load_initial_weights
 from mics_fast.models.vit import Parts
 
@@ -107,3 +107,16 @@ def test_a_part_that_is_not_supported_is_named(name, shape, sentence):
 def test_a_network_of_another_kind_is_refused():
     with pytest.raises(InputError, match=r"no patch_embed\.proj\.weight"):
         geometry_of("weights", {"conv1.weight": torch.zeros(8, 3, 3, 3)})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_stored_geometry_is_read_back_whole(family):
+    assert from_numbers(as_numbers(geometry(family))) == geometry(family)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("heads", 3), ("width", 0), ("image", 29), ("depth", 10**4), ("width", 66)]
+)
+def test_a_stored_geometry_of_no_network_is_refused(name, value):
+    with pytest.raises(InputError, match="is of no vision transformer"):
+        from_numbers(as_numbers(geometry("plain")) | {name: value})
