@@ -23,7 +23,7 @@ from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.precision import Precision, pick_precision
 from mics_fast.engine.update import Update
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.sizes import size_of
 from mics_fast.options import TrainConfig
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.build import (
@@ -170,7 +170,7 @@ def ladder(config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool
 
     def rung(name: str, way: Way, like: str | None, tolerance: float, but: str = "") -> Rung:
         own = configured(config, way)
-        flops = sum(pretrain_flops(own, SIZES[own.model.size], len(manifest.modalities)).values())
+        flops = sum(pretrain_flops(own, size_of(own.model), len(manifest.modalities)).values())
         kind: Literal["variant", "ladder"] = "ladder" if way.preset == "paper" else "variant"
         build = pretraining(config, manifest, way)
         return Rung(name, build, flops, pairs, kind, way, like, tolerance, but)
@@ -234,7 +234,7 @@ def fine_tuning(
     config: TrainConfig, manifest: Manifest, *, amp: bool, compiles: bool
 ) -> Iterator[Rung]:
     """Yield this project's fine-tuning step, eager and, on request, compiled."""
-    options, size = config.finetune, SIZES[config.model.size]
+    options, size = config.finetune, size_of(config.model)
     sizes = len(manifest.modalities), len(manifest.classes)
     flops = sum(finetune_flops(config, size, *sizes).values())
     pairs = options.labelled_batch + options.unlabelled_batch

@@ -60,7 +60,7 @@ from mics_fast.data.decoding import check_dali
 from mics_fast.data.loaders import TrainLoader
 from mics_fast.data.manifest import Manifest, read_manifest
 from mics_fast.engine.capture import WARM_UP
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.sizes import size_of
 from mics_fast.options import CacheConfig, DataConfig, ModelSize, TrainConfig
 
 BATCHES: dict[ModelSize, int] = {"vit_micro": 32, "vit_tiny": 8, "vit_small": 8, "vit_base": 16}
@@ -334,7 +334,7 @@ def frames_of(manifest: Manifest, config: TrainConfig, device: torch.device) -> 
     """Make batches from all rows of the manifest; random ones without DALI."""
     if not has_dali():
         return random_frames(manifest, config, device)
-    rows, size = list(manifest.rows), SIZES[config.model.size]
+    rows, size = list(manifest.rows), size_of(config.model)
     data = DataConfig(cache=CacheConfig("host"))
     cache = FrameCache(rows, manifest.modalities, data=data, image_size=size.image, device=device)
     cache.fill(rows)
@@ -370,7 +370,7 @@ def has_dali() -> bool:
 def random_frames(manifest: Manifest, config: TrainConfig, device: torch.device) -> Frames:
     """Cycle through four batches of random frames on the device."""
     generator = torch.Generator(device).manual_seed(config.seed)
-    side, names = SIZES[config.model.size].image, manifest.modalities
+    side, names = size_of(config.model).image, manifest.modalities
 
     def views(rows: int) -> dict[str, torch.Tensor]:
         shape = (rows, 3, side, side)

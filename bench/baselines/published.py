@@ -41,7 +41,7 @@ from bench.baselines.albef import albef
 from mics_fast.data.loaders import PairBatch
 from mics_fast.models.discriminator import Discriminator, L2Block
 from mics_fast.models.masked_autoencoder import MaskedDecoder, patch_targets, random_mask
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.sizes import size_of
 from mics_fast.models.vit import Attention, Block, VisionTransformer, pool_tokens, take_rows
 from mics_fast.options import TrainConfig
 from mics_fast.stages.pretrain import PretrainStage
@@ -261,7 +261,7 @@ def published_flops(config: TrainConfig) -> float:
 
     The decompositions are not counted.
     """
-    options, size, width = config.pretrain, SIZES[config.model.size], config.model.projection
+    options, size, width = config.pretrain, size_of(config.model), config.model.projection
     assert options.queue_size is not None
     batch, images = options.batch_size, 2 * options.batch_size
     visible = size.num_patches - round(size.num_patches * options.mask_ratio)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mics_fast.common.anonymity import pseudonym
 from mics_fast.common.errors import InputError
+from mics_fast.common.progress import progress
 from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.shards import read_image
@@ -38,7 +39,7 @@ from mics_fast.evaluation.results import (
     OtherDistribution,
     describe,
 )
-from mics_fast.inference.run_classifier import RunClassifier, load_run, progress, run_manifest
+from mics_fast.inference.run_classifier import RunClassifier, load_run, run_manifest
 from mics_fast.stages.pseudo_labels import accepted_in_the_end
 from mics_fast.training.run import Run
 

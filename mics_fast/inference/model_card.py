@@ -18,6 +18,8 @@ from mics_fast.evaluation.tables import (
 )
 from mics_fast.inference.assessment import assess, summarise
 from mics_fast.inference.run_classifier import RunClassifier, run_manifest
+from mics_fast.models.sizes import network_name
+from mics_fast.models.weights import HUB
 
 NOT_A_DEVICE = (
     "**Not a medical device.** This model has not been validated for clinical use and must not "
@@ -123,10 +125,15 @@ def training_section(classifier: RunClassifier, *, paths: bool) -> str:
     length = f"{options.steps} steps" if options.steps else f"{options.epochs} epochs"
     own = "the pre-training of the same run, if any"
     start = (markdown_text(options.init) if paths else "another run") if options.init else own
+    weights = config.model.init
+    if weights:
+        shown = markdown_text(weights) if paths or weights.startswith(HUB) else "a file"
+        start += f", the encoders begun from the weights of {shown}"
     parameters = sum(p.numel() for p in classifier.model.parameters())
     return (
         "## Training\n\n"
-        f"`{config.model.size}`, {parameters / 1e6:.1f} million parameters, seed {config.seed}; "
+        f"`{network_name(config.model)}`, {parameters / 1e6:.1f} million parameters, "
+        f"seed {config.seed}; "
         f"fine-tuned for {length} from {start}; "
         f"{config.data.normalize} normalisation. All options are in the run's `config.yaml`. "
         "Method: MICS, arXiv 2509.17492, as implemented by mics-fast."

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.progress import progress
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.answers import Answer, Failure, answer
@@ -18,7 +19,7 @@ from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import Opinions
 from mics_fast.evaluation.referral import Rule
 from mics_fast.inference.exported_classifier import SIDECAR, ExportedClassifier
-from mics_fast.inference.run_classifier import load_run, progress
+from mics_fast.inference.run_classifier import load_run
 from mics_fast.inference.samples import Images, array_batch, named_rows, stored_rows
 from mics_fast.options import DataConfig
 from mics_fast.training.run import Run

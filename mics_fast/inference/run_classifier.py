@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.progress import progress
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, read_meta, weights_of
@@ -19,11 +17,11 @@ from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import Opinions, collect_opinions, state_opinions
 from mics_fast.inference.stored_point import stored_point
 from mics_fast.models.classifier import Classifier
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.sizes import size_of
 from mics_fast.options import DataConfig
+from mics_fast.training.build import adapt, attach_encoder, new_classifier
 from mics_fast.training.run import Run, identity
-
-T = TypeVar("T")
+from mics_fast.training.start import read_encoder
 
 
 @dataclass
@@ -58,7 +56,7 @@ class RunClassifier:
 
     @property
     def image_size(self) -> int:
-        return SIZES[self.run.config.model.size].image
+        return size_of(self.run.config.model).image
 
     def state(self, batch: PairBatch) -> Opinions:
         """Compute the opinions on one batch."""
@@ -121,15 +119,12 @@ def load_run(run: Run) -> RunClassifier:
     classes = tuple(meta["classes"])
     known = Manifest(checkpoint, tuple(meta["modalities"]), classes, ())
     state = load_checkpoint(checkpoint, identity(run.config, known, "finetune"))
-    model = Classifier(
-        SIZES[run.config.model.size],
-        known.modalities,
-        len(classes),
-        pool=run.config.model.pool,
-        fusion_depth=run.config.model.fusion_depth,
-    )
+    model = new_classifier(run.config, known.modalities, len(classes))
+    adapt(model, run.config.finetune)
     with fitting(f"checkpoint {checkpoint}"):
         model.load_state_dict(weights_of(state, "average"))
+    if run.config.finetune.encoder == "frozen":
+        attach_encoder(model, read_encoder(run))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     point = stored_point(run.folder, checkpoint, classes)
     return RunClassifier(run, model.to(device).eval(), classes, device, point)
@@ -150,9 +145,3 @@ def with_classes(manifest: Manifest, classes: Sequence[str], whose: object) -> M
     number = {k: classes.index(name) for k, name in enumerate(manifest.classes)}
     rows = tuple(replace(row, label=number.get(row.label, -1)) for row in manifest.rows)
     return replace(manifest, classes=tuple(classes), rows=rows)
-
-
-def progress(items: Iterable[T], title: str, total: int) -> Iterator[T]:
-    """Yield the items, with a progress bar on stderr if that is a terminal."""
-    console = Console(stderr=True)
-    yield from track(items, title, total, console=console, disable=not console.is_terminal)

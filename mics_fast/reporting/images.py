@@ -9,7 +9,7 @@ from mics_fast.common.files import printable
 from mics_fast.data.loaders import PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.answers import answer
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.sizes import size_of
 from mics_fast.reporting import figures, pictures
 from mics_fast.reporting.parts import Subject, grid, section, strip, text
 
@@ -74,7 +74,7 @@ def attention(subject: Subject) -> str:
     """Show the patches of each modality that most affect the answer."""
     model = subject.assessment.classifier.model
     batch = example_batch(subject)
-    weight = pictures.saliency(model, batch, SIZES[subject.run.config.model.size].patch)
+    weight = pictures.saliency(model, batch, size_of(subject.run.config.model).patch)
     shown = []
     for row in range(len(batch.label)):
         total = sum(own[row].sum().item() for own in weight.values())

@@ -22,7 +22,7 @@ from mics_fast.evaluation.opinions import Opinions, collect_opinions
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.masked_autoencoder import patch_targets, random_mask, unpatchify
 from mics_fast.models.pretraining import PretrainModel, paste_patches
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.sizes import size_of
 from mics_fast.models.vit import patchify
 from mics_fast.training.run import Run, identity, pretraining_of
 from mics_kernels import fuse_evidence, opinion
@@ -88,7 +88,7 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
         return None
     state = load_checkpoint(checkpoint, identity(config, manifest, "pretrain"))
     model = PretrainModel(
-        SIZES[config.model.size],
+        size_of(config.model),
         manifest.modalities,
         pool=config.model.pool,
         projection=config.model.projection,

@@ -213,9 +213,9 @@ class FinetuneStage(nn.Module):
         """Advance the averaged weights and the class statistics by this step's batch."""
         # Child by child: each is sharded as a whole or not at all.
         for average, model in zip(self.average.children(), self.model.children(), strict=True):
-            torch._foreach_lerp_(
-                list(average.parameters()), list(model.parameters()), 1 - self.config.ema_momentum
-            )
+            own: list[Tensor] = list(average.parameters())
+            if own:  # frozen encoders have none
+                torch._foreach_lerp_(own, list(model.parameters()), 1 - self.config.ema_momentum)
         if self._seen:
             features, labels, weights = (
                 torch.cat(parts) for parts in zip(*self._seen, strict=True)

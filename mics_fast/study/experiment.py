@@ -30,6 +30,7 @@ from mics_fast.training.run import (
     refuse_other_manifest,
     with_absolute_paths,
 )
+from mics_fast.training.start import with_encoder
 from mics_fast.training.trainer import Trainer
 
 
@@ -79,6 +80,7 @@ def make_cells(train: TrainConfig, grid: ExperimentConfig, out: Path) -> list[Ce
         InputError: a manifest is invalid.
     """
     manifest = read_manifest(Path(train.data.manifest), train.data.modalities)
+    train = with_encoder(train, manifest.modalities)
     labelled_rows(manifest, "test")
     other = ""
     if grid.out_of_distribution:
@@ -97,6 +99,8 @@ def make_cells(train: TrainConfig, grid: ExperimentConfig, out: Path) -> list[Ce
                     folder = pretraining_folder(out, seed, variant)
                     pretraining.seed, pretraining.out = seed, str(folder)
                     config.finetune.init = str(folder)
+                if config.finetune.encoder == "frozen" and not config.finetune.feature_cache:
+                    config.finetune.feature_cache = str(out / "features")
                 config.data.manifest = str(file)
                 config.out = str(file.with_suffix("") / variant)
                 cells.append(Cell(seed, labels, variant, config, pretraining, other))

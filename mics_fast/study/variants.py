@@ -13,6 +13,9 @@
     without-shift                  full without the distribution shift
     without-modality-consistency   full without the agreement between modalities
     fixmatch, freematch            full with that method's rule for pseudo-labels
+    probe                          labelled rows alone, on frozen features of model.init
+    probe+full                     all terms of fine-tuning, on frozen features of model.init
+    lora                           all terms of fine-tuning, the encoders of model.init adapted
 
 A term whose weight is 0 in the options stays off in every variant.
 """
@@ -24,8 +27,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import Manifest
-from mics_fast.models.sizes import SIZES, Size
+from mics_fast.models.sizes import Size, size_of
 from mics_fast.options import TrainConfig, Variant
 from mics_fast.training.build import queue_size, stage_steps
 from mics_fast.training.flops import finetune_flops, pretrain_flops
@@ -72,6 +76,9 @@ RECIPES: dict[Variant, Recipe] = {
     "without-modality-consistency": Recipe({"modality_consistency_weight": 0.0}),
     "fixmatch": Recipe({"pseudo_labels": "fixmatch"}),
     "freematch": Recipe({"pseudo_labels": "freematch"}),
+    "probe": Recipe({**LABELS_ONLY, "encoder": "frozen"}, pretrained=False),
+    "probe+full": Recipe({"encoder": "frozen"}, pretrained=False),
+    "lora": Recipe({"encoder": "lora"}, pretrained=False),
 }
 
 
@@ -82,11 +89,16 @@ def finetuning_of(train: TrainConfig, variant: Variant, manifest: Manifest) -> T
         train: options of the full method.
         variant: name of the variant.
         manifest: training data.
+
+    Raises:
+        InputError: the variant starts from weights, and none are named.
     """
     recipe, config = RECIPES[variant], copy.deepcopy(train)
     config.stage = "finetune"
     for name, value in recipe.finetune.items():
         setattr(config.finetune, name, value)
+    if "encoder" in recipe.finetune and not config.model.init:
+        raise InputError(f"experiment.variants names {variant}, wanted weights in model.init")
     if recipe.as_long_as_full:
         step = finetune_flops(config, *sizes_of(config, manifest))
         config.finetune.steps = round(full_flops(train, manifest) / sum(step.values()))
@@ -115,4 +127,4 @@ def full_flops(train: TrainConfig, manifest: Manifest) -> float:
 
 def sizes_of(train: TrainConfig, manifest: Manifest) -> tuple[Size, int, int]:
     """Return the network size, the number of modalities and the number of classes."""
-    return SIZES[train.model.size], len(manifest.modalities), len(manifest.classes)
+    return size_of(train.model), len(manifest.modalities), len(manifest.classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,10 @@ from mics_fast.engine.optimiser import decay_groups
 from mics_fast.engine.plan import Plan
 from mics_fast.engine.precision import Precision
 from mics_fast.models.classifier import Classifier
-from mics_fast.models.sizes import SIZES
+from mics_fast.models.lora import add_lora
+from mics_fast.models.pooled import PooledEncoder
+from mics_fast.models.sizes import size_of
+from mics_fast.models.vit import VisionTransformer
 from mics_fast.options import FinetuneConfig, PretrainConfig, TrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
@@ -51,7 +55,7 @@ def build_pretraining(
     torch.manual_seed(config.seed)
     stage = PretrainStage(
         options,
-        SIZES[model.size],
+        size_of(model),
         manifest.modalities,
         pool=model.pool,
         projection=model.projection,
@@ -97,8 +101,9 @@ def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> d
 
 
 def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str, Optimizer]:
-    """Make AdamW for a classifier: encoders at ``lr``, heads at ``lr * head_lr_factor``."""
-    named = list(model.named_parameters())
+    """Make AdamW for what a classifier learns: encoders at ``lr``, heads at ``lr *
+    head_lr_factor``."""
+    named = [(name, own) for name, own in model.named_parameters() if own.requires_grad]
     encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
     heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
     groups = decay_groups(encoders, lr=options.lr, weight_decay=options.weight_decay)
@@ -111,13 +116,35 @@ def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str,
 def build_classifier(config: TrainConfig, manifest: Manifest) -> Classifier:
     """Build the classifier that fine-tuning starts from, with weights drawn from the seed."""
     torch.manual_seed(config.seed)
+    return new_classifier(config, manifest.modalities, len(manifest.classes))
+
+
+def new_classifier(config: TrainConfig, modalities: Sequence[str], num_classes: int) -> Classifier:
+    """Build the classifier of a run: without frozen encoders, before ``adapt``."""
+    model, frozen = config.model, config.finetune.encoder == "frozen"
     return Classifier(
-        SIZES[config.model.size],
-        manifest.modalities,
-        len(manifest.classes),
-        pool=config.model.pool,
-        fusion_depth=config.model.fusion_depth,
+        size_of(model),
+        modalities,
+        num_classes,
+        pool=model.pool,
+        fusion_depth=model.fusion_depth,
+        pooled=model.pooled_fusion if frozen else None,
     )
+
+
+def adapt(model: Classifier, options: FinetuneConfig) -> None:
+    """Add low-rank matrices to the encoders, and freeze the rest of them, where asked for."""
+    if options.encoder == "lora":
+        for encoder in model.encoders.values():
+            assert isinstance(encoder, VisionTransformer)
+            add_lora(encoder, rank=options.lora_rank, alpha=options.lora_alpha)
+
+
+def attach_encoder(model: Classifier, encoder: VisionTransformer) -> None:
+    """Make a classifier of frozen features read images."""
+    for own in model.encoders.values():
+        assert isinstance(own, PooledEncoder)
+        own.attach(encoder)
 
 
 def build_finetuning(
@@ -135,7 +162,7 @@ def build_finetuning(
         options,
         model,
         num_classes=len(manifest.classes),
-        width=SIZES[config.model.size].width,
+        width=size_of(config.model).width,
         steps=stage_steps(options, steps_per_epoch),
         seed=config.seed,
         autocast=precision.autocast,
@@ -151,7 +178,7 @@ def build_finetuning(
         device,
         final_lr={"model": FINAL_FINETUNE_LR},
         choose_best=options.select == "best",
-        flops=finetune_flops(config, SIZES[config.model.size], *sizes),
+        flops=finetune_flops(config, size_of(config.model), *sizes),
     )
     return stage, plan
 

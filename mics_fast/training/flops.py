@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import tokens_read
-from mics_fast.options import ModelConfig, TrainConfig
+from mics_fast.options import TrainConfig
 from mics_fast.stages.pretrain import TURBO_SHARE
 
 LONGEST_QUEUE = 65536
@@ -121,7 +121,7 @@ def finetune_flops(
         averaged weights' pseudo-labels) and "shift" (the fusion head on shifted features).
     """
     options = config.finetune
-    model = classifier(size, modalities, classes, config.model)
+    model = classifier(size, modalities, classes, config)
     flops = {"supervised": (model * options.labelled_batch).trained()}
     rows = options.labelled_batch
     if options.unlabelled_weight or options.modality_consistency_weight:
@@ -195,10 +195,15 @@ def contrastive(queries: int, keys: int, width: int) -> float:
     return 3 * 2.0 * queries * keys * width
 
 
-def classifier(size: Size, modalities: int, classes: int, model: ModelConfig) -> Work:
-    """Count one encoder per modality, their fusion and one head per opinion, on one pair."""
+def classifier(size: Size, modalities: int, classes: int, config: TrainConfig) -> Work:
+    """Count one encoder per modality, their fusion and one head per opinion, on one pair; with
+    frozen encoders, fusion and heads alone."""
+    model = config.model
     views, read = modalities + (modalities > 1), tokens_read(model.pool)
     heads = dense(1, size.width, classes) * views
+    if config.finetune.encoder == "frozen":
+        joint = embedding(modalities, size.width, size.width) + dense(1, size.width, size.width)
+        return heads + joint * (modalities > 1)
     if modalities == 1:
         return encoder(size, size.num_patches, read) + heads
     tokens = 1 + modalities * size.num_patches

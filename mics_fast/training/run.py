@@ -15,6 +15,8 @@ from mics_fast.common.locks import lock_folder
 from mics_fast.data.manifest import Manifest, digest_difference
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.log import read_log
+from mics_fast.models.sizes import canonical
+from mics_fast.models.weights import HUB
 from mics_fast.options import TrainConfig
 from mics_fast.options.commands import CONFIG, read_config
 from mics_fast.options.parsing import as_yaml
@@ -26,12 +28,15 @@ FREE_ON_RESUME = {
     "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
     "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
     "data.threads", "data.prefetch", "data.on_bad_file", "shard_parameters",
-    "timeout_minutes",
+    "timeout_minutes", "finetune.feature_cache",
 }  # fmt: skip
 
 
 # Options that may differ between the processes of a run: paths, and shares of their machine.
-OF_ONE_PROCESS = {"out", "data.manifest", "model.init", "finetune.init", "threads", "data.threads"}
+OF_ONE_PROCESS = {
+    "out", "data.manifest", "model.init", "finetune.init", "finetune.feature_cache", "threads",
+    "data.threads",
+}  # fmt: skip
 
 
 class StageResult(TypedDict):
@@ -185,9 +190,12 @@ def refuse_other_manifest(folder: Path, manifest: Manifest) -> None:
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     """Make the paths of a run absolute, so that it can be resumed from any folder."""
-    return with_paths(
-        config, lambda path: os.path.abspath(path) if path not in ("", "none") else path
-    )
+
+    def absolute(path: str) -> str:
+        named = path in ("", "none") or path.startswith(HUB)
+        return path if named else os.path.abspath(path)
+
+    return with_paths(config, absolute)
 
 
 def with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig:
@@ -196,7 +204,11 @@ def with_paths(config: TrainConfig, change: Callable[[str], str]) -> TrainConfig
         config,
         data=replace(config.data, manifest=change(config.data.manifest)),
         model=replace(config.model, init=change(config.model.init)),
-        finetune=replace(config.finetune, init=change(config.finetune.init)),
+        finetune=replace(
+            config.finetune,
+            init=change(config.finetune.init),
+            feature_cache=change(config.finetune.feature_cache),
+        ),
     )
 
 
@@ -230,14 +242,28 @@ def find_pretraining(path: Path) -> Path:
 
 def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
     """Return the ``meta.json`` entries that identify a model; weights fit only if all agree."""
-    model = asdict(config.model)
+    model = asdict(canonical(config.model))
     for name in ("init", "init_prefix"):  # the origin of the weights does not change their shape
         model.pop(name)
     model.pop("activation_checkpointing")  # changes memory, not weights
+    for name in ("image", "geometry"):
+        if not model[name]:  # as in runs from before there was a choice
+            model.pop(name)
+    if "geometry" in model:
+        model.pop("size")
     if stage == "pretrain":
         model.pop("fusion_depth")
+        model.pop("pooled_fusion")
         return {"stage": stage, "model": model, "modalities": list(manifest.modalities)}
     model.pop("projection")
+    options = config.finetune
+    if options.encoder == "frozen":
+        model.pop("fusion_depth")
+        model["encoder"] = "frozen"
+    else:
+        model.pop("pooled_fusion")
+    if options.encoder == "lora":
+        model["encoder"] = f"lora of rank {options.lora_rank}, alpha {options.lora_alpha:g}"
     return {
         "stage": stage,
         "model": model,

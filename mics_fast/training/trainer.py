@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+
+from torch import nn
 
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import check_dali
+from mics_fast.data.features import FeatureLoader, FeaturePass, FeatureRows, Features
 from mics_fast.data.loaders import EvalLoader, PairBatch, TrainLoader
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.manifest_checks import check_manifest
@@ -30,10 +34,10 @@ from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
 from mics_fast.evaluation.metrics import prediction_metrics
 from mics_fast.evaluation.opinions import collect_opinions
-from mics_fast.models.classifier import Classifier, check_modality_names
-from mics_fast.models.initial_weights import load_initial_weights
-from mics_fast.models.sizes import SIZES
-from mics_fast.models.vit import checkpoint_activations
+from mics_fast.models.classifier import Classifier, check_modality_names, load_encoders
+from mics_fast.models.pooled import PooledEncoder
+from mics_fast.models.sizes import SIZES, network_name, size_of
+from mics_fast.models.vit import VisionTransformer, checkpoint_activations
 from mics_fast.options import FinetuneConfig, PretrainConfig, TrainConfig, wants_unlabelled
 from mics_fast.options.checks import (
     check_batches,
@@ -48,11 +52,13 @@ from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.health import closing_warnings
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.build import (
+    adapt,
     build_classifier,
     build_finetuning,
     build_pretraining,
     pick_device,
 )
+from mics_fast.training.features import BATCH, FeatureMaker
 from mics_fast.training.neighbours import bounded, in_words, neighbour_accuracy
 from mics_fast.training.run import (
     Run,
@@ -60,6 +66,13 @@ from mics_fast.training.run import (
     manifest_entries,
     pretraining_of,
     shared_options,
+)
+from mics_fast.training.start import (
+    ENCODER,
+    load_start,
+    read_encoder,
+    with_encoder,
+    write_encoder,
 )
 
 Batches = Iterator[tuple[PairBatch, ...]]
@@ -105,6 +118,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
         check_dali()
         refuse_differences(shared_options(config) | manifest_entries(manifest))
+        given = config
+        config = from_first(lambda: with_encoder(given, manifest.modalities))
         self.config, self.manifest = config, manifest
         self.rows = manifest.select("train")
         if not self.rows:
@@ -117,11 +132,11 @@ class Trainer:
             check_labels(manifest)
         self.device = pick_device(config.device)
         check_cuda_graph(config, self.device.type, world_size())
-        self.size = SIZES[config.model.size]
+        self.size = size_of(config.model)
         if self.device.type == "cpu" and self.size.width >= SIZES["vit_base"].width:
             say(
-                f"{config.model.size} on a CPU: a step takes minutes, and at the default batch "
-                "tens of GB; --config configs/demo.yaml has a network for a CPU"
+                f"{network_name(config.model)} on a CPU: a step takes minutes, and at the default "
+                "batch tens of GB; --config configs/demo.yaml has a network for a CPU"
             )
         self.precision = pick_precision(config.precision, self.device)
         check_dtype(config, self.precision.name)
@@ -143,7 +158,7 @@ class Trainer:
         )
         if init:
             encoders = (stage.model.encoder, stage.model.teacher_encoder)
-            say(load_initial_weights(Path(init), encoders, self.config.model.init_prefix))
+            say(load_start(self.config.model, encoders))
 
         def batches(step: int) -> Batches:
             teacher = options.consistency_weight > 0 and options.teacher_views == "independent"
@@ -159,22 +174,27 @@ class Trainer:
             say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
         model = build_classifier(self.config, self.manifest)
-        self._load_encoder(model)
+        kept = None
+        if options.encoder == "frozen":
+            kept = self._keep_features(model)
+        else:
+            self._start(model.encoders.values())
+            adapt(model, options)
         stage, plan = build_finetuning(
             self.config, self.manifest, model, len(self.rows), self.precision, self.device
         )
 
+        make = self._loader if kept is None else self._feature_loader(kept[0])
+
         def batches(step: int) -> Batches:
             balanced = options.sampling == "balanced"
-            loaders = [
-                self._loader(labelled, options.labelled_batch, options, step, balanced=balanced)
-            ]
+            loaders = [make(labelled, options.labelled_batch, options, step, balanced=balanced)]
             if wants_unlabelled(options):
                 size = options.unlabelled_batch
-                loaders.append(self._loader(self.rows, size, options, step, strong=True))
+                loaders.append(make(self.rows, size, options, step, strong=True))
             return zip(*loaders, strict=True)
 
-        return self._run(stage, plan, batches, self._validation(stage))
+        return self._run(stage, plan, batches, self._validation(stage, kept and kept[1]))
 
     def _run(
         self,
@@ -228,9 +248,9 @@ class Trainer:
         accumulate = getattr(options, stage).accumulate
         return (
             f"{stage} ran out of memory on {self.device} with {batch}, accumulate {accumulate}, "
-            f"model.size {options.model.size}; raise {stage}.accumulate (the same batch in smaller "
+            f"{network_name(options.model)}; raise {stage}.accumulate (the same batch in smaller "
             "parts), set model.activation_checkpointing true, or lower the batch, data.prefetch, "
-            "data.cache.side or model.size"
+            "data.cache.side, model.image or model.size"
         )
 
     def _cache(self) -> FrameCache | None:
@@ -255,6 +275,7 @@ class Trainer:
         strong: bool = False,
         balanced: bool = False,
         teacher: bool = False,
+        alone: bool = False,
     ) -> TrainLoader:
         loader = TrainLoader(
             rows,
@@ -268,21 +289,33 @@ class Trainer:
             strong=strong,
             balanced=balanced,
             device=self.device,
-            rank=rank(),
-            world_size=world_size(),
-            parts=options.accumulate,
+            rank=0 if alone else rank(),
+            world_size=1 if alone else world_size(),
+            parts=1 if alone else options.accumulate,
             cache=self.cache,
             teacher=teacher,
         )
         self.loaders.append(loader)
         return loader
 
-    def _validation(self, stage: FinetuneStage) -> Callable[[], dict[str, float]] | None:
-        """Return a function that scores the averaged model on the val rows; None without any."""
-        rows = [row for row in self.manifest.select("val") if row.label >= 0]
+    def _validation(
+        self, stage: FinetuneStage, kept: Features | None
+    ) -> Callable[[], dict[str, float]] | None:
+        """Return a function that scores the averaged model on the val rows; None without any.
+
+        Args:
+            stage: fine-tuning.
+            kept: features of the val rows, where it reads features.
+        """
+        rows = self._val_rows()
         if not rows:
             return None
-        loader = self._eval_loader(rows, self.config.finetune.unlabelled_batch)
+        size = self.config.finetune.unlabelled_batch
+        loader: Iterable[PairBatch] = (
+            self._eval_loader(rows, size)
+            if kept is None
+            else FeaturePass(FeatureRows(kept, rows, self.device), size)
+        )
 
         def validate() -> dict[str, float]:
             metrics = prediction_metrics(collect_opinions(stage.average, loader).fused())
@@ -299,7 +332,7 @@ class Trainer:
         Args:
             stage: not yet trained.
         """
-        val = [row for row in self.manifest.select("val") if row.label >= 0]
+        val = self._val_rows()
         labelled = [row for row in self.rows if row.labelled]
         if not val or not labelled:
             return None
@@ -325,6 +358,9 @@ class Trainer:
 
         return validate
 
+    def _val_rows(self) -> list[Row]:
+        return [row for row in self.manifest.select("val") if row.label >= 0]
+
     def _eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader:
         return EvalLoader(
             rows,
@@ -335,21 +371,89 @@ class Trainer:
             device=self.device,
         )
 
-    def _load_encoder(self, model: Classifier) -> None:
-        """Load the encoders from the pre-training that ``finetune.init`` names, if any."""
+    def _start(self, encoders: Iterable[nn.Module]) -> bool:
+        """Load encoders from the pre-training that ``finetune.init`` names, else from
+        ``model.init``; return whether there is either."""
+        encoders = list(encoders)
         checkpoint = from_first(lambda: pretraining_of(self.run))
         if checkpoint is None:
             say("fine-tuning without pre-training")
             if self.config.model.init:
-                encoders = [model.encoders[name] for name in model.modalities]
-                file, prefix = Path(self.config.model.init), self.config.model.init_prefix
-                say(load_initial_weights(file, encoders, prefix))
-            return
+                say(load_start(self.config.model, encoders))
+            return bool(self.config.model.init)
         expected = identity(self.config, self.manifest, "pretrain")
         state = from_first(lambda: load_checkpoint(checkpoint, expected))
         with fitting(f"checkpoint {checkpoint}"):
-            model.load_encoder(weights_of(state, "model.encoder"))
+            load_encoders(encoders, weights_of(state, "model.encoder"))
         say(f"fine-tuning from {checkpoint}")
+        return True
+
+    def _frozen_encoder(self) -> VisionTransformer:
+        """The encoder whose features the run reads: its own where it goes on.
+
+        Raises:
+            InputError: there are no weights to start from.
+        """
+        if from_first(lambda: (self.run.folder / ENCODER).exists()):
+            return read_encoder(self.run)
+        encoder = self.size.encoder().eval()
+        if not self._start([encoder]):
+            raise InputError(
+                "option finetune.encoder is frozen, wanted weights to start from: model.init, "
+                "pre-training, or finetune.init"
+            )
+        if rank() == 0:
+            write_encoder(self.run, encoder)
+        return encoder
+
+    def _keep_features(self, model: Classifier) -> tuple[Features, Features]:
+        """Features of the train and of the val rows, by which the classifier standardises.
+
+        One process computes them for all.
+        """
+        options, rows, val = self.config.finetune, self.rows, self._val_rows()
+        maker = FeatureMaker(
+            self._frozen_encoder().to(self.device),
+            self.config.model.pool,
+            self.precision,
+            self.manifest.modalities,
+            self.data,
+            Path(options.feature_cache) if options.feature_cache else None,
+        )
+        count = options.augmented_views if wants_unlabelled(options) else 0
+        say(f"features of {len(rows)} train rows ({count} augmented views) and {len(val)} val rows")
+
+        def make() -> tuple[Features, Features]:
+            plain = maker.plain(self._eval_loader(rows, BATCH), rows)
+            stream = partial(self._loader, plain.rows, BATCH, options, 0, strong=True, alone=True)
+            train = maker.augmented(stream, plain, count, options.augment, self.config.seed)
+            return train, maker.plain(self._eval_loader(val, BATCH), val) if val else train
+
+        train, held = from_first(make)
+        for column, (name, own) in enumerate(train.plain.items()):
+            encoder = model.encoders[name]
+            assert isinstance(encoder, PooledEncoder)
+            encoder.standardise(own[train.present[:, column]])
+        return train, held
+
+    def _feature_loader(self, kept: Features) -> Callable[..., FeatureLoader]:
+        """Makes loaders of kept features as ``_loader`` makes those of images."""
+
+        def make(
+            rows: Sequence[Row], batch_size: int, options: FinetuneConfig, step: int, **how: bool
+        ) -> FeatureLoader:
+            return FeatureLoader(
+                FeatureRows(kept, rows, self.device),
+                batch_size,
+                seed=self.config.seed,
+                step=step,
+                rank=rank(),
+                world_size=world_size(),
+                parts=options.accumulate,
+                **how,
+            )
+
+        return make
 
 
 def say(sentence: str) -> None:

@@ -6,21 +6,23 @@ from typing import get_args
 
 import pytest
 
+from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import read_manifest
 from mics_fast.models.sizes import SIZES
 from mics_fast.options import TrainConfig, Variant
 from mics_fast.study.variants import RECIPES, finetuning_of, pretraining_of
 from mics_fast.training.flops import finetune_flops, pretrain_flops
 
-LABELS_ONLY = ["supervised", "supervised-long", "reconstruction", "pretraining"]
-SCRATCH = ["supervised", "supervised-long", "pseudo-labels", "without-pretraining"]
+LABELS_ONLY = ["supervised", "supervised-long", "reconstruction", "pretraining", "probe"]
+WEIGHTS = ["probe", "probe+full", "lora"]
+SCRATCH = ["supervised", "supervised-long", "pseudo-labels", "without-pretraining", *WEIGHTS]
 
 
 @pytest.fixture
 def train():
     """The full method with every term on."""
     config = TrainConfig()
-    config.model.size = "vit_nano"
+    config.model.size, config.model.init = "vit_nano", "weights.safetensors"
     config.pretrain.steps, config.finetune.steps = 40, 60
     config.pretrain.batch_size, config.pretrain.queue_size = 8, 16
     config.pretrain.consistency_weight = config.pretrain.adversarial_weight = 1.0
@@ -63,6 +65,19 @@ def test_a_variant_has_the_pre_training_that_its_name_says(train, variant):
     assert (stage.consistency_weight == 0) == (alone or variant == "without-consistency")
     assert (stage.adversarial_weight == 0) == (alone or variant == "without-adversary")
     assert stage.reconstruction_weight > 0 and config.stage == "pretrain"
+
+
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_a_variant_trains_as_much_of_the_encoders_as_its_name_says(train, manifest, variant):
+    wanted = {"probe": "frozen", "probe+full": "frozen", "lora": "lora"}.get(variant, "full")
+    assert finetuning_of(train, variant, manifest).finetune.encoder == wanted
+
+
+@pytest.mark.parametrize("variant", WEIGHTS)
+def test_a_variant_that_starts_from_weights_is_refused_without_any(train, manifest, variant):
+    train.model.init = ""
+    with pytest.raises(InputError, match=r"wanted weights in model\.init"):
+        finetuning_of(train, variant, manifest)
 
 
 def test_long_training_costs_as_much_as_both_stages_of_the_full_method(train, manifest):
