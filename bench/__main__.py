@@ -33,7 +33,7 @@ from bench.rows import Machine, Options, Row, StoredPeaks
 from bench.timing import rows_of, take_turns
 
 OPERATORS = ("evidential", "consistency", "shift")
-SUBJECTS = (*OPERATORS, "pipeline", "training", "host")
+SUBJECTS = (*OPERATORS, "features", "pipeline", "training", "host")
 
 
 @dataclass(frozen=True)

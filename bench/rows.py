@@ -15,7 +15,7 @@ class Row(TypedDict, total=False):
     A row has only the columns of its subject. A row with ``absent`` has no figures.
     """
 
-    subject: str  # evidential, consistency, shift, pipeline, training or host
+    subject: str  # evidential, consistency, shift, features, pipeline, training or host
     operator: str
     shape: str  # the size, in words
     batch: int  # rows, for plots
