@@ -1,4 +1,5 @@
-# make demo | test | lint | docs | fuzz | drill | bench | tables | gpu | check-kernels | check-wheel | clean
+# make demo | test | lint | docs | fuzz | drill | bench | tables | gpu | check-kernels | check-encoders | check-wheel |
+# clean
 # Everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -8,7 +9,8 @@ INSTALLED := .venv/.installed
 # The tools of the build, too; pip 25.3 and later read the second name.
 PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt
 
-.PHONY: demo test test-native lint docs fuzz drill bench tables gpu check-kernels check-wheel clean
+.PHONY: demo test test-native lint docs fuzz drill bench tables gpu check-kernels check-encoders check-wheel \
+	clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
@@ -64,6 +66,12 @@ gpu:
 TRITON ?= installed
 check-kernels: $(INSTALLED)
 	$(PY) -m tools.check_kernels --triton $(TRITON)
+
+# Compares the encoder with `transformers`, family by family, on random weights. With an exported DINOv2:
+# make check-encoders ENCODERS="--onnx FILE --images FOLDER"
+check-encoders: $(INSTALLED)
+	$(PINNED) $(PY) -m pip install --quiet --constraint constraints.txt transformers
+	$(PY) -m tools.check_encoders $(ENCODERS)
 
 # Before a release: installs wheel and sdist in fresh environments with two versions of torch.
 check-wheel:

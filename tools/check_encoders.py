@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mics_fast.models.geometry import geometry_of, new_encoder
 from mics_fast.models.initial_weights import load_initial_weights
+from tools.onnx_weights import timm_state
 
 TOLERANCE = 1e-4  # of the norm of all tokens
 LAYERS, WIDTH, HEADS, HIDDEN = 3, 128, 2, 256
@@ -201,47 +202,10 @@ def compare_onnx(file: Path, images: Callable[[int], Tensor]) -> dict[int, float
     """Return image side -> relative difference from ONNX Runtime for an exported DINOv2."""
     import onnx
     import onnxruntime
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     model = onnx.load(file)
-    tensors = {t.name: torch.tensor(numpy_helper.to_array(t)) for t in model.graph.initializer}
-    inputs = {node.name: list(node.input) for node in model.graph.node}
-
-    def matrix(layer: int, part: str) -> Tensor:
-        names = inputs[f"/backbone/encoder/layer.{layer}/{part}/MatMul"]
-        return tensors[next(name for name in names if name in tensors)].T
-
-    state = {
-        "cls_token": tensors["backbone.embeddings.cls_token"],
-        "norm.weight": tensors["backbone.layernorm.weight"],
-        "norm.bias": tensors["backbone.layernorm.bias"],
-    }
-    for kind in ("weight", "bias"):
-        source = f"backbone.embeddings.patch_embeddings.projection.{kind}"
-        state[f"patch_embed.proj.{kind}"] = tensors[source]
-    count = 0
-    while f"backbone.encoder.layer.{count}.norm1.weight" in tensors:
-        old, new = f"backbone.encoder.layer.{count}.", f"blocks.{count}."
-        parts = [f"attention/attention/{name}" for name in ("query", "key", "value")]
-        state[f"{new}attn.qkv.weight"] = torch.cat([matrix(count, part) for part in parts])
-        state[f"{new}attn.qkv.bias"] = torch.cat(
-            [tensors[old + part.replace("/", ".") + ".bias"] for part in parts]
-        )
-        for name, part in (("attn.proj", "attention/output/dense"), ("mlp.fc1", "mlp/fc1"),
-                           ("mlp.fc2", "mlp/fc2")):  # fmt: skip
-            state[f"{new}{name}.weight"] = matrix(count, part)
-            state[f"{new}{name}.bias"] = tensors[old + part.replace("/", ".") + ".bias"]
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"):
-            state[new + name] = tensors[old + name]
-        for number in (1, 2):
-            state[f"{new}ls{number}.gamma"] = tensors[f"{old}layer_scale{number}.lambda1"]
-        count += 1
-    width = state["norm.weight"].numel()
-    # The exporter folded the positions into unnamed constants.
-    folded = [t for name, t in tensors.items() if t.ndim == 3 and t.shape[-1] == width
-              and name.startswith("onnx::")]  # fmt: skip
-    state["pos_embed"] = torch.cat(sorted(folded, key=lambda t: t.shape[1]), dim=1)
-
+    state = timm_state(model)
     last = next(node for node in model.graph.node if "backbone.layernorm.bias" in node.input)
     del model.graph.output[:], model.graph.value_info[:]
     model.graph.output.append(helper.make_tensor_value_info(last.output[0], 1, None))
