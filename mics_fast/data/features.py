@@ -32,11 +32,11 @@ class Features:
 
     @property
     def views(self) -> int:
-        """Number K of augmented views."""
+        """Return the number K of augmented views."""
         return len(next(iter(self.augmented.values()))) // max(1, len(self.rows))
 
     def to(self, device: torch.device) -> Features:
-        """The same on a device."""
+        """Move all features to a device."""
         moved = [
             {n: own.to(device) for n, own in of.items()} for of in (self.plain, self.augmented)
         ]
@@ -71,7 +71,7 @@ class FeatureRows:
         return torch.tensor(numbers, dtype=torch.int64).to(self._device)
 
     def batch(self, at: Sequence[int], augmented: Sequence[int] | None = None) -> PairBatch:
-        """The batch of some of the rows.
+        """Return the batch of some of the rows.
 
         Args:
             at: their positions in ``rows``.

@@ -152,7 +152,7 @@ def _refuse_unknown_parts(source: str, tensors: Mapping[str, Tensor], geometry: 
 
 
 def as_numbers(geometry: Geometry) -> dict[str, float]:
-    """A geometry as a configuration stores it: names and numbers, without mean and std."""
+    """Return a geometry as a configuration stores it: names and numbers, without mean and std."""
     fields = asdict(geometry)
     parts = fields.pop("parts")
     del fields["mean"], fields["std"]
@@ -162,7 +162,7 @@ def as_numbers(geometry: Geometry) -> dict[str, float]:
 
 
 def from_numbers(numbers: Mapping[str, float]) -> Geometry:
-    """The inverse of ``as_numbers``.
+    """Return the geometry that ``as_numbers`` stored.
 
     Raises:
         InputError: a number is missing, unknown, or none that a network can have.

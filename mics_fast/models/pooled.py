@@ -43,7 +43,7 @@ class PooledEncoder(nn.Module):
             self.scale.copy_((variance + 1e-6).rsqrt())
 
     def forward(self, images: Tensor, *, wanted: int | None = None) -> Tensor:
-        """(B, 3, H, W) images, or (B, width) features without an encoder -> (B, 1, width)."""
+        """Map (B, 3, H, W) images, or (B, width) features without an encoder, to (B, 1, width)."""
         features = images
         if self.encoder is not None:
             features = pooled(self.encoder, images, self.pool)
@@ -51,7 +51,7 @@ class PooledEncoder(nn.Module):
 
 
 def pooled(encoder: VisionTransformer, images: Tensor, pool: Pool) -> Tensor:
-    """The feature of each image, (B, 3, H, W) -> (B, width) float32."""
+    """Compute the feature of each image, (B, 3, H, W) -> (B, width) float32."""
     return pool_tokens(encoder(images, wanted=tokens_read(pool)), pool).float()
 
 

@@ -63,7 +63,7 @@ SIZES: dict[ModelSize, Size] = {
 
 
 def size_of(model: ModelConfig) -> Size:
-    """The networks of a run: around the encoder that ``model.init`` named, else of ``model.size``.
+    """Return the networks of a run: of ``model.geometry`` if given, else of ``model.size``.
 
     Raises:
         InputError: ``model.image`` is no multiple of the patch, or ``model.geometry`` is of no
@@ -80,7 +80,7 @@ def size_of(model: ModelConfig) -> Size:
 
 
 def around(geometry: Geometry) -> Size:
-    """An encoder with the decoder and discriminator of the widest built-in one that is no wider."""
+    """Combine an encoder with decoder and discriminator of the widest size that is not wider."""
     narrower = [size for size in SIZES.values() if size.width <= geometry.width]
     like = max(narrower or [SIZES["vit_nano"]], key=lambda size: size.width)
     parts = geometry.parts
@@ -98,8 +98,10 @@ def around(geometry: Geometry) -> Size:
 
 
 def canonical(model: ModelConfig) -> ModelConfig:
-    """The same networks, by the name of a built-in size and without its own image side where they
-    are of one: what a run is compared by, wherever its weights began."""
+    """Name the networks by a built-in size if they are of one, without its default image side.
+
+    Runs are compared in this form, so that the origin of their weights makes no difference.
+    """
     size = size_of(model)
     names = (name for name, own in SIZES.items() if replace(size, image=own.image) == own)
     name = next(names, None)
@@ -110,7 +112,7 @@ def canonical(model: ModelConfig) -> ModelConfig:
 
 
 def network_name(model: ModelConfig) -> str:
-    """What to call the encoders of a run in a sentence."""
+    """Return what to call the encoders of a run in a sentence."""
     if not model.geometry:
         return model.size
     size = size_of(model)

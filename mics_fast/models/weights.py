@@ -75,7 +75,7 @@ def _of_hub(init: str) -> Weights:
 def _download(
     repository: str, name: str, revision: str | None, *, may_lack: bool = False
 ) -> Path | None:
-    """The cached file of a repository; None where it lacks the file and may.
+    """Download a file of a repository into the cache; return None if it is lacking and may be.
 
     Raises:
         InputError: no such repository, revision or file, or no way to get it.
@@ -116,7 +116,7 @@ def _download(
 
 
 def _read_config(file: Path) -> Mapping[str, Any]:
-    """The content of a ``config.json``.
+    """Read a ``config.json``.
 
     Raises:
         InputError: it is no JSON object.

@@ -63,7 +63,7 @@ class FeatureMaker:
         self.modalities, self.data, self.folder = tuple(modalities), data, folder
 
     def plain(self, loader: EvalLoader, rows: Sequence[Row]) -> Features:
-        """Features of whole frames; rows without a usable image are left out."""
+        """Compute the features of whole frames; rows without a usable image are dropped."""
 
         def compute() -> Tensors:
             found = [self._encode(batch, batch.views) for batch in
@@ -120,7 +120,7 @@ class FeatureMaker:
 
     @torch.no_grad()
     def _encode(self, batch: PairBatch, views: Mapping[str, Tensor]) -> Tensors:
-        """Features of one batch, in main memory."""
+        """Compute the features of one batch, in main memory."""
         images = torch.cat([views[name] for name in self.modalities])
         half = self.precision.autocast
         with torch.autocast(images.device.type, half, enabled=half is not None):
@@ -135,7 +135,7 @@ class FeatureMaker:
     def _kept(
         self, how: Mapping[str, Any], rows: Sequence[Row], compute: Callable[[], Tensors]
     ) -> Tensors:
-        """What a file in the folder holds, or what is computed now and written to it."""
+        """Read features from their file in the folder, or compute and store them."""
         if self.folder is None:
             return compute()
         file = self.folder / f"{self._digest(how, rows)}.safetensors"
@@ -168,7 +168,7 @@ class FeatureMaker:
 
 
 def digest_of(state: Mapping[str, Tensor]) -> str:
-    """A digest of tensors and their names."""
+    """Return a digest of tensors and their names."""
     whole = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         own = tensor.detach().cpu().contiguous()
@@ -178,7 +178,7 @@ def digest_of(state: Mapping[str, Tensor]) -> str:
 
 
 def content_of(file: Path | None) -> str:
-    """A digest of the bytes of an image; empty where there is none that can be read."""
+    """Return a digest of the bytes of an image; empty if there is none that can be read."""
     if file is not None:
         with suppress(OSError, RefusedImage):
             return hashlib.sha256(read_image(file).data).hexdigest()

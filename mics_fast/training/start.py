@@ -43,6 +43,11 @@ def with_encoder(config: TrainConfig, modalities: Sequence[str]) -> TrainConfig:
     weights = find_weights(model.init)
     tensors = unwrapped(weights.file, read_tensors(weights.file), model.init_prefix)
     found = geometry_of(f"model.init {weights.name}", tensors, weights.config)
+    if config.finetune.encoder != "full" and "cls_token" not in tensors:
+        raise InputError(
+            f"model.init {weights.name} has no class token (cls_token), wanted one where "
+            f"finetune.encoder is {config.finetune.encoder}: a new one would never be trained"
+        )
     geometry = _with_heads(found, model, weights.config.get("model_args", {}))
     data = config.data
     if geometry.mean and geometry.std and data.normalize == "fixed":
@@ -54,14 +59,14 @@ def with_encoder(config: TrainConfig, modalities: Sequence[str]) -> TrainConfig:
 
 
 def _with_heads(geometry: Geometry, model: ModelConfig, stated: dict) -> Geometry:
-    """No tensor shows the number of heads: that of ``model.size``, if the file's encoder is it."""
+    """Take the number of heads from ``model.size`` if the encoder is of that size."""
     like = SIZES[model.size]
     same = (like.width, like.depth, like.patch) == (geometry.width, geometry.depth, geometry.patch)
     return replace(geometry, heads=like.heads) if same and "num_heads" not in stated else geometry
 
 
 def load_start(model: ModelConfig, encoders: Sequence[nn.Module]) -> str:
-    """Start encoders from what ``model.init`` names; a sentence on what matched.
+    """Load encoders from what ``model.init`` names; return a sentence on what matched.
 
     Raises:
         InputError: as ``find_weights`` and ``load_initial_weights``.
@@ -70,14 +75,14 @@ def load_start(model: ModelConfig, encoders: Sequence[nn.Module]) -> str:
 
 
 def write_encoder(run: Run, encoder: VisionTransformer) -> None:
-    """Keep the frozen encoder of a run beside its checkpoints, which hold the rest."""
+    """Store the frozen encoder of a run beside its checkpoints, which hold the rest."""
     with renamed(run.folder / ENCODER) as partial:
         state = encoder.state_dict()
         save_file({name: own.cpu().contiguous() for name, own in state.items()}, partial)
 
 
 def read_encoder(run: Run) -> VisionTransformer:
-    """The frozen encoder of a run, in evaluation mode.
+    """Load the frozen encoder of a run, in evaluation mode.
 
     Raises:
         InputError: it is gone, damaged, or of another network than the options say.

@@ -132,6 +132,15 @@ def test_frozen_random_weights_are_refused(few_steps, phantom_manifest, tmp_path
                     "--out", str(tmp_path / "run")])  # fmt: skip
 
 
+def test_weights_without_a_class_token_are_refused(few_steps, phantom_manifest, weights, tmp_path):
+    """A new class token would stay random: the features would be of another network."""
+    state = load_file(weights / "model.safetensors")
+    del state["cls_token"]
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"has no class token .* finetune\.encoder is frozen"):
+        command(few_steps, phantom_manifest, tmp_path / "run", tmp_path)
+
+
 def test_pre_training_may_come_before(few_steps, phantom_manifest, trained_run, tmp_path):
     train.main([*few_steps, *FROZEN, "--finetune.init", str(trained_run), "--model.pooled_fusion",
                 "bilinear", "--data.manifest", str(phantom_manifest),
