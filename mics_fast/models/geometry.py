@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -60,9 +61,8 @@ def geometry_of(
         InputError: not a vision transformer, or one with an unsupported part.
     """
     config = config or {}
-    stated = config.get("pretrained_cfg", config)
+    stated = _mapping(config.get("pretrained_cfg", config))
     architecture = str(config.get("architecture", stated.get("architecture", "")))
-    arguments = config.get("model_args", {})
     width, channels, patch, across = _shape(source, tensors, "patch_embed.proj.weight", 4)
     if channels != 3 or patch != across:
         raise InputError(
@@ -70,7 +70,7 @@ def geometry_of(
             f"{patch} x {across}, wanted 3 channels and square patches"
         )
     depth = len({match[1] for match in map(_BLOCK.match, tensors) if match})
-    heads = int(arguments.get("num_heads") or _HEADS.get(width, max(1, width // _HEAD_WIDTH)))
+    heads = stated_heads(config) or _HEADS.get(width, max(1, width // _HEAD_WIDTH))
     if not depth or width % heads:
         raise InputError(f"{source} has {depth} blocks of width {width} and {heads} heads")
     registers = tensors["reg_token"].shape[1] if "reg_token" in tensors else 0
@@ -126,8 +126,20 @@ def _positions(source: str, count: int, registers: int) -> tuple[int, int]:
     )
 
 
+def stated_heads(config: Mapping[str, Any]) -> int:
+    """Return the number of heads that a ``config.json`` states; 0: none."""
+    heads = _mapping(config.get("model_args")).get("num_heads")
+    return heads if isinstance(heads, int) and heads > 0 else 0
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
 def _triple(values: Any) -> tuple[float, float, float] | None:
     if not isinstance(values, list | tuple) or len(values) != 3:
+        return None
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         return None
     first, second, third = (float(value) for value in values)
     return first, second, third

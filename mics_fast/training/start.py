@@ -12,12 +12,12 @@ from torch import nn
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import renamed
 from mics_fast.engine.checkpoint import fitting
-from mics_fast.models.geometry import Geometry, as_numbers, geometry_of
+from mics_fast.models.geometry import Geometry, as_numbers, geometry_of, stated_heads
 from mics_fast.models.initial_weights import load_initial_weights, read_tensors, unwrapped
 from mics_fast.models.sizes import SIZES, size_of
 from mics_fast.models.vit import VisionTransformer
 from mics_fast.models.weights import find_weights
-from mics_fast.options import ModelConfig, TrainConfig
+from mics_fast.options import ModelConfig, TrainConfig, check_config
 from mics_fast.training.run import Run
 
 ENCODER = "encoder.safetensors"  # in the folder of a run with frozen encoders
@@ -48,21 +48,23 @@ def with_encoder(config: TrainConfig, modalities: Sequence[str]) -> TrainConfig:
             f"model.init {weights.name} has no class token (cls_token), wanted one where "
             f"finetune.encoder is {config.finetune.encoder}: a new one would never be trained"
         )
-    geometry = _with_heads(found, model, weights.config.get("model_args", {}))
+    geometry = found if stated_heads(weights.config) else _with_heads(found, model)
     data = config.data
     if geometry.mean and geometry.std and data.normalize == "fixed":
         mean = dict.fromkeys(modalities, geometry.mean) | data.mean
         std = dict.fromkeys(modalities, geometry.std) | data.std
         data = replace(data, mean=mean, std=std)
     model = replace(model, init=weights.name, geometry=as_numbers(geometry))
-    return replace(config, model=model, data=data)
+    config = replace(config, model=model, data=data)
+    check_config(config)
+    return config
 
 
-def _with_heads(geometry: Geometry, model: ModelConfig, stated: dict) -> Geometry:
+def _with_heads(geometry: Geometry, model: ModelConfig) -> Geometry:
     """Take the number of heads from ``model.size`` if the encoder is of that size."""
     like = SIZES[model.size]
     same = (like.width, like.depth, like.patch) == (geometry.width, geometry.depth, geometry.patch)
-    return replace(geometry, heads=like.heads) if same and "num_heads" not in stated else geometry
+    return replace(geometry, heads=like.heads) if same else geometry
 
 
 def load_start(model: ModelConfig, encoders: Sequence[nn.Module]) -> str:

@@ -109,6 +109,18 @@ def test_a_network_of_another_kind_is_refused():
         geometry_of("weights", {"conv1.weight": torch.zeros(8, 3, 3, 3)})
 
 
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"model_args": None, "pretrained_cfg": [1]},
+        {"model_args": {"num_heads": "many"}, "pretrained_cfg": {"mean": ["a", "b", "c"]}},
+        {"model_args": {"num_heads": -2}, "pretrained_cfg": {"std": [1, 2], "mean": 3}},
+    ],
+)
+def test_what_a_configuration_states_badly_is_not_read(stated):
+    assert geometry_of("weights", state("plain"), stated) == geometry("plain")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_stored_geometry_is_read_back_whole(family):
     assert from_numbers(as_numbers(geometry(family))) == geometry(family)

@@ -121,6 +121,29 @@ def test_the_weights_state_the_network_whatever_the_size_option_says(
     assert "ViT 64 x 2, patch 7" in (tmp_path / "exported" / "MODEL_CARD.md").read_text()
 
 
+def test_a_deviation_of_zero_in_the_configuration_of_weights_is_refused(
+    foreign, few_steps, phantom_manifest, tmp_path
+):
+    weights = tmp_path / "weights"
+    shutil.copytree(foreign, weights)
+    stated = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.0, 0.1]}
+    (weights / "config.json").write_text(json.dumps({"pretrained_cfg": stated}))
+    with pytest.raises(InputError, match=r"option data\.std .* wanted a number above 0"):
+        train.main(
+            [
+                *few_steps,
+                "--model.init",
+                str(weights),
+                "--data.normalize",
+                "fixed",
+                "--data.manifest",
+                str(phantom_manifest),
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+
+
 def test_views_have_the_side_that_is_asked_for(few_steps, phantom_manifest, tmp_path):
     run = tmp_path / "run"
     train.main([*few_steps, "--stage", "finetune", "--model.image", "48",
