@@ -1,4 +1,4 @@
-"""Where the weights that ``model.init`` names lie: a file, a folder, or the Hugging Face hub.
+"""Sources of the weights that ``model.init`` names: a file, a folder, or the Hugging Face hub.
 
 The hub is asked through ``huggingface_hub``, which keeps files in its cache and reads the
 environment: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, HF_TOKEN.

@@ -1,4 +1,4 @@
-"""Which encoder a run starts from: its geometry and normalisation, and its weights."""
+"""The encoder that a run starts from: geometry, normalisation and weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENCODER = "encoder.safetensors"  # in the folder of a run with frozen encoders
 
 
 def with_encoder(config: TrainConfig, modalities: Sequence[str]) -> TrainConfig:
-    """Write what ``model.init`` names into the options: all that a run needs to be read later.
+    """Write the facts that ``model.init`` names into the options, for later readers of the run.
 
     Args:
         config: of a run. Where the geometry is stored, nothing is looked up again.
@@ -68,7 +68,7 @@ def _with_heads(geometry: Geometry, model: ModelConfig) -> Geometry:
 
 
 def load_start(model: ModelConfig, encoders: Sequence[nn.Module]) -> str:
-    """Load encoders from what ``model.init`` names; return a sentence on what matched.
+    """Load encoders from ``model.init``; return a sentence about the matched tensors.
 
     Raises:
         InputError: as ``find_weights`` and ``load_initial_weights``.

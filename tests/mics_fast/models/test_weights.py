@@ -73,7 +73,7 @@ def hub():
 
 
 def ask(init, cache, **environment):
-    """What a new process finds under a name: huggingface_hub reads its environment on import."""
+    """Find weights in a new process, because huggingface_hub reads its environment on import."""
     pytest.importorskip("huggingface_hub")
     program = (
         "import sys\n"
