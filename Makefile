@@ -15,8 +15,9 @@ PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
+# One process of tests per core, at most four: each trains its own small models.
 test: lint test-native
-	$(PY) -m pytest
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
 
 # The C++ headers alone, by CTest.
