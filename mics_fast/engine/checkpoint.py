@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import open_regular, read_json, renamed
+from mics_fast.common.tensors import check_size, load_tensors
 
 MOST_NAMES = 10_000  # limit of classes, and of modalities
 
@@ -207,11 +208,11 @@ def load_checkpoint(path: Path, expected: Mapping[str, Any]) -> CheckpointState:
     file = path / "state.pt"
     try:
         with open_regular(file) as opened:
+            check_size(opened)  # before a sparse one is read for its checksum
             found = hashlib.file_digest(opened, "sha256").hexdigest()
             if found != meta["sha256"]:
                 raise DamagedCheckpoint(f"checkpoint {file} cannot be read: its checksum is wrong")
-            opened.seek(0)
-            state = torch.load(opened, map_location="cpu", weights_only=True)
+            state = load_tensors(opened)
     except DamagedCheckpoint:
         raise
     except InputError as error:

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import open_regular
+from mics_fast.common.tensors import check_size, load_tensors
 from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
 
 _ANCHOR = "patch_embed.proj.weight"
-MOST_LEVELS = 4  # of nested dictionaries
+MOST_LEVELS, MOST_NAMES = 4, 100_000  # of nested dictionaries; of tensors
 # Parts of other networks that change a block or a token. Other parts (heads, decoders, a norm
 # after the pooling) come after the tokens and are ignored.
 _FOREIGN = re.compile(r"(blocks\.|patch_embed\.|norm_pre\.|reg_token|dist_token|storage_tokens)")
@@ -48,13 +49,13 @@ def load_initial_weights(file: Path, encoders: Sequence[nn.Module], prefix: str 
     own = encoders[0].state_dict()
     check_architecture(file, given, own)
     notes = []
-    matched = {name: tensor.float() for name, tensor in given.items() if name in own}
+    matched = {name: tensor for name, tensor in given.items() if name in own}
     if "pos_embed" in matched:
         has_class = "cls_token" in given
         assert isinstance(encoders[0], VisionTransformer)
         parts = encoders[0].parts
         positions, note = fit_positions(
-            file, matched["pos_embed"], own["pos_embed"], has_class, parts
+            file, matched["pos_embed"].float(), own["pos_embed"], has_class, parts
         )
         matched["pos_embed"] = positions
         notes += [note] if note else []
@@ -65,7 +66,7 @@ def load_initial_weights(file: Path, encoders: Sequence[nn.Module], prefix: str 
                 f"wanted {tuple(own[name].shape)}"
             )
     for encoder in encoders:
-        encoder.load_state_dict({**own, **matched})
+        encoder.load_state_dict({**own, **matched})  # copies, in the encoder's own type
     kept, left = own.keys() - matched.keys(), given.keys() - own.keys()
     notes += [f"not in the file, as initialised: {_names(kept)}"] if kept else []
     notes += [f"left out of the file: {_names(left)}"] if left else []
@@ -81,15 +82,18 @@ def read_tensors(file: Path) -> Any:
     Raises:
         InputError: the file is missing, has neither format, or contains other objects.
     """
-    with open_regular(file) as opened:
-        head = opened.read(9)
     try:
-        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
-            from safetensors.torch import load_file
+        with open_regular(file) as opened:
+            check_size(opened)
+            head = opened.read(9)
+            if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size:
+                from safetensors.torch import load_file
 
-            return load_file(file)
-        if head[:2] in (b"PK", b"\x80\x02"):  # a zip archive; a pickle of torch before 1.6
-            return torch.load(file, map_location="cpu", weights_only=True)
+                return load_file(file)
+            if head[:2] in (b"PK", b"\x80\x02"):  # a zip archive; a pickle of torch before 1.6
+                return load_tensors(opened)
+    except InputError as error:
+        raise InputError(f"model.init {error}") from None
     except Exception as error:  # both libraries raise many kinds of errors
         raise InputError(f"model.init {file} cannot be read: {_reason(file, error)}") from None
     raise InputError(
@@ -121,7 +125,10 @@ def unwrapped(file: Path, content: Any, prefix: str = "") -> dict[str, Tensor]:
     Raises:
         InputError: there is no such network, or more than one.
     """
-    tensors = flattened(content)
+    try:
+        tensors = flattened(content)
+    except InputError as error:
+        raise InputError(f"model.init {file} cannot be used: {error}") from None
     prefixes = sorted(name.removesuffix(_ANCHOR) for name in tensors if _is_anchor(name))
     wanted = [own for own in prefixes if own.rstrip(".") == prefix.rstrip(".")]
     chosen = wanted if prefix else prefixes
@@ -138,7 +145,11 @@ def unwrapped(file: Path, content: Any, prefix: str = "") -> dict[str, Tensor]:
 
 
 def flattened(content: Any) -> dict[str, Tensor]:
-    """Flatten nested dictionaries to dotted names, up to ``MOST_LEVELS`` deep."""
+    """Flatten nested dictionaries to dotted names, up to ``MOST_LEVELS`` deep.
+
+    Raises:
+        InputError: more than ``MOST_NAMES`` names.
+    """
     level, tensors = {"": content}, dict[str, Tensor]()
     for _ in range(MOST_LEVELS):
         below: dict[str, Any] = {}
@@ -146,6 +157,8 @@ def flattened(content: Any) -> dict[str, Tensor]:
             if isinstance(own, Tensor):
                 tensors[prefix.removesuffix(".")] = own
             elif isinstance(own, Mapping):
+                if len(below) + len(own) > MOST_NAMES:
+                    raise InputError(f"it holds more than {MOST_NAMES} names, wanted one network")
                 below |= {f"{prefix}{name}.": value for name, value in own.items()}
         level = below
     return tensors
