@@ -341,3 +341,4 @@ def test_arguments_are_computed_with_or_refused(call: Callable[[Draw], Any]) -> 
         warnings.simplefilter("ignore")  # torch warns of sparse and nested prototypes
         while time.monotonic() < end or not all(outcomes.values()):
             attempt()
+    print(outcomes)  # shown by `make fuzz`
