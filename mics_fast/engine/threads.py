@@ -9,14 +9,17 @@ torchrun starts on one machine share its cores equally.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from mics_fast.options import DataConfig, TrainConfig
 
 _MOST_TO_LAUNCH = 4
+GROUPS_OF_PROCESS, CONTROL_GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def share_threads(threads: int, device: torch.device) -> tuple[int, int]:
@@ -30,11 +33,48 @@ def share_threads(threads: int, device: torch.device) -> tuple[int, int]:
 
 def available_threads() -> int:
     """Count the cores available to this process; torchrun's processes share them equally."""
-    if hasattr(os, "sched_getaffinity"):  # Linux: containers and taskset may allow only some
+    if hasattr(os, "sched_getaffinity"):  # Linux: taskset may allow only some
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
+    cores = math.ceil(min(cores, cpu_quota()))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cpu_quota() -> float:
+    """The cores' worth of time that containers allow this process; infinite without a limit.
+
+    Reads ``cpu.max`` of its control group (version 2), or ``cpu.cfs_quota_us`` (version 1), and of
+    the groups around it: the narrowest counts.
+    """
+    quotas = [math.inf]
+    for line in _text(GROUPS_OF_PROCESS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = CONTROL_GROUPS / controllers  # version 2 has one tree, without a name
+        place = root / path.strip("/")
+        for group in (place, *place.parents):
+            if group.is_relative_to(root):
+                quotas.append(_quota(group))
+    return min(quotas)
+
+
+def _quota(group: Path) -> float:
+    words = _text(group / "cpu.max").split()
+    words = words or [_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+    try:
+        quota, period = map(int, words)
+    except ValueError:  # "max", or no such file
+        return math.inf
+    return quota / period if quota > 0 < period else math.inf
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def use_threads(config: TrainConfig, device: torch.device) -> DataConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +11,26 @@ import torch
 from mics_fast.common.errors import InputError
 from mics_fast.data.decoding import new_pipeline
 from mics_fast.engine import threads
-from mics_fast.engine.threads import available_threads, share_threads, use_threads
+from mics_fast.engine.threads import available_threads, cpu_quota, share_threads, use_threads
 from mics_fast.options import DataConfig, TrainConfig, check_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 pytestmark = pytest.mark.usefixtures("set_threads")  # tests elsewhere keep the number they had
+
+
+@pytest.fixture(autouse=True)
+def groups(tmp_path, monkeypatch):
+    """groups(line, {file: text}): the control groups of this process; none until it is called."""
+
+    def make(lines, files):
+        (tmp_path / "cgroup").write_text(lines)
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+
+    monkeypatch.setattr(threads, "GROUPS_OF_PROCESS", tmp_path / "cgroup")
+    monkeypatch.setattr(threads, "CONTROL_GROUPS", tmp_path)
+    return make
 
 
 @pytest.mark.parametrize(
@@ -42,6 +58,44 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch):
     for processes, each in (("1", 8), ("2", 4), ("3", 2), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert available_threads() == each
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "quota"),
+    [
+        ("0::/\n", {"cpu.max": "300000 100000\n"}, 3),  # as in a container
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "250000 100000"}, 2.5),
+        ("0::/a/b\n", {"a/b/cpu.max": "100000 100000\n", "a/cpu.max": "250000 100000"}, 1),
+        (
+            "5:memory:/a\n4:cpu,cpuacct:/a\n0::/\n",
+            {
+                "cpu,cpuacct/a/cpu.cfs_quota_us": "150000\n",
+                "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n",
+            },
+            1.5,
+        ),
+        (
+            "1:cpu:/of/the/host\n",
+            {"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            0.5,
+        ),
+        ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, None),
+        ("0::/\n", {"cpu.max": "what\n"}, None),
+        ("", {}, None),
+    ],
+)
+def test_the_quota_of_a_container_limits_the_threads(monkeypatch, groups, lines, files, quota):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    groups(lines, files)
+    assert cpu_quota() == (float("inf") if quota is None else quota)
+    assert available_threads() == {None: 8, 2.5: 3, 1.5: 2, 0.5: 1}.get(quota, quota)
+
+
+def test_a_system_without_control_groups_has_no_quota(monkeypatch):
+    monkeypatch.setattr(threads, "GROUPS_OF_PROCESS", Path("/nowhere/cgroup"))
+    assert cpu_quota() == float("inf")
 
 
 def test_a_system_without_affinities_counts_its_cores(monkeypatch):
