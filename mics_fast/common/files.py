@@ -73,12 +73,14 @@ def read_small(file: Path, largest: int) -> str:
             content = opened.read(largest + 1)
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    if content is None:  # one of the system's that waits for news, such as /proc/kmsg
+        raise InputError(f"{file} is no regular file: it has nothing to read yet")
     if len(content) > largest:
         raise InputError(f"{file} holds more than {largest} bytes")
     try:
-        return content.decode("utf-8-sig")
+        return content.decode("utf-8-sig")  # spreadsheets put a byte order mark in front
     except UnicodeDecodeError:
-        raise InputError(f"{file} is not UTF-8 text") from None
+        raise InputError(f"{file} is not UTF-8, wanted text in UTF-8") from None
 
 
 def read_json(file: Path, largest: int = 2**20) -> Any:

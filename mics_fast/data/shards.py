@@ -120,6 +120,8 @@ def _bytes_of(file: Path, member: Member | None) -> bytes:
         if size <= LARGEST_FILE:
             stream.seek(0 if member is None else member.offset)
             data = stream.read(LARGEST_FILE + 1 if member is None else size)
+            if data is None:  # one of the system's that waits for news, such as /proc/kmsg
+                raise RefusedImage("is no regular file: it has nothing to read yet")
             if len(data) <= LARGEST_FILE:
                 return data
     wanted = f"wanted an image of at most {LARGEST_FILE >> 20} MiB"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.files import read_small
 
 _LARGEST = 1 << 28  # bytes
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -80,17 +80,10 @@ def _checked(columns: list[str], what: str) -> tuple[str, ...]:
 
 def _text_of(file: Path, what: str) -> str:
     try:
-        about = file.stat()
-        if not stat.S_ISREG(about.st_mode):
-            raise InputError(f"{what} cannot be read: it is no regular file")
-        if about.st_size > _LARGEST:
-            raise InputError(f"{what} cannot be read: it has more than {_LARGEST >> 20} MiB")
-        # utf-8-sig: spreadsheets put a byte order mark in front.
-        text = file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise InputError(f"{what} cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{what} cannot be read: wanted text in UTF-8 (CSV UTF-8)") from None
+        text = read_small(file, _LARGEST)
+    except InputError as error:
+        problem = str(error).removeprefix(f"{file} ").removeprefix("cannot be read: ")
+        raise InputError(f"{what} cannot be read: {problem}") from None
     if "\0" in text:
         raise InputError(f"{what} cannot be read: it holds a NUL character, wanted text")
     return text

@@ -170,7 +170,8 @@ def leads_outside(path: Path, source: Path) -> bool:
     place = Path(os.path.abspath(path))
     # A table may name images elsewhere; then links must stay inside the image's own folder.
     home = root if place.is_relative_to(root) else place.parent
-    return not place.resolve().is_relative_to(home.resolve())
+    real = Path(os.path.realpath(place))  # of a loop of links, too
+    return not real.is_relative_to(os.path.realpath(home))
 
 
 def store(frame: np.ndarray, modality: str, sample: Candidate, out: Path, suffix: str) -> None:

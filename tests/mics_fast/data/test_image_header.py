@@ -181,6 +181,14 @@ def sparse(path):
         file.truncate(1 << 40)
 
 
+# Regular files by their type, but reading one waits for news of the system; root alone may read it.
+WAITING = [name for name in ("/proc/kmsg",) if os.access(name, os.R_OK)]
+
+
+def waiting(path):
+    path.symlink_to(WAITING[0])
+
+
 def too_large(path):
     with open(path, "wb") as file:
         file.write(encoded("PNG"))
@@ -198,6 +206,7 @@ def too_large(path):
         (sparse, "has 1048576 MiB, wanted an image of at most 512 MiB"),
         (too_large, "has 512 MiB, wanted an image of at most 512 MiB"),
         (lambda path: path.touch(), "is empty"),
+        *((waiting, "has nothing to read yet") for _ in WAITING),
     ],
 )
 def test_what_is_no_image_file_is_one_sentence_everywhere(tmp_path, monkeypatch, make, problem):

@@ -129,7 +129,7 @@ def test_what_is_no_small_file_is_not_read(tmp_path):
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_bytes(b"seed: \xff\xfe")
-    with pytest.raises(InputError, match="is not UTF-8 text"):
+    with pytest.raises(InputError, match="wanted text in UTF-8"):
         read_config(file)
     file.write_bytes(b"")
     assert read_config(file) == TrainConfig()

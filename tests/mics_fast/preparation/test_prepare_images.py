@@ -253,9 +253,11 @@ def test_links_that_lead_outside_are_not_followed_into_shards(kvasir, tmp_path):
     paint(tmp_path / "private" / "x.jpg")
     (kvasir / "polyps" / "link.jpg").symlink_to(tmp_path / "private" / "x.jpg")
     (kvasir / "polyps" / "inside.jpg").symlink_to(kvasir / "polyps" / "p0.jpg")
+    (kvasir / "polyps" / "loop.jpg").symlink_to("loop.jpg")
     run(kvasir, "--out", tmp_path / "out", "--to-shards", "100")
-    (line,) = rejected(tmp_path / "out")
+    line, loop = rejected(tmp_path / "out")
     assert line["id"] == "polyps/link" and "leads outside the source by a link" in line["reason"]
+    assert loop["id"] == "polyps/loop" and "cannot be read" in loop["reason"]
     run(kvasir, "--out", tmp_path / "out")
     assert len(read_manifest(tmp_path / "out" / "manifest.csv").rows) == 19
 
