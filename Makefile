@@ -1,5 +1,5 @@
-# make demo | test | lint | docs | fuzz | drill | bench | tables | gpu | check-kernels | check-encoders | check-wheel |
-# clean
+# make demo | test | lint | docs | fuzz | fuzz-native | drill | bench | tables | gpu | check-kernels |
+# check-encoders | check-wheel | clean
 # Everything happens in .venv, installed once.
 PYTHON ?= python3
 PY := .venv/bin/python
@@ -9,8 +9,8 @@ INSTALLED := .venv/.installed
 # The tools of the build, too; pip 25.3 and later read the second name.
 PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR)/constraints.txt
 
-.PHONY: demo test test-native lint docs fuzz drill bench tables gpu check-kernels check-encoders check-wheel \
-	clean
+.PHONY: demo test test-native lint docs fuzz fuzz-native drill bench tables gpu check-kernels check-encoders \
+	check-wheel clean
 
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
@@ -39,11 +39,28 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
 	$(PY) -m mkdocs build --quiet --strict
 
-# Arbitrary arguments, mutated files and folders: every such test for so many seconds, about 20 minutes
-# in all. In `make test` each has a few.
+# Arbitrary arguments, mutated files and folders: every such test for so many seconds, half an hour in
+# all; how many there were is shown. In `make test` each has a few seconds.
 fuzz: export MICS_FUZZ_SECONDS ?= 150
-fuzz: $(INSTALLED)
-	$(PY) -m pytest -k "fuzz or mutated"
+fuzz: fuzz-native
+	$(PY) -m pytest -rP -k "fuzz or mutated"
+
+# Arbitrary arguments again, with csrc built with the address and undefined-behaviour sanitizers; CI
+# does it for a minute.
+SANITIZED := build/sanitized
+fuzz-native: export MICS_FUZZ_SECONDS ?= 60
+fuzz-native: export PATH := $(CURDIR)/.venv/bin:$(PATH)
+fuzz-native: $(INSTALLED)
+	mkdir -p $(SANITIZED)/mics_kernels
+	cp -r kernels/mics_kernels/. $(SANITIZED)/mics_kernels
+	rm -f $(SANITIZED)/mics_kernels/_native*.so
+	cmake -S . -B $(SANITIZED) -G Ninja -DMICS_SANITIZE=ON -DMICS_CUDA=OFF \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
+	  -DMICS_MODULE_DIR=$(CURDIR)/$(SANITIZED)/mics_kernels
+	cmake --build $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
+	  MICS_NATIVE=$(CURDIR)/$(SANITIZED) $(PY) -m pytest -rP tests/kernels/test_fuzz_operators.py
 
 # Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
 drill: $(INSTALLED)

@@ -95,6 +95,11 @@ def in_a_line(text: str) -> str:
     return line if len(line) <= LONGEST else f"{line[:LONGEST]}..."
 
 
+def warn(text: str) -> None:
+    """Say something on stderr, on one line: names in it are data, which no terminal obeys."""
+    print(in_a_line(text), file=sys.stderr)
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run the ``main`` of a command, ending with a sentence instead of a traceback.
 
@@ -118,7 +123,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (InputError, RunFailed) as error:
-        print(f"error: {in_a_line(str(error))}", file=sys.stderr)
+        warn(f"error: {error}")
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

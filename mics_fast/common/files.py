@@ -162,16 +162,20 @@ def write_csv(
     names = columns or list(dict.fromkeys(name for record in records for name in record))
     with whole_file(file) as handle:
         make_private(handle.fileno())
-        writer = csv.DictWriter(handle, names)
-        writer.writeheader()
+        writer = csv.writer(handle)
+        writer.writerow(map(inert_cell, names))
         for record in records:
-            writer.writerow({name: inert_cell(cell) for name, cell in record.items()})
+            writer.writerow(inert_cell(record.get(name, "")) for name in names)
 
 
 def make_private(file: Path | int) -> None:
     """Restrict a file (a path or a descriptor) to its owner: it may contain patient data."""
     if os.name == "posix":
         os.chmod(file, 0o600)
+
+
+# What begins a formula, with the blanks that a spreadsheet skips and the wide forms of East Asia.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def inert_cell(cell: Any) -> Any:
@@ -192,7 +196,7 @@ def restored_cell(cell: str) -> str:
 
 
 def _like_a_formula(cell: str) -> bool:
-    return cell.lstrip("'").startswith(("=", "+", "-", "@", "\t", "\r"))
+    return cell.lstrip("'").startswith(_FORMULA)
 
 
 def printable(text: str) -> str:

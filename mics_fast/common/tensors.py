@@ -25,12 +25,16 @@ def check_size(opened: BufferedReader) -> None:
         ValueError: says how large it is.
     """
     size = os.fstat(opened.fileno()).st_size
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > memory // 2:
+    if size > memory_limit():
         raise ValueError(
             f"it has {size / 2**30:.0f} GiB, wanted at most half of this machine's memory, "
-            f"{memory / 2**31:.0f} GiB"
+            f"{memory_limit() / 2**30:.0f} GiB"
         )
+
+
+def memory_limit() -> int:
+    """Bytes that something received from elsewhere may take: half of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def load_tensors(opened: BufferedReader) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, warn
 from mics_fast.data.decoding import WHOLE, decoded, new_pipeline
 from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Row
@@ -92,7 +92,7 @@ class ImageFiles:
         """Count the skipped images of a batch, and report each file once."""
         for sentence in sentences:
             if sentence not in self._reported:
-                print(f"skipped: {sentence}", file=sys.stderr)
+                warn(f"skipped: {sentence}")
                 self._reported.add(sentence)
             self._skipped[sentence] += 1
 

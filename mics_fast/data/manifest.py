@@ -129,15 +129,17 @@ def read_manifest(
     path = Path(path)
     folder = path.parent.absolute()
     table = read_table(path, f"manifest {path}")
-    columns = table.columns
+    columns = tuple(map(restored_cell, table.columns))
     for column in RESERVED:
         if column not in columns:
             raise InputError(
                 f"manifest {path} has no column {column}, wanted {', '.join(RESERVED)} and one for "
                 f"each modality, {table.found}"
             )
+    if len(set(columns)) < len(columns):
+        raise InputError(f"manifest {path} has two columns of one name, wanted different names")
     records = [
-        (line, {name: restored_cell(cell) for name, cell in record.items()})
+        (line, {restored_cell(name): restored_cell(cell) for name, cell in record.items()})
         for line, record in table.lines
     ]
     available = tuple(name for name in columns if name not in RESERVED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def _checked(columns: list[str], what: str) -> tuple[str, ...]:
         if not column or columns.count(column) > 1:
             problem = f"{column} twice" if column else "without a name"
             raise InputError(f"{what} has a column {problem}, wanted each name once")
+        if any(unicodedata.category(own) == "Cc" for own in column):
+            raise InputError(f"{what} has a column {column!r}, wanted no control characters")
     return tuple(columns)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -10,6 +9,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from mics_fast.common.errors import warn
 from mics_fast.engine.checkpoint import Checkpoints, CheckpointState
 
 State = TypeVar("State", bound=Mapping[str, Any])
@@ -101,7 +101,7 @@ class CheckpointWriter:
 
     def _report(self, failure: str | None) -> None:
         if failure is not None:
-            print(f"{failure}; continuing without it", file=sys.stderr)
+            warn(f"{failure}; continuing without it")
 
     def _write(self, step: int, snapshot: Snapshot[CheckpointState], score: float | None) -> None:
         self.checkpoints.save(step, snapshot.read(), self.meta)

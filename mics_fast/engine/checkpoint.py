@@ -14,7 +14,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO, TypedDict, cast
 import torch
 from torch import Tensor
 
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, warn
 from mics_fast.common.files import open_regular, read_json, renamed
 from mics_fast.common.tensors import check_size, load_tensors
 
@@ -133,7 +132,7 @@ class Checkpoints:
             try:
                 return load_checkpoint(path, expected)
             except DamagedCheckpoint as error:
-                print(f"{error}; resuming from the previous one", file=sys.stderr)
+                warn(f"{error}; resuming from the previous one")
                 damaged = path.with_name(f".damaged-{path.name}")
                 shutil.rmtree(damaged, ignore_errors=True)
                 path.rename(damaged)

@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.progress import (
 )
 from torch.utils.tensorboard import SummaryWriter
 
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, warn
 from mics_fast.common.files import open_regular
 from mics_fast.engine.distributed import rank
 
@@ -93,7 +92,7 @@ class RunLog:
         """Print a warning once per stage."""
         if self._speaks and (stage, sentence) not in self._warned:
             self._warned.add((stage, sentence))
-            print(f"{stage}: {sentence}", file=sys.stderr)
+            warn(f"{stage}: {sentence}")
 
     def close(self) -> None:
         if self._speaks:

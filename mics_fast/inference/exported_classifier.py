@@ -6,15 +6,18 @@ The ``torch.export`` program beside it is never read, because loading one unpick
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mics_fast.common.errors import InputError
-from mics_fast.common.files import read_json
+from mics_fast.common.files import open_regular, read_json
+from mics_fast.common.tensors import memory_limit
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.operating_point import OperatingPoint
@@ -27,6 +30,8 @@ OUTPUTS = ("belief", "uncertainty", "probability", "conflict", "evidence", "view
 METADATA = "mics_fast"
 """Key of the description in the metadata of the ONNX model."""
 BATCH = 16
+_LARGEST = 2**31  # bytes of an ONNX file
+_CONTROL = {"If", "Loop", "Scan", "SequenceMap"}  # of which no export has one; a loop may not end
 
 
 @dataclass
@@ -34,10 +39,12 @@ class ExportedClassifier:
     """A classifier that runs without the code that trained it.
 
     Args:
+        file: The ONNX model, for messages.
         session: ONNX Runtime session.
         description: Names in the order of inputs and outputs, and preprocessing.
     """
 
+    file: Path
     session: Any
     description: Description
 
@@ -51,7 +58,7 @@ class ExportedClassifier:
         description = read_sidecar(folder / SIDECAR)
         session = open_session(folder / ONNX)
         check_model(session, description, folder)
-        return ExportedClassifier(session, description)
+        return ExportedClassifier(folder / ONNX, session, description)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -96,7 +103,11 @@ class ExportedClassifier:
         """Compute the opinions on one batch."""
         inputs = {name: batch.views[name].numpy() for name in self.modalities}
         wanted = ("evidence", "view_present")
-        outputs = self.session.run(wanted, inputs | {"present": batch.present.numpy()})
+        try:
+            outputs = self.session.run(wanted, inputs | {"present": batch.present.numpy()})
+        except Exception as error:  # ONNX Runtime raises classes of its own
+            reason = " ".join(str(error).split())
+            raise InputError(f"{self.file} cannot be run: {reason}") from error
         evidence, present = map(torch.from_numpy, outputs)
         return assemble(self.modalities, self.heads, evidence, present, batch)
 
@@ -176,10 +187,14 @@ def check_shapes(
 def open_session(file: Path) -> Any:
     """Load an ONNX model for the CPU.
 
+    The file is read here, not by its name: then ONNX Runtime reads no other file that it refers to.
+
     Raises:
-        InputError: the file is missing or not ONNX, or ONNX Runtime is not installed.
+        InputError: the file is missing, irregular, not ONNX or a model with loops, or ONNX Runtime
+            is not installed.
     """
     try:
+        import onnx
         import onnxruntime
     except ImportError:
         raise InputError(
@@ -187,11 +202,49 @@ def open_session(file: Path) -> Any:
         ) from None
     if not file.exists():
         raise InputError(f"{file} does not exist; it was exported without the [export] extra")
-    if not file.is_file():
-        raise InputError(f"{file} is not a regular file")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # a damaged file is reported below in one sentence
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
+        if size > _LARGEST:
+            raise InputError(f"{file} has {size / 2**30:.0f} GiB, wanted at most 2, as ONNX has")
+        data = opened.read()
     try:
-        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has error classes of its own
+        operators = {node.op_type for node in onnx.load_model_from_string(data).graph.node}
+        if not operators.isdisjoint(_CONTROL):
+            raise InputError(f"{file} holds {min(operators & _CONTROL)}, wanted no control flow")
+        return onnxruntime.InferenceSession(
+            data, session_options(), providers=["CPUExecutionProvider"]
+        )
+    except InputError:
+        raise
+    except Exception as error:  # both raise classes of their own for a damaged file
         raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def session_options() -> Any:
+    """Options of a session with a limit of memory: a small model can ask for any amount.
+
+    What goes wrong is raised, not logged.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    _limit_memory()
+    options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+@cache
+def _limit_memory() -> None:
+    """Give the sessions of this process an allocator that ends at half of the machine's memory."""
+    import onnxruntime
+
+    kind = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR
+    place = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, onnxruntime.OrtMemType.DEFAULT)
+    limits = {
+        "max_mem": memory_limit(),
+        "arena_extend_strategy": 1,  # as much as is asked for
+        "initial_chunk_size_bytes": -1,
+        "max_dead_bytes_per_chunk": -1,
+    }
+    onnxruntime.create_and_register_allocator(place, onnxruntime.OrtArenaCfg(limits))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
+from mics_fast.common.errors import warn
 from mics_fast.common.files import read_json, write_json
 from mics_fast.engine.checkpoint import read_meta
 from mics_fast.evaluation.operating_point import OperatingPoint, read_operating_point
@@ -36,10 +36,9 @@ def stored_point(folder: Path, checkpoint: Path, classes: tuple[str, ...]) -> Op
     values = read_json(file)
     point = read_operating_point(values, classes, file)
     if values.get("checkpoint") != read_meta(checkpoint)["sha256"]:
-        print(
+        warn(
             f"warning: {file} is of another checkpoint and is not used; evaluate again with "
-            "--target-risk",
-            file=sys.stderr,
+            "--target-risk"
         )
         return OperatingPoint()
     return point

@@ -49,8 +49,8 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
         parts = [[record for record in mine if record["split"] == split] for split in SPLITS]
         labelled = sum(record["labelled"] == "1" for record in mine)
         # As Text, because names may contain characters that rich reads as markup.
-        cells = (printable(label) or "(no label)", *map(cell, parts), str(labelled))
-        table.add_row(*map(Text, cells))
+        cells = (label or "(no label)", *map(cell, parts), str(labelled))
+        table.add_row(*(Text(printable(own)) for own in cells))
     Console().print(table)
     virtual = {name for record in records for name in record["virtual"].split()}
     shown = [
@@ -58,7 +58,7 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
         f"{sum(bool(record[name]) for record in records)}"
         for name in modalities
     ]
-    print(f"modalities: {', '.join(shown)}")
+    print(printable(f"modalities: {', '.join(shown)}"))
 
 
 def write_rejected(path: Path, rejected: Sequence[Rejected]) -> None:
@@ -115,7 +115,7 @@ def print_leaks(
     for pair in alike[:_SHOWN]:
         a, b = records[pair.first], records[pair.second]
         names = f"{a['id']} ({a['split']}) and {b['id']} ({b['split']})"
-        print(f"  {printable(names)}, {pair.modality.upper()}")
+        print(printable(f"  {names}, {pair.modality.upper()}"))
     print("  --group-near-duplicates keeps them on one side")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from mics_fast.common.errors import InputError, RunFailed
+from mics_fast.common.errors import InputError, RunFailed, warn
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import check_dali
 from mics_fast.data.features import FeatureLoader, FeaturePass, FeatureRows, Features
@@ -87,7 +86,7 @@ def train(config: TrainConfig, *, resume: bool) -> None:
     )
     for warning in check_manifest(manifest):
         if rank() == 0:
-            print(f"warning: {warning}", file=sys.stderr)
+            warn(f"warning: {warning}")
     trainer = Trainer(config, manifest, resume=resume)
     stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
     finished = True

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 import warnings
@@ -20,13 +21,15 @@ from torch import Tensor
 import mics_kernels as mk
 from mics_kernels.backends import explain
 
+BUILT_IN = os.environ.get("MICS_NATIVE", "")  # `make fuzz-native`: where the sanitized build lies
 SECONDS = float(os.environ.get("MICS_FUZZ_SECONDS", "8"))
 EXAMPLES = 40  # between two looks at the clock
 
 FLOATS = [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
 DTYPES = [
     *FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    torch.complex64, torch.float8_e4m3fn,
+    torch.complex64, torch.complex128, torch.complex32, torch.float8_e4m3fn, torch.float8_e5m2,
+    torch.uint16, torch.uint32, torch.uint64,
 ]  # fmt: skip
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -336,6 +339,8 @@ def test_arguments_are_computed_with_or_refused(call: Callable[[Draw], Any]) -> 
                 raise
 
     assert explain("consistency", torch.zeros(1, 1)).backend == "cpu"
+    module = importlib.import_module("mics_kernels._native")
+    assert (module.__file__ or "").startswith(BUILT_IN), module.__file__
     end = time.monotonic() + SECONDS / len(CALLS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of sparse and nested prototypes

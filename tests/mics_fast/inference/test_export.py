@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mics_fast
-from mics_fast import export, predict
+from mics_fast import predict
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.data.manifest import read_manifest
 from mics_fast.evaluation.operating_point import OperatingPoint
@@ -24,13 +24,6 @@ from mics_fast.training.run import Run
 from mics_kernels import conflict, fuse_evidence, opinion
 from tests.mics_fast.mutation import draws, mutated
 from tests.mics_fast.preparation.preparing import scenery
-
-
-@pytest.fixture(scope="module")
-def exported(trained_run, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exported") / "model"
-    export.main([str(trained_run), "--out", str(out), "--resamples", "5"])
-    return out
 
 
 def inputs(rows, seed=3):
