@@ -14,12 +14,11 @@ Variants are paired by seed: they share labels, order and initial weights.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mics_fast.common.errors import run_command
+from mics_fast.common.errors import InputError, run_command
 from mics_fast.common.files import write_json, write_text
 from mics_fast.options.commands import parse_experiment
 
@@ -31,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from mics_fast.study.experiment import draws, make_cells, missing_tasks
+    from mics_fast.study.experiment import draws, make_cells, missing_tasks, read_result
     from mics_fast.study.processes import run_tasks
     from mics_fast.study.summary import markdown, tabulate
 
@@ -42,10 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not run_tasks(tasks, grid.processes):
             print(f"stopped and saved: the same command resumes, --out {train.out}")
             return
-    results = [json.loads(cell.file.read_text()) for cell in cells]
-    table = tabulate(results, [str(labels) for labels in draws(grid)], grid.variants)
+    results = [read_result(cell) for cell in cells]
+    try:
+        table = tabulate(results, [str(labels) for labels in draws(grid)], grid.variants)
+        text = markdown(table)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # a result of another shape
+        raise InputError(f"a result.json below {out} is damaged: {error!r}") from error
     write_json(out / "results.json", table)
-    text = markdown(table)
     write_text(out / "results.md", text)
     Console().print(Markdown(text))
     minutes = (time.monotonic() - began) / 60

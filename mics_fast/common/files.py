@@ -162,10 +162,10 @@ def write_csv(
     names = columns or list(dict.fromkeys(name for record in records for name in record))
     with whole_file(file) as handle:
         make_private(handle.fileno())
-        writer = csv.writer(handle)
-        writer.writerow(map(inert_cell, names))
+        writer = csv.DictWriter(handle, names)
+        writer.writerow({name: inert_cell(name) for name in names})
         for record in records:
-            writer.writerow(inert_cell(record.get(name, "")) for name in names)
+            writer.writerow({name: inert_cell(cell) for name, cell in record.items()})
 
 
 def make_private(file: Path | int) -> None:

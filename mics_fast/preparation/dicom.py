@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from mics_fast.data.image_header import LARGEST_IMAGE, RefusedImage
+from mics_fast.data.image_header import LARGEST_IMAGE, RefusedImage, check_image
+
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # the transfer syntax
 
 
 def is_dicom(data: bytes) -> bool:
@@ -29,6 +31,8 @@ def read_dicom(data: bytes) -> np.ndarray:
     except ImportError:
         raise RefusedImage("is DICOM, wanted pip install 'mics-fast[dicom]' to read it") from None
     try:
+        if _DEFLATED in data:  # inflated as a whole before anything can be checked
+            raise RefusedImage("is a deflated DICOM, wanted one that is not")
         dataset = pydicom.dcmread(io.BytesIO(data))
         frames = int(dataset.get("NumberOfFrames") or 1)
         pixels = int(dataset.Rows) * int(dataset.Columns)
@@ -37,6 +41,7 @@ def read_dicom(data: bytes) -> np.ndarray:
                 f"is DICOM of {frames} frames of {pixels} pixels, wanted one frame of at most "
                 f"{LARGEST_IMAGE >> 20} million"
             )
+        _check_encoded(dataset, pixels)
         return _levels(dataset)
     except RefusedImage:
         raise
@@ -44,6 +49,28 @@ def read_dicom(data: bytes) -> np.ndarray:
         Exception
     ) as error:  # pydicom and its decoders raise many kinds of errors for broken files
         raise RefusedImage(f"cannot be decoded as DICOM: {error}") from None
+
+
+def _check_encoded(dataset: Any, pixels: int) -> None:
+    """Refuse pixel data that a decoder would not turn into the stated number of pixels.
+
+    Raises:
+        RefusedImage: says what they are.
+    """
+    from pydicom.encaps import get_frame
+    from pydicom.uid import RLELossless
+
+    syntax = dataset.file_meta.TransferSyntaxUID
+    if syntax.is_encapsulated and syntax != RLELossless:
+        header = check_image(get_frame(dataset.PixelData, 0, number_of_frames=1))
+        if header.kind != "JPEG" or header.width * header.height != pixels:
+            raise RefusedImage(
+                f"is DICOM of {pixels} pixels with a {header.kind} of {header.width} x "
+                f"{header.height}, wanted a JPEG of the same size, or uncompressed pixels"
+            )
+    samples = int(dataset.get("SamplesPerPixel", 1)) * int(dataset.BitsAllocated)
+    if len(dataset.PixelData) > 2 * pixels * max(8, samples) // 8 + 4096:
+        raise RefusedImage(f"is DICOM with {len(dataset.PixelData)} bytes for {pixels} pixels")
 
 
 def _levels(dataset: Any) -> np.ndarray:
@@ -58,7 +85,7 @@ def _levels(dataset: Any) -> np.ndarray:
         return (values >> 8).astype(np.uint8) if values.dtype.itemsize == 2 else values
     if values.ndim == 3:
         return (values >> (bits - 8)).astype(np.uint8)
-    grey = np.asarray(apply_modality_lut(values, dataset), np.float64)
+    grey = np.asarray(apply_modality_lut(values, dataset), np.float32)
     if "WindowCenter" in dataset:
         centre, width = (_first(dataset[name].value) for name in ("WindowCenter", "WindowWidth"))
         # DICOM PS3.3 C.11.2.1.2.1, for an output range of 0 to 1.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mics_fast.common.files import make_folder, write_json
+from mics_fast.common.errors import InputError
+from mics_fast.common.files import make_folder, read_json, write_json
 from mics_fast.data.manifest import RESERVED, Manifest, read_manifest, write_manifest
 from mics_fast.engine.checkpoint import load_checkpoint
 from mics_fast.engine.log import read_log
@@ -32,6 +32,8 @@ from mics_fast.training.run import (
 )
 from mics_fast.training.start import with_encoder
 from mics_fast.training.trainer import Trainer
+
+LARGEST_RESULT = 2**26  # bytes
 
 
 @dataclass(frozen=True)
@@ -162,8 +164,20 @@ def is_done(cell: Cell) -> bool:
     """Return True if the cell has a complete result for its out-of-distribution manifest."""
     if not cell.file.exists():
         return False
-    result = json.loads(cell.file.read_text())
+    result = read_result(cell)
     return result.get("other") == cell.other and "missing" in result
+
+
+def read_result(cell: Cell) -> dict[str, Any]:
+    """Read the result of a cell that has been evaluated.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    result = read_json(cell.file, LARGEST_RESULT)
+    if not isinstance(result, dict):
+        raise InputError(f"{cell.file} is damaged, wanted a result; remove it to resume")
+    return result
 
 
 def pretrain(config: TrainConfig) -> bool:

@@ -10,8 +10,18 @@ import weakref
 import numpy as np
 import pytest
 from PIL import Image
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGBaseline8Bit,
+    RLELossless,
+    SecondaryCaptureImageStorage,
+    generate_uid,
+)
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.image_files import SingleDecoder
@@ -319,6 +329,51 @@ def test_dicom_is_stored_as_png_without_the_patient(tmp_path, content, expected)
     row = {row.id: row for row in read_manifest(tmp_path / "out" / "manifest.csv").rows}["a/x"]
     assert row.files["wli"].suffix == ".png" and b"DOE" not in row.files["wli"].read_bytes()
     assert abs(decode(row.files["wli"])[..., 1] - expected).max() <= 1
+
+
+def encapsulated(frame, syntax=JPEGBaseline8Bit):
+    """A DICOM file of 40 x 50 pixels that holds an encoded frame."""
+    data = dcmread(io.BytesIO(dicom(np.zeros((40, 50), np.uint8))))
+    data.file_meta.TransferSyntaxUID = syntax
+    data.PixelData = encapsulate([frame])
+    stream = io.BytesIO()
+    data.save_as(stream)
+    return stream.getvalue()
+
+
+def black(height, width, kind):
+    return encoded(np.zeros((height, width), np.uint8), kind)
+
+
+def deflated():
+    data = dcmread(io.BytesIO(dicom(RAMP.astype(np.uint16))))
+    data.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    stream = io.BytesIO()
+    data.save_as(stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (lambda: encapsulated(black(400, 500, "JPEG")), "a JPEG of 500 x 400"),
+        (lambda: encapsulated(black(40, 50, "JPEG2000"), JPEG2000Lossless), "is no image"),
+        (lambda: encapsulated(black(40, 50, "PNG")), "a PNG of 50 x 40"),
+        (lambda: encapsulated(bytes(100_000), RLELossless), "bytes for 2000 pixels"),
+        (deflated, "is a deflated DICOM"),
+    ],
+    ids=["larger", "JPEG 2000", "PNG", "RLE", "deflated"],
+)
+def test_dicom_that_states_other_pixels_than_it_holds_is_rejected(tmp_path, content, reason):
+    (line,) = pair_with(tmp_path, content(), "x.dcm")
+    assert reason in line["reason"]
+
+
+def test_a_jpeg_in_dicom_is_read(tmp_path):
+    frame = encoded(np.full((40, 50), 90, np.uint8), "JPEG")
+    assert not pair_with(tmp_path, encapsulated(frame), "x.dcm")
+    row = {row.id: row for row in read_manifest(tmp_path / "out" / "manifest.csv").rows}["a/x"]
+    assert abs(decode(row.files["wli"]).astype(int) - 90).max() <= 1
 
 
 def test_dicom_without_pydicom_is_rejected_with_what_to_install(tmp_path, monkeypatch):

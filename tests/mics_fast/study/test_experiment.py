@@ -179,6 +179,21 @@ def test_what_is_finished_is_not_run_again(finished, options, monkeypatch):
     assert [path.stat().st_mtime_ns for path in results] == written and len(written) == 4
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"other": ' + "[" * 9999, "cut short", None])
+def test_a_damaged_result_is_one_sentence(finished, options, text):
+    file = sorted(finished.rglob("result.json"))[0]
+    whole = file.read_text()
+    if text is None:  # whole, of another shape
+        text = json.dumps({**json.loads(whole), "views": []})
+    file.write_text(text)
+    try:
+        with pytest.raises(InputError, match=r"result\.json") as error:
+            experiment.main([*options, "--out", str(finished)])
+    finally:
+        file.write_text(whole)
+    assert "\n" not in str(error.value)
+
+
 def test_an_experiment_does_not_go_on_with_other_options(finished, options):
     with pytest.raises(InputError, match=r"option finetune\.lr is 0\.5, but the run in"):
         experiment.main([*options, "--out", str(finished), "--finetune.lr", "0.5"])
