@@ -38,8 +38,12 @@ def that_grows(folder):
     for node in model.graph.node:
         node.output[:] = ["evidence_alone" if name == "evidence" else name for name in node.output]
         node.input[:] = ["evidence_alone" if name == "evidence" else name for name in node.input]
-    model.graph.node.append(helper.make_node("ReduceMean", [names[-1]], ["mean"], keepdims=0))
-    model.graph.node.append(helper.make_node("Add", ["evidence_alone", "mean"], ["evidence"]))
+    model.graph.node.append(
+        helper.make_node("ReduceMean", [names[-1]], ["hostile_mean"], keepdims=0)
+    )
+    model.graph.node.append(
+        helper.make_node("Add", ["evidence_alone", "hostile_mean"], ["evidence"])
+    )
     (folder / "model.onnx").write_bytes(model.SerializeToString())
 
 
@@ -71,8 +75,7 @@ from mics_fast.common.errors import run_command
 from mics_fast.inference import exported_classifier
 exported_classifier.memory_limit = lambda: 1 << 28
 folder, image = sys.argv[1:]
-model = mics_fast.load(folder)
-run_command(lambda: print(model.predict([{"wli": image, "nbi": image}])))
+run_command(lambda: print(mics_fast.load(folder).predict([{"wli": image, "nbi": image}])))
 """
 
 
