@@ -174,7 +174,7 @@ def make_private(file: Path | int) -> None:
         os.chmod(file, 0o600)
 
 
-# What begins a formula, with the blanks that a spreadsheet skips and the wide forms of East Asia.
+# Beginnings of a formula, with the blanks that a spreadsheet skips and the wide forms of East Asia.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 

@@ -38,7 +38,7 @@ def memory_limit() -> int:
 
 
 def load_tensors(opened: BufferedReader) -> Any:
-    """What ``torch.save`` wrote: plain tensors on the CPU, numbers and texts, in containers.
+    """Read a file of ``torch.save``: plain tensors on the CPU, numbers and texts, in containers.
 
     Raises:
         ValueError: too large, compressed, or with tensors that are larger than the file.

@@ -45,7 +45,6 @@ def tabulate(
 
     Args:
         results: of all runs, from ``assess``.
-            "curve", "seconds".
         labels, variants: in the order of the rows.
 
     Returns:
