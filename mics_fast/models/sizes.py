@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mics_fast.common.errors import InputError
+from mics_fast.common.tensors import memory_limit
 from mics_fast.models.geometry import Geometry, from_numbers
 from mics_fast.models.vit import PLAIN, Parts, VisionTransformer
 from mics_fast.options import ModelConfig, ModelSize
@@ -67,7 +68,7 @@ def size_of(model: ModelConfig) -> Size:
 
     Raises:
         InputError: ``model.image`` is no multiple of the patch, or ``model.geometry`` is of no
-            network.
+            network, or of one that is too large for this machine.
     """
     size = around(from_numbers(model.geometry)) if model.geometry else SIZES[model.size]
     image = model.image or size.image
@@ -76,7 +77,22 @@ def size_of(model: ModelConfig) -> Size:
             f"option model.image is {image}, wanted a multiple of {size.patch}, the side of the "
             "encoder's patches"
         )
-    return replace(size, image=image)
+    size = replace(size, image=image)
+    needed = 4 * _parameters(size)
+    if needed > memory_limit() // 4:  # as many encoders as modalities, and what trains them
+        raise InputError(
+            f"an encoder of width {size.width}, depth {size.depth} and {image} px in patches of "
+            f"{size.patch} takes {needed / 2**30:.1f} GiB, wanted at most "
+            f"{memory_limit() / 2**32:.1f} on this machine"
+        )
+    return size
+
+
+def _parameters(size: Size) -> int:
+    """Count the parameters of an encoder, without those that grow with the width alone."""
+    hidden = size.parts.hidden or 4 * size.width
+    tokens = (size.image // size.patch) ** 2 + 3 * size.patch**2
+    return size.width * (size.depth * (4 * size.width + 2 * hidden) + tokens)
 
 
 def around(geometry: Geometry) -> Size:

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mics_fast.common.errors import InputError
-from mics_fast.common.files import renamed
+from mics_fast.common.files import open_regular, renamed
+from mics_fast.common.tensors import check_size
 from mics_fast.engine.checkpoint import fitting
 from mics_fast.models.geometry import Geometry, as_numbers, geometry_of, stated_heads
 from mics_fast.models.initial_weights import load_initial_weights, read_tensors, unwrapped
@@ -93,10 +94,12 @@ def read_encoder(run: Run) -> VisionTransformer:
     if not file.exists():
         raise InputError(f"{file} is missing, wanted the frozen encoder of the run")
     encoder = size_of(run.config.model).encoder()
-    try:
-        state = load_file(file)
-    except SafetensorError as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    with open_regular(file) as opened:
+        try:
+            check_size(opened)
+            state = load_file(file)
+        except (OSError, SafetensorError, ValueError) as error:
+            raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
     with fitting(str(file)):
         encoder.load_state_dict(state)
     return encoder.eval().requires_grad_(False)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 
+from mics_fast.common.errors import InputError
 from mics_fast.models.discriminator import Discriminator
+from mics_fast.models.geometry import Geometry, as_numbers
 from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel
-from mics_fast.models.sizes import SIZES, Size
+from mics_fast.models.sizes import SIZES, Size, size_of
+from mics_fast.models.vit import Parts
+from mics_fast.options import ModelConfig
 
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES.keys())
 
@@ -53,3 +57,28 @@ def test_pre_training_models_keep_their_number_of_trainable_parameters(name, tra
     with torch.device("meta"):
         model = PretrainModel(SIZES[name], ["wli"], pool="cls", projection=256, temperature=0.07)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trainable
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(16, 16, 65536, 256, 1, Parts()),
+        Geometry(16, 16, 64, 256, 1, Parts(hidden=65536 * 256)),
+        Geometry(65536, 1, 64, 1, 1, Parts()),
+        Geometry(65536, 65536, 64, 1, 1, Parts()),
+    ],
+)
+def test_an_encoder_that_exhausts_the_machine_is_refused(geometry: Geometry):
+    with pytest.raises(InputError, match=r"GiB, wanted at most .* on this machine"):
+        size_of(ModelConfig(geometry=as_numbers(geometry)))
+
+
+def test_an_image_that_exhausts_the_machine_is_refused():
+    with pytest.raises(InputError, match=r"GiB, wanted at most .* on this machine"):
+        size_of(ModelConfig(size="vit_base", image=16 * 2**16))
+
+
+@every_size
+def test_every_size_fits_this_machine(size: Size):
+    name = next(name for name, own in SIZES.items() if own is size)
+    assert size_of(ModelConfig(size=name)) == size

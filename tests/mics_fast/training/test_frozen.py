@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -155,6 +156,9 @@ def test_a_run_without_its_encoder_is_refused(frozen, tmp_path):
         mics_fast.load(tmp_path / "run")
     (tmp_path / "run" / "encoder.safetensors").unlink()
     with pytest.raises(InputError, match=r"encoder\.safetensors is missing"):
+        mics_fast.load(tmp_path / "run")
+    os.mkfifo(tmp_path / "run" / "encoder.safetensors")
+    with pytest.raises(InputError, match=r"encoder\.safetensors is no regular file"):
         mics_fast.load(tmp_path / "run")
 
 
