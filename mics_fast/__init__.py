@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 __all__ = ["load"]
 
 
-def load(folder: str | os.PathLike[str]) -> Predictor:
+def load(*folders: str | os.PathLike[str]) -> Predictor:
     """Load a trained classifier.
 
     Args:
-        folder: Run folder of ``mics_fast.train``, or folder of ``mics_fast.export``.
+        folders: Run folder of ``mics_fast.train``, or folder of ``mics_fast.export``; of several,
+            the opinions are averaged.
 
     Returns:
         A predictor with ``classes``, ``modalities`` and ``predict(source)``; the source is a
@@ -51,7 +52,7 @@ def load(folder: str | os.PathLike[str]) -> Predictor:
 
     from mics_fast.inference.predictor import Predictor
 
-    return Predictor.load(Path(folder))
+    return Predictor.load(*map(Path, folders))
 
 
 def __getattr__(name: str) -> Any:

@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from mics_fast.inference.writers import Summary, json_lines, json_list, table_file
 
     key = read_key(options.anonymise) if options.anonymise else None
-    model = Predictor.load(options.model)
+    model = Predictor.load(*options.models)
     rows = find_rows(options, images, model.modalities)
     point = model.point(options.refer_above)
     summary = Summary()
@@ -78,7 +78,7 @@ def find_rows(
     for name, file in images.items():
         if name not in modalities:
             raise InputError(
-                f"option --{name} is unknown: the modalities of {options.model} are "
+                f"option --{name} is unknown: the modalities of {options.models[0]} are "
                 f"{', '.join(modalities)}"
             )
         if not file.exists():
@@ -97,7 +97,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         description=__doc__,
         epilog="One sample: one option per modality, as in --wli a.png --nbi b.png.",
     )
-    parser.add_argument("model", type=Path, help="run folder, or folder of mics_fast.export")
+    parser.add_argument("models", type=Path, nargs="+", metavar="model",
+                        help="run folder, or folder of mics_fast.export; of several, such as the "
+                        "folds of a cross-validation, the opinions are averaged")  # fmt: skip
     parser.add_argument("--manifest", type=Path, help="predict every row of this manifest")
     parser.add_argument("--folder", type=Path,
                         help="predict the images of a folder that holds one folder per modality: "

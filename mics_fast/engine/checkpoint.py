@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypedDict, cast
+from typing import Any, BinaryIO, NotRequired, TypedDict, cast
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class CheckpointState(TypedDict):
         skipped_steps: steps that the scaler skipped.
         rng: state of the CPU's random generator.
         seconds: wall time of training so far.
+        scores: ``state_dict`` of ``engine.scores.Scores``; absent in older checkpoints.
     """
 
     step: int
@@ -49,6 +50,7 @@ class CheckpointState(TypedDict):
     skipped_steps: float
     rng: Tensor
     seconds: float
+    scores: NotRequired[dict[str, Any]]
 
 
 class Best(TypedDict):

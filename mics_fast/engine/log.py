@@ -6,7 +6,8 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from mics_fast.common.errors import InputError, warn
 from mics_fast.common.files import open_regular
 from mics_fast.engine.distributed import rank
+from mics_fast.engine.trackers import open_trackers
 
 METRICS = "metrics.jsonl"  # in a run folder
 LONGEST_LINE = 2**20  # bytes
+WIDTH = 100  # columns of the terminal that lines are made for
 
 
 class RunLog:
@@ -36,20 +41,33 @@ class RunLog:
     Rank 0 logs for all ranks. A record that cannot be written is reported and skipped.
 
     Args:
-        folder: run folder; an existing log is appended to.
+        folder: run folder; a log that is already there is appended to.
+        verbose: also print every loss, throughput and floating-point operations.
+        options: of the run, flat, for TensorBoard and trackers.
+        trackers: names of those to log to as well, see ``engine.trackers``.
 
     Raises:
-        InputError: ``metrics.jsonl`` is a link or not a regular file, or cannot be written.
+        InputError: ``metrics.jsonl`` is a link or no regular file, or cannot be written; a tracker
+            cannot begin.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        verbose: bool = False,
+        options: Mapping[str, Any] | None = None,
+        trackers: Sequence[str] = (),
+    ) -> None:
+        self.folder, self.verbose = folder, verbose
         self._speaks = rank() == 0
         if self._speaks:
             self._file = LineFile(folder / METRICS)
             self._board: SummaryWriter | None = None
             with suppress(OSError):  # reported at the first record
                 self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._write_options(options or {})
+            self._trackers = open_trackers(trackers, folder, options or {})
         self._bar: Progress | None = None
         self._warned: set[tuple[str, str]] = set()
 
@@ -61,16 +79,45 @@ class RunLog:
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-                   TimeElapsedColumn(), TimeRemainingColumn())  # fmt: skip
-        with Progress(*columns, console=console) as self._bar:
+                   TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left"))  # fmt: skip
+        # Steps may take minutes: the estimate looks back further than rich's 30 s.
+        with Progress(
+            *columns, console=console, transient=True, speed_estimate_period=600
+        ) as self._bar:
             self._bar.add_task(stage, total=steps, completed=step)
             try:
                 yield
             finally:
                 self._bar = None
 
-    def write(self, stage: str, step: int, values: Mapping[str, float], progress: str) -> None:
-        """Write one record of a stage and step; ``progress`` begins the terminal line."""
+    def advance(self, step: int) -> None:
+        """Move the bar, if there is one, to a step."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=step)
+
+    def detail(self, parts: Sequence[str]) -> None:
+        """Print what only ``verbose`` shows, indented and no wider than ``WIDTH``."""
+        if self._speaks and self.verbose:
+            text = "  ".join(part.replace(" ", "\xa0") for part in parts)  # parts stay whole
+            lines = textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
+            print("\n".join(lines).replace("\xa0", " "), flush=True)
+
+    def write(
+        self,
+        stage: str,
+        step: int,
+        values: Mapping[str, float],
+        line: str,
+        details: Sequence[str] = (),
+    ) -> None:
+        """Write one record.
+
+        Args:
+            stage, step: what it is about.
+            values: all of it, for ``metrics.jsonl`` and TensorBoard.
+            line: what the terminal shows of it.
+            details: what it shows beside that where ``verbose``.
+        """
         if not self._speaks:
             return
         try:
@@ -79,14 +126,20 @@ class RunLog:
             reason = f"records cannot be written: {error.strerror}"
             self.warn(stage, f"{reason}; continuing without them")
         self._write_events(stage, step, values)
-        shown = [
-            f"{name.removeprefix('loss_')} {value:.4g}"
-            for name, value in values.items()
-            if name in ("loss", "lr", "gradient_norm") or name.startswith("loss_")
-        ]
-        print(f"{progress}  " + "  ".join(shown), flush=True)
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step)
+        self._track(stage, step, values)
+        print(line, flush=True)
+        if details:
+            self.detail(details)
+
+    def pictures(self, stage: str, step: int, pictures: Mapping[str, Tensor]) -> None:
+        """Add pictures to the TensorBoard events; title -> (3, H, W) uint8."""
+
+        def write(board: SummaryWriter) -> None:
+            for title, picture in pictures.items():
+                board.add_image(f"{stage}/{title}", picture, step)
+
+        if self._speaks:
+            self._leave_board(write)
 
     def warn(self, stage: str, sentence: str) -> None:
         """Print a warning once per stage."""
@@ -98,6 +151,33 @@ class RunLog:
         if self._speaks:
             self._file.close()
             self._leave_board(lambda board: board.close())
+            for tracker in self._trackers.values():
+                with suppress(Exception):  # a server that is gone: the run folder has it all
+                    tracker.close()
+
+    def _write_options(self, options: Mapping[str, Any]) -> None:
+        """Show the options on TensorBoard's page of hyperparameters."""
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in options.items()
+        }
+
+        def write(board: SummaryWriter) -> None:
+            for summary in hparams(plain, {}):
+                board.file_writer.add_summary(summary)
+
+        if plain:
+            self._leave_board(write)
+
+    def _track(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """Write a record to the trackers; one that fails is reported and left out from then on."""
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.write(stage, step, values)
+            except Exception as error:  # of whatever kind
+                reason = " ".join(str(error).split())
+                self.warn(stage, f"{name} cannot be written to: {reason}; going on without it")
+                del self._trackers[name]
 
     def _write_events(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         def write(board: SummaryWriter) -> None:

@@ -27,9 +27,10 @@ from mics_fast.engine.distributed import (
 )
 from mics_fast.engine.guard import NEVER, describe_samples, first_broken, write_batch
 from mics_fast.engine.log import RunLog
-from mics_fast.engine.meter import Meter
+from mics_fast.engine.meter import Meter, clock
 from mics_fast.engine.plan import Losses, Plan, Stage
 from mics_fast.engine.profile import phase, profiled
+from mics_fast.engine.scores import Scores
 from mics_fast.engine.update import Update, Values
 
 __all__ = ["Loop", "Losses", "Plan", "Stage"]
@@ -51,6 +52,8 @@ class Loop:
         log: destination of records.
         validate: scores the current stage; name -> value. The first score, higher is better, may
             choose the best checkpoint.
+        pictures: draws the current stage after each validation, on the first rank only; title ->
+            (3, H, W) uint8.
     """
 
     def __init__(
@@ -61,10 +64,13 @@ class Loop:
         meta: Mapping[str, Any],
         log: RunLog,
         validate: Callable[[], dict[str, float]] | None = None,
+        pictures: Callable[[], dict[str, Tensor]] | None = None,
     ) -> None:
         self.stage, self.plan, self.checkpoints = stage, plan, checkpoints
-        self.meta, self.log, self.validate = dict(meta), log, validate
+        self.meta, self.log = dict(meta), log
+        self.validate, self.pictures = validate, pictures
         self.step = 0
+        self.scores = Scores(plan.score, plan.patience)
         self.update = Update(stage, plan)
         self.train_on = CapturedUpdate(self.update) if plan.cuda_graph else self.update
         self.meter = self._meter(0.0)
@@ -89,11 +95,18 @@ class Loop:
         if self.plan.scaler is not None and scaler:
             self.plan.scaler.load_state_dict(scaler)
         self.update.skipped.fill_(state["skipped_steps"])
+        if "scores" in state:
+            self.scores.load_state_dict(state["scores"])
         torch.set_rng_state(state["rng"])
         self.meter = self._meter(state["seconds"])
 
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has used up its steps or its patience."""
+        return self.step == self.plan.steps or self.scores.out_of_patience()
+
     def run(self, batches: Batches) -> bool:
-        """Train to the end of the plan.
+        """Train to the end of the plan, or of its patience.
 
         Args:
             batches: maps a step number to the batches from that step on, always the same ones.
@@ -106,9 +119,9 @@ class Loop:
             InputError: the last checkpoint cannot be written.
         """
         plan, stream, stopping = self.plan, batches(self.step), False
-        if plan.flops and rank() == 0:
-            terms = "  ".join(f"{name} {own / 1e9:.4g}" for name, own in plan.flops.items())
-            print(f"{plan.name}  {sum(plan.flops.values()) / 1e9:.4g} GFLOP per step:  {terms}")
+        if plan.flops:
+            terms = [f"{name} {own / 1e9:.4g}" for name, own in plan.flops.items()]
+            self.log.detail([f"{plan.name}: GFLOP per step:", *terms])
         writer = CheckpointWriter(self.checkpoints, plan.name, self.meta)
         due = Due(plan.checkpoint_every, plan.checkpoint_minutes)
         folder = self.log.folder / "profile"
@@ -119,24 +132,65 @@ class Loop:
             closing(writer),
             profiled(plan.profile if first else 0, folder, plan.name) as profiled_step,
         ):
-            while self.step < plan.steps:
+            while not self.finished:
                 batch, failure = self._take(stream)
                 save_asked = first and due.at(self.step + 1)
                 stopping, save = agree(stop.asked, save_asked, failure=failure)
                 values = self.train_on(batch, self.step)
                 self.step += 1
+                self.log.advance(self.step)
                 profiled_step()
-                last = self.step == plan.steps or stopping
-                save = save or last
-                if save or self.step % plan.log_every == 0:
-                    record = self._read(values, batches)
-                    if save:
-                        record |= self._save(writer, record, last)
-                    self.log.write(plan.name, self.step, record, self._progress(record))
-                    self.meter.restart()
+                scored = self._validation_due(save)
+                if save or scored or stopping or self.step % plan.log_every == 0:
+                    self._record(self._read(values, batches), writer, save, scored, stopping)
                 if stopping:
                     break
-        return self.step == plan.steps and not stopping
+        if first and self.finished:
+            print(self._closing())
+        return self.finished and not stopping
+
+    def _validation_due(self, save: bool) -> bool:
+        """Whether to validate after this step.
+
+        A stop that was asked for adds none: a resumed run validates where one that never stopped
+        does.
+        """
+        every = self.plan.validate_every
+        due = self.step % every == 0 if every else save
+        return self.validate is not None and (due or self.step == self.plan.steps)
+
+    def _record(
+        self,
+        record: dict[str, float],
+        writer: CheckpointWriter,
+        save: bool,
+        scored: bool,
+        stopping: bool,
+    ) -> None:
+        """Score, save and log a step, as far as each is due."""
+        plan, score = self.plan, None
+        if scored:
+            scores = self._score()
+            record |= scores
+            score = next(iter(scores.values()), None)
+        best = score is not None and self.scores.add(self.step, score)
+        last = self.finished or stopping
+        if save or last or (best and plan.choose_best):
+            self._save(writer, record, score if plan.choose_best else None, last)
+        line = self._progress(record, score)
+        self.log.write(plan.name, self.step, record, line, self._details(record))
+        if scored and self.pictures is not None and rank() == 0:
+            self.log.pictures(plan.name, self.step, self.pictures())
+        self.meter.restart()
+
+    def _score(self) -> dict[str, float]:
+        """Validate; the same scores on all ranks."""
+        assert self.validate is not None
+        if self.plan.shards is None:
+            return from_first(self.validate)
+        # A sharded network runs on all ranks or on none: each walks the same rows.
+        scores = self.validate()
+        return from_first(lambda: scores)
 
     def _meter(self, before: float) -> Meter:
         flops = sum(self.plan.flops.values())
@@ -193,19 +247,19 @@ class Loop:
         )
 
     def _save(
-        self, writer: CheckpointWriter, record: Mapping[str, float], last: bool
-    ) -> dict[str, float]:
-        """Pass a checkpoint to the writer; return the scores, if there is a validation.
+        self,
+        writer: CheckpointWriter,
+        record: Mapping[str, float],
+        score: float | None,
+        last: bool,
+    ) -> None:
+        """Pass a checkpoint to the writer.
 
         Raises:
             InputError: the final checkpoint cannot be written; after other failures, training
                 goes on.
         """
-        shards, scores = self.plan.shards, {}
-        if self.validate:
-            # A sharded network needs all ranks; each evaluates the same rows.
-            scores = from_first(self.validate) if shards is None else self.validate()
-        scaler = self.plan.scaler
+        shards, scaler = self.plan.shards, self.plan.scaler
         state: CheckpointState = {
             "step": self.step,
             "stage": self.stage.state_dict(),
@@ -216,19 +270,34 @@ class Loop:
             # sample), so nothing draws from a GPU's generator.
             "rng": torch.get_rng_state(),
             "seconds": self.meter.seconds(),
+            "scores": self.scores.state_dict(),
         }
         if shards is not None:
             state = shards.gather(state)
         if rank() == 0:
-            score = next(iter(scores.values()), None) if self.plan.choose_best else None
             writer.save(self.step, state, score)
         if last and (failure := from_first(writer.wait)):
             raise InputError(failure)
-        return scores
 
-    def _progress(self, record: Mapping[str, float]) -> str:
+    def _progress(self, record: Mapping[str, float], score: float | None) -> str:
+        """The line of a step: where training is, how it goes, how long it will take."""
+        plan = self.plan
+        epoch = -(-self.step // plan.steps_per_epoch)
+        parts = [f"{plan.name}  epoch {epoch}/{plan.epochs}  step {self.step}/{plan.steps}"]
+        if "loss" in record:
+            parts.append(f"loss {record['loss']:.3g}")
+        if score is not None:
+            parts.append(self.scores.words(score))
+        return "  ".join([*parts, f"{clock(record['seconds_left'])} left"])
+
+    def _details(self, record: Mapping[str, float]) -> list[str]:
+        """What only a person who looks for it wants to see of a step."""
         parts = [
-            f"{self.plan.name}  epoch {record['epoch']:.1f}  step {self.step}/{self.plan.steps}",
+            f"{name.removeprefix('loss_')} {value:.4g}"
+            for name, value in record.items()
+            if name in ("lr", "gradient_norm") or name.startswith(("loss_", "val_", "knn_"))
+        ]
+        parts += [
             f"{record['pairs_per_second']:.0f} pairs/s",
             f"{record['ms_per_step']:.0f} ms/step",
             f"data wait {record['data_wait']:.0%}",
@@ -238,9 +307,13 @@ class Loop:
             parts.append(f"{record['tflops']:.3g} TFLOP/s")
         if "mfu" in record:
             parts.append(f"MFU {record['mfu']:.0%}")
-        minutes, seconds = divmod(round(record["seconds_left"]), 60)
-        parts.append(f"{minutes}:{seconds:02d} to go")
-        return "  ".join(parts)
+        return parts
+
+    def _closing(self) -> str:
+        """What to say at the end of the stage."""
+        early = self.step < self.plan.steps
+        why = f"stopped early, {self.scores.waited} validations after the best; " if early else ""
+        return f"{self.plan.name}: {why}{self.meter.summary()}"
 
 
 class Due:

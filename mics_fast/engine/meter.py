@@ -36,7 +36,9 @@ class Meter:
         self.device, self.flops, self.peak_tflops = device, flops, peak_tflops
         self._last = time.perf_counter()
         self._start = self._last - before
+        self._began = self._last
         self._steps, self._pairs, self._waited = 0, 0, 0.0
+        self._earlier = (0, 0, 0.0)  # the same before the last restart
 
     def take(self, batches: Iterator[Any]) -> Any:
         """Return the next batch, a tuple of parts, and count its pairs and the waiting time."""
@@ -74,10 +76,36 @@ class Meter:
                 values["mfu"] = values["tflops"] / (self.peak_tflops * world_size())
         return values
 
+    def summary(self) -> str:
+        """Say how fast this process trained since its beginning, validation included."""
+        steps, pairs, waited = map(sum, zip(self._earlier, self._interval(), strict=True))
+        elapsed = max(time.perf_counter() - self._began, 1e-9)
+        parts = [
+            f"{steps} steps in {clock(elapsed)}",
+            f"{pairs / elapsed:.0f} pairs/s",
+            f"data wait {waited / elapsed:.0%}",
+            f"{peak_memory(self.device) / 2**30:.2f} GiB",
+        ]
+        if self.flops:
+            parts.append(f"{self.flops / 1e9:.4g} GFLOP per step")
+        return ", ".join(parts)
+
+    def _interval(self) -> tuple[int, int, float]:
+        return self._steps, self._pairs, self._waited
+
     def restart(self) -> None:
         """Start the next interval."""
+        before, own = self._earlier, self._interval()
+        self._earlier = (before[0] + own[0], before[1] + own[1], before[2] + own[2])
         self._last = time.perf_counter()
         self._steps, self._pairs, self._waited = 0, 0, 0.0
+
+
+def clock(seconds: float) -> str:
+    """Write a time as minutes and seconds, with hours where there are any."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def peak_memory(device: torch.device) -> int:

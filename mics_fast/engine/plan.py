@@ -77,7 +77,7 @@ class Plan:
         warmup: steps of linear warm-up.
         clip: largest gradient norm of the main optimiser; 0: no clipping.
         log_every: steps between log records.
-        checkpoint_every: steps between checkpoints; 0: off. Each is scored if there are val rows.
+        checkpoint_every: steps between checkpoints; 0: off.
         final_lr: name -> final learning rate as a factor of its peak; absent: constant.
         checkpoint_minutes: minutes between checkpoints; 0: off.
         accumulate: number of equal parts in which a batch is processed.
@@ -86,7 +86,11 @@ class Plan:
         peak_tflops: of the device, in TFLOP/s; None: unknown.
         profile: number of steps to profile.
         cuda_graph: record and replay the step.
-        choose_best: choose the best checkpoint by the first score; False: use the latest.
+        choose_best: choose the best checkpoint by the first score, and save each new best; False:
+            use the latest.
+        validate_every: steps between validations; 0: validate with each checkpoint.
+        score: title of the first score, for the terminal.
+        patience: validations without a better first score after which the stage ends; 0: off.
         shards: the sharded parts of the stage; None: nothing is sharded.
     """
 
@@ -107,7 +111,15 @@ class Plan:
     profile: int = 0
     cuda_graph: bool = False
     choose_best: bool = True
+    validate_every: int = 0
+    score: str = "val"
+    patience: int = 0
     shards: Shards | None = None
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the data, the last one of which may not be complete."""
+        return -(-self.steps // self.steps_per_epoch)
 
     @property
     def main(self) -> str:

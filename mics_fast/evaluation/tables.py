@@ -121,26 +121,26 @@ def class_table(evaluation: Evaluation) -> Table:
     return table
 
 
+def table_of(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str) -> Table:
+    """Lay out cells whose first column is a name and whose others are numbers."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def difference_table(against: Comparison) -> Table:
     """Make a table of fused metrics of this run minus those of the other."""
     title = f"fused: this run - {printable(against.run)}"
-    return _table(title, DIFFERENCE_COLUMNS, difference_rows(against))
+    return table_of(DIFFERENCE_COLUMNS, difference_rows(against), title)
 
 
 def referral_table(evaluation: Evaluation) -> Table:
     """Make a table of answered and wrong samples, one row per rule."""
     title = f"referral to a person, on {evaluation.split} (fused)"
-    return _table(title, REFERRAL_COLUMNS, referral_rows(evaluation))
-
-
-def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Make a table whose first column names the row."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for place, name in enumerate(columns):
-        table.add_column(name, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return table_of(REFERRAL_COLUMNS, referral_rows(evaluation), title)
 
 
 def referral_rows(evaluation: Evaluation) -> list[list[str]]:
@@ -153,6 +153,19 @@ def referral_rows(evaluation: Evaluation) -> list[list[str]]:
             cells += [number(own.values[name]), interval(own.intervals[name])]
         rows.append(cells)
     return rows
+
+
+def referral_sentence(values: Mapping[str, float]) -> str:
+    """Say how good the answers are, and how good if the least certain are left to a person.
+
+    Args:
+        values: Of the fused opinion, see ``metrics.prediction_metrics``.
+    """
+    return (
+        f"Of 100 patients like these the model is right on {100 * values['accuracy']:.0f}; if it "
+        f"may refer the 20 it is least sure of, on {1 - values['risk_at_80_coverage']:.0%} of the "
+        "rest."
+    )
 
 
 def rule_text(rule: Rule) -> str:

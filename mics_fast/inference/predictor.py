@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
-
-import torch
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.progress import progress
@@ -16,44 +14,15 @@ from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.answers import Answer, Failure, answer
 from mics_fast.evaluation.operating_point import OperatingPoint
-from mics_fast.evaluation.opinions import Opinions
 from mics_fast.evaluation.referral import Rule
+from mics_fast.inference.ensemble import Ensemble
 from mics_fast.inference.exported_classifier import SIDECAR, ExportedClassifier
+from mics_fast.inference.loaded_classifier import LoadedClassifier
 from mics_fast.inference.run_classifier import load_run
 from mics_fast.inference.samples import Images, array_batch, named_rows, stored_rows
-from mics_fast.options import DataConfig
 from mics_fast.training.run import Run
 
 ARRAYS = 16  # samples per batch of arrays
-
-
-class LoadedClassifier(Protocol):
-    """The classifier of a run, or an exported one."""
-
-    @property
-    def modalities(self) -> tuple[str, ...]: ...
-
-    @property
-    def heads(self) -> tuple[str, ...]: ...
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def data(self) -> DataConfig: ...
-
-    @property
-    def image_size(self) -> int: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def point(self) -> OperatingPoint: ...
-
-    def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader: ...
-
-    def state(self, batch: PairBatch) -> Opinions: ...
 
 
 @dataclass(frozen=True)
@@ -61,23 +30,29 @@ class Predictor:
     """A classifier ready for prediction; ``mics_fast.load`` makes one.
 
     Args:
-        folder: Folder that it was loaded from.
-        classifier: From a run, or exported.
+        classifier: From a run, exported, or an ensemble.
     """
 
-    folder: Path
     classifier: LoadedClassifier
 
     @staticmethod
-    def load(folder: Path) -> Predictor:
-        """Load a run folder, or a folder of ``python -m mics_fast.export``.
+    def load(*folders: Path) -> Predictor:
+        """Load run folders or folders of ``python -m mics_fast.export``; several answer as one.
 
         Raises:
-            InputError: the folder is neither, or is damaged.
+            InputError: a folder is neither, or is damaged; or they are of different models.
         """
-        if (folder / SIDECAR).exists():
-            return Predictor(folder, ExportedClassifier.open(folder))
-        return Predictor(folder, load_run(Run.open(folder)))
+        loaded = [load_classifier(folder) for folder in folders]
+        if len(loaded) == 1:
+            return Predictor(loaded[0])
+        stored = [folder for folder, own in zip(folders, loaded, strict=True) if own.point.rule]
+        if stored:
+            print(
+                f"warning: the rule stored in {stored[0]} holds for that run alone and is not "
+                "used; give a threshold for the ensemble with --refer-above",
+                file=sys.stderr,
+            )
+        return Predictor(Ensemble.of(loaded, folders))
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -180,6 +155,17 @@ class Predictor:
         names = [str(number) for number in batch.sample_id.tolist()]
         point = self.point(refer_above)
         return answer(self.classifier.state(batch), names, self.classes, point)
+
+
+def load_classifier(folder: Path) -> LoadedClassifier:
+    """Load one run folder, or one folder of ``python -m mics_fast.export``.
+
+    Raises:
+        InputError: the folder is neither, or is damaged.
+    """
+    if (folder / SIDECAR).exists():
+        return ExportedClassifier.open(folder)
+    return load_run(Run.open(folder))
 
 
 def failure_of(row: Row, loader: EvalLoader) -> Failure | None:

@@ -18,7 +18,7 @@ from mics_fast.common.files import STANDARD_OUTPUT, inert_cell, printable, whole
 from mics_fast.evaluation.answers import Answer, Failure, Stated, flat
 from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.tables import wide_console
-from mics_fast.inference.predictor import LoadedClassifier
+from mics_fast.inference.loaded_classifier import LoadedClassifier
 
 ROWS_SHOWN = 20
 

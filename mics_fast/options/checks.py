@@ -26,6 +26,11 @@ def check_config(config: TrainConfig) -> None:
         count, rows = attrgetter(parts)(config), attrgetter(name)(config)
         if rows % count:
             raise InputError(f"option {parts} is {count}, wanted a divisor of {name}, {rows}")
+    if config.finetune.patience and not (config.validate_every or config.checkpoint_every):
+        raise InputError(
+            f"option finetune.patience is {config.finetune.patience}, wanted validations to count: "
+            "validate_every or checkpoint_every above 0"
+        )
     if config.pretrain.adversarial == "alternating" and config.pretrain.accumulate > 1:
         raise InputError(
             f"option pretrain.accumulate is {config.pretrain.accumulate}, wanted 1 where "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from mics_fast.common.errors import InputError
 from mics_fast.options.checks import check_config
@@ -14,10 +15,24 @@ from mics_fast.options.train import TrainConfig
 CONFIG = "config.yaml"  # in a run folder
 
 
+class TrainCommand(NamedTuple):
+    """A command line of ``train``.
+
+    Args:
+        config: Options of the run.
+        resume: Resume from the last checkpoint.
+        verbose: Print every loss and rate.
+    """
+
+    config: TrainConfig
+    resume: bool
+    verbose: bool
+
+
 def parse_train(
     arguments: Sequence[str] | None = None, description: str | None = None
-) -> tuple[TrainConfig, bool]:
-    """Read the options of a run from a command line, and whether it resumes.
+) -> TrainCommand:
+    """Read the command line of ``train``.
 
     ``--resume`` without ``--config`` starts from the options of the run in ``--out``.
 
@@ -29,10 +44,12 @@ def parse_train(
         {"": TrainConfig},
         prog="python -m mics_fast.train",
         description=description,
-        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] "
+        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] [--verbose] "
         "[--OPTION VALUE]...",
     )
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
+    parser.add_argument("--verbose", action="store_true",
+                        help="print every loss, throughput and FLOPs, too")  # fmt: skip
     found, settings = parser.read(arguments)
     base = None
     from_file = any(name == "config" for name, _ in found.given)
@@ -44,7 +61,7 @@ def parse_train(
     if found.print_config:
         parser.print_config([config])
         raise SystemExit(0)
-    return config, found.resume
+    return TrainCommand(config, found.resume, found.verbose)
 
 
 def parse_experiment(
@@ -60,7 +77,8 @@ def parse_experiment(
         {"": TrainConfig, "experiment": ExperimentConfig},
         prog="python -m mics_fast.experiment",
         description=description,
-        usage="%(prog)s --config FILE --data.manifest FILE --out DIR [--OPTION VALUE]...",
+        usage="%(prog)s --config FILE (--data.manifest FILE | --experiment.folds DIR) --out DIR "
+        "[--OPTION VALUE]...",
     )
     found, settings = parser.read(arguments)
     train, grid = parser.configs(settings)
@@ -69,18 +87,18 @@ def parse_experiment(
     if found.print_config:
         parser.print_config([train, grid])
         raise SystemExit(0)
-    require(train)
+    require(train, manifest=not grid.folds)
     return train, grid
 
 
-def require(config: TrainConfig) -> None:
-    """Refuse to start without a manifest or a run folder.
+def require(config: TrainConfig, *, manifest: bool = True) -> None:
+    """Refuse to start without a manifest, if one is needed, or a run folder.
 
     Raises:
         InputError: names the missing option.
     """
     for name, value in (("--data.manifest", config.data.manifest), ("--out", config.out)):
-        if not value:
+        if not value and (manifest or name == "--out"):
             raise InputError(f"option {name} is missing")
 
 

@@ -38,6 +38,12 @@ class ExperimentConfig:
     out_of_distribution: str = option(
         "", 'a manifest of images that the models should be unsure of; "" = none'
     )
+    folds: str = option(
+        "",
+        "folder of prepare --folds: cross-validation in place of the grid. One run per fold, with "
+        "the options of the run; the opinions on all test rows are pooled into one table and one "
+        'report; "" = none',
+    )
     processes: int = option(
         1,
         "runs at a time, each with its share of the CPU threads. Small networks do not use two "
@@ -53,6 +59,8 @@ def check_experiment(config: ExperimentConfig) -> None:
         InputError: a list is empty or has a duplicate, or a number is out of range.
     """
     check_ranges(config, "experiment.")
+    if config.folds:
+        return
     for name in ("seeds", "label_fractions", "label_counts", "variants"):
         values = getattr(config, name)
         may_be_empty = name.startswith("label_")

@@ -47,6 +47,12 @@ class FinetuneConfig:
         'the checkpoint that evaluation and prediction read: "best", by the fused macro-F1 on the '
         'val rows, whose labels are then used, too; or "last"',
     )
+    patience: int = option(
+        0,
+        "validations without a better macro-F1 on the val rows after which the stage ends; 0 = it "
+        "runs to its last step. Schedules stay those of all steps",
+        least=0,
+    )
     labelled_batch: int = option(16, "labelled pairs per step", above=0, most=2**20)
     unlabelled_batch: int = option(48, "unlabelled pairs per step", above=0)
     accumulate: int = option(

@@ -11,6 +11,7 @@ from typing import Literal
 from mics_fast.options.data import DataConfig
 from mics_fast.options.fields import option
 from mics_fast.options.finetune import FinetuneConfig
+from mics_fast.options.log import LogConfig
 from mics_fast.options.model import ModelConfig
 from mics_fast.options.pretrain import PretrainConfig
 
@@ -68,6 +69,12 @@ class TrainConfig:
         above=0, most=1024,
     )  # fmt: skip
     log_every: int = option(10, "steps between log lines", above=0)
+    validate_every: int = option(
+        0,
+        "steps between validations on the val rows; 0 = one with each checkpoint. The best step is "
+        "saved whenever it is validated",
+        least=0,
+    )
     checkpoint_every: int = option(
         200, "steps between checkpoints; 0 = off; one is also written when a stage ends", least=0
     )
@@ -80,6 +87,7 @@ class TrainConfig:
         above=0,
     )
     profile: int = option(0, "steps of each stage to profile, after a warm-up; 0 = none", least=0)
+    log: LogConfig = option(factory=LogConfig)
     data: DataConfig = option(factory=DataConfig)
     model: ModelConfig = option(factory=ModelConfig)
     pretrain: PretrainConfig = option(factory=PretrainConfig)

@@ -12,6 +12,7 @@ from mics_fast.evaluation.answers import answer
 from mics_fast.models.sizes import size_of
 from mics_fast.reporting import figures, pictures
 from mics_fast.reporting.parts import Subject, grid, section, strip, text
+from mics_fast.training.pictures import reconstruct
 
 CASES = 4
 EXAMPLES = 2
@@ -47,9 +48,7 @@ def reconstructions(subject: Subject) -> str:
     ratio = run.config.pretrain.mask_ratio
     shown = []
     for column, name in enumerate(manifest.modalities):
-        three = pictures.reconstruct(
-            model, batch.views[name].cpu(), batch.sample_id.cpu(), ratio, column
-        )
+        three = reconstruct(model, batch.views[name].cpu(), batch.sample_id.cpu(), ratio, column)
         for row, own in enumerate(three):
             if batch.present[row, column]:
                 low, high = own.image.min().item(), own.image.max().item()

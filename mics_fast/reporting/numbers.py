@@ -28,6 +28,7 @@ from mics_fast.evaluation.tables import (
     metric_rows,
     number,
     referral_rows,
+    referral_sentence,
     shown_columns,
 )
 from mics_fast.inference.model_card import NOT_A_DEVICE
@@ -64,14 +65,6 @@ SCORES = {
 def summary(subject: Subject) -> str:
     """Begin with a sentence, then show a warning and four numbers."""
     evaluation = subject.evaluation
-    fused = evaluation.fused
-    facts = "".join(
-        f"<div><dt>{title}</dt><dd>{number(fused.values[name])}</dd><dd>{bounds}</dd></div>"
-        for name, title, bounds in (
-            (n, SHOWN[n], f"95 %: {interval(fused.intervals[n])}")
-            for n in ("accuracy", "balanced_accuracy", "macro_auroc", "aurc")
-        )
-    )
     warning = f'<p class="warning">{escape(NOT_A_DEVICE.replace("**", ""))}</p>'
     virtual = [
         text(f"{name} images are virtual: derived from another modality.")
@@ -84,19 +77,27 @@ def summary(subject: Subject) -> str:
             f"{evaluation.n} test samples in {evaluation.groups} groups, {len(evaluation.classes)} "
             f"classes; checkpoint {best_checkpoint(subject.run).name}. The fused opinion:"
         )
-        + f'<dl class="facts">{facts}</dl>'
+        + facts(evaluation)
         + "".join(virtual)
     )
 
 
+def facts(evaluation: Evaluation) -> str:
+    """Show four numbers of the fused opinion with their intervals."""
+    fused = evaluation.fused
+    shown = "".join(
+        f"<div><dt>{title}</dt><dd>{number(fused.values[name])}</dd><dd>{bounds}</dd></div>"
+        for name, title, bounds in (
+            (n, SHOWN[n], f"95 %: {interval(fused.intervals[n])}")
+            for n in ("accuracy", "balanced_accuracy", "macro_auroc", "aurc")
+        )
+    )
+    return f'<dl class="facts">{shown}</dl>'
+
+
 def opening(evaluation: Evaluation) -> str:
     """State in one sentence the accuracy, with and without referral."""
-    values = evaluation.fused.values
-    sentence = (
-        f"Of 100 patients like these the model is right on {100 * values['accuracy']:.0f}; if it "
-        f"may refer the 20 it is least sure of, on {1 - values['risk_at_80_coverage']:.0%} of the "
-        "rest."
-    )
+    sentence = referral_sentence(evaluation.fused.values)
     kept = [own for own in evaluation.referrals if own.rule == evaluation.point.rule]
     if not kept:
         return sentence

@@ -1,11 +1,10 @@
-"""Pictures for the report: thumbnails, reconstructions, saliency overlays; and features."""
+"""Pictures for the report: thumbnails, saliency overlays; and features."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,30 +19,13 @@ from mics_fast.data.manifest import Manifest
 from mics_fast.engine.checkpoint import load_checkpoint, weights_of
 from mics_fast.evaluation.opinions import Opinions, collect_opinions
 from mics_fast.models.classifier import Classifier
-from mics_fast.models.masked_autoencoder import patch_targets, random_mask, unpatchify
-from mics_fast.models.pretraining import PretrainModel, paste_patches
+from mics_fast.models.pretraining import PretrainModel
 from mics_fast.models.sizes import size_of
-from mics_fast.models.vit import patchify
 from mics_fast.training.run import Run, identity, pretraining_of
 from mics_kernels import fuse_evidence, opinion
 
 SIDE = 256
 _ORANGE = np.array([230, 159, 0], dtype=np.float32)
-
-
-@dataclass
-class Pictures:
-    """Pictures of one modality of one sample, each (3, H, W) on a common scale.
-
-    Args:
-        image: the encoder's input.
-        masked: masked patches in grey.
-        predicted: masked patches replaced by the decoder's predictions.
-    """
-
-    image: Tensor
-    masked: Tensor
-    predicted: Tensor
 
 
 def thumbnail(file: Path) -> str:
@@ -96,41 +78,6 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
     )
     model.load_state_dict(weights_of(state, "model"))
     return model.eval()
-
-
-@torch.no_grad()
-def reconstruct(
-    model: PretrainModel, images: Tensor, sample_id: Tensor, mask_ratio: float, stream: int
-) -> list[Pictures]:
-    """Mask patches and reconstruct them, as in training.
-
-    The decoder predicts patches of mean 0 and variance 1; they are shown with the mean and
-    variance of the true patch.
-
-    Args:
-        model: of the first stage.
-        images: (B, 3, H, H) of one modality.
-        sample_id: (B,) int64, determines the masks.
-        mask_ratio: share of masked patches.
-        stream: index of the modality.
-    """
-    patches = patchify(images, model.patch_size)
-    visible, hidden = random_mask((0, 0), sample_id, 0, patches.shape[1], mask_ratio, stream)
-    guessed = model.decoder(model.encoder(images, visible), visible, hidden)
-    pasted = paste_patches(patch_targets(images, model.patch_size), hidden, guessed)
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=0)
-    predicted = pasted * (variance + 1e-6).sqrt() + mean
-    grey = torch.full_like(guessed, float(images.mean()))
-    masked = paste_patches(patches, hidden, grey)
-    return [
-        Pictures(*three)
-        for three in zip(
-            images,
-            unpatchify(masked, model.patch_size),
-            unpatchify(predicted, model.patch_size),
-            strict=True,
-        )
-    ]
 
 
 def saliency(model: Classifier, batch: PairBatch, patch: int) -> dict[str, Tensor]:

@@ -74,6 +74,7 @@ def build_pretraining(
         device,
         final_lr={"model": options.lr_final / options.lr},
         choose_best=False,
+        score="k-NN accuracy",
         flops=pretrain_flops(config, stage.size, len(manifest.modalities), queue),
     )
     return stage, plan
@@ -178,6 +179,8 @@ def build_finetuning(
         device,
         final_lr={"model": FINAL_FINETUNE_LR},
         choose_best=options.select == "best",
+        score="val F1",
+        patience=options.patience,
         flops=finetune_flops(config, size_of(config.model), *sizes),
     )
     return stage, plan
@@ -223,6 +226,7 @@ def make_plan(
         warmup=round(options.warmup * steps),
         clip=options.clip,
         log_every=config.log_every,
+        validate_every=config.validate_every,
         checkpoint_every=config.checkpoint_every,
         checkpoint_minutes=config.checkpoint_minutes,
         accumulate=options.accumulate,

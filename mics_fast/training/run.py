@@ -25,10 +25,10 @@ MANIFEST = "manifest.json"  # in a run folder: Manifest.digest()
 
 # Options that may change on resume: none of them changes the losses.
 FREE_ON_RESUME = {
-    "stage", "device", "log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints",
-    "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing", "threads",
-    "data.threads", "data.prefetch", "data.on_bad_file", "shard_parameters",
-    "timeout_minutes", "finetune.feature_cache",
+    "stage", "device", "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes",
+    "keep_checkpoints", "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing",
+    "log.wandb", "log.mlflow", "threads", "data.threads", "data.prefetch", "data.on_bad_file",
+    "shard_parameters", "timeout_minutes", "finetune.feature_cache",
 }  # fmt: skip
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from mics_fast.common.errors import InputError, RunFailed, warn
+from mics_fast.data.augmentation import epoch_order
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import check_dali
 from mics_fast.data.features import FeatureLoader, FeaturePass, FeatureRows, Features
@@ -31,8 +32,9 @@ from mics_fast.engine.loop import Loop, Plan
 from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
-from mics_fast.evaluation.metrics import prediction_metrics
-from mics_fast.evaluation.opinions import collect_opinions
+from mics_fast.engine.trackers import TRACKERS, tracker_module
+from mics_fast.evaluation.metrics import confusion, prediction_metrics
+from mics_fast.evaluation.opinions import Predictions, collect_opinions
 from mics_fast.models.classifier import Classifier, check_modality_names, load_encoders
 from mics_fast.models.pooled import PooledEncoder
 from mics_fast.models.sizes import SIZES, network_name, size_of
@@ -59,8 +61,14 @@ from mics_fast.training.build import (
 )
 from mics_fast.training.features import BATCH, FeatureMaker
 from mics_fast.training.neighbours import bounded, in_words, neighbour_accuracy
+from mics_fast.training.pictures import (
+    confusion_picture,
+    prediction_strip,
+    reconstruction_strip,
+)
 from mics_fast.training.run import (
     Run,
+    flatten,
     identity,
     manifest_entries,
     pretraining_of,
@@ -74,10 +82,12 @@ from mics_fast.training.start import (
     write_encoder,
 )
 
+SHOWN = 6  # samples in a picture
+
 Batches = Iterator[tuple[PairBatch, ...]]
 
 
-def train(config: TrainConfig, *, resume: bool) -> None:
+def train(config: TrainConfig, *, resume: bool, verbose: bool = False) -> Training:
     """Run the stages of a configuration; called on every rank."""
     manifest = read_manifest(
         Path(config.data.manifest),
@@ -87,19 +97,26 @@ def train(config: TrainConfig, *, resume: bool) -> None:
     for warning in check_manifest(manifest):
         if rank() == 0:
             warn(f"warning: {warning}")
-    trainer = Trainer(config, manifest, resume=resume)
+    trainer = Trainer(config, manifest, resume=resume, verbose=verbose)
     stages = ("pretrain", "finetune") if config.stage == "both" else (config.stage,)
     finished = True
     for stage in stages:
         finished = trainer.pretrain() if stage == "pretrain" else trainer.finetune()
         if not finished:
             break
-    if rank() > 0:
-        return
-    result = {"finished": finished, **trainer.run.result()}
-    said = "finished:" if finished else "stopped and saved: resume with --resume --out"
-    print(f"{said} {config.out}")
-    print(f"RESULT {json.dumps(result)}", flush=True)
+    return Training(trainer.run, finished)
+
+
+class Training(NamedTuple):
+    """What came of training.
+
+    Args:
+        run: Its folder.
+        finished: False if stopped before its end.
+    """
+
+    run: Run
+    finished: bool
 
 
 class Trainer:
@@ -109,17 +126,23 @@ class Trainer:
         config: the run's options.
         manifest: training data.
         resume: continue the run in ``config.out`` if there is one.
+        verbose: print every loss and rate.
 
     Raises:
         InputError: no train rows, no DALI, no such device, or an unusable run folder.
     """
 
-    def __init__(self, config: TrainConfig, manifest: Manifest, *, resume: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, manifest: Manifest, *, resume: bool, verbose: bool = False
+    ) -> None:
         check_dali()
+        for name in TRACKERS:
+            if getattr(config.log, name):
+                tracker_module(name)
         refuse_differences(shared_options(config) | manifest_entries(manifest))
         given = config
         config = from_first(lambda: with_encoder(given, manifest.modalities))
-        self.config, self.manifest = config, manifest
+        self.config, self.manifest, self.verbose = config, manifest, verbose
         self.rows = manifest.select("train")
         if not self.rows:
             raise InputError(f"{manifest.path} has no row with split train")
@@ -164,7 +187,12 @@ class Trainer:
             loader = self._loader(self.rows, options.batch_size, options, step, teacher=teacher)
             return zip(loader)
 
-        return self._run(stage, plan, batches, self._neighbours(stage))
+        def pictures() -> dict[str, Tensor]:
+            batch = self._example()
+            strip = reconstruction_strip(stage.model, batch, options.mask_ratio)
+            return {"reconstructions": strip}
+
+        return self._run(stage, plan, batches, self._neighbours(stage), pictures)
 
     def finetune(self) -> bool:
         """Run stage 2; False if stopped before its end."""
@@ -193,14 +221,27 @@ class Trainer:
                 loaders.append(make(self.rows, size, options, step, strong=True))
             return zip(*loaders, strict=True)
 
-        return self._run(stage, plan, batches, self._validation(stage, kept and kept[1]))
+        latest: list[Predictions] = []
+        validate = self._validation(stage, kept and kept[1], latest)
+
+        def pictures() -> dict[str, Tensor]:
+            classes = self.manifest.classes
+            drawn = {"confusion": confusion_picture(confusion(latest[-1]), classes)}
+            if kept is None:  # a stage that reads features takes no images
+                batch = self._example()
+                predictions = collect_opinions(stage.average, [batch]).fused()
+                drawn["predictions"] = prediction_strip(batch, predictions, classes)
+            return drawn
+
+        return self._run(stage, plan, batches, validate, pictures)
 
     def _run(
         self,
         stage: PretrainStage | FinetuneStage,
         plan: Plan,
         batches: Callable[[int], Batches],
-        validate: Callable[[], dict[str, float]] | None = None,
+        validate: Callable[[], dict[str, float]] | None,
+        pictures: Callable[[], dict[str, Tensor]],
     ) -> bool:
         """Run a stage from its last checkpoint, or from its beginning."""
         if self.config.model.activation_checkpointing:
@@ -213,16 +254,24 @@ class Trainer:
         ):
             stage.compile_parts(self.config.compile_scope)
         belongs_to = identity(self.config, self.manifest, plan.name)
+        # A sharded network runs on all ranks or on none, and pictures are of the first.
+        shown = None if self.config.shard_parameters else pictures
         meta = {**belongs_to, "manifest": self.manifest.digest()}
         checkpoints = self.run.checkpoints(plan.name)
-        log = RunLog(self.run.folder)
+        options = flatten(asdict(self.config))
+        log = RunLog(
+            self.run.folder,
+            verbose=self.verbose,
+            options=options,
+            trackers=[name for name in TRACKERS if options[f"log.{name}"]],
+        )
         try:
-            loop = Loop(stage, plan, checkpoints, meta, log, validate)
+            loop = Loop(stage, plan, checkpoints, meta, log, validate, shown)
             state = from_first(lambda: checkpoints.load_latest(belongs_to))
             if state is not None:
                 loop.load(state)
             with self.precision.products():
-                finished = loop.step == plan.steps or loop.run(batches)
+                finished = loop.finished or loop.run(batches)
             if finished and rank() == 0:
                 records = read_log(self.run.folder).get(plan.name, [])
                 for sentence in closing_warnings(plan.name, records):
@@ -297,14 +346,21 @@ class Trainer:
         self.loaders.append(loader)
         return loader
 
+    def _example(self) -> PairBatch:
+        """Load a few val rows for pictures, the same ones each time."""
+        rows = self._val_rows()
+        chosen = [rows[place] for place in sorted(epoch_order(0, 0, len(rows))[:SHOWN])]
+        return next(iter(self._eval_loader(chosen, SHOWN)))
+
     def _validation(
-        self, stage: FinetuneStage, kept: Features | None
+        self, stage: FinetuneStage, kept: Features | None, latest: list[Predictions]
     ) -> Callable[[], dict[str, float]] | None:
         """Return a function that scores the averaged model on the val rows; None without any.
 
         Args:
             stage: fine-tuning.
             kept: features of the val rows, where it reads features.
+            latest: receives the predictions of the latest validation.
         """
         rows = self._val_rows()
         if not rows:
@@ -317,7 +373,8 @@ class Trainer:
         )
 
         def validate() -> dict[str, float]:
-            metrics = prediction_metrics(collect_opinions(stage.average, loader).fused())
+            latest[:] = [collect_opinions(stage.average, loader).fused()]
+            metrics = prediction_metrics(latest[0])
             return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
 
         return validate
@@ -350,12 +407,8 @@ class Trainer:
             if "knn_accuracy" in before:
                 beside["knn_accuracy_untrained"] = before["knn_accuracy"]
 
-        def validate() -> dict[str, float]:
-            scores = score() | beside
-            say(f"pretrain  {in_words(scores)}")
-            return scores
-
-        return validate
+        say(f"pretrain: before training {in_words(beside)}")
+        return lambda: score() | beside
 
     def _val_rows(self) -> list[Row]:
         return [row for row in self.manifest.select("val") if row.label >= 0]

@@ -87,7 +87,7 @@ def test_two_processes_with_a_part_each_make_the_run_of_one(
     (result,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert json.loads(result.removeprefix("RESULT "))["finished"]
     # Each process walks the val rows, but one tells.
-    assert done.stdout.count("pretrain  knn accuracy") == 3
+    assert done.stdout.count("k-NN accuracy") == 3
     whole = weights(run, "finetune")
     shutil.rmtree(run / "checkpoints" / "finetune" / "step-00000003")
     (run / "checkpoints" / "finetune" / "best.json").unlink(missing_ok=True)

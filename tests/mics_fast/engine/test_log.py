@@ -20,8 +20,9 @@ def log(tmp_path):
 
 def test_a_record_is_a_line_and_a_json_object(log, tmp_path, capsys):
     with log.progress("pretrain", 0, 10):
-        log.write("pretrain", 5, {"loss": 1.5, "loss_fit": 2.0, "mfu": 0.25}, "pretrain  step 5/10")
-    assert capsys.readouterr().out == "pretrain  step 5/10  loss 1.5  fit 2\n"
+        values = {"loss": 1.5, "loss_fit": 2.0, "mfu": 0.25}
+        log.write("pretrain", 5, values, "pretrain  step 5/10  loss 1.5", ["fit 2"])
+    assert capsys.readouterr().out == "pretrain  step 5/10  loss 1.5\n"
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "stage": "pretrain", "step": 5, "loss": 1.5, "loss_fit": 2.0, "mfu": 0.25
     }  # fmt: skip
@@ -31,9 +32,20 @@ def test_a_record_is_a_line_and_a_json_object(log, tmp_path, capsys):
 def test_a_terminal_gets_a_bar_and_the_same_lines(log, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")
     with log.progress("pretrain", 2, 10):
-        log.write("pretrain", 5, {"loss": 1.5}, "pretrain  step 5/10")
+        log.write("pretrain", 5, {"loss": 1.5}, "pretrain  step 5/10  loss 1.5")
+        log.advance(7)
     shown = capsys.readouterr().out
-    assert "pretrain  step 5/10  loss 1.5" in shown and "━" in shown and "5/10" in shown
+    assert "pretrain  step 5/10  loss 1.5" in shown and "━" in shown and " 7/10" in shown
+
+
+def test_a_verbose_log_shows_the_details_in_whole_parts_of_100_columns(tmp_path, capsys):
+    log = RunLog(tmp_path, verbose=True)
+    log.write("pretrain", 5, {"loss": 1.5}, "step 5", [f"loss_{k} 0.123" for k in range(20)])
+    log.close()
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "step 5" and len(rest) > 1
+    assert all(line.startswith("    loss_") and len(line) <= 100 for line in rest)
+    assert sum(line.count(" 0.123") for line in rest) == 20
 
 
 def test_of_a_step_that_was_repeated_the_last_record_counts(log, tmp_path):

@@ -108,6 +108,12 @@ def make_loop(folder, steps=12, validate=None, **options):
     return Loop(stage, plan, checkpoints, {"stage": "pretrain"}, RunLog(folder), validate)
 
 
+def scored(values):
+    """A ``validate`` that returns these scores in turn."""
+    scores = iter(values)
+    return lambda: {"val_f1": next(scores)}
+
+
 def records(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -153,6 +159,102 @@ def test_checkpoints_are_scored_and_the_best_is_named(tmp_path):
     loop.run(batches)
     assert loop.checkpoints.best().name == "step-00000010"
     assert [line["val_f1"] for line in records(tmp_path) if "val_f1" in line] == [0.3, 0.9, 0.5]
+
+
+def test_validation_has_a_schedule_of_its_own(tmp_path):
+    loop = make_loop(tmp_path, validate=scored([0.3, 0.9, 0.5, 0.1]), validate_every=4)
+    loop.checkpoints.keep = 12
+    loop.run(batches)
+    assert [line["step"] for line in records(tmp_path) if "val_f1" in line] == [4, 8, 12]
+    # Those of the schedule, and each one that was the best when it was scored.
+    saved = [path.name for path in sorted((tmp_path / "checkpoints").glob("step-*"))]
+    assert saved == [f"step-{step:08d}" for step in (4, 5, 8, 10, 12)]
+    assert loop.checkpoints.best().name == "step-00000008"
+
+
+def test_a_line_says_how_the_score_compares_with_the_best(tmp_path, capsys):
+    loop = make_loop(tmp_path, validate=scored([0.3, 0.9, 0.5]), validate_every=4, score="val F1")
+    loop.run(batches)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "val F1" in line]
+    assert [line.split("  ")[4] for line in lines] == [
+        "val F1 0.300 (best 0.300, step 4)",
+        "val F1 0.900 (best 0.900, step 8)",
+        "val F1 0.500 (best 0.900, step 8)",
+    ]
+    assert lines[1].startswith("pretrain  epoch 2/3  step 8/12  loss ")
+    assert all(line.endswith(" left") and len(line) <= 100 for line in lines)
+
+
+def test_the_bar_moves_with_every_step(tmp_path, monkeypatch):
+    steps = []
+    monkeypatch.setattr(RunLog, "advance", lambda _, step: steps.append(step))
+    make_loop(tmp_path, log_every=5).run(batches)
+    assert steps == list(range(1, 13))
+
+
+def test_rates_come_last_and_once(tmp_path, capsys):
+    make_loop(tmp_path, flops={"fit": 2e9}).run(batches)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("pretrain: 12 steps in 0:0") and "pairs/s" in last
+    assert last.endswith("2 GFLOP per step") and len(last) <= 100
+    assert not any("pairs/s" in line or "FLOP" in line for line in lines)
+
+
+def test_a_stage_ends_when_its_patience_does(tmp_path, capsys):
+    options = {"validate_every": 2, "patience": 2}
+    loop = make_loop(tmp_path, validate=scored([0.3, 0.9, 0.5, 0.6, 1.0]), **options)
+    assert loop.run(batches)
+    assert loop.step == 8
+    assert loop.checkpoints.latest().name == "step-00000008"
+    assert loop.checkpoints.best().name == "step-00000004"
+    assert "stopped early, 2 validations after the best" in capsys.readouterr().out
+    again = make_loop(tmp_path, **options)
+    again.load(load_checkpoint(again.checkpoints.latest(), {"stage": "pretrain"}))
+    assert again.finished
+
+
+def test_without_patience_a_stage_runs_to_its_end(tmp_path):
+    loop = make_loop(tmp_path, validate=scored([0.9, *[0.1] * 5]), validate_every=2)
+    assert loop.run(batches) and loop.step == 12
+
+
+def test_a_resumed_run_remembers_the_best_score_and_how_long_ago_it_was(tmp_path):
+    scores = dict(zip(range(2, 13, 2), [1, 2, 1, 1, 3, 1], strict=True))
+
+    def validated(folder, kill_at=None, load=False):
+        loop = make_loop(
+            folder,
+            validate=lambda: {"val_f1": float(scores[loop.step])},
+            validate_every=2,
+            patience=3,
+        )
+        if load:
+            loop.load(load_checkpoint(loop.checkpoints.latest(), {"stage": "pretrain"}))
+        if kill_at is None:
+            assert loop.run(batches)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(kill(at=kill_at))
+        return loop
+
+    whole = validated(tmp_path / "whole")
+    validated(tmp_path / "torn", kill_at=7)
+    resumed = validated(tmp_path / "torn", load=True)
+    assert resumed.scores.state_dict() == whole.scores.state_dict()
+    assert resumed.checkpoints.best_step() == whole.checkpoints.best_step() == 10
+    for name, value in whole.stage.state_dict().items():
+        assert torch.equal(value, resumed.stage.state_dict()[name]), name
+
+
+def test_a_stop_that_was_asked_for_adds_no_validation(tmp_path):
+    def stop(step, batch):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    loop = make_loop(tmp_path, validate=scored([0.5]), validate_every=4)
+    assert not loop.run(batches_that(stop))
+    assert loop.checkpoints.latest().name == "step-00000003"
+    assert not any("val_f1" in line for line in records(tmp_path))
 
 
 def test_sigterm_saves_and_stops(tmp_path):

@@ -27,7 +27,7 @@ def test_every_configuration_is_understood(file):
 
 
 def test_the_baseline_is_the_supervised_variant_of_an_experiment():
-    config, _ = parse_train(SUPERVISED)
+    config = parse_train(SUPERVISED).config
     assert config.stage == "finetune" and config.finetune.init == "none"
     wanted = replace(FinetuneConfig(), init="none", **RECIPES["supervised"].finetune)
     assert config.finetune == wanted

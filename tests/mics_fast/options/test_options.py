@@ -44,7 +44,7 @@ def test_the_description_names_options_as_the_command_line_does():
         if own.name.startswith("experiment."):
             parse_experiment([argument, *needed])
         else:
-            config, _ = parse_train([argument])
+            config = parse_train([argument]).config
             assert config == TrainConfig()
 
 
@@ -104,7 +104,7 @@ def test_later_files_and_options_override_earlier_ones(tmp_path):
 def test_yaml_values_are_read_by_the_type_of_their_option(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("out: 010\ncompile: on\npretrain: {lr: 1e-4, steps: null}\ncuda_graph: True\n")
-    config, _ = parse_train(["--config", str(file)])
+    config = parse_train(["--config", str(file)]).config
     assert (config.out, config.compile, config.pretrain.lr) == ("010", "on", 1e-4)
     assert config.pretrain.steps is None and config.cuda_graph is True
 

@@ -157,7 +157,9 @@ def test_every_checkpoint_of_pre_training_is_scored_but_none_is_chosen_by_it(
     assert len({line["knn_accuracy_untrained"] for line in lines}) == 1
     assert {line["knn_chance"] for line in lines} == {2 / 12}  # 12 val rows of six classes
     assert all(0 <= line[name] <= 1 for line in lines for name in names)
-    assert capsys.readouterr().out.count("pretrain  knn accuracy ") == len(lines) == 3
+    shown = capsys.readouterr().out
+    assert shown.count("k-NN accuracy ") == len(lines) == 3
+    assert shown.count("pretrain: before training knn chance 16.7%  knn accuracy untrained") == 1
     checkpoints = Checkpoints(run / "checkpoints" / "pretrain")
     assert checkpoints.best() == checkpoints.latest()
     assert not (checkpoints.folder / "best.json").exists()

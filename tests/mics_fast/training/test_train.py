@@ -217,15 +217,46 @@ def test_the_last_line_of_a_run_is_for_machines(finished, manifest, capsys):
     assert set(result["stages"]["finetune"]["val"]) == {"macro_f1", "accuracy"}
 
 
+def test_a_run_ends_with_its_scores_and_the_commands_to_try(finished, manifest, capsys):
+    train.main([*SHORT, "--data.manifest", manifest, "--out", str(finished), "--resume"])
+    shown = capsys.readouterr().out.splitlines()
+    first_words = [line.split()[0] for line in shown if line.strip()]
+    assert [word for word in first_words if word in ("fused", "wli", "nbi")] == [
+        "fused", "wli", "nbi"
+    ]  # fmt: skip
+    (sentence,) = [line for line in shown if line.startswith("Of 100 patients like these")]
+    assert "refer the 20 it is least sure of" in sentence
+    start = next(number for number, line in enumerate(shown) if line.startswith("next: "))
+    # 12 val rows are too few to promise a risk of 5 %, and enough for 10 %.
+    assert f"mics-fast evaluate {finished} --target-risk 0.1" in shown[start]
+    assert f"mics-fast report {finished}" in shown[start + 1]
+
+
+def test_the_scores_a_run_ends_with_are_those_of_evaluate(finished, manifest, tmp_path, capsys):
+    train.main([*SHORT, "--data.manifest", manifest, "--out", str(finished), "--resume"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0]: line[1] for line in lines if line and line[0] in ("fused", "wli", "nbi")}
+    evaluate.main([str(finished), "--json", str(tmp_path / "scores.json"), *QUICK])
+    views = json.loads((tmp_path / "scores.json").read_text())["views"]
+    assert shown == {name: f"{own['accuracy']:.3f}" for name, own in views.items()}
+
+
+def test_pre_training_alone_ends_with_how_to_fine_tune(manifest, tmp_path, capsys):
+    run = tmp_path / "run"
+    train.main([*SHORT, "--stage", "pretrain", "--data.manifest", manifest, "--out", str(run)])
+    assert f"next: mics-fast train --stage finetune --resume --out {run}" in capsys.readouterr().out
+
+
 def test_speed_and_operations_are_logged(manifest, tmp_path, capsys):
     run = tmp_path / "run"
     train.main(
         [*SHORT, "--stage", "finetune", "--finetune.epochs", "3", "--peak_tflops", "0.5",
-         "--profile", "2", "--data.manifest", manifest, "--out", str(run)]
+         "--profile", "2", "--verbose", "--data.manifest", manifest, "--out", str(run)]
     )  # fmt: skip
     last = records(run)[-1]
     assert last["mfu"] == pytest.approx(last["tflops"] / 0.5) and last["tflops"] > 0
-    assert "GFLOP per step:  supervised" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "GFLOP per step:  supervised" in shown and "TFLOP/s" in shown and "MFU" in shown
     phases = (run / "profile" / "finetune.txt").read_text().splitlines()[2:7]
     assert all(float(line.split()[1]) > 0 for line in phases)
     assert (run / "profile" / "finetune.json").exists()
