@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         anonymised,
         assess,
         choose_point,
+        choose_prediction_sets,
         compare,
         opinion_table,
         summarise,
@@ -41,14 +43,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     key = read_key(options.anonymise) if options.anonymise else None
     run = Run.open(options.run)
     manifest = run_manifest(run, options.manifest)
-    assessment = assess(run, manifest, options.split, options.calibrate)
+    assessment = assess(run, manifest, options.split, options.calibrate, options.flips)
     warn_of_training(assessment)
     evaluation = summarise(assessment, options.resamples)
     target = Target(options.target_risk, options.confidence) if options.target_risk else None
     evaluation.point, evaluation.referrals = choose_point(
         assessment, target, options.refer_by, options.resamples
     )
-    if target or options.calibrate:
+    evaluation.sets = choose_prediction_sets(assessment, options.set_coverage, options.resamples)
+    evaluation.point = replace(evaluation.point, sets=evaluation.sets and evaluation.sets.rule)
+    if target or options.calibrate or options.set_coverage or options.flips is not None:
         file = store_point(run.folder, best_checkpoint(run), evaluation.point)
         print(f"wrote {file}: predict, report and export use it", file=sys.stderr)
     if options.out_of_distribution:
@@ -56,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.against:
         rival = Run.open(options.against)
         other = run_manifest(rival, options.manifest or manifest.path)
-        against = assess(rival, other, options.split, options.calibrate)
+        against = assess(rival, other, options.split, options.calibrate, options.flips)
         evaluation.against = compare(assessment, against, options.resamples)
     if key:
         evaluation = without_paths(evaluation)
@@ -118,12 +122,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--refer-by", choices=CRITERIA, default=CRITERIA[0],
                         help="what is compared with the threshold")  # fmt: skip
+    parser.add_argument("--set-coverage", type=float, metavar="C",
+                        help="choose on the val rows a set of classes per sample that holds the "
+                        "truth this often; store the rule in the run")  # fmt: skip
+    parser.add_argument("--flips", action=argparse.BooleanOptionalAction,
+                        help="average the opinions on an image and three mirror images of it; "
+                        "store that in the run")  # fmt: skip
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="bootstrap resamples")
     parser.add_argument("--anonymise", type=Path, metavar="KEY_FILE",
                         help="write ids hashed with the key in this file (made if missing), "
                         "and no paths")  # fmt: skip
     options = parser.parse_args(arguments)
-    for name in ("target_risk", "confidence"):
+    for name in ("target_risk", "confidence", "set_coverage"):
         value = getattr(options, name)
         if value is not None and not 0 < value < 1:
             option = name.replace("_", "-")

@@ -36,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         anonymised,
         assess,
         choose_point,
+        choose_prediction_sets,
         compare,
         summarise,
     )
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluation.point, evaluation.referrals = choose_point(
         assessment, None, CRITERIA[0], options.resamples
     )
+    evaluation.sets = choose_prediction_sets(assessment, None, options.resamples)
     rival = None
     if options.against:
         other = Run.open(options.against)

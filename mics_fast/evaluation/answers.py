@@ -28,13 +28,14 @@ Answer = TypedDict(
         "conflict": float,
         "refer": bool | None,
         "reason": NotRequired[str],
+        "set": NotRequired[list[str]],
         "views": dict[str, Stated],
     },
 )
 """The fused opinion on a sample, and under "views" the opinion of each head that has its input.
 
 "belief" and "uncertainty" sum to 1. "refer" is None if no referral rule was chosen; "reason" is
-present if "refer" is true.
+present if "refer" is true, "set" if prediction sets were chosen.
 """
 
 
@@ -86,6 +87,9 @@ def answer(
                 if opinions.present[row, column]
             },
         }
+        if point.sets:
+            members = point.sets.members(fused.probability[row])
+            one["set"] = [name for name, own in zip(classes, members, strict=True) if own]
         if point.rule:
             top = max(one["probability"].values())
             reason = point.rule.reason(own["uncertainty"], top)
@@ -103,6 +107,8 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             prefix = "" if name == "views" else f"{name}."
             line |= {f"{prefix}{inner}": kept for inner, kept in flat(value).items()}
+        elif isinstance(value, list):
+            line[name] = "; ".join(value)
         else:
             line[name] = value
     return line

@@ -13,6 +13,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.evaluation import CRITERIA
 from mics_fast.evaluation.calibration import Calibration, Kind, calibrate
 from mics_fast.evaluation.opinions import FUSED, Predictions, Source
+from mics_fast.evaluation.prediction_sets import SetRule
 from mics_fast.evaluation.referral import Rule, Target
 from mics_kernels import Opinion, opinion
 
@@ -29,12 +30,16 @@ class OperatingPoint:
         target: The guarantee that the rule was chosen for; None without a rule.
         predictive_values: Class -> "ppv" and "npv" among the answered rows on which the rule was
             measured; None where undefined.
+        flips: True to average the opinions on an image and three mirror images of it.
+        sets: Rule of the conformal prediction sets; None: no sets.
     """
 
     calibration: Calibration | None = None
     rule: Rule | None = None
     target: Target | None = None
     predictive_values: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    flips: bool = False
+    sets: SetRule | None = None
 
     def opinion(self, evidence: Tensor) -> Opinion:
         """State the calibrated opinion of fused evidence (N, C).
@@ -68,6 +73,8 @@ class OperatingPoint:
                 "confidence": target and target.confidence,
                 "predictive_values": self.predictive_values,
             },
+            "flips": self.flips,
+            "sets": self.sets and vars(self.sets),
         }
 
 
@@ -94,8 +101,15 @@ def read_operating_point(values: Any, classes: Sequence[str], whose: object) -> 
                 {Source(name, key == "missing"): _number(own, 1e-6, 1e6)
                  for key in ("views", "missing") for name, own in factors[key].items()},
             )  # fmt: skip
+        # Absent in files of older versions.
+        flips, chosen = values.get("flips", False), values.get("sets")
+        if not isinstance(flips, bool):
+            raise ValueError(f"flips is {flips!r}, wanted true or false")
+        sets = None
+        if chosen is not None:
+            sets = SetRule(_number(chosen["coverage"], 0, 1), _number(chosen["limit"], 0, 1))
         if referral is None:
-            return OperatingPoint(found)
+            return OperatingPoint(found, flips=flips, sets=sets)
         if referral["by"] not in CRITERIA:
             raise ValueError(f"referral is by {referral['by']!r}")
         limit = math.inf if referral["limit"] is None else _number(referral["limit"], 0, 1)
@@ -111,7 +125,7 @@ def read_operating_point(values: Any, classes: Sequence[str], whose: object) -> 
             name: {key: None if own[key] is None else _number(own[key], 0, 1) for key in VALUES}
             for name, own in given.items()
         }
-        return OperatingPoint(found, Rule(referral["by"], limit), target, measured)
+        return OperatingPoint(found, Rule(referral["by"], limit), target, measured, flips, sets)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{whose} holds no operating point: {error}") from None
 

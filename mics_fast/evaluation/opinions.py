@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from mics_fast.data.loaders import PairBatch
-from mics_fast.models.classifier import Classifier
+from mics_fast.models.classifier import Classifier, ClassifierOutput
 from mics_kernels import conflict, fuse_evidence, opinion
 
 
@@ -161,20 +161,30 @@ def gather(parts: Sequence[Opinions]) -> Opinions:
     )
 
 
+def mirrored(views: Mapping[str, Tensor], flips: bool) -> Iterator[dict[str, Tensor]]:
+    """Yield the views (B, 3, H, W) as they are and, with ``flips``, mirrored in three ways."""
+    for dims in ((), (3,), (2,), (2, 3)) if flips else ((),):
+        yield {name: view.flip(dims) if dims else view for name, view in views.items()}
+
+
 @torch.no_grad()
-def state_opinions(model: Classifier, batch: PairBatch, *, hide: bool = False) -> Opinions:
+def state_opinions(
+    model: Classifier, batch: PairBatch, *, hide: bool = False, flips: bool = False
+) -> Opinions:
     """Run one batch through the model.
 
     Args:
         model: In evaluation mode.
         batch: On the model's device.
         hide: Also hide each modality in turn, at the cost of one fusion pass per modality.
+        flips: Average the evidence of each opinion over the images and three mirror images of
+            them, at four times the cost.
     """
-    tokens = model.encode(batch.views, batch.present)
+    tokens = [model.encode(views, batch.present) for views in mirrored(batch.views, flips)]
 
     def speak(present: Tensor) -> tuple[Tensor, Tensor]:
-        output = model.speak(tokens, present)
-        return softplus(output.logits), output.present
+        outputs = [model.speak(own, present) for own in tokens]
+        return mean_evidence(outputs), outputs[0].present
 
     evidence, present = speak(batch.present)
     without = {}
@@ -184,6 +194,13 @@ def state_opinions(model: Classifier, batch: PairBatch, *, hide: bool = False) -
         spoken, there = speak(others)
         without[name] = fuse_evidence(spoken, present=there).cpu()
     return assemble(model.modalities, model.views, evidence, present, batch, without)
+
+
+def mean_evidence(outputs: Sequence[ClassifierOutput]) -> Tensor:
+    """Average the evidence (B, V, C) of outputs on views of the same images."""
+    if len(outputs) == 1:
+        return softplus(outputs[0].logits)
+    return torch.stack([softplus(own.logits) for own in outputs]).mean(0)
 
 
 def assemble(
@@ -208,13 +225,15 @@ def assemble(
 
 
 def collect_opinions(
-    model: Classifier, batches: Iterable[PairBatch], *, hide: bool = False
+    model: Classifier, batches: Iterable[PairBatch], *, hide: bool = False, flips: bool = False
 ) -> Opinions:
     """Run one or more batches through the model in evaluation mode; see ``state_opinions``."""
     was_training = model.training
     model.eval()
     # Compiled blocks would be recompiled for the size of the last batch.
     with torch.compiler.set_stance("force_eager"):
-        opinions = gather([state_opinions(model, batch, hide=hide) for batch in batches])
+        opinions = gather(
+            [state_opinions(model, batch, hide=hide, flips=flips) for batch in batches]
+        )
     model.train(was_training)
     return opinions

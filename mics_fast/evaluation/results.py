@@ -18,6 +18,7 @@ from mics_fast.evaluation.metrics import (
 )
 from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import FUSED, Predictions, Source
+from mics_fast.evaluation.prediction_sets import SetQuality
 from mics_fast.evaluation.referral import Referral
 
 
@@ -105,6 +106,7 @@ class Evaluation:
         against: The comparison with another run; None without one.
         point: Calibration and referral rule in force.
         referrals: Rules measured on the rows: the one of ``point``, or one per criterion.
+        sets: Prediction sets measured on the rows; None without them.
         out_of_distribution: Manifest behind the metric of that name; None without it.
     """
 
@@ -120,6 +122,7 @@ class Evaluation:
     out_of_distribution: OtherDistribution | None = None
     point: OperatingPoint = field(default_factory=OperatingPoint)
     referrals: Sequence[Referral] = ()
+    sets: SetQuality | None = None
 
     @property
     def fused(self) -> OpinionMetrics:
@@ -149,6 +152,8 @@ class Evaluation:
                 "confidence": target and target.confidence,
                 "rules": [own.json(tuple(self.classes)) for own in self.referrals],
             }
+        if self.sets:
+            result["sets"] = self.sets.json()
         if self.against:
             result["against"] = {"run": self.against.run, **by_source(self.against.differences)}
         return result

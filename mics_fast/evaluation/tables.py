@@ -14,6 +14,7 @@ from rich.table import Table
 from mics_fast.common.files import printable
 from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import FUSED, Source
+from mics_fast.evaluation.prediction_sets import SetQuality
 from mics_fast.evaluation.referral import Rule
 from mics_fast.evaluation.results import Comparison, Evaluation, OpinionMetrics
 
@@ -53,6 +54,8 @@ def print_tables(evaluation: Evaluation) -> None:
     if evaluation.referrals:
         console.print(referral_table(evaluation))
         console.print(guarantee(evaluation.point))
+    if evaluation.sets:
+        console.print(set_sentence(evaluation.sets))
     if evaluation.against:
         console.print(difference_table(evaluation.against))
 
@@ -165,6 +168,17 @@ def referral_sentence(values: Mapping[str, float]) -> str:
         f"Of 100 patients like these the model is right on {100 * values['accuracy']:.0f}; if it "
         f"may refer the 20 it is least sure of, on {1 - values['risk_at_80_coverage']:.0%} of the "
         "rest."
+    )
+
+
+def set_sentence(sets: SetQuality) -> str:
+    """Say what prediction sets hold, and how large they are."""
+    values, ends = sets.values, sets.intervals["covered"]
+    return (
+        f"Prediction sets for a coverage of {sets.rule.coverage:.0%}: {values['covered']:.1%} of "
+        f"them hold the truth (95 %: {100 * ends[0]:.0f} to {100 * ends[1]:.0f} %), with "
+        f"{values['size']:.1f} classes on average; {values['single']:.0%} name one class. The "
+        "coverage holds on average over draws of the val rows, for new groups from the same source."
     )
 
 

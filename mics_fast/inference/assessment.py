@@ -26,6 +26,7 @@ from mics_fast.evaluation.metrics import (
 )
 from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.opinions import FUSED, Opinions, Predictions, Source
+from mics_fast.evaluation.prediction_sets import SetQuality, choose_sets, measure_sets
 from mics_fast.evaluation.referral import (
     Referral,
     Target,
@@ -71,7 +72,11 @@ class Assessment:
 
 
 def assess(
-    run: Run, manifest: Manifest, split: str, kind: Kind | Literal["none"] | None = None
+    run: Run,
+    manifest: Manifest,
+    split: str,
+    kind: Kind | Literal["none"] | None = None,
+    flips: bool | None = None,
 ) -> Assessment:
     """Run a classifier on the labelled rows of a split.
 
@@ -81,12 +86,16 @@ def assess(
         split: train, val or test.
         kind: "temperature" or "evidence", fitted on the labelled val rows; "none": no calibration;
             None: the one stored in the run, if any.
+        flips: Average opinions over mirror images; None: as stored in the run. Where that differs
+            from the stored operating point, the rest of it is not used.
 
     Raises:
         InputError: no fine-tuned checkpoint, one of another model, or no such rows.
     """
     rows = labelled_rows(manifest, split)
     classifier = load_run(run)
+    if flips is not None and flips != classifier.point.flips:
+        classifier.point = OperatingPoint(flips=flips)
     opinions = classifier.opinions(rows, split, hide=True)
     there = set(opinions.sample_id.tolist())  # under the policy "skip", not all rows
     rows = [row for row in rows if row.index in there]
@@ -172,7 +181,40 @@ def choose_point(
         name: {"ppv": chosen.ppv[k], "npv": chosen.npv[k]}
         for k, name in enumerate(assessment.classifier.classes)
     }
-    return OperatingPoint(assessment.calibration, chosen.rule, target, values), measured
+    point = replace(
+        stored,
+        calibration=assessment.calibration,
+        rule=chosen.rule,
+        target=target,
+        predictive_values=values,
+    )
+    return point, measured
+
+
+def choose_prediction_sets(
+    assessment: Assessment, coverage: float | None, count: int
+) -> SetQuality | None:
+    """Choose prediction sets on the val rows, and measure them on the assessed rows.
+
+    Args:
+        assessment: With its calibration.
+        coverage: The requested share of sets that hold the truth; None: measure the sets stored in
+            the run, unless they were chosen under another calibration.
+        count: Bootstrap resamples.
+
+    Returns:
+        None if there are no sets.
+
+    Raises:
+        InputError: no val rows, or too few of them.
+    """
+    stored = assessment.classifier.point
+    rule = stored.sets if assessment.calibration == stored.calibration else None
+    if coverage is not None:
+        rows = labelled_rows(assessment.manifest, "val")
+        val = assessment.predictions(assessment.classifier.opinions(rows, "val"))[FUSED]
+        rule = choose_sets(val, coverage)
+    return measure_sets(assessment.predictions()[FUSED], rule, count) if rule else None
 
 
 def summarise(assessment: Assessment, count: int) -> Evaluation:

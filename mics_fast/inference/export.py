@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.nn.functional import softplus
 
 from mics_fast.common.errors import RunFailed
 from mics_fast.common.files import renamed
 from mics_fast.evaluation.operating_point import OperatingPoint
+from mics_fast.evaluation.opinions import mean_evidence, mirrored
 from mics_fast.inference.description import NORMALIZE_MEANING, Description, describe_model
 from mics_fast.inference.exported_classifier import (
     METADATA,
@@ -69,8 +69,8 @@ class Answering(nn.Module):
             referral (B,) bool.
         """
         views = dict(zip(self.model.modalities, images, strict=True))
-        output = self.model(views, present)
-        evidence = softplus(output.logits)
+        outputs = [self.model(own, present) for own in mirrored(views, self.point.flips)]
+        evidence, output = mean_evidence(outputs), outputs[0]
         stated = self.point.opinion(
             fuse_evidence(evidence, present=output.present, backend="reference")
         )

@@ -60,7 +60,7 @@ class RunClassifier:
 
     def state(self, batch: PairBatch) -> Opinions:
         """Compute the opinions on one batch."""
-        return state_opinions(self.model, batch)
+        return state_opinions(self.model, batch, flips=self.point.flips)
 
     def loader(self, rows: Sequence[Row], data: DataConfig | None = None) -> EvalLoader:
         """Make batches of whole frames, normalised as in training."""
@@ -76,7 +76,8 @@ class RunClassifier:
     def opinions(self, rows: Sequence[Row], title: str, *, hide: bool = False) -> Opinions:
         """Compute the opinions on at least one row, with a progress bar on a terminal."""
         loader = self.loader(rows)
-        return collect_opinions(self.model, progress(loader, title, len(loader)), hide=hide)
+        batches = progress(loader, title, len(loader))
+        return collect_opinions(self.model, batches, hide=hide, flips=self.point.flips)
 
 
 def best_checkpoint(run: Run) -> Path:

@@ -73,7 +73,7 @@ def table_file(file: Path, model: LoadedClassifier) -> Iterator[Write]:
         "refer": None,
         "views": dict.fromkeys(model.heads, stated),
     }
-    columns = [*flat(whole), "reason", "error"]
+    columns = [*flat(whole), "reason", *(["set"] if model.point.sets else []), "error"]
     with text_output(file) as handle:
         writer = csv.writer(handle)
         writer.writerow(map(inert_cell, columns))
@@ -112,6 +112,11 @@ class Summary:
         console.print(counts)
         if point.rule:
             console.print(f"referred to a person: {self.referred} of {self.answers.total()}")
+        if point.sets:
+            console.print(
+                f"the sets hold the truth in {point.sets.coverage:.0%} of new samples, on average "
+                "over draws of the val rows (conformal prediction)"
+            )
         if point.predictive_values:
             console.print(values_table(point))
             console.print(
@@ -139,6 +144,9 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
     for name in ("probability", "uncertainty", "conflict"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("refer")
+    sets = any("set" in record for record in shown)
+    if sets:
+        table.add_column("set")
     for name in modalities:
         table.add_column(f"{printable(name)} alone")
     for column in table.columns:
@@ -155,6 +163,7 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
             printable(record["class"]),
             *(f"{value:.2f}" for value in numbers),
             record.get("reason", "" if record["refer"] is None else "no"),
+            *([printable(", ".join(record["set"]))] if sets else []),
             *(printable(own["class"]) if own else "missing" for own in alone),
         )
     return table

@@ -66,6 +66,11 @@ class FinetuneConfig:
         'of the labelled rows: "natural", each row once per epoch; "balanced", each class equally '
         "often, for data with rare classes",
     )
+    class_weights: dict[str, float] = option(
+        help="factor of the losses of rows with this label or pseudo-label, as in {cancer: 5}, if "
+        "missing a class costs more; classes that are not named have 1",
+        factory=dict, above=0,
+    )  # fmt: skip
     lr: float = option(
         1e-4, "peak learning rate of the encoders (AdamW, cosine to 1 % of it)", above=0
     )

@@ -29,6 +29,7 @@ from mics_fast.evaluation.tables import (
     number,
     referral_rows,
     referral_sentence,
+    set_sentence,
     shown_columns,
 )
 from mics_fast.inference.model_card import NOT_A_DEVICE
@@ -162,7 +163,8 @@ def referral(subject: Subject) -> str:
         ]  # fmt: skip
         caption = "Predictive values of the samples that the rule answers"
         tables.append(figures.table(["class", "PPV", "95 %", "NPV", "95 %"], values, caption))
-    return section("Referral to a person", rules, grid(*tables))
+    sets = text(set_sentence(evaluation.sets)) if evaluation.sets else ""
+    return section("Referral to a person", rules, grid(*tables), sets)
 
 
 def roc_figure(subject: Subject) -> str:

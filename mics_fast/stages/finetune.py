@@ -92,7 +92,10 @@ class FinetuneStage(nn.Module):
         steps: length of the stage, for the ramps.
         seed: seed of the shifts and of modality dropout.
         autocast: dtype of the encoders' arithmetic, None for float32.
+        class_weights: factor of the losses of the rows of each class, (C,) float32; None: all 1.
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -104,9 +107,12 @@ class FinetuneStage(nn.Module):
         steps: int,
         seed: int,
         autocast: torch.dtype | None = None,
+        class_weights: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config, self.autocast = config, autocast
+        # An option, not something learned: not in the state of the stage.
+        self.register_buffer("class_weights", class_weights, persistent=False)
         self.steps, self.seed = steps, seed
         self.model = model
         self.average = copy.deepcopy(model).requires_grad_(False)
@@ -195,7 +201,7 @@ class FinetuneStage(nn.Module):
             reduction="none",
         )
         terms, seen = {}, None
-        terms["supervised"], pseudo = rows.means(per_row)
+        terms["supervised"], pseudo = rows.means(self._weighted(per_row, rows.label))
         if config.unlabelled_weight:
             terms["pseudo"] = pseudo
         if config.modality_consistency_weight and len(self.model.modalities) > 1:
@@ -203,10 +209,17 @@ class FinetuneStage(nn.Module):
         shifts = config.shift != "none" and config.shift_weight > 0
         if shifts and output.fusion_feature is not None:
             per_row, seen = self._shift(output, rows, scalars)
-            shifted, pseudo = rows.means(per_row)
+            shifted, pseudo = rows.means(self._weighted(per_row, rows.label))
             terms["shift"] = shifted + scalars.pseudo_weight * pseudo
         metrics["student_uncertainty"] = opinion(fused).uncertainty.mean()
         return terms, metrics, seen, proposed.probability if proposed else None
+
+    def _weighted(self, per_row: Tensor, label: Tensor) -> Tensor:
+        """Weigh the loss of each row, (R,), by its label or pseudo-label."""
+        if self.class_weights is None:
+            return per_row
+        # Rows of no label have no loss: any weight will do.
+        return per_row * self.class_weights[label.clamp(min=0)]
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mics_fast.common.errors import InputError
@@ -167,6 +168,7 @@ def build_finetuning(
         steps=stage_steps(options, steps_per_epoch),
         seed=config.seed,
         autocast=precision.autocast,
+        class_weights=class_weights(options, manifest),
     ).to(built_on(config, device))
     optimisers = finetune_optimisers(model, options)
     sizes = len(manifest.modalities), len(manifest.classes)
@@ -184,6 +186,23 @@ def build_finetuning(
         flops=finetune_flops(config, size_of(config.model), *sizes),
     )
     return stage, plan
+
+
+def class_weights(options: FinetuneConfig, manifest: Manifest) -> Tensor | None:
+    """Return the factor of each class, (C,) float32; None if all are 1.
+
+    Raises:
+        InputError: an option names a class that the manifest does not have.
+    """
+    foreign = [name for name in options.class_weights if name not in manifest.classes]
+    if foreign:
+        raise InputError(
+            f"option finetune.class_weights names {foreign[0]}, wanted classes of {manifest.path}: "
+            f"{', '.join(manifest.classes)}"
+        )
+    if not options.class_weights:
+        return None
+    return torch.tensor([options.class_weights.get(name, 1.0) for name in manifest.classes])
 
 
 def queue_size(options: PretrainConfig, rows: int) -> int:

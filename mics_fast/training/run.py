@@ -280,12 +280,14 @@ def refuse_changes(before: TrainConfig, now: TrainConfig, folder: Path) -> None:
     """
     old, new = flatten(asdict(before)), flatten(asdict(with_absolute_paths(now)))
     free = FREE_ON_RESUME | {"out"}
-    changed = [name for name in new if name not in free and old.get(name) != new[name]]
+    changed = [
+        name for name in {**new, **old} if name not in free and old.get(name) != new.get(name)
+    ]
     if changed:
         name = changed[0]
         others = f" (and {len(changed) - 1} more differ)" if len(changed) > 1 else ""
         raise InputError(
-            f"option {name} is {new[name]!r}, but the run in {folder} was started with "
+            f"option {name} is {new.get(name)!r}, but the run in {folder} was started with "
             f"{old.get(name)!r}{others}; use that, or name another --out"
         )
 

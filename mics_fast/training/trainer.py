@@ -57,6 +57,7 @@ from mics_fast.training.build import (
     build_classifier,
     build_finetuning,
     build_pretraining,
+    class_weights,
     pick_device,
 )
 from mics_fast.training.features import BATCH, FeatureMaker
@@ -152,6 +153,7 @@ class Trainer:
         check_batches(config, len(self.rows))
         if config.stage != "pretrain":
             check_labels(manifest)
+            class_weights(config.finetune, manifest)
         self.device = pick_device(config.device)
         check_cuda_graph(config, self.device.type, world_size())
         self.size = size_of(config.model)

@@ -24,7 +24,8 @@ def run(trained_run, tmp_path_factory):
     shutil.copytree(trained_run, folder)
     evaluate.main(
         [str(folder), "--resamples", "5", "--target-risk", "0.5", "--calibrate", "evidence",
-         "--refer-by", "probability", "--json", str(folder / "m.json")]
+         "--refer-by", "probability", "--flips", "--set-coverage", "0.8",
+         "--json", str(folder / "m.json")]
     )  # fmt: skip
     return folder
 
@@ -60,6 +61,38 @@ def test_predict_refers_by_the_stored_rule_and_says_why(run, model, phantom_mani
     assert 0 < sum(own["refer"] for own in records.values()) < len(records)
     reason = next(own["reason"] for own in records.values() if own["refer"])
     assert reason.startswith("probability 0.") and " is below 0." in reason
+
+
+def test_answers_hold_the_sets_that_evaluate_measured(run, model, phantom_manifest):
+    records = {own["id"]: own for own in model.predict(phantom_manifest)}
+    found = assess(Run.open(run), run_manifest(Run.open(run)), "test")
+    sets = [set(records[row.id]["set"]) for row in found.rows]
+    truth = [found.classifier.classes[row.label] for row in found.rows]
+    measured = json.loads((run / "m.json").read_text())["sets"]
+    assert measured["coverage"] == 0.8
+    held = [name in own for name, own in zip(truth, sets, strict=True)]
+    assert measured["covered"] == pytest.approx(sum(held) / len(held))
+    assert measured["size"] == pytest.approx(sum(map(len, sets)) / len(sets))
+    assert all(own["class"] in own["set"] for own in records.values())
+
+
+def test_a_mirrored_sample_gets_the_same_answer_where_flips_are_averaged(run, model, trained_run):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    sample = {"wli": noise[0], "nbi": noise[1]}
+    mirrored = {name: np.ascontiguousarray(image[:, ::-1]) for name, image in sample.items()}
+    (own,), (other,) = model.predict(sample), model.predict(mirrored)
+    assert own["belief"] == pytest.approx(other["belief"], abs=1e-6)
+    plain = mics_fast.load(trained_run)
+    (own,), (other,) = plain.predict(sample), plain.predict(mirrored)
+    assert own["belief"] != pytest.approx(other["belief"], abs=1e-6)
+
+
+def test_changing_flips_drops_the_rule_that_was_chosen_under_the_others(run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    evaluate.main([str(folder), "--resamples", "5", "--no-flips"])
+    point = load_run(Run.open(folder)).point
+    assert not point.flips and point.rule is None and point.sets is None
 
 
 def test_evaluating_again_without_options_gives_the_same_figures(run, tmp_path):
@@ -114,8 +147,11 @@ def test_an_operating_point_of_another_checkpoint_is_not_used(run, tmp_path, cap
 
 
 @pytest.mark.parametrize(
-    "text", ["no", "[]", "{}", '{"calibration": null, "referral": {"by": "mood"}}', "[" * 10**5]
-)
+    "text",
+    ["no", "[]", "{}", '{"calibration": null, "referral": null, "flips": "yes"}',
+     '{"calibration": null, "referral": null, "sets": {"coverage": 2, "limit": 0}}',
+     '{"calibration": null, "referral": {"by": "mood"}}', "[" * 10**5],
+)  # fmt: skip
 def test_a_damaged_operating_point_is_one_sentence(run, tmp_path, text):
     other = tmp_path / "run"
     shutil.copytree(run, other)
@@ -127,6 +163,8 @@ def test_a_damaged_operating_point_is_one_sentence(run, tmp_path, text):
 def test_bad_targets_are_one_sentence(trained_run):
     for arguments, sentence in (
         (["--target-risk", "1.5"], "--target-risk is 1.5, wanted a number between 0 and 1"),
+        (["--set-coverage", "1"], "--set-coverage is 1.0, wanted a number between 0 and 1"),
+        (["--set-coverage", "0.99"], "12 groups of val rows, wanted at least 99 for sets"),
         (["--confidence", "0.9"], "--confidence is given without --target-risk"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -259,3 +259,43 @@ def test_the_state_holds_everything_a_step_needs(make_stage, make_batch):
     two.load_state_dict(one.state_dict())
     batch = (make_batch(4, seed=20), make_batch(8, strong=True, seed=21))
     assert torch.equal(run_step(one, batch, 63).total(), run_step(two, batch, 63).total())
+
+
+def test_class_weights_multiply_the_losses_of_their_rows(make_stage, make_batch):
+    stage = make_stage(modality_dropout=0.0, unlabelled_weight=0.0, modality_consistency_weight=0.0)
+    batch = make_batch(9)  # three rows of each class
+
+    def terms(weights):
+        stage.class_weights = None if weights is None else torch.tensor(weights)
+        (losses,) = stage.losses((batch,), torch.tensor(50))
+        return losses.terms
+
+    plain, one = terms(None), terms([1.0, 1.0, 1.0])
+    only = [terms([float(k == own) for own in range(3)]) for k in range(3)]
+    costly = terms([1.0, 5.0, 2.0])
+    for name in ("supervised", "shift"):
+        assert torch.equal(plain[name], one[name])
+        parts = [own[name] for own in only]
+        assert all(part > 0 for part in parts)
+        torch.testing.assert_close(sum(parts), plain[name])
+        torch.testing.assert_close(parts[0] + 5 * parts[1] + 2 * parts[2], costly[name])
+
+
+def test_class_weights_apply_to_pseudo_labels_too(make_stage, make_batch):
+    stage = make_stage(modality_dropout=0.0, **ACCEPT_ALL)
+    with torch.no_grad():
+        for head in stage.average.heads.values():
+            head.bias.copy_(torch.tensor([-4.0, 3.0, -4.0]))  # every pseudo-label is class 1
+    batch = (make_batch(6), make_batch(6, strong=True))
+    (plain,) = stage.losses(batch, torch.tensor(50))
+    stage.class_weights = torch.tensor([1.0, 3.0, 1.0])
+    (costly,) = stage.losses(batch, torch.tensor(50))
+    assert plain.terms["pseudo"] > 0
+    torch.testing.assert_close(costly.terms["pseudo"], 3 * plain.terms["pseudo"])
+
+
+def test_class_weights_are_no_part_of_the_state(make_stage):
+    stage = make_stage()
+    before = set(stage.state_dict())
+    stage.class_weights = torch.ones(3)
+    assert set(stage.state_dict()) == before

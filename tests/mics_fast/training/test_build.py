@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import read_manifest
 from mics_fast.engine.precision import pick_precision
 from mics_fast.options import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
@@ -72,3 +73,14 @@ def test_float16_trains_with_a_scaler_and_nothing_else_does(built, stage):
 def test_every_optimiser_steps_in_one_kernel(built, stage):
     for optimiser in built(stage)[1].optimisers.values():
         assert optimiser.defaults["fused"]
+
+
+def test_class_weights_stand_in_the_order_of_the_classes(built):
+    stage, _ = built("finetune", {"class_weights": {"bump-rim": 5.0}})
+    assert stage.class_weights.tolist() == [1.0, 5.0, 1.0, 1.0, 1.0, 1.0]
+    assert built("finetune")[0].class_weights is None
+
+
+def test_a_weight_of_an_unknown_class_is_refused_by_name(built):
+    with pytest.raises(InputError, match=r"finetune\.class_weights names polyp, wanted classes of"):
+        built("finetune", {"class_weights": {"polyp": 5.0}})

@@ -14,7 +14,7 @@ import pytest
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import Manifest, Row
 from mics_fast.options import DataConfig, FinetuneConfig, TrainConfig
-from mics_fast.training.run import Run
+from mics_fast.training.run import Run, refuse_changes
 
 ROWS = tuple(
     Row(
@@ -62,6 +62,13 @@ def test_a_run_goes_on_on_its_own_manifest_alone(tmp_path, rows, sentence):
     with pytest.raises(InputError, match=f"started with: {sentence}"):
         Run.start(config, replace(MANIFEST, rows=rows), resume=True)
     assert Run.open(tmp_path / "run").digest() == MANIFEST.digest()
+
+
+def test_an_entry_that_is_no_longer_there_counts_as_a_change(tmp_path):
+    before, now = TrainConfig(), TrainConfig()
+    before.finetune.class_weights = {"polyp": 5.0}
+    with pytest.raises(InputError, match=r"finetune\.class_weights\.polyp is None, but .* 5\.0"):
+        refuse_changes(before, now, tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", '{"rows": 4}', "{", "5"])
