@@ -91,7 +91,8 @@ def cross_validate(train: TrainConfig, folder: Path, processes: int) -> None:
     evaluation, rows = summarise_folds(pooled, RESAMPLES), fold_rows(folds, assessments)
     per_fold = [dict(zip(FOLD_COLUMNS, row, strict=True)) for row in rows]
     write_json(out / "results.json", {**evaluation.json(), "folds": per_fold})
-    subject = Subject(pooled.classifier.run, pooled, evaluation, None, None)
+    # Each case was judged by the run of its fold: the first one does not explain it.
+    subject = Subject(pooled.classifier.run, pooled, evaluation, None, None, explains=False)
     write_text(out / "report.html", pooled_page(subject, out.name, FOLD_COLUMNS, rows))
     print_tables(evaluation)
     wide_console().print(table_of(FOLD_COLUMNS, rows, "each run on its own test rows, fused"))

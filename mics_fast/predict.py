@@ -8,6 +8,7 @@ and gets a record of the failure.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,11 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Load the model, find the images, write and print the answers."""
     options, images = parse(arguments)
     # torch takes seconds to import; --help and bad options are answered before that.
+    from mics_fast.inference.explanation import check_explainable, write_explanations
     from mics_fast.inference.predictor import Predictor
     from mics_fast.inference.writers import Summary, json_lines, json_list, table_file
 
     key = read_key(options.anonymise) if options.anonymise else None
     model = Predictor.load(*options.models)
+    explained = check_explainable(model.classifier) if options.explain else None
     rows = find_rows(options, images, model.modalities)
     point = model.point(options.refer_above)
     summary = Summary()
@@ -50,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if STANDARD_OUTPUT not in (options.json, options.jsonl, options.csv):
         summary.print(model.modalities, point)
     summary.report_failures()
+    if explained:
+        count = write_explanations(explained, rows, options.explain)
+        print(f"wrote {count} pictures to {options.explain}", file=sys.stderr)
 
 
 def anonymous(record: Answer | Failure, key: bytes) -> Answer | Failure:
@@ -111,6 +117,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
     parser.add_argument("--refer-above", type=float, metavar="U",
                         help="refer to a person where the uncertainty is above this; default: the "
                         "rule that evaluate --target-risk stored in the run")  # fmt: skip
+    parser.add_argument("--explain", type=Path, metavar="DIR",
+                        help="write one picture per image: orange where the answer depends on it "
+                        "most (gradient)")  # fmt: skip
     parser.add_argument("--anonymise", type=Path, metavar="KEY_FILE",
                         help="write ids hashed with the key in this file (made if missing), "
                         "and no paths")  # fmt: skip
@@ -123,6 +132,10 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, dict[str
         raise InputError(
             f"there are {len(sources) or 'no'} sources of images, wanted one: --manifest FILE, "
             "--folder DIR, or --<modality> FILE for one sample"
+        )
+    if options.explain and options.anonymise:
+        raise InputError(
+            "--explain draws on frames, which may show names, wanted it without --anonymise"
         )
     if options.refer_above is not None and not 0 <= options.refer_above <= 1:
         raise InputError(f"--refer-above is {options.refer_above}, wanted a number from 0 to 1")

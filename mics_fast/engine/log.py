@@ -41,14 +41,14 @@ class RunLog:
     Rank 0 logs for all ranks. A record that cannot be written is reported and skipped.
 
     Args:
-        folder: run folder; a log that is already there is appended to.
+        folder: run folder; an existing log is appended to.
         verbose: also print every loss, throughput and floating-point operations.
         options: of the run, flat, for TensorBoard and trackers.
         trackers: names of those to log to as well, see ``engine.trackers``.
 
     Raises:
-        InputError: ``metrics.jsonl`` is a link or no regular file, or cannot be written; a tracker
-            cannot begin.
+        InputError: ``metrics.jsonl`` is a link or not a regular file, or cannot be written; a
+            tracker cannot begin.
     """
 
     def __init__(

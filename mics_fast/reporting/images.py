@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from mics_fast.common.errors import InputError
@@ -9,7 +10,7 @@ from mics_fast.common.files import printable
 from mics_fast.data.loaders import PairBatch
 from mics_fast.data.manifest import Row
 from mics_fast.evaluation.answers import answer
-from mics_fast.models.sizes import size_of
+from mics_fast.inference.explanation import explain
 from mics_fast.reporting import figures, pictures
 from mics_fast.reporting.parts import Subject, grid, section, strip, text
 from mics_fast.training.pictures import reconstruct
@@ -69,33 +70,6 @@ def reconstructions(subject: Subject) -> str:
     )
 
 
-def attention(subject: Subject) -> str:
-    """Show the patches of each modality that most affect the answer."""
-    model = subject.assessment.classifier.model
-    batch = example_batch(subject)
-    weight = pictures.saliency(model, batch, size_of(subject.run.config.model).patch)
-    shown = []
-    for row in range(len(batch.label)):
-        total = sum(own[row].sum().item() for own in weight.values())
-        images = {
-            f"{name}: {own[row].sum().item() / max(total, 1e-12):.0%}": pictures.overlay(
-                batch.views[name][row], own[row]
-            )
-            for column, (name, own) in enumerate(weight.items())
-            if batch.present[row, column]
-        }
-        shown.append(strip(f"sample {subject.assessment.rows[row].id}", images))
-    return section(
-        "Where it looks",
-        text(
-            "Orange: patches where a small change of the pixels moves the fused answer most "
-            "(absolute gradient), scaled to each image. Per cent: the modality's share of all "
-            "gradient of the sample."
-        ),
-        grid(*shown),
-    )
-
-
 def example_batch(subject: Subject) -> PairBatch:
     """Load the first test rows."""
     return next(iter(subject.assessment.classifier.loader(subject.assessment.rows[:EXAMPLES])))
@@ -107,11 +81,19 @@ def cases(subject: Subject) -> str:
     wrong = fused.wrong().nonzero()[:, 0].tolist()
     order = fused.uncertainty.argsort(descending=True, stable=True).tolist()
     surest_wrong = [row for row in reversed(order) if row in set(wrong)][:CASES]
+    shown = [*order[:CASES], *surest_wrong]
+    explained = explanations(subject, shown) if subject.explains and subject.frames else {}
+    explainer = text(
+        "Orange: patches where a small change of the pixels moves the fused answer most (absolute "
+        "gradient), scaled to each image; black borders are left out. Per cent: the image's share "
+        "of all gradient of the sample. It shows what the answer depends on, not that it is right."
+    )
     parts = [
+        explainer if explained else "",
         "<h3>Most uncertain</h3>",
-        grid(*(case(subject, row) for row in order[:CASES])),
+        grid(*(case(subject, row, explained) for row in order[:CASES])),
         "<h3>Wrong with the least uncertainty</h3>",
-        grid(*(case(subject, row) for row in surest_wrong))
+        grid(*(case(subject, row, explained) for row in surest_wrong))
         if surest_wrong
         else text("No answer is wrong."),
     ]
@@ -124,7 +106,20 @@ def short(name: str) -> str:
     return name if len(name) <= 24 else f"{name[:10]}…{name[-10:]}"
 
 
-def case(subject: Subject, position: int) -> str:
+def explanations(subject: Subject, positions: Sequence[int]) -> dict[int, dict[str, str]]:
+    """Explain the answers about some rows: row number in the manifest -> title -> data URI."""
+    rows = [subject.assessment.rows[position] for position in dict.fromkeys(positions)]
+    drawn = {}
+    for row, found in explain(subject.assessment.classifier, rows):
+        total = sum(own.weight.sum().item() for own in found.values())
+        drawn[row.index] = {
+            f"{name}: {own.weight.sum().item() / max(total, 1e-12):.0%}": pictures.overlay(own)
+            for name, own in found.items()
+        }
+    return drawn
+
+
+def case(subject: Subject, position: int, explained: Mapping[int, dict[str, str]]) -> str:
     """Show the images of one sample, the answer, and the belief of every opinion."""
     row: Row = subject.assessment.rows[position]
     classes = subject.assessment.classifier.classes
@@ -135,6 +130,7 @@ def case(subject: Subject, position: int) -> str:
         for name, file in row.files.items()
         if file is not None and subject.frames
     }
+    images |= explained.get(row.index, {})
     stated = {"fused": record, **record["views"]}
     belief = {
         name: {**own["belief"], "uncommitted": own["uncertainty"]} for name, own in stated.items()

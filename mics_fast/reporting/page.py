@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from mics_fast.common.files import printable
-from mics_fast.reporting.images import attention, cases, features, reconstructions
+from mics_fast.reporting.images import cases, features, reconstructions
 from mics_fast.reporting.numbers import (
     certainty,
     confusion,
@@ -23,7 +23,7 @@ from mics_fast.reporting.style import STYLE
 def page(subject: Subject) -> str:
     """Write the report of a run."""
     name = printable(subject.run.folder.resolve().name) if subject.paths else "a run"
-    pictures = (reconstructions(subject), attention(subject)) if subject.frames else ()
+    pictures = (reconstructions(subject),) if subject.frames else ()
     sections = (
         summary(subject), cases(subject), certainty(subject), referral(subject), metrics(subject),
         confusion(subject), curves(subject), features(subject), *pictures, settings(subject),

@@ -24,6 +24,7 @@ class Subject:
         outside: Vacuity of the rows of another distribution, (N,); None without them.
         paths: True to show names of files and folders.
         frames: True to show images of samples and overlays on them.
+        explains: True to explain the cases with the classifier of the assessment.
     """
 
     run: Run
@@ -33,6 +34,7 @@ class Subject:
     outside: torch.Tensor | None
     paths: bool = True
     frames: bool = True
+    explains: bool = True
 
 
 def section(title: str, *parts: str) -> str:

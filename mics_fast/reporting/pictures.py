@@ -7,25 +7,22 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, interpolate, softplus
 
 from mics_fast.data.images import decode
 from mics_fast.data.loaders import PairBatch
 from mics_fast.data.manifest import Manifest
 from mics_fast.engine.checkpoint import load_checkpoint, weights_of
 from mics_fast.evaluation.opinions import Opinions, collect_opinions
+from mics_fast.inference.explanation import Explanation
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.pretraining import PretrainModel
 from mics_fast.models.sizes import size_of
 from mics_fast.training.run import Run, identity, pretraining_of
-from mics_kernels import fuse_evidence, opinion
 
 SIDE = 256
-_ORANGE = np.array([230, 159, 0], dtype=np.float32)
 
 
 def thumbnail(file: Path) -> str:
@@ -41,14 +38,9 @@ def picture(image: Tensor, low: float, high: float) -> str:
     return _uri(Image.fromarray((255 * levels).byte().permute(1, 2, 0).cpu().numpy()), "PNG")
 
 
-def overlay(image: Tensor, weight: Tensor) -> str:
-    """Encode (3, H, W) in grey, tinted orange by ``weight`` (rows, columns), as a data URI."""
-    low, high = image.min(), image.max()
-    grey = 255 * ((image - low) / (high - low).clamp(min=1e-6)).mean(0).cpu().numpy()
-    share = weight / weight.max().clamp(min=1e-12)
-    fine = interpolate(share[None, None], image.shape[1:])[0, 0].cpu().numpy()[..., None]
-    mixed = (1 - fine) * grey[..., None] + fine * _ORANGE
-    return _uri(Image.fromarray(mixed.clip(0, 255).astype(np.uint8)), "PNG")
+def overlay(explanation: Explanation) -> str:
+    """Encode an explanation picture as a data URI."""
+    return _uri(Image.fromarray(explanation.picture()), "PNG")
 
 
 def _uri(image: Image.Image, kind: str) -> str:
@@ -78,27 +70,6 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
     )
     model.load_state_dict(weights_of(state, "model"))
     return model.eval()
-
-
-def saliency(model: Classifier, batch: PairBatch, patch: int) -> dict[str, Tensor]:
-    """Measure how much each patch of each modality affects the answer.
-
-    The measure is the absolute gradient of the log of the largest fused probability with respect
-    to the normalised pixels, summed over channels and averaged over each patch.
-
-    Returns:
-        modality -> (B, rows, columns), 0 if the image is missing.
-    """
-    images = {name: view.clone().requires_grad_() for name, view in batch.views.items()}
-    output = model(images, batch.present)
-    fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
-    names = list(images)
-    answer = fused.probability.amax(1).log().sum()
-    gradients = torch.autograd.grad(answer, [images[name] for name in names])
-    return {
-        name: avg_pool2d(gradient.abs().sum(1, keepdim=True), patch)[:, 0]
-        for name, gradient in zip(names, gradients, strict=True)
-    }
 
 
 def collect_features(model: Classifier, batches: Iterable[PairBatch]) -> tuple[Tensor, Opinions]:

@@ -15,7 +15,6 @@ from mics_fast import report
 from mics_fast.common.anonymity import pseudonym
 from mics_fast.data.manifest import read_manifest
 from mics_fast.engine.log import read_log
-from mics_fast.models.classifier import Classifier
 from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel
 from mics_fast.reporting import pictures
@@ -43,7 +42,7 @@ def test_the_page_has_every_section(page):
     titles = re.findall(r"<h2>(.*?)</h2>", html)
     assert titles == [
         "Cases", "Does it know when it is wrong?", "Referral to a person", "Metrics",
-        "Confusion matrix", "Training", "Features", "Reconstructions", "Where it looks",
+        "Confusion matrix", "Training", "Features", "Reconstructions",
         "Configuration and environment",
     ]  # fmt: skip
     for caption in (
@@ -61,8 +60,8 @@ def test_the_page_has_every_section(page):
 def test_every_picture_and_figure_has_a_text_alternative(page):
     html = page.read_text()
     pictures_of = re.findall(r"<img [^>]*>", html)
-    # Two examples x two modalities x three, two x two overlays, eight cases x two frames.
-    assert len(pictures_of) == 12 + 4 + 16
+    # Two examples x two modalities x three; eight cases x two frames and two overlays.
+    assert len(pictures_of) == 12 + 32
     assert all(re.search(r'alt="[^"]{5,}"', tag) for tag in pictures_of)
     figures = re.findall(r'<svg viewBox="0 0 460[^>]*>', html)
     assert len(figures) >= 11 and all('aria-label="' in tag for tag in figures)
@@ -170,16 +169,6 @@ def test_a_reconstruction_leaves_visible_patches_as_they_are(tiny):
             else:
                 assert not torch.allclose(guess, true, atol=0.1)
                 assert own.masked[window].min() == own.masked[window].max()
-
-
-def test_saliency_is_nothing_where_a_modality_is_missing(tiny, make_batch):
-    torch.manual_seed(0)
-    model = Classifier(tiny, ("wli", "nbi"), 3, pool="mean", fusion_depth=1).eval()
-    batch = make_batch(3)
-    batch.present[0, 0] = False
-    weight = pictures.saliency(model, batch, tiny.patch)
-    assert weight["wli"].shape == (3, 4, 4)
-    assert weight["wli"][0].sum() == 0 and weight["wli"][1].sum() > 0 and weight["nbi"][0].sum() > 0
 
 
 def test_principal_components_are_numpy_s(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -135,10 +136,8 @@ def test_the_command_takes_several_runs(finished, folds, tmp_path):
 
 
 def test_runs_of_other_preprocessing_do_not_answer_as_one(finished, trained_run, tmp_path):
-    import shutil
-
     other = shutil.copytree(trained_run, tmp_path / "other")
     config = (other / "config.yaml").read_text()
-    (other / "config.yaml").write_text(config.replace("normalize: image", "normalize: dataset"))
+    (other / "config.yaml").write_text(config.replace("normalize: image", "normalize: fixed"))
     with pytest.raises(InputError, match=r"cannot answer as one: data\.normalize is 'image' and"):
         mics_fast.load(finished / "fold-1", other)
