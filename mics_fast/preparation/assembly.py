@@ -16,6 +16,7 @@ from mics_fast.preparation.inspection import (
     make_phantom,
 )
 from mics_fast.preparation.options import PHANTOM, PrepareOptions
+from mics_fast.preparation.overlays import overlay_warnings
 from mics_fast.preparation.reports import (
     Rejected,
     print_leaks,
@@ -29,6 +30,7 @@ from mics_fast.preparation.sources import (
     READ_SUFFIXES,
     Candidate,
     anonymised,
+    group_hints,
     read_folders,
     read_list,
     unknown_files,
@@ -67,6 +69,10 @@ def prepare(options: PrepareOptions) -> Callable[[], None]:
     written = write_rows(kept, modalities, options)
     held_out = [write_held_out(apart, modalities, out)] if apart else []
     dark = [path for one in found for path in one.dark]
+    drawn = overlay_warnings(
+        [(f"{one.sample.id}, {name.upper()}", own)
+         for one in kept for name, own in one.overlays.items()]
+    )  # fmt: skip
 
     def report() -> None:
         print_rejected(broken, orphans, unknown, REJECTED)
@@ -78,7 +84,7 @@ def prepare(options: PrepareOptions) -> Callable[[], None]:
             )
         print_summary(written.records, modalities)
         print_leaks(written.alike, written.pairs, written.records, NEAR_DUPLICATES)
-        for warning in written.warnings:
+        for warning in (*written.warnings, *drawn, *group_hints(options)):
             print(f"warning: {printable(warning)}")
         for path in written.kept:
             print(f"{path.with_suffix('')} existed with other content: it is now {path}")

@@ -21,6 +21,8 @@ def write_contact_sheet(
 ) -> None:
     """Draw samples of every class, with the modalities of a sample side by side.
 
+    Each class begins on a new line.
+
     Args:
         path: of the PNG; paths in the records are relative to its folder.
         records: rows of the manifest.
@@ -29,22 +31,26 @@ def write_contact_sheet(
     chosen = choose(records)
     block_width = len(modalities) * _CELL + _MARGIN
     block_height = _CELL + _CAPTION + _MARGIN
-    lines = -(-len(chosen) // _COLUMNS)
+    lines = sum(-(-len(own) // _COLUMNS) for own in chosen)
     sheet = Image.new(
         "RGB", (_COLUMNS * block_width + _MARGIN, lines * block_height + _MARGIN), _PAPER
     )
     draw = ImageDraw.Draw(sheet)
-    for number, record in enumerate(chosen):
-        line, column = divmod(number, _COLUMNS)
-        corner = (_MARGIN + column * block_width, _MARGIN + line * block_height)
-        draw_sample(sheet, draw, corner, record, modalities, path.parent)
+    first = 0
+    for own in chosen:
+        for number, record in enumerate(own):
+            line, column = divmod(number, _COLUMNS)
+            corner = (_MARGIN + column * block_width, _MARGIN + (first + line) * block_height)
+            draw_sample(sheet, draw, corner, record, modalities, path.parent)
+        first += -(-len(own) // _COLUMNS)
     with renamed(path) as partial:
         sheet.save(partial, "PNG")
         make_private(partial)
 
 
-def choose(records: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
-    """Choose up to 24 samples in turn from each class, evenly spaced over its rows."""
+def choose(records: Sequence[Mapping[str, str]]) -> list[list[Mapping[str, str]]]:
+    """Choose for each class an equal number of samples, about 24 in all, evenly spaced over its
+    rows; of more than 24 classes the first 24."""
     by_class = defaultdict(list)
     for record in records:
         by_class[record["label"]].append(record)
@@ -53,7 +59,7 @@ def choose(records: Sequence[Mapping[str, str]]) -> list[Mapping[str, str]]:
     for label in sorted(by_class)[:_SAMPLES]:
         own = by_class[label]
         count = min(share, len(own))
-        chosen += [own[k * len(own) // count] for k in range(count)]
+        chosen.append([own[k * len(own) // count] for k in range(count)])
     return chosen
 
 

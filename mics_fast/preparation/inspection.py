@@ -28,6 +28,7 @@ from mics_fast.preparation import phantom
 from mics_fast.preparation.dicom import is_dicom, read_dicom
 from mics_fast.preparation.leaks import perceptual_hash
 from mics_fast.preparation.options import PrepareOptions
+from mics_fast.preparation.overlays import Overlays, find_overlays
 from mics_fast.preparation.reports import Rejected
 from mics_fast.preparation.sources import Candidate
 from mics_fast.preparation.virtual_nbi import virtual_nbi
@@ -64,12 +65,14 @@ class Inspected:
         hashes: modality -> perceptual hash, for modalities that are not derived.
         rejected: broken files, each with the reason.
         dark: 16-bit files that use less than a quarter of their range.
+        overlays: modality -> what a recorder has drawn on the frame, as training reads it.
     """
 
     sample: Candidate
     hashes: dict[str, np.ndarray]
     rejected: list[tuple[Path, str]] = field(default_factory=list)
     dark: list[Path] = field(default_factory=list)
+    overlays: dict[str, Overlays] = field(default_factory=dict)
 
 
 def make_phantom(out: Path, pairs: int, seed: int) -> list[Inspected]:
@@ -107,6 +110,7 @@ def inspect(sample: Candidate, options: PrepareOptions) -> Inspected:
     if options.store_side:
         pixels = {name: shrink(own, options.store_side) for name, own in pixels.items()}
     hashes = {name: perceptual_hash(own) for name, own in pixels.items()}
+    overlays = {name: find_overlays(own) for name, own in pixels.items()}
     again = bool(options.crop_borders or options.store_side)
     for name, own in pixels.items():
         if again or frames[name].foreign:
@@ -114,7 +118,7 @@ def inspect(sample: Candidate, options: PrepareOptions) -> Inspected:
     if options.virtual_nbi and "wli" in pixels:
         store(virtual_nbi(pixels["wli"]), "nbi", checked, options.out, ".jpg")
         checked.virtual.append("nbi")
-    return Inspected(checked, hashes, rejected, dark)
+    return Inspected(checked, hashes, rejected, dark, overlays)
 
 
 def read_frame(path: Path) -> Frame:

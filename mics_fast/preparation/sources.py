@@ -13,13 +13,14 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.images import SUFFIXES
 from mics_fast.data.manifest import RESERVED, SPLITS
 from mics_fast.data.tables import read_table
-from mics_fast.preparation.options import Columns
+from mics_fast.preparation.options import Columns, PrepareOptions
 
 CONTACT_SHEET = "contact_sheet.png"
 """Name of the contact sheet beside the manifest."""
 
 KNOWN_MODALITIES = ("wli", "nbi")
 READ_SUFFIXES = SUFFIXES | {".dcm"}
+_PATIENT = re.compile(r"patient|subject|person|case|lesion|polyp|study|exam|visit|mrn", re.I)
 _SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val",
                 "testing": "test"}  # fmt: skip
 
@@ -238,6 +239,28 @@ def read_list(file: Path, columns: Columns) -> list[Candidate]:
     if not found:
         raise InputError(f"{file} has no row")
     return list(found.values())
+
+
+def group_hints(options: PrepareOptions) -> list[str]:
+    """Ask for groups if an unused column of a table seems to name patients or lesions.
+
+    Such a column has a telling name, and values that several rows share.
+    """
+    if not options.columns.paths or options.columns.group:
+        return []
+    table = read_table(Path(options.source), options.source)
+    hints = []
+    for column in table.columns:
+        values = [cells[column] for _, cells in table.lines if cells[column]]
+        if column in options.columns.all() or not _PATIENT.search(column):
+            continue
+        if 1 < len(set(values)) < len(values):
+            hints.append(
+                f"column {column} seems to name patients or lesions ({len(set(values))} in "
+                f"{len(values)} rows): --group-column {column} keeps the rows of each in one "
+                "split; without it, the test rows may show patients of the train rows"
+            )
+    return hints
 
 
 def name_of(path: str) -> str:

@@ -202,6 +202,21 @@ def test_the_contact_sheet_shows_the_images_of_each_pair(pairs, tmp_path):
         assert 0 < columns[:, 1].min() - rows[:, 1].min() < 200
 
 
+def test_each_class_begins_on_a_new_line_of_the_contact_sheet(tmp_path):
+    for label, colour in (("a", (200, 0, 0)), ("b", (0, 200, 0)), ("c", (0, 0, 200))):
+        for number in range(4):
+            paint(tmp_path / "in" / label / f"{number}.png", colour)
+    run(tmp_path / "in", "--out", tmp_path / "out")
+    sheet = np.asarray(Image.open(tmp_path / "out" / "contact_sheet.png").convert("RGB"))
+    spans, left = [], []
+    for channel in range(3):
+        own = np.argwhere((sheet[..., channel] == 200) & (sheet.sum(2) == 200))
+        spans.append((own[:, 0].min(), own[:, 0].max()))
+        left.append(own[:, 1].min())
+    assert len(set(left)) == 1
+    assert spans[0][1] < spans[1][0] and spans[1][1] < spans[2][0]
+
+
 # One broken image costs one row; training reads what is accepted
 
 
