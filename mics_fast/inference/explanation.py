@@ -47,10 +47,17 @@ class Explanation:
     weight: Tensor
 
     def picture(self) -> np.ndarray:
-        """Draw the image in grey, tinted orange by weight, (side, side, 3) uint8."""
+        """Draw the image in grey, tinted orange by weight, (side, side, 3) uint8.
+
+        Patches up to the median weight of those that count are not tinted: the gradient of a
+        network is nowhere exactly 0.
+        """
         low, high = self.image.min(), self.image.max()
         grey = 255 * ((self.image - low) / (high - low).clamp(min=1e-6)).mean(0)
-        share = self.weight / self.weight.max().clamp(min=1e-12)
+        counting = self.weight[self.weight > 0]
+        median = counting.median() if len(counting) else self.weight.new_zeros(())
+        share = (self.weight - median).clamp(min=0)
+        share = share / share.max().clamp(min=1e-12)
         scale = -(-SIDE // grey.shape[0])
         side = [grey.shape[0] * scale] * 2
         grey, share = (interpolate(own[None, None], side)[0, 0] for own in (grey, share))

@@ -85,8 +85,9 @@ def cases(subject: Subject) -> str:
     explained = explanations(subject, shown) if subject.explains and subject.frames else {}
     explainer = text(
         "Orange: patches where a small change of the pixels moves the fused answer most (absolute "
-        "gradient), scaled to each image; black borders are left out. Per cent: the image's share "
-        "of all gradient of the sample. It shows what the answer depends on, not that it is right."
+        "gradient), from the median of each image on; black borders are left out. Per cent: the "
+        "image's share of all gradient of the sample. It shows what the answer depends on, not "
+        "that it is right."
     )
     parts = [
         explainer if explained else "",

@@ -55,7 +55,7 @@ th[scope=row], thead th:first-child { text-align: left; font-weight: 500; }
 .belief .track { height: 0.45rem; background: #eee; }
 .belief .bar { display: block; height: 100%; background: #56B4E9; }
 .strip { display: flex; flex-wrap: wrap; gap: 0.5rem; }
-.strip > div { flex: 1 1 6rem; max-width: 14rem; min-width: 0; }
+.strip > div { flex: 1 1 4.5rem; max-width: 14rem; min-width: 0; }
 .strip img { width: 100%; height: auto; display: block; image-rendering: auto; }
 .strip span { font-size: 0.85rem; overflow-wrap: anywhere; }
 .case { border: 1px solid #ccc; border-radius: 6px; padding: 0.8rem; }
