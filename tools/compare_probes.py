@@ -70,15 +70,12 @@ def main() -> None:
     for name, value in LABELS_ONLY.items():
         setattr(config.finetune, name, value)
     features = all_features(manifest, config, given.features)
-    table = [
-        summary(fraction, [
-            compare(manifest, config, features, fraction, seed)
-            for seed in progress(range(given.draws), f"labels {fraction:.0%}", given.draws)
-        ])
-        for fraction in given.fractions
-    ]  # fmt: skip
-    for line in table:
-        print(json.dumps(line))
+    table = []
+    for fraction in given.fractions:
+        draws = progress(range(given.draws), f"labels {fraction:.0%}", given.draws)
+        found = [compare(manifest, config, features, fraction, seed) for seed in draws]
+        table.append(summary(fraction, found))
+        print(json.dumps(table[-1]), flush=True)
     if given.json:
         facts = {
             "network": network_name(config.model),
