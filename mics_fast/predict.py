@@ -8,14 +8,13 @@ and gets a record of the failure.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mics_fast.common.anonymity import pseudonym, read_key
-from mics_fast.common.errors import InputError, SentenceParser, run_command
+from mics_fast.common.errors import InputError, SentenceParser, run_command, warn
 from mics_fast.common.files import STANDARD_OUTPUT
 
 if TYPE_CHECKING:
@@ -55,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     summary.report_failures()
     if explained:
         count = write_explanations(explained, rows, options.explain)
-        print(f"wrote {count} pictures to {options.explain}", file=sys.stderr)
+        warn(f"wrote {count} pictures to {options.explain}")
 
 
 def anonymous(record: Answer | Failure, key: bytes) -> Answer | Failure:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mics_fast.common.errors import InputError, run_command
+from mics_fast.common.errors import InputError, run_command, warn
 from mics_fast.options.commands import parse_train, require
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def close(training: Training, folder: str) -> None:
         try:
             print_closing(Path(folder))
         except InputError as error:  # the run itself is whole
-            print(f"warning: not evaluated: {error}", file=sys.stderr)
+            warn(f"warning: not evaluated: {error}")
     sys.stdout.flush()
     if not sys.stdout.isatty():
         print(f"RESULT {json.dumps({'finished': finished, **run.result()})}", flush=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, warn
 from mics_fast.common.progress import progress
 from mics_fast.data.loaders import EvalLoader, PairBatch
 from mics_fast.data.manifest import Row
@@ -47,10 +46,9 @@ class Predictor:
             return Predictor(loaded[0])
         stored = [folder for folder, own in zip(folders, loaded, strict=True) if own.point.rule]
         if stored:
-            print(
+            warn(
                 f"warning: the rule stored in {stored[0]} holds for that run alone and is not "
-                "used; give a threshold for the ensemble with --refer-above",
-                file=sys.stderr,
+                "used; give a threshold for the ensemble with --refer-above"
             )
         return Predictor(Ensemble.of(loaded, folders))
 
