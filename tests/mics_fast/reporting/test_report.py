@@ -11,13 +11,15 @@ from html import unescape
 import pytest
 import torch
 
-from mics_fast import report
+from mics_fast import evaluate, report
 from mics_fast.common.anonymity import pseudonym
 from mics_fast.data.manifest import read_manifest
 from mics_fast.engine.log import read_log
+from mics_fast.evaluation.tables import SHOWN, interval, number
 from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel
 from mics_fast.reporting import pictures
+from mics_fast.training.pictures import reconstruct
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
 FLAGS = [
@@ -35,6 +37,21 @@ def page(trained_run, phantom_manifest, tmp_path_factory):
          "--out-of-distribution", str(phantom_manifest)]
     )  # fmt: skip
     return out
+
+
+def test_the_numbers_of_the_page_are_those_of_evaluate(page, trained_run, tmp_path):
+    file = tmp_path / "metrics.json"
+    evaluate.main([str(trained_run), "--resamples", "5", "--json", str(file)])
+    views = json.loads(file.read_text())["views"]
+    rows = re.findall(r"<tr>(.*?)</tr>", page.read_text())
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+    shown = {own[0]: own[1:] for own in cells if len(own) == 5}
+    for name, title in SHOWN.items():
+        if name in views["fused"] and name != "out_of_distribution_auroc":
+            fused, ends, wli, nbi = shown[title]
+            found = [number(views[view].get(name)) for view in ("fused", "wli", "nbi")]
+            assert [fused, wli, nbi] == found, name
+            assert ends == interval(views["fused"]["intervals"].get(name)), name
 
 
 def test_the_page_has_every_section(page):
@@ -156,7 +173,7 @@ def test_a_reconstruction_leaves_visible_patches_as_they_are(tiny):
     model = PretrainModel(tiny, ("wli",), pool="cls", projection=8, temperature=0.07).eval()
     images, number = torch.randn(2, 3, tiny.image, tiny.image), torch.arange(2)
     visible, _ = random_mask((0, 0), number, 0, tiny.num_patches, 0.75, 0)
-    for row, own in enumerate(pictures.reconstruct(model, images, number, 0.75, 0)):
+    for row, own in enumerate(reconstruct(model, images, number, 0.75, 0)):
         assert torch.equal(own.image, images[row])
         for patch in range(tiny.num_patches):
             y, x = divmod(patch, tiny.image // tiny.patch)
