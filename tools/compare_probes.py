@@ -66,7 +66,7 @@ def main() -> None:
     manifest = read_manifest(given.manifest)
     arguments = ["--config", str(CONFIG), "--model.init", given.weights]
     arguments += ["--model.image", str(given.image)] if given.image else []
-    config = with_encoder(parse_train(arguments)[0], manifest.modalities)
+    config = with_encoder(parse_train(arguments).config, manifest.modalities)
     for name, value in LABELS_ONLY.items():
         setattr(config.finetune, name, value)
     features = all_features(manifest, config, given.features)

@@ -161,8 +161,8 @@ def test_a_side_that_the_patch_does_not_divide_is_refused(few_steps, phantom_man
 
 def test_weights_of_a_built_in_size_are_of_that_size(file, few_steps, phantom_manifest, tmp_path):
     """So that a run from them takes up the pre-training of one without."""
-    plain, _ = parse_train([*few_steps, "--model.size", "vit_nano"])
-    stored = with_encoder(parse_train([*few_steps, "--model.init", file])[0], ("wli",)).model
+    plain = parse_train([*few_steps, "--model.size", "vit_nano"]).config
+    stored = with_encoder(parse_train([*few_steps, "--model.init", file]).config, ("wli",)).model
     assert stored.geometry and canonical(replace(stored, init="")) == plain.model
     assert canonical(replace(plain.model, image=64)) == plain.model
 
