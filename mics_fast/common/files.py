@@ -147,7 +147,11 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def write_csv(
-    file: Path, records: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None
+    file: Path,
+    records: Sequence[Mapping[str, Any]],
+    columns: Sequence[str] | None = None,
+    *,
+    exact: bool = False,
 ) -> None:
     """Write records as a CSV file, readable by its owner only and safe to open in a spreadsheet.
 
@@ -155,17 +159,19 @@ def write_csv(
         file: CSV file.
         records: column -> cell; a missing cell is empty.
         columns: names in order; default: the keys of all records, in order of appearance.
+        exact: keep control characters, for a table that is read again.
 
     Raises:
         InputError: as ``write_text``.
     """
+    inert = inert_cell if exact else shown_cell
     names = columns or list(dict.fromkeys(name for record in records for name in record))
     with whole_file(file) as handle:
         make_private(handle.fileno())
         writer = csv.DictWriter(handle, names)
-        writer.writerow({name: inert_cell(name) for name in names})
+        writer.writerow({name: inert(name) for name in names})
         for record in records:
-            writer.writerow({name: inert_cell(cell) for name, cell in record.items()})
+            writer.writerow({name: inert(cell) for name, cell in record.items()})
 
 
 def make_private(file: Path | int) -> None:
@@ -174,6 +180,7 @@ def make_private(file: Path | int) -> None:
         os.chmod(file, 0o600)
 
 
+CONTROLS = dict.fromkeys([*range(32), *range(127, 160)], "?")  # of Unicode, for str.translate
 # Beginnings of a formula, with the blanks that a spreadsheet skips and the wide forms of East Asia.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
@@ -197,6 +204,11 @@ def restored_cell(cell: str) -> str:
 
 def _like_a_formula(cell: str) -> bool:
     return cell.lstrip("'").startswith(_FORMULA)
+
+
+def shown_cell(cell: Any) -> Any:
+    """Make a cell of a table for people inert, and replace its control characters."""
+    return inert_cell(cell.translate(CONTROLS) if isinstance(cell, str) else cell)
 
 
 def printable(text: str) -> str:

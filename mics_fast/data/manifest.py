@@ -194,7 +194,7 @@ def write_manifest(
     Raises:
         InputError: the file cannot be written.
     """
-    write_csv(path, records, [*RESERVED, *modalities])
+    write_csv(path, records, [*RESERVED, *modalities], exact=True)
 
 
 def _check(record: Mapping[str, str], where: str, seen: set[str]) -> None:

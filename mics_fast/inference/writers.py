@@ -14,7 +14,7 @@ from typing import TextIO
 from rich import box
 from rich.table import Table
 
-from mics_fast.common.files import STANDARD_OUTPUT, inert_cell, printable, whole_file
+from mics_fast.common.files import STANDARD_OUTPUT, printable, shown_cell, whole_file
 from mics_fast.evaluation.answers import Answer, Failure, Stated, flat
 from mics_fast.evaluation.operating_point import OperatingPoint
 from mics_fast.evaluation.tables import wide_console
@@ -76,11 +76,11 @@ def table_file(file: Path, model: LoadedClassifier) -> Iterator[Write]:
     columns = [*flat(whole), "reason", *(["set"] if model.point.sets else []), "error"]
     with text_output(file) as handle:
         writer = csv.writer(handle)
-        writer.writerow(map(inert_cell, columns))
+        writer.writerow(map(shown_cell, columns))
 
         def write(record: Record) -> None:
             line = flat(record)
-            writer.writerow([inert_cell(line.get(column, "")) for column in columns])
+            writer.writerow([shown_cell(line.get(column, "")) for column in columns])
 
         yield write
 

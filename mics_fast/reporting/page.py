@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from mics_fast.common.files import printable
+from mics_fast.common.files import CONTROLS, printable
 from mics_fast.reporting.images import cases, features, reconstructions
 from mics_fast.reporting.numbers import (
     certainty,
@@ -34,7 +34,7 @@ def page(subject: Subject) -> str:
 def document(title: str, sections: Sequence[str]) -> str:
     """Write a document; the policy in its head forbids all requests."""
     name = escape(title)
-    return (
+    text = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
@@ -42,3 +42,4 @@ def document(title: str, sections: Sequence[str]) -> str:
         f'<title>{name}</title><link rel="icon" href="data:,"><style>{STYLE}</style>'
         f"</head><body><main><h1>{name}</h1>{''.join(sections)}</main></body></html>\n"
     )
+    return text.translate({code: own for code, own in CONTROLS.items() if chr(code) not in "\t\n"})

@@ -47,9 +47,14 @@ def test_control_characters_in_the_name_of_a_column_are_refused(tmp_path):
 def test_what_begins_like_a_formula_is_written_inert(tmp_path, start):
     name = f"{start}HYPERLINK(1)"
     assert inert_cell(name) == f"'{name}" and restored_cell(inert_cell(name)) == name
-    write_csv(tmp_path / "x.csv", [{name: name}])
+    write_csv(tmp_path / "x.csv", [{name: name}], exact=True)
     with open(tmp_path / "x.csv", newline="") as file:
         assert list(csv.reader(file)) == [[f"'{name}"], [f"'{name}"]]
+
+
+def test_a_table_for_people_holds_no_control_characters(tmp_path):
+    write_csv(tmp_path / "x.csv", [{f"a{ESCAPE}": f"b\n{ESCAPE}\x9b", "n": 1.5}])
+    assert (tmp_path / "x.csv").read_bytes() == b"a?[2J,n\r\nb??[2J?,1.5\r\n"
 
 
 def test_a_modality_like_a_formula_is_written_inert_and_read_back(tmp_path):
