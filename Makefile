@@ -45,8 +45,8 @@ fuzz: export MICS_FUZZ_SECONDS ?= 150
 fuzz: fuzz-native
 	$(PY) -m pytest -rP -k "fuzz or mutated"
 
-# Arbitrary arguments again, with csrc built with the address and undefined-behaviour sanitizers; CI
-# does it for a minute.
+# The C++ tests and arbitrary arguments again, with csrc built with the address and undefined-behaviour
+# sanitizers; CI fuzzes for a minute.
 SANITIZED := build/sanitized
 fuzz-native: export MICS_FUZZ_SECONDS ?= 60
 fuzz-native: export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -54,10 +54,11 @@ fuzz-native: $(INSTALLED)
 	mkdir -p $(SANITIZED)/mics_kernels
 	cp -r kernels/mics_kernels/. $(SANITIZED)/mics_kernels
 	rm -f $(SANITIZED)/mics_kernels/_native*.so
-	cmake -S . -B $(SANITIZED) -G Ninja -DMICS_SANITIZE=ON -DMICS_CUDA=OFF \
+	cmake -S . -B $(SANITIZED) -G Ninja -DMICS_SANITIZE=ON -DMICS_CUDA=OFF -DBUILD_TESTING=ON \
 	  -DPython_EXECUTABLE=$(CURDIR)/$(PY) -Dpybind11_DIR=$$($(PY) -m pybind11 --cmakedir) \
 	  -DMICS_MODULE_DIR=$(CURDIR)/$(SANITIZED)/mics_kernels
 	cmake --build $(SANITIZED)
+	ctest --test-dir $(SANITIZED) --output-on-failure
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
 	  MICS_NATIVE=$(CURDIR)/$(SANITIZED) $(PY) -m pytest -rP tests/kernels/test_fuzz_operators.py
