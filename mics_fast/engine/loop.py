@@ -168,11 +168,10 @@ class Loop:
         stopping: bool,
     ) -> None:
         """Score, save and log a step, as far as each is due."""
-        plan, score = self.plan, None
-        if scored:
-            scores = self._score()
-            record |= scores
-            score = next(iter(scores.values()), None)
+        plan = self.plan
+        scores = self._score() if scored else {}
+        record |= scores
+        score = next(iter(scores.values()), None)
         best = score is not None and self.scores.add(self.step, score)
         last = self.finished or stopping
         if save or last or (best and plan.choose_best):

@@ -78,7 +78,7 @@ class Mlflow:
         self._module.end_run()
 
 
-TRACKERS = {"wandb": Wandb, "mlflow": Mlflow}
+TRACKERS: dict[str, type[Wandb] | type[Mlflow]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
 def tracker_module(name: str) -> Any:

@@ -80,7 +80,8 @@ def explain(
     for batch in loader:
         weights = saliency(classifier.model, batch, patch)
         for place, index in enumerate(batch.sample_id.tolist()):
-            row, found = by_index[index], {}
+            row = by_index[index]
+            found: dict[str, Explanation] = {}
             for column, (name, weight) in enumerate(weights.items()):
                 file = row.files[name]
                 if file is not None and batch.present[place, column]:
