@@ -154,6 +154,7 @@ class Trainer:
         if config.stage != "pretrain":
             check_labels(manifest)
             class_weights(config.finetune, manifest)
+            check_patience(config.finetune, manifest)
         self.device = pick_device(config.device)
         check_cuda_graph(config, self.device.type, world_size())
         self.size = size_of(config.model)
@@ -528,4 +529,17 @@ def check_labels(manifest: Manifest) -> None:
         raise InputError(
             f"{manifest.path} has one class, {manifest.classes[0]}, wanted at least two in the "
             "column label"
+        )
+
+
+def check_patience(options: FinetuneConfig, manifest: Manifest) -> None:
+    """Refuse early stopping without rows to score.
+
+    Raises:
+        InputError: no val row has a label.
+    """
+    if options.patience and not any(row.label >= 0 for row in manifest.select("val")):
+        raise InputError(
+            f"option finetune.patience is {options.patience}, but {manifest.path} has no val row "
+            "with a label to score"
         )

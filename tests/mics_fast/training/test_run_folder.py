@@ -15,6 +15,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import Manifest, Row
 from mics_fast.options import DataConfig, FinetuneConfig, TrainConfig
 from mics_fast.training.run import Run, refuse_changes
+from mics_fast.training.trainer import check_patience
 
 ROWS = tuple(
     Row(
@@ -62,6 +63,14 @@ def test_a_run_goes_on_on_its_own_manifest_alone(tmp_path, rows, sentence):
     with pytest.raises(InputError, match=f"started with: {sentence}"):
         Run.start(config, replace(MANIFEST, rows=rows), resume=True)
     assert Run.open(tmp_path / "run").digest() == MANIFEST.digest()
+
+
+def test_patience_without_rows_to_score_is_refused():
+    check_patience(FinetuneConfig(patience=3), MANIFEST)
+    unscored = replace(MANIFEST, rows=tuple(row for row in ROWS if row.split != "val"))
+    check_patience(FinetuneConfig(), unscored)
+    with pytest.raises(InputError, match=r"patience is 3, but manifest\.csv has no val row with"):
+        check_patience(FinetuneConfig(patience=3), unscored)
 
 
 def test_an_entry_that_is_no_longer_there_counts_as_a_change(tmp_path):
