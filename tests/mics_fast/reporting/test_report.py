@@ -45,7 +45,7 @@ def test_the_numbers_of_the_page_are_those_of_evaluate(page, trained_run, tmp_pa
     views = json.loads(file.read_text())["views"]
     rows = re.findall(r"<tr>(.*?)</tr>", page.read_text())
     cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
-    shown = {own[0]: own[1:] for own in cells if len(own) == 5}
+    shown = {unescape(own[0]): own[1:] for own in cells if len(own) == 5}
     for name, title in SHOWN.items():
         if name in views["fused"] and name != "out_of_distribution_auroc":
             fused, ends, wli, nbi = shown[title]
