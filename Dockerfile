@@ -7,7 +7,7 @@ RUN apt-get update \
 COPY constraints.txt dist/mics_fast-*.tar.gz /sdist/
 RUN python -m venv /opt/mics \
     && PIP_CONSTRAINT=/sdist/constraints.txt /opt/mics/bin/pip install --no-cache-dir \
-       "$(echo /sdist/mics_fast-*.tar.gz)[train,export]"
+       "$(echo /sdist/mics_fast-*.tar.gz)[train,dali,export]"
 
 FROM python:3.12-slim-bookworm
 # libgomp: the threads of torch; gcc: what Triton and torch.compile compile with.

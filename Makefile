@@ -99,7 +99,7 @@ check-wheel:
 # Runs again only when what it installs has changed.
 $(INSTALLED): pyproject.toml constraints.txt setup.py CMakeLists.txt $(wildcard csrc/*)
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PINNED) $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,export,test,bench,docs]'
+	$(PINNED) $(PY) -m pip install --quiet --constraint constraints.txt --editable '.[train,dali,export,test,bench,docs]'
 	touch $@
 
 clean:

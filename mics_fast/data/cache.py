@@ -18,9 +18,9 @@ from torch import Tensor
 from mics_fast.common.errors import InputError
 from mics_fast.data.decoding import (
     WHOLE,
-    check_dali,
     consumer,
     decoded,
+    decoder_of,
     new_pipeline,
     resized,
     to_torch,
@@ -28,6 +28,7 @@ from mics_fast.data.decoding import (
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
+from mics_fast.data.pillow_decoding import PillowDecoder
 from mics_fast.data.resize import resized_square
 from mics_fast.options import DataConfig
 
@@ -58,12 +59,12 @@ class FrameCache:
         image_size: int,
         device: torch.device,
     ) -> None:
-        check_dali()
+        self._decoder = decoder_of(data, device)
         self.modalities, self.threads, self._device = modalities, data.threads, device
         self._on_gpu = device.type == "cuda"
         self.device = device if data.cache.mode == "device" else torch.device("cpu")
         self.side = data.cache.side or round(image_size * 256 / 224)
-        self.files = ImageFiles(data.on_bad_file, device)
+        self.files = ImageFiles(data.on_bad_file, device, self._decoder)
         self._place = {row.index: number for number, row in enumerate(rows)}
         self._state = np.full((len(rows), len(modalities)), _UNKNOWN, np.uint8)
         self._problems: dict[tuple[int, int], str] = {}
@@ -146,6 +147,8 @@ class FrameCache:
         return square.permute(1, 2, 0).to(torch.uint8)
 
     def _build(self) -> Any:
+        if self._decoder == "cpu":
+            return PillowDecoder(self.threads)
         from nvidia.dali import fn
 
         pipeline = new_pipeline(self._device, self.threads, _LARGEST_BATCH, prefetch=1)

@@ -11,9 +11,9 @@ flip. Colour and normalisation follow in ``views.py``.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.augmentation import BLUR, Augmentation, View, union
+from mics_fast.data.pillow_decoding import PillowPipeline, Source
 from mics_fast.data.views import IMAGENET_STD
 from mics_fast.engine.threads import available_threads, share_threads
 from mics_fast.options import AugmentConfig, DataConfig
@@ -32,8 +33,7 @@ left, bottom, right)."""
 # DALI refuses a standard deviation of 0; this one changes no pixel.
 _SMALLEST_BLUR = 1e-3
 
-Source = Callable[[int], Sequence[Sequence[Any]]]
-"""Maps the number of batches since the graph was built to lists of arrays, one per sample."""
+Decoder = Literal["dali", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class PairGraph:
         teacher: also make the teacher's view, with its own crop.
 
     Raises:
-        InputError: DALI is not installed, or a standard deviation is not positive.
+        InputError: DALI is wanted and not installed, or a standard deviation is not positive.
     """
 
     modalities: Sequence[str]
@@ -64,7 +64,7 @@ class PairGraph:
     teacher: bool = False
 
     def __post_init__(self) -> None:
-        check_dali()
+        decoder_of(self.data, self.device)
         for name in self.modalities:
             std = self.data.std.get(name, IMAGENET_STD)
             if min(std) <= 0:
@@ -152,7 +152,7 @@ class PairGraph:
         return view if view in self.crops else "weak"
 
     def build(self, images: Source, numbers: Source, batch_size: int) -> Any:
-        """Build a running pipeline of (H, W, 3) uint8 frames.
+        """Build a running pipeline, of DALI or Pillow, of (H, W, 3) uint8 frames.
 
         If the graph resizes, the outputs are squares, and ``frames_of`` assigns them to views;
         otherwise there is one output per modality, and samples differ in size.
@@ -162,6 +162,9 @@ class PairGraph:
             numbers: source of the transposed results of ``numbers``; unused without augmentation.
             batch_size: largest number of samples in a batch.
         """
+        if decoder_of(self.data, self.device) == "cpu":
+            crops = None if self.augment is None else numbers
+            return PillowPipeline(images, crops, self.data.threads, self.data.prefetch)
         from nvidia.dali import fn
 
         pipeline = new_pipeline(self.device, self.data.threads, batch_size, self.data.prefetch)
@@ -211,20 +214,43 @@ class PairGraph:
         return [image.gpu() for image in images] if to_gpu else images
 
 
+def decoder_of(data: DataConfig, device: torch.device) -> Decoder:
+    """Choose the library that decodes images for a device.
+
+    Raises:
+        InputError: DALI is wanted and cannot be imported, or Pillow is wanted on a GPU.
+    """
+    if data.decoder == "cpu":
+        if device.type != "cpu":
+            raise InputError("option data.decoder is cpu, wanted auto or dali on a GPU")
+        return "cpu"
+    if data.decoder == "auto" and device.type == "cpu" and not has_dali():
+        return "cpu"
+    check_dali()
+    return "dali"
+
+
+def has_dali() -> bool:
+    """Return True if DALI can be imported."""
+    try:
+        import nvidia.dali  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
 def check_dali() -> None:
     """Check that DALI can be imported, and say how to install it if not.
 
     Raises:
         InputError: DALI cannot be imported.
     """
-    try:
-        import nvidia.dali  # noqa: F401
-    except ImportError:
+    if not has_dali():
         if platform.system() == "Linux":
-            what = "cannot be imported, wanted: pip install 'mics-fast[train]'"
+            what = "cannot be imported, wanted: pip install 'mics-fast[dali]'"
         else:
             what = f"exists for Linux alone, and this is {platform.system()}"
-        raise InputError(f"NVIDIA DALI, which reads the images, {what}") from None
+        raise InputError(f"NVIDIA DALI, which reads the images, {what}")
 
 
 def new_pipeline(device: torch.device, threads: int | None, batch_size: int, prefetch: int) -> Any:

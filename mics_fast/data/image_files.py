@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from mics_fast.common.errors import InputError, warn
-from mics_fast.data.decoding import WHOLE, decoded, new_pipeline
+from mics_fast.data.decoding import WHOLE, Decoder, decoded, new_pipeline
 from mics_fast.data.image_header import RefusedImage
 from mics_fast.data.manifest import Row
+from mics_fast.data.pillow_decoding import PillowDecoder
 from mics_fast.data.shards import read_image
 
 CroppedImage = tuple[Row, str, np.ndarray]
@@ -33,11 +34,14 @@ class ImageFiles:
     Args:
         policy: "error": the first bad file ends the stream; "skip": a bad file counts as missing.
         device: where the stream decodes.
+        decoder: library that the stream decodes with.
     """
 
-    def __init__(self, policy: Literal["error", "skip"], device: torch.device) -> None:
+    def __init__(
+        self, policy: Literal["error", "skip"], device: torch.device, decoder: Decoder
+    ) -> None:
         self.policy = policy
-        self._decodes = SingleDecoder(device)
+        self._decodes = SingleDecoder(device, decoder)
         self._suspects: set[tuple[int, str]] = set()
         self._skipped: Counter[str] = Counter()
         self.problems: dict[int, str] = {}
@@ -111,10 +115,11 @@ class SingleDecoder:
 
     Args:
         device: where the graph decodes.
+        decoder: library that the graph decodes with.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, decoder: Decoder) -> None:
+        self._device, self._decoder = device, decoder
         self._pipeline: Any = None
 
     def __call__(self, encoded: np.ndarray, crop: np.ndarray) -> bool:
@@ -128,7 +133,9 @@ class SingleDecoder:
     def pixels(self, encoded: np.ndarray) -> np.ndarray | None:
         """Decode the whole image to (H, W, 3) uint8; None if it cannot be decoded."""
         output = self._decode(encoded, WHOLE)
-        return None if output is None else np.array(output.as_cpu()[0])
+        if output is None:
+            return None
+        return np.array(output[0] if self._decoder == "cpu" else output.as_cpu()[0])
 
     def _decode(self, encoded: np.ndarray, crop: np.ndarray) -> Any:
         if self._pipeline is None:
@@ -143,6 +150,8 @@ class SingleDecoder:
         return output
 
     def _build(self) -> Any:
+        if self._decoder == "cpu":
+            return PillowDecoder(threads=1)
         from nvidia.dali import fn
 
         pipeline = new_pipeline(self._device, threads=1, batch_size=1, prefetch=1)

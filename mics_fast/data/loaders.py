@@ -17,7 +17,7 @@ from mics_fast.common.errors import InputError
 from mics_fast.data.augmentation import Augmentation, View, draw_augmentation
 from mics_fast.data.batch import PairBatch, Sample
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.decoding import PairGraph
+from mics_fast.data.decoding import PairGraph, decoder_of
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.manifest import Row
 from mics_fast.data.sampling import RowOrder, samples_of
@@ -96,7 +96,7 @@ class TrainLoader:
         self._graph = PairGraph(
             modalities, data, image_size, device, augment, strong, kept, teacher
         )
-        self._files = ImageFiles(data.on_bad_file, device)
+        self._files = ImageFiles(data.on_bad_file, device, decoder_of(data, device))
         self._dtype = torch.bfloat16 if data.dtype == "bf16" else torch.float32
         self._rank, self._parts = rank, parts
         self._share = batch_size // world_size
@@ -208,7 +208,7 @@ class EvalLoader:
     ) -> None:
         self.rows, self.batch_size = rows, min(batch_size, max(1, len(rows)))
         self._graph = PairGraph(modalities, data, image_size, device)
-        self._files = ImageFiles(data.on_bad_file, device)
+        self._files = ImageFiles(data.on_bad_file, device, decoder_of(data, device))
 
     @property
     def problems(self) -> Mapping[int, str]:

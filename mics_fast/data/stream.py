@@ -7,6 +7,7 @@ image and rebuilds the graph at the same batch.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,8 +22,11 @@ from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 
-# Decoded in place of a missing image: a black netpbm file, large enough to be cropped.
-_PLACEHOLDER = np.frombuffer(b"P6 32 32 255\n" + bytes(32 * 32 * 3), dtype=np.uint8)
+# Decoded in place of a missing image: a black BMP file, large enough to be cropped.
+_SIDE = 32
+_HEADER = struct.pack("<2sIHHIIiiHHIIiiII", b"BM", 54 + 3 * _SIDE**2, 0, 0, 54,
+                      40, _SIDE, _SIDE, 1, 24, 0, 3 * _SIDE**2, 0, 0, 0, 0)  # fmt: skip
+_PLACEHOLDER = np.frombuffer(_HEADER + bytes(3 * _SIDE**2), dtype=np.uint8)
 NOT_AUGMENTED: Mapping[View, Augmentation] = {}
 
 

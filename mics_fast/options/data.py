@@ -92,6 +92,11 @@ class DataConfig:
     dtype: Literal["fp32", "bf16"] = option(
         "fp32", "of the training views; bf16, half the memory, needs encoders that run in bf16"
     )
+    decoder: Literal["auto", "dali", "cpu"] = option(
+        "auto",
+        'library that decodes images: "dali"; "cpu": Pillow, only on a CPU, equal to one grey '
+        'level; "auto": DALI if it is installed, and always on a GPU',
+    )
     threads: int | None = option(
         None, "CPU threads of an image pipeline; null: its share of `threads`", above=0, most=1024
     )

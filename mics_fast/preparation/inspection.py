@@ -150,7 +150,7 @@ def check_training_reads(data: bytes, pixels: np.ndarray, path: Path) -> None:
     if not hasattr(_own, "decoder"):
         try:
             check_dali()
-            _own.decoder = SingleDecoder(torch.device("cpu"))
+            _own.decoder = SingleDecoder(torch.device("cpu"), "dali")
         except InputError:  # without DALI, training decodes as ``pixels_of`` does
             _own.decoder = None
     if _own.decoder is None:

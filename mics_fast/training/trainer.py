@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mics_fast.common.errors import InputError, RunFailed, warn
 from mics_fast.data.augmentation import epoch_order
 from mics_fast.data.cache import FrameCache
-from mics_fast.data.decoding import check_dali
+from mics_fast.data.decoding import decoder_of
 from mics_fast.data.features import FeatureLoader, FeaturePass, FeatureRows, Features
 from mics_fast.data.loaders import EvalLoader, PairBatch, TrainLoader
 from mics_fast.data.manifest import Manifest, Row, read_manifest
@@ -136,7 +136,6 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, manifest: Manifest, *, resume: bool, verbose: bool = False
     ) -> None:
-        check_dali()
         for name in TRACKERS:
             if getattr(config.log, name):
                 tracker_module(name)
@@ -156,6 +155,8 @@ class Trainer:
             class_weights(config.finetune, manifest)
             check_patience(config.finetune, manifest)
         self.device = pick_device(config.device)
+        if decoder_of(config.data, self.device) == "cpu" and config.data.decoder == "auto":
+            say("Pillow decodes the images: NVIDIA DALI, which is faster, is not installed")
         check_cuda_graph(config, self.device.type, world_size())
         self.size = size_of(config.model)
         if self.device.type == "cpu" and self.size.width >= SIZES["vit_base"].width:

@@ -125,7 +125,7 @@ def stream_of(rows, *, modalities=("wli", "nbi"), strong=False, teacher=False, m
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(PairGraph, "build", build)
-        made = Stream(graph, ImageFiles("error", GPU), lambda _: Prepared(samples), rows, 0)
+        made = Stream(graph, ImageFiles("error", GPU, "dali"), lambda _: Prepared(samples), rows, 0)
         made._build()
     return made, pipeline
 

@@ -22,7 +22,7 @@ def test_a_warning_is_one_line_that_no_terminal_obeys(capsys):
 
 
 def test_the_name_of_a_bad_file_reaches_the_terminal_as_text(capsys):
-    files = ImageFiles("skip", "cpu")
+    files = ImageFiles("skip", "cpu", "dali")
     files.skip([f"/data/{ESCAPE}.png cannot be read"])
     assert capsys.readouterr().err == "skipped: /data/?[2J.png cannot be read\n"
 

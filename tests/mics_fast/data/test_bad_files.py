@@ -185,7 +185,7 @@ def test_the_part_of_a_cut_file_that_is_whole_is_used_and_resuming_sees_the_same
 def test_a_file_is_good_or_bad_for_each_crop_on_its_own(rows):
     row = rows[5]
     spoil(row.files["nbi"], "cut in the scan")
-    files = ImageFiles("skip", CPU)
+    files = ImageFiles("skip", CPU, "dali")
     upper = np.array([0, 0, 1, 0.1], np.float32)
     assert files.suspect([(row, "wli", WHOLE), (row, "nbi", WHOLE)])
     assert files.read(row, "nbi", WHOLE)[0] is None and files.read(row, "nbi", upper)[0] is not None
@@ -204,7 +204,7 @@ def test_a_gpu_without_memory_is_no_file_s_fault(rows, monkeypatch):
         raise RuntimeError("Error in MIXED operator `nvidia.dali.fn.decoders.image_slice`: " + told)
 
     monkeypatch.setattr("nvidia.dali.Pipeline.run", run)
-    files, told = ImageFiles("skip", CPU), "CUDA allocation failed"
+    files, told = ImageFiles("skip", CPU, "dali"), "CUDA allocation failed"
     with pytest.raises(RuntimeError, match="allocation"):
         files.suspect([(rows[0], "wli", WHOLE)])
     told = "Failed to decode sample"

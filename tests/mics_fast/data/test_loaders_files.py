@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mics_fast.common.errors import InputError
-from mics_fast.options import AugmentConfig
+from mics_fast.options import AugmentConfig, DataConfig
 from tests.mics_fast.data.loading import WHOLE_FRAME, evaluate, noise, row, save, take, train
 
 
@@ -78,11 +78,11 @@ def test_a_bad_file_is_named_with_its_row(rows, tmp_path, kind, loader):
     assert "\n" not in message
 
 
-def test_without_dali_a_sentence_says_what_to_install(rows, monkeypatch):
+def test_a_decoder_that_is_asked_for_and_missing_is_named(rows, monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     for loader in (train, evaluate):
-        with pytest.raises(InputError, match=r"pip install 'mics-fast\[train\]'"):
-            loader(rows)
+        with pytest.raises(InputError, match=r"pip install 'mics-fast\[dali\]'"):
+            loader(rows, data=DataConfig(decoder="dali"))
 
 
 def test_no_rows_cannot_be_trained_on():

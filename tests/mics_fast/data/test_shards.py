@@ -184,7 +184,7 @@ def test_a_member_that_a_shard_does_not_have_is_told(manifests):
         read_manifest(manifest)
     lost = read_manifest(manifest, files_exist=False).rows[0]
     with pytest.raises(InputError, match=r"999999\.wli\.jpg cannot be read \(not in the shard"):
-        ImageFiles("error", CPU).read(lost, "wli")
+        ImageFiles("error", CPU, "dali").read(lost, "wli")
 
 
 def test_shards_and_folds_do_not_go_together(tmp_path):
@@ -239,7 +239,7 @@ def test_a_broken_index_is_one_sentence(manifests, index):
     target.write_bytes(index if isinstance(index, bytes) else index.encode())
     read_index.cache_clear()
     with pytest.raises(InputError) as caught:
-        ImageFiles("error", CPU).read(row, "wli")
+        ImageFiles("error", CPU, "dali").read(row, "wli")
     assert str(row.files["wli"]) in str(caught.value) and "\n" not in str(caught.value)
 
 
