@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         assessment, target, options.refer_by, options.resamples
     )
     evaluation.sets = choose_prediction_sets(assessment, options.set_coverage, options.resamples)
-    evaluation.point = replace(evaluation.point, sets=evaluation.sets and evaluation.sets.rule)
+    rule = None if evaluation.sets is None else evaluation.sets.rule
+    evaluation.point = replace(evaluation.point, sets=rule)
     if target or options.calibrate or options.set_coverage or options.flips is not None:
         file = store_point(run.folder, best_checkpoint(run), evaluation.point)
         print(f"wrote {file}: predict, report and export use it", file=sys.stderr)

@@ -163,6 +163,7 @@ class RunLog:
         }
 
         def write(board: SummaryWriter) -> None:
+            assert board.file_writer is not None  # open until the board is closed
             for summary in hparams(plain, {}):
                 board.file_writer.add_summary(summary)
 
