@@ -38,7 +38,7 @@ REFERENCE, COMPILED, FUSED = "reference losses", "compiled losses", "fused opera
 
 
 def rows(options: Options) -> Iterator[Row]:
-    """A row per number of classes, batch and rung; quick: the smallest and largest batch."""
+    """Yield a row per number of classes, batch and rung; quick: the smallest and largest batch."""
     batches = BATCHES if options.full else (BATCHES[0], BATCHES[-1])
     for classes in CLASSES:
         for batch in batches:
@@ -60,7 +60,7 @@ def rows(options: Options) -> Iterator[Row]:
 
 
 def measured(label: Row, classes: int, options: Options) -> Iterator[Row]:
-    """The rungs of one size, timed in turn.
+    """Time the rungs of one size in turn.
 
     Raises:
         ValueError: the losses of a rung are not those of the reference.
@@ -102,7 +102,7 @@ def check(name: str, losses: Mapping[str, float], true: Mapping[str, float]) -> 
 def seconds(
     step: EngineStep, batch: Batch, number: int, device: torch.device
 ) -> tuple[float, float]:
-    """Wall and CPU time of one step."""
+    """Measure wall and CPU time of one step."""
     wall, cpu = time.perf_counter(), time.process_time()
     step(batch, number)
     if device.type == "cuda":
@@ -111,7 +111,7 @@ def seconds(
 
 
 def step_of(name: str, classes: int, device: torch.device) -> EngineStep:
-    """The step of a rung, its weights from a fixed seed."""
+    """Build the step of a rung, with weights from a fixed seed."""
     torch.manual_seed(0)
     config = FinetuneConfig(encoder="frozen")
     model = Classifier(SIZE, MODALITIES, classes, pool="cls", fusion_depth=1, pooled="mlp")
@@ -139,7 +139,7 @@ def losses_of(name: str) -> Iterator[None]:
 
 
 def random_batch(rows: int, classes: int, device: torch.device) -> Batch:
-    """A labelled quarter, and the unlabelled rest with a strong view."""
+    """Draw a batch: a labelled quarter, and the unlabelled rest with a strong view."""
     generator = torch.Generator().manual_seed(0)
     first = 0
 

@@ -89,7 +89,7 @@ def main() -> None:
 
 
 def all_features(manifest: Manifest, config: TrainConfig, folder: Path | None) -> Features:
-    """Plain features of every labelled row of a manifest."""
+    """Compute the features of every labelled row of a manifest."""
     size = size_of(config.model)
     encoder = size.encoder().eval().requires_grad_(False)
     print(load_start(config.model, [encoder]))
@@ -106,7 +106,7 @@ def all_features(manifest: Manifest, config: TrainConfig, folder: Path | None) -
 def compare(
     manifest: Manifest, config: TrainConfig, features: Features, fraction: float, seed: int
 ) -> dict[str, Scores]:
-    """Balanced accuracies of one draw: of "ours" and of "logistic"."""
+    """Compute the balanced accuracies of one draw, "ours" and "logistic"."""
     rows = drawn(manifest, features.rows, fraction, seed)
     train = [number for number, row in enumerate(rows) if row.split == "train"]
     scaled = standardised(features, train)
@@ -117,7 +117,7 @@ def compare(
 
 
 def drawn(manifest: Manifest, rows: Sequence[Row], fraction: float, seed: int) -> list[Row]:
-    """The rows with splits and labels of a draw."""
+    """Return the rows with the splits and labels of a draw."""
     names = [manifest.classes[row.label] for row in rows]
     groups = [str(row.group) for row in rows]
     splits = split_rows(names, groups, (0.5, 0.0, 0.5), seed)
@@ -131,7 +131,7 @@ def drawn(manifest: Manifest, rows: Sequence[Row], fraction: float, seed: int) -
 
 
 def standardised(features: Features, train: Sequence[int]) -> dict[str, np.ndarray]:
-    """Modality -> features with mean 0 and variance 1 on the train rows; side by side as well."""
+    """Standardise each modality by its train rows, and all side by side: name -> features."""
     found = {}
     for column, (name, own) in enumerate(features.plain.items()):
         encoder = PooledEncoder(own.shape[1], "cls")
@@ -183,12 +183,12 @@ def logistic(scaled: dict[str, np.ndarray], rows: Sequence[Row]) -> Scores:
 
 
 def balanced(answer: np.ndarray, label: np.ndarray) -> float:
-    """Mean over the classes of the share of their rows that is answered rightly."""
+    """Compute the mean recall over classes."""
     return float(np.mean([(answer[label == k] == k).mean() for k in np.unique(label)]))
 
 
 def summary(fraction: float, draws: Sequence[dict[str, Scores]]) -> dict[str, Any]:
-    """Means and standard deviations over draws, and of what is ours minus logistic regression."""
+    """Summarise draws: means and standard deviations, also of ours minus logistic regression."""
     found: dict[str, Any] = {"fraction": fraction}
     for whose in ("ours", "logistic"):
         found[whose] = {
@@ -203,7 +203,7 @@ def summary(fraction: float, draws: Sequence[dict[str, Scores]]) -> dict[str, An
 
 
 def spread(values: Sequence[float]) -> list[float]:
-    """Mean and standard deviation."""
+    """Return mean and standard deviation."""
     return [round(mean(values), 4), round(stdev(values) if len(values) > 1 else 0.0, 4)]
 
 

@@ -24,7 +24,7 @@ IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 
 def timm_state(model: Any) -> dict[str, Tensor]:
-    """The backbone's parameters under timm's names.
+    """Return the backbone's parameters under timm's names.
 
     Args:
         model: an ``onnx.ModelProto``.

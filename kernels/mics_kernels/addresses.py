@@ -10,7 +10,7 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 
 def address(tensor: Tensor | None) -> int:
-    """Address of the first element; 0 for None.
+    """Return the address of the first element; 0 for None.
 
     Raises:
         RuntimeError: the tensor has elements but no memory.

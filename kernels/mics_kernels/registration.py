@@ -115,7 +115,7 @@ class Operator(Generic[Inputs, Results]):
         return self._named(_Direct.apply(self, inputs, *self._differentiable(inputs)))
 
     def call_below_autograd(self, inputs: Inputs) -> Results:
-        """Results without a place in any graph."""
+        """Compute the results without recording a graph."""
         return self.run(inputs) if _has_addresses(inputs) else self._call_registered(inputs)
 
     def remember(self, ctx: Any, inputs: Inputs, results: Any, layout: Layout) -> None:
@@ -125,7 +125,7 @@ class Operator(Generic[Inputs, Results]):
         self.save(ctx, inputs, self._named(results))
 
     def constants(self, results: Any) -> list[Tensor]:
-        """Results that have no gradient."""
+        """Return the results that have no gradient."""
         if self.results is Tensor:
             return []
         named = self._named(results)._asdict()
@@ -214,7 +214,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, operator: Operator[Any, Any], inputs: Any, *_: Any) -> Any:
-        """One call for each entry of the batch."""
+        """Call the operator once per entry of the batch."""
         dims = in_dims[1]
 
         def entry(index: int) -> Any:

@@ -33,7 +33,7 @@ def check_size(opened: BufferedReader) -> None:
 
 
 def memory_limit() -> int:
-    """Bytes that something received from elsewhere may take: half of this machine's memory."""
+    """Return the bytes that a received file may take: half of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
@@ -80,7 +80,7 @@ def _check_tensors(content: Any, size: int) -> None:
 
 
 def _tensors(content: Any) -> Iterator[Tensor]:
-    """Every tensor in nested containers, which may contain themselves."""
+    """Yield every tensor in nested containers, which may contain themselves."""
     waiting, seen = [content], set[int]()
     while waiting:
         own = waiting.pop()

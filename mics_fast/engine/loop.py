@@ -150,7 +150,7 @@ class Loop:
         return self.finished and not stopping
 
     def _validation_due(self, save: bool) -> bool:
-        """Whether to validate after this step.
+        """Return True if validation is due after this step.
 
         A stop that was asked for adds none: a resumed run validates where one that never stopped
         does.
@@ -279,7 +279,7 @@ class Loop:
             raise InputError(failure)
 
     def _progress(self, record: Mapping[str, float], score: float | None) -> str:
-        """The line of a step: where training is, how it goes, how long it will take."""
+        """Format the line of a step: progress, losses, time left."""
         plan = self.plan
         epoch = -(-self.step // plan.steps_per_epoch)
         parts = [f"{plan.name}  epoch {epoch}/{plan.epochs}  step {self.step}/{plan.steps}"]
@@ -290,7 +290,7 @@ class Loop:
         return "  ".join([*parts, f"{clock(record['seconds_left'])} left"])
 
     def _details(self, record: Mapping[str, float]) -> list[str]:
-        """What only a person who looks for it wants to see of a step."""
+        """Format the details of a step that ``verbose`` adds."""
         parts = [
             f"{name.removeprefix('loss_')} {value:.4g}"
             for name, value in record.items()
@@ -309,7 +309,7 @@ class Loop:
         return parts
 
     def _closing(self) -> str:
-        """What to say at the end of the stage."""
+        """Format the lines at the end of a stage."""
         early = self.step < self.plan.steps
         why = f"stopped early, {self.scores.waited} validations after the best; " if early else ""
         return f"{self.plan.name}: {why}{self.meter.summary()}"

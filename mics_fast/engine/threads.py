@@ -42,7 +42,7 @@ def available_threads() -> int:
 
 
 def cpu_quota() -> float:
-    """The cores' worth of time that containers allow this process; infinite without a limit.
+    """Return the CPU quota of this process's containers, in cores; infinite without a limit.
 
     Reads ``cpu.max`` of its control group (version 2), or ``cpu.cfs_quota_us`` (version 1), and of
     the groups around it: the narrowest counts.

@@ -98,7 +98,7 @@ def tracker_module(name: str) -> Any:
 def open_trackers(
     names: Sequence[str], folder: Path, options: Mapping[str, Any]
 ) -> dict[str, Tracker]:
-    """Begin a run in each tracker, or go on with the one that the run folder names.
+    """Start a run in each tracker, or resume the one that the run folder names.
 
     Raises:
         InputError: a tracker is not installed, or cannot begin.

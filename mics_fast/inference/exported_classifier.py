@@ -221,7 +221,7 @@ def open_session(file: Path) -> Any:
 
 
 def session_options() -> Any:
-    """Options of a session with a limit of memory: a small model can ask for any amount.
+    """Limit the memory of a session: a small model can ask for any amount.
 
     What goes wrong is raised, not logged.
     """

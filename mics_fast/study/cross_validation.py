@@ -136,7 +136,7 @@ def summarise_folds(pooled: Assessment, count: int) -> Evaluation:
 
 
 def fold_rows(folds: Sequence[Fold], assessments: Sequence[Assessment]) -> list[list[str]]:
-    """For each fold the cells of ``FOLD_COLUMNS``."""
+    """Return the cells of ``FOLD_COLUMNS`` per fold."""
     rows = []
     for fold, own in zip(folds, assessments, strict=True):
         values = prediction_metrics(own.predictions()[FUSED])

@@ -109,7 +109,7 @@ def train(config: TrainConfig, *, resume: bool, verbose: bool = False) -> Traini
 
 
 class Training(NamedTuple):
-    """What came of training.
+    """Outcome of training.
 
     Args:
         run: Its folder.
@@ -445,7 +445,7 @@ class Trainer:
         return True
 
     def _frozen_encoder(self) -> VisionTransformer:
-        """The encoder whose features the run reads: its own where it goes on.
+        """Return the encoder whose features the run reads; a resumed run has its own.
 
         Raises:
             InputError: there are no weights to start from.
@@ -463,7 +463,7 @@ class Trainer:
         return encoder
 
     def _keep_features(self, model: Classifier) -> tuple[Features, Features]:
-        """Features of the train and of the val rows, by which the classifier standardises.
+        """Compute the features of train and val rows, and set the classifier's standardisation.
 
         One process computes them for all.
         """
@@ -493,7 +493,7 @@ class Trainer:
         return train, held
 
     def _feature_loader(self, kept: Features) -> Callable[..., FeatureLoader]:
-        """Makes loaders of kept features as ``_loader`` makes those of images."""
+        """Return a function that makes loaders of features, as ``_loader`` makes those of images."""
 
         def make(
             rows: Sequence[Row], batch_size: int, options: FinetuneConfig, step: int, **how: bool

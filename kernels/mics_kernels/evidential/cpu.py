@@ -32,7 +32,7 @@ def _counted_rows(inputs: EvidentialInputs) -> Tensor:
 
 
 def fuse_evidence(inputs: FusionInputs) -> Tensor:
-    """Fused evidence (B, C) float32, by Dempster's rule."""
+    """Fuse evidence by Dempster's rule: (B, C) float32."""
     prepared = prepare_fusion(inputs)
     _native.fuse_evidence_cpu(prepared.call, torch.get_num_threads())
     return prepared.output

@@ -30,7 +30,7 @@ def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
 
 
 def fuse_evidence(inputs: FusionInputs) -> Tensor:
-    """Fused evidence (B, C) float32, by Dempster's rule."""
+    """Fuse evidence by Dempster's rule: (B, C) float32."""
     prepared = prepare_fusion(inputs)
     with torch.cuda.device(inputs.evidence.device):
         _native.fuse_evidence_cuda(prepared.call, torch.cuda.current_stream().cuda_stream)

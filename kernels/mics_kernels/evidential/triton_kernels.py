@@ -378,7 +378,7 @@ def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
 
 
 def fuse_evidence(inputs: FusionInputs) -> Tensor:
-    """Fused evidence (B, C) float32, by Dempster's rule."""
+    """Fuse evidence by Dempster's rule: (B, C) float32."""
     rows, _, classes = inputs.evidence.shape
     fused = inputs.evidence.new_empty((rows, classes), dtype=torch.float32)
     _launch_fuse(inputs, fused, None, None)
