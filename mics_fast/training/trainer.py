@@ -493,7 +493,7 @@ class Trainer:
         return train, held
 
     def _feature_loader(self, kept: Features) -> Callable[..., FeatureLoader]:
-        """Return a function that makes loaders of features, as ``_loader`` makes those of images."""
+        """Return a function that makes loaders of features, like ``_loader`` for images."""
 
         def make(
             rows: Sequence[Row], batch_size: int, options: FinetuneConfig, step: int, **how: bool
