@@ -13,6 +13,8 @@ import mics_fast
 from mics_fast import export
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import read_manifest
+from tests.mics_fast.mutated_images import IMAGES
+from tests.mics_fast.mutation import draws, mutated
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,20 @@ def test_an_exported_folder_is_loaded_like_a_run(trained_run, images, model, tmp
     other = mics_fast.load(tmp_path / "model")
     (answer,) = other.predict(images)
     assert answer["belief"] == pytest.approx(model.predict(images)[0]["belief"], abs=1e-5)
+
+
+def test_mutated_images_become_answers_or_failures(model, images, tmp_path):
+    whole = {name: str(file) for name, file in images.items()}
+    for draw in draws():
+        samples = [whole]
+        for number in range(4):
+            file = tmp_path / f"{number}.png"
+            file.write_bytes(mutated(draw, draw.choice(IMAGES)))
+            samples.append({**whole, draw.choice(["wli", "nbi"]): str(file)})
+        records = model.predict(samples)
+        assert len(records) == 5 and "class" in records[0]
+        for number, record in enumerate(records[1:]):
+            if "error" in record:
+                assert f"{number}.png" in record["error"] and "\n" not in record["error"]
+            else:
+                assert sum(record["probability"].values()) == pytest.approx(1, abs=1e-4)

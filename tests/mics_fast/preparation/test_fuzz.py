@@ -6,12 +6,10 @@ Each test runs for ``MICS_FUZZ_SECONDS`` (default: 3).
 from __future__ import annotations
 
 import csv
-import io
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import RESERVED, read_manifest
@@ -19,8 +17,9 @@ from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.data.tables import read_table
 from mics_fast.options import DataConfig
 from tests.mics_fast.data.loading import evaluate, row
+from tests.mics_fast.mutated_images import IMAGES
 from tests.mics_fast.mutation import draws, mutated
-from tests.mics_fast.preparation.preparing import rejected, run, scenery
+from tests.mics_fast.preparation.preparing import rejected, run
 
 TABLE = "\n".join(
     [
@@ -33,32 +32,6 @@ TABLE = "\n".join(
 PIECES = [b"", b",", b";", b"\t", b'"', b"\n", b"\r", b"\0", b"\xff", "\ufeff".encode(), b"'=",
           b"id", b"train", b"Polyp", b" polyp", b"1", b"../../a.png", b"x.tar/y.png", b"9" * 400,
           b"," * 50, "\u202e".encode(), "\ud7ff".encode(), b"[/b]"]  # fmt: skip
-
-
-def encoded(kind, **options):
-    stream = io.BytesIO()
-    scenery(1, 40, 30).save(stream, kind, **options)
-    return stream.getvalue()
-
-
-def metadata():
-    exif = Image.Exif()
-    exif[0x0112], exif[0x010E], exif[0x8825] = 6, "a colon", {1: "N", 2: (1.0, 2.0, 3.0)}
-    return exif
-
-
-IMAGES = [
-    encoded("JPEG", quality=90),
-    encoded("JPEG", progressive=True, exif=metadata(), comment=b"a comment"),
-    encoded("PNG"),
-    encoded("PNG", exif=metadata()),
-    encoded("BMP"),
-    encoded("TIFF"),
-    encoded("TIFF", compression="tiff_lzw"),
-    encoded("TIFF", compression="jpeg"),
-    encoded("WEBP"),
-    encoded("WEBP", lossless=True, exif=metadata()),
-]
 
 
 OPTIONS = [
