@@ -208,7 +208,8 @@ class Loop:
 
         Non-finite values, such as the gradient norm of a step that the scaler skipped, are omitted.
         """
-        numbers, first = read_back(mean_over_ranks(values), self.update.guard.first_steps())
+        computed = {name: own() if callable(own) else own for name, own in values.items()}
+        numbers, first = read_back(mean_over_ranks(computed), self.update.guard.first_steps())
         broken = first_broken(first)
         agree(failure=self._failure(broken, batches))
         record = {"epoch": self.step / self.plan.steps_per_epoch, **numbers}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,7 +18,8 @@ from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.profile import phase
 from mics_fast.engine.sharding import Shards
 
-Values = dict[str, Tensor | float]
+Values = dict[str, Tensor | float | Callable[[], Tensor]]
+"""What a step reports: scalars, and functions that compute one on logged steps only."""
 
 
 class Update:
@@ -59,8 +61,9 @@ class Update:
         for number, micro in enumerate(micro_batches):
             values = self._part(micro, first=number == 0, last=number == parts - 1)
             for name, value in values.items():
-                if isinstance(value, Tensor) and name in sums:
-                    value = sums[name] + value
+                before = sums.get(name)
+                if isinstance(value, Tensor) and isinstance(before, Tensor):
+                    value = before + value
                 sums[name] = value
         if parts > 1:
             sums = {n: v / parts if isinstance(v, Tensor) else v for n, v in sums.items()}
@@ -91,6 +94,7 @@ class Update:
             values |= {f"loss_{term}": loss.detach() for term, loss in losses.terms.items()}
             values |= {f"weight_{term}": weight for term, weight in losses.weights.items()}
             values |= losses.metrics
+            values |= losses.on_log
 
     def _backward(self, name: str, total: Tensor, last: bool) -> None:
         if self.plan.accumulate > 1:

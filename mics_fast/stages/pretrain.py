@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import torch
 from torch import Tensor, nn
 
 from mics_fast.data.batch import PairBatch
-from mics_fast.engine.distributed import gather_rows, own_first, sum_over_ranks, world_size
+from mics_fast.engine.distributed import (
+    gather_rows,
+    own_first,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from mics_fast.engine.plan import Losses
 from mics_fast.models.discriminator import Discriminator
 from mics_fast.models.masked_autoencoder import random_mask
@@ -142,7 +149,8 @@ class PretrainStage(nn.Module):
         rest, more = self._model_losses(output, pairs.present, keys, alpha)
         terms |= rest
         weights |= {name: getattr(config, f"{name}_weight") for name in rest}
-        yield Losses("model", terms, weights, metrics | more)
+        on_log = {"teacher_similarity": partial(teacher_similarity, keys)} if keys else {}
+        yield Losses("model", terms, weights, metrics | more, on_log)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -292,7 +300,7 @@ class PretrainStage(nn.Module):
             terms["reconstruction"] = self._reconstruction(output, present)
         if keys is not None:
             terms["consistency"] = self._consistency(output, keys, alpha)
-            metrics |= self._health(output, present, keys)
+            metrics |= self._health(output, present)
         return terms, metrics
 
     def _reconstruction(self, output: PretrainOutput, present: Tensor) -> Tensor:
@@ -305,12 +313,8 @@ class PretrainStage(nn.Module):
         return masked_mean(torch.stack(errors, 1), present)
 
     @torch.no_grad()
-    def _health(self, output: PretrainOutput, present: Tensor, keys: Keys) -> dict[str, Tensor]:
-        """Compute indicators of collapse: cosines of features, and the queue's age in steps."""
-        there = keys.present.T
-        teachers = torch.stack(list(keys.teachers))
-        others = keys.ids.unsqueeze(0) != keys.ids.unsqueeze(1)
-        both = there.unsqueeze(1) & there.unsqueeze(2) & others
+    def _health(self, output: PretrainOutput, present: Tensor) -> dict[str, Tensor]:
+        """Compute the mean cosine of positives, and the queue's age in steps."""
         positives, complete = [], []
         for a, b in permutations(range(len(self.modalities)), 2):
             own, other = output.features[self.modalities[a]], output.teachers[self.modalities[b]]
@@ -318,7 +322,6 @@ class PretrainStage(nn.Module):
             complete.append(present[:, a] & present[:, b])
         lengths = torch.stack([queue.length for queue in self._queues()])
         return {
-            "teacher_similarity": masked_mean(teachers @ teachers.mT, both),
             "positive_similarity": masked_mean(torch.stack(positives), torch.stack(complete)),
             "queue_age": lengths.amax() / self.config.batch_size,
         }
@@ -352,3 +355,24 @@ class PretrainStage(nn.Module):
         )
         there = present[: len(features[0])].sum(1)
         return part_of_mean(total, (there * (there - 1)).sum())  # ordered pairs
+
+
+@torch.no_grad()
+def teacher_similarity(keys: Keys) -> Tensor:
+    """Compute the mean cosine between teacher features of different groups, a sign of collapse.
+
+    Each rank compares its own rows with all keys, so memory grows with the global batch, not with
+    its square.
+
+    Args:
+        keys: gathered over all ranks.
+
+    Returns:
+        This rank's share of the mean, 0-d; see ``masked_mean``.
+    """
+    rows = len(keys.ids) // world_size()
+    own = slice(rank() * rows, (rank() + 1) * rows)
+    teachers, there = torch.stack(list(keys.teachers)), keys.present.T
+    others = keys.ids[own].unsqueeze(1) != keys.ids.unsqueeze(0)
+    both = there[:, own].unsqueeze(2) & there.unsqueeze(1) & others
+    return masked_mean(teachers[:, own] @ teachers.mT, both)

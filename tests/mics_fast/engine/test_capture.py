@@ -65,7 +65,7 @@ def history(case, size, batches, wrap, device="cpu"):
     train_on, logged = wrap(update), []
     for step, batch in zip(range(STEPS), batches(make), strict=False):
         values = train_on(on_device(batch, device), step)
-        logged.append({name: float(value) for name, value in values.items()})
+        logged.append({n: float(own() if callable(own) else own) for n, own in values.items()})
     left = {
         "stage": stage.state_dict(),
         "optimisers": [own.state_dict() for own in optimisers.values()],

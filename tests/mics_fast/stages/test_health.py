@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mics_fast.engine.update import Update
 from mics_fast.options import FinetuneConfig, PretrainConfig
 from mics_fast.stages.health import closing_warnings, finetune_warnings, pretrain_warnings
+from mics_fast.stages.pretrain import Keys, teacher_similarity
+from tests.mics_fast.engine.steps import plan_of
 
 HEALTHY_PRETRAINING = {
     "epoch": 3.0,
@@ -69,8 +74,10 @@ def test_a_collapse_shows_in_the_metrics(make_pretraining, make_batch):
             layer.weight.zero_()
             layer.bias.fill_(1.0)
     *_, losses = _losses(stage, make_batch(4))
-    assert losses.metrics["teacher_similarity"] > 0.999
-    assert stage.warnings({"epoch": 1.0, **_numbers(losses.metrics)})
+    assert losses.on_log["teacher_similarity"]() > 0.999
+    numbers = {name: float(value) for name, value in losses.metrics.items()}
+    numbers |= {name: float(compute()) for name, compute in losses.on_log.items()}
+    assert stage.warnings({"epoch": 1.0, **numbers})
 
 
 def test_similarity_leaves_out_a_row_itself_its_group_and_what_is_absent(
@@ -87,8 +94,52 @@ def test_similarity_leaves_out_a_row_itself_its_group_and_what_is_absent(
         for name in ("wli", "nbi")
         for a, b in ((0, 2), (1, 2))
     ]
-    similarity = losses.metrics["teacher_similarity"]
+    similarity = losses.on_log["teacher_similarity"]()
     torch.testing.assert_close(similarity, torch.stack(pairs).mean())
+
+
+class LargestResult(TorchDispatchMode):
+    """Records the number of elements of the largest tensor that an operator returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_a_rank_compares_its_own_rows_with_all_keys_and_no_more(monkeypatch):
+    torch.manual_seed(0)
+    teachers = torch.nn.functional.normalize(torch.randn(2, 256, 4), dim=-1)
+    keys = Keys(list(teachers), torch.arange(256), torch.ones(256, 2).bool())
+    cosines = teachers @ teachers.mT
+    wanted = (cosines.sum() - cosines.diagonal(dim1=1, dim2=2).sum()) / (2 * 256 * 255)
+    monkeypatch.setattr("mics_fast.stages.pretrain.world_size", lambda: 8)
+    shares = []
+    for rank in range(8):
+        monkeypatch.setattr("mics_fast.stages.pretrain.rank", lambda own=rank: own)
+        with LargestResult() as largest:
+            shares.append(teacher_similarity(keys))
+        assert largest.elements == 2 * (256 // 8) * 256  # modalities x own rows x keys
+    torch.testing.assert_close(torch.stack(shares).mean(), wanted)
+
+
+def test_a_step_that_is_not_logged_compares_no_features(make_pretraining, make_batch, monkeypatch):
+    compared = []
+    monkeypatch.setattr("mics_fast.stages.pretrain.teacher_similarity", compared.append)
+    stage, batch = make_pretraining(batch_size=4), make_batch(4)
+    parts = {"model": stage.model, "discriminator": stage.discriminator}
+    optimisers = {name: torch.optim.SGD(part.parameters()) for name, part in parts.items()}
+    values = Update(stage, plan_of(optimisers))((batch,), 0)
+    assert compared == []
+    values["teacher_similarity"]()
+    (keys,) = compared
+    assert keys.ids.tolist() == batch.group_id.tolist()
 
 
 def test_the_queue_s_age_is_in_steps(make_pretraining, make_batch):
@@ -107,10 +158,6 @@ def _losses(stage, batch):
         losses.total().backward()
         seen.append(losses)
     return seen
-
-
-def _numbers(metrics):
-    return {name: float(value) for name, value in metrics.items()}
 
 
 def reconstruction(values):

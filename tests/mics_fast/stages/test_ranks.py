@@ -113,6 +113,7 @@ def train(
                 f"{step} metric {name}": torch.as_tensor(value, dtype=torch.float64)
                 for name, value in losses.metrics.items()
             }
+            left |= {f"{step} metric {n}": own().double() for n, own in losses.on_log.items()}
             optimiser.step()
         stage.after_step()
     return left | {f"state {name}": value for name, value in stage.state_dict().items()}
