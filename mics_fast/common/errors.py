@@ -17,6 +17,10 @@ class InputError(Exception):
     """Bad input. The message is one sentence: what was given, what is wanted, where."""
 
 
+class NoUsableImage(InputError):
+    """None of the given rows has an image that can be used."""
+
+
 class RunFailed(Exception):
     """A run that cannot go on although its input is valid. The message is one sentence."""
 

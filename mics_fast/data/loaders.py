@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, NoUsableImage
 from mics_fast.data.augmentation import Augmentation, View, draw_augmentation
 from mics_fast.data.batch import PairBatch, Sample
 from mics_fast.data.cache import FrameCache
@@ -228,7 +228,7 @@ class EvalLoader:
                 yield batch
         self._files.report("evaluation")
         if self.rows and not found:
-            raise InputError(f"none of {len(self.rows)} rows has an image that can be used")
+            raise NoUsableImage(f"none of {len(self.rows)} rows has an image that can be used")
 
     def _prepare(self, step: int) -> Prepared:
         rows = self.rows[step * self.batch_size : (step + 1) * self.batch_size]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -50,7 +50,8 @@ def joined(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
 
     Args:
         device: of this process; NCCL is used on a GPU, gloo on a CPU.
-        minutes: how long to wait for another process, for example for rank 0's validation.
+        minutes: how long to wait for another process, for example while rank 0 writes the last
+            checkpoint.
 
     Raises:
         RunFailed: another process ended without a message, or did not answer in time.
@@ -181,6 +182,33 @@ def from_first(action: Callable[[], T]) -> T:
     if said[1] is not None:
         raise InputError(said[1])
     return said[0]
+
+
+def from_each(action: Callable[[], T]) -> list[T]:
+    """Run an action on every rank; return all results, in rank order, on all ranks.
+
+    Raises:
+        InputError: raised by the action on any rank, re-raised on all ranks.
+    """
+    if world_size() == 1:
+        return [action()]
+    own: tuple[Any, str | None] = (None, None)
+    try:
+        own = (action(), None)
+    except InputError as error:
+        own = (None, str(error))
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    for _, failure in found:
+        if failure is not None:
+            raise InputError(failure)
+    return [result for result, _ in found]
+
+
+def share_of(rows: Sequence[T]) -> list[T]:
+    """Return this rank's rows: contiguous, in rank order, and at most one more than another's."""
+    start, end = (len(rows) * number // world_size() for number in (rank(), rank() + 1))
+    return list(rows[start:end])
 
 
 def refuse_differences(own: Mapping[str, Any]) -> None:

@@ -42,7 +42,7 @@ class Loop:
     """Runs one stage from its last checkpoint to its end.
 
     Nothing is read back from the device between two records. Each rank works on its part of every
-    batch; rank 0 alone logs and saves, and validates unless networks are sharded.
+    batch; all validate together, and rank 0 alone logs and saves.
 
     Args:
         stage: models and losses.
@@ -50,8 +50,8 @@ class Loop:
         checkpoints: destination of checkpoints.
         meta: entries of their ``meta.json``.
         log: destination of records.
-        validate: scores the current stage; name -> value. The first score, higher is better, may
-            choose the best checkpoint.
+        validate: scores the current stage; name -> value. Called on all ranks. The first score of
+            the first rank, higher is better, may choose the best checkpoint.
         pictures: draws the current stage after each validation, on the first rank only; title ->
             (3, H, W) uint8.
     """
@@ -185,11 +185,8 @@ class Loop:
     def _score(self) -> dict[str, float]:
         """Validate; the same scores on all ranks."""
         assert self.validate is not None
-        if self.plan.shards is None:
-            return from_first(self.validate)
-        # A sharded network runs on all ranks or on none: each walks the same rows.
         scores = self.validate()
-        return from_first(lambda: scores)
+        return from_first(lambda: scores)  # patience ends on all ranks at one step
 
     def _meter(self, before: float) -> Meter:
         flops = sum(self.plan.flops.values())

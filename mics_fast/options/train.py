@@ -58,8 +58,8 @@ class TrainConfig:
     )
     timeout_minutes: float = option(
         30.0,
-        "how long one of several processes waits for another, for example for the first one's "
-        "validation",
+        "how long one of several processes waits for another, for example while the first one "
+        "writes the last checkpoint",
         above=0, most=10080,
     )  # fmt: skip
     threads: int | None = option(

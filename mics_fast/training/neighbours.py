@@ -37,6 +37,10 @@ class Features:
     present: Tensor
     label: Tensor
 
+    def to(self, device: torch.device) -> Features:
+        """Move the features to a device."""
+        return Features(self.values.to(device), self.present.to(device), self.label.to(device))
+
     def mean(self) -> tuple[Tensor, Tensor]:
         """Average over the present modalities, (n, D) of length 1; mark rows with any, (n,)."""
         kept = self.values.masked_fill(~self.present.unsqueeze(-1), 0.0)
@@ -44,27 +48,22 @@ class Features:
 
 
 def neighbour_accuracy(
-    model: PretrainModel,
-    labelled: Iterable[PairBatch],
-    val: Iterable[PairBatch],
-    autocast: torch.dtype | None = None,
+    keys: Features, queries: Features, modalities: Sequence[str]
 ) -> dict[str, float]:
     """Classify val rows by a vote of their nearest labelled rows.
 
     Args:
-        model: of the first stage; unchanged.
-        labelled: rows with votes.
-        val: rows to classify; their labels are the truth.
-        autocast: dtype of the encoder's arithmetic, None for float32.
+        keys: of the labelled rows, which vote.
+        queries: of the val rows; their labels are the truth.
+        modalities: names of the M modalities.
 
     Returns:
         ``knn_accuracy`` for the mean feature of the modalities and, if there are several,
         ``knn_accuracy_<modality>``; scores without rows on one of the sides are omitted.
     """
-    keys, queries = (extract_features(model, batches, autocast) for batches in (labelled, val))
     views = {"knn_accuracy": (*keys.mean(), *queries.mean())}
-    if len(model.modalities) > 1:
-        for m, name in enumerate(model.modalities):
+    if len(modalities) > 1:
+        for m, name in enumerate(modalities):
             views[f"knn_accuracy_{name}"] = (
                 keys.values[:, m], keys.present[:, m], queries.values[:, m], queries.present[:, m]
             )  # fmt: skip
@@ -101,7 +100,13 @@ def vote(queries: Tensor, keys: Tensor, label: Tensor) -> Tensor:
 def extract_features(
     model: PretrainModel, batches: Iterable[PairBatch], autocast: torch.dtype | None
 ) -> Features:
-    """Extract the student's features of all rows."""
+    """Extract the student's features of all rows.
+
+    Args:
+        model: of the first stage; unchanged.
+        batches: at least one.
+        autocast: dtype of the encoder's arithmetic, None for float32.
+    """
     values, present, label = [], [], []
     # Compiled blocks would be recompiled without gradients, and for the size of the last batch.
     with torch.compiler.set_stance("force_eager"):
@@ -114,6 +119,15 @@ def extract_features(
             present.append(batch.present)
             label.append(batch.label)
     return Features(torch.cat(values), torch.cat(present), torch.cat(label))
+
+
+def joined_features(parts: Sequence[Features]) -> Features:
+    """Concatenate features of one or more sets of rows."""
+    return Features(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.present for part in parts]),
+        torch.cat([part.label for part in parts]),
+    )
 
 
 def bounded(rows: Sequence[Row]) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -21,9 +21,11 @@ from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, weights_of
 from mics_fast.engine.distributed import (
+    CPU,
     from_first,
     rank,
     refuse_differences,
+    share_of,
     world_size,
 )
 from mics_fast.engine.guard import is_out_of_memory
@@ -34,7 +36,7 @@ from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
 from mics_fast.engine.trackers import TRACKERS, tracker_module
 from mics_fast.evaluation.metrics import confusion, prediction_metrics
-from mics_fast.evaluation.opinions import Predictions, collect_opinions
+from mics_fast.evaluation.opinions import Predictions, collect_opinions, gather
 from mics_fast.models.classifier import Classifier, check_modality_names, load_encoders
 from mics_fast.models.pooled import PooledEncoder
 from mics_fast.models.sizes import SIZES, network_name, size_of
@@ -61,7 +63,14 @@ from mics_fast.training.build import (
     pick_device,
 )
 from mics_fast.training.features import BATCH, FeatureMaker
-from mics_fast.training.neighbours import bounded, in_words, neighbour_accuracy
+from mics_fast.training.neighbours import Features as NeighbourFeatures
+from mics_fast.training.neighbours import (
+    bounded,
+    extract_features,
+    in_words,
+    joined_features,
+    neighbour_accuracy,
+)
 from mics_fast.training.pictures import (
     confusion_picture,
     prediction_strip,
@@ -82,9 +91,11 @@ from mics_fast.training.start import (
     with_encoder,
     write_encoder,
 )
+from mics_fast.training.validation import Collect, over_ranks
 
 SHOWN = 6  # samples in a picture
 
+T = TypeVar("T")
 Batches = Iterator[tuple[PairBatch, ...]]
 
 
@@ -366,18 +377,21 @@ class Trainer:
             kept: features of the val rows, where it reads features.
             latest: receives the predictions of the latest validation.
         """
-        rows = self._val_rows()
+        rows: Sequence[Row] = self._val_rows()
         if not rows:
             return None
         size = self.config.finetune.unlabelled_batch
-        loader: Iterable[PairBatch] = (
-            self._eval_loader(rows, size)
-            if kept is None
-            else FeaturePass(FeatureRows(kept, rows, self.device), size)
-        )
+        own: Iterable[PairBatch] | None
+        if kept is None:
+            own = self._own_eval_loader(rows, size)
+        else:
+            rows = FeatureRows(kept, rows, self.device).rows
+            mine = self._own_rows(rows)
+            own = FeaturePass(FeatureRows(kept, mine, self.device), size) if mine else None
 
         def validate() -> dict[str, float]:
-            latest[:] = [collect_opinions(stage.average, loader).fused()]
+            parts = self._over_ranks(rows, own, partial(collect_opinions, stage.average))
+            latest[:] = [gather(parts).fused()]
             metrics = prediction_metrics(latest[0])
             return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
 
@@ -396,18 +410,22 @@ class Trainer:
         labelled = [row for row in self.rows if row.labelled]
         if not val or not labelled:
             return None
-        keys, queries = (
-            self._eval_loader(bounded(rows), self.config.pretrain.batch_size)
-            for rows in (labelled, val)
-        )
+        asked, size = bounded(val), self.config.pretrain.batch_size
+        sides = [(rows, self._own_eval_loader(rows, size)) for rows in (bounded(labelled), asked)]
+
+        def extract(batches: Iterable[PairBatch]) -> NeighbourFeatures:
+            return extract_features(stage.model, batches, self.precision.autocast).to(CPU)
 
         def score() -> dict[str, float]:
-            return neighbour_accuracy(stage.model, keys, queries, self.precision.autocast)
+            keys, queries = (
+                joined_features(self._over_ranks(rows, own, extract)).to(self.device)
+                for rows, own in sides
+            )
+            return neighbour_accuracy(keys, queries, self.manifest.modalities)
 
-        asked = bounded(val)
         beside = {"knn_chance": max(Counter(row.label for row in asked).values()) / len(asked)}
         if not self.config.shard_parameters:  # a sharded network is not yet on the devices
-            before = from_first(score)
+            before = score()
             if "knn_accuracy" in before:
                 beside["knn_accuracy_untrained"] = before["knn_accuracy"]
 
@@ -416,6 +434,19 @@ class Trainer:
 
     def _val_rows(self) -> list[Row]:
         return [row for row in self.manifest.select("val") if row.label >= 0]
+
+    def _own_rows(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows that this rank scores: its share, or all for a sharded network."""
+        return list(rows) if self.config.shard_parameters else share_of(rows)
+
+    def _own_eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader | None:
+        own = self._own_rows(rows)
+        return self._eval_loader(own, batch_size) if own else None
+
+    def _over_ranks(
+        self, rows: Sequence[Row], own: Iterable[PairBatch] | None, collect: Collect[T]
+    ) -> list[T]:
+        return over_ranks(len(rows), own, collect, shared=not self.config.shard_parameters)
 
     def _eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader:
         return EvalLoader(

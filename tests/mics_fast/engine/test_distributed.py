@@ -39,6 +39,10 @@ def share(rank, folder):
             raise InputError(sentence)
         return {"rank": rank}
 
+    def one_fails():
+        if rank == 1:
+            raise InputError("x.jpg cannot be decoded")
+
     failure = RunFailed("rank 1 is broken") if rank == 1 else None
     return {
         "gathered": distributed.gather_rows(torch.tensor([[rank, 1], [rank, 2]])).tolist(),
@@ -51,6 +55,9 @@ def share(rank, folder):
         "failed": outcome_of(lambda: distributed.agree(True, failure=failure)),
         "from first": distributed.from_first(first_only),
         "first fails": outcome_of(lambda: distributed.from_first(lambda: first_only("no disk"))),
+        "from each": distributed.from_each(lambda: {"rank": rank}),
+        "each fails": outcome_of(lambda: distributed.from_each(one_fails)),
+        "rows": [distributed.share_of(range(length)) for length in (0, 1, 5)],
         "alike": outcome_of(lambda: distributed.refuse_differences({"seed": 1, "out": "a"})),
         "apart": outcome_of(lambda: distributed.refuse_differences({"a": 0, "seed": 7 + rank})),
     }
@@ -102,7 +109,7 @@ class Stage(nn.Module):
         return []
 
 
-def run_loop(rank, folder, happens):
+def run_loop(rank, folder, happens, validate=None):
     """Run a loop of nine steps; return whether it finished and its last step, or its exception.
 
     Rank r has label r; ``happens(step)`` runs before a batch, and may return another label.
@@ -128,7 +135,7 @@ def run_loop(rank, folder, happens):
             yield (Batch(torch.tensor([label]), torch.tensor([10 * step + rank])),)
             step += 1
 
-    loop = Loop(stage, plan, Checkpoints(folder / "checkpoints"), {}, RunLog(folder))
+    loop = Loop(stage, plan, Checkpoints(folder / "checkpoints"), {}, RunLog(folder), validate)
     return outcome_of(lambda: [loop.run(batches), loop.step])
 
 
@@ -146,7 +153,14 @@ def run_loops(rank, folder):
     def breaks(step):
         return float("nan") if rank == 1 and step == 5 else None
 
-    return {
+    validated = []
+
+    def validate():
+        validated.append(rank)
+        return {"val_rows": float(sum(distributed.from_each(lambda: 1 + rank)))}
+
+    run_loop(rank, folder / "validated", lambda step: None, validate)
+    return {"validated": validated} | {
         happens.__name__: run_loop(rank, folder / happens.__name__, happens)
         for happens in (is_stopped, has_no_batch, breaks)
     }
@@ -238,6 +252,18 @@ def test_what_the_first_rank_does_alone_is_done_once_and_known_to_all(ranks):
     assert of_both(ranks, "from first") == [{"rank": 0}] * 2
     assert of_both(ranks, "first fails") == ["InputError: no disk"] * 2
     assert (ranks[1] / "taken").read_text() == "00"
+
+
+def test_what_each_rank_does_is_known_to_all(ranks):
+    assert of_both(ranks, "from each") == [[{"rank": 0}, {"rank": 1}]] * 2
+    assert of_both(ranks, "each fails") == ["InputError: x.jpg cannot be decoded"] * 2
+    assert of_both(ranks, "rows") == [[[], [], [0, 1]], [[], [0], [2, 3, 4]]]
+
+
+def test_all_ranks_validate_together(ranks):
+    assert of_both(ranks, "validated") == [[0, 0, 0], [1, 1, 1]]  # at steps 4, 8 and 9
+    lines = [json.loads(x) for x in (ranks[1] / "validated" / "metrics.jsonl").open()]
+    assert [line["val_rows"] for line in lines if "val_rows" in line] == [3.0] * 3
 
 
 def test_ranks_that_were_started_differently_are_told_apart_on_both(ranks):

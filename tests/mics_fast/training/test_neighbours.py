@@ -21,15 +21,20 @@ from mics_fast.training.neighbours import (
     bounded,
     extract_features,
     in_words,
-    neighbour_accuracy,
     vote,
 )
+from mics_fast.training.neighbours import neighbour_accuracy as accuracy_of_features
 
 
 @pytest.fixture
 def model(tiny):
     torch.manual_seed(0)
     return PretrainModel(tiny, ("wli", "nbi"), pool="mean", projection=8, temperature=0.07)
+
+
+def neighbour_accuracy(model, labelled, val, autocast=None):
+    keys, queries = (extract_features(model, own, autocast) for own in (labelled, val))
+    return accuracy_of_features(keys, queries, model.modalities)
 
 
 def units(*angles):
