@@ -30,6 +30,7 @@ from mics_fast.data.image_threads import image_workers
 from mics_fast.data.manifest import Row
 from mics_fast.data.pillow_decoding import PillowDecoder
 from mics_fast.data.resize import resized_square
+from mics_fast.engine.distributed import processes_here
 from mics_fast.options import DataConfig
 
 _LARGEST_BATCH = 64  # frames decoded at once
@@ -163,20 +164,24 @@ class FrameCache:
 def check_memory(shape: Sequence[int], device: torch.device) -> None:
     """Check that the cache fits before anything is decoded.
 
+    Each process has a cache of its own, so those of one machine share its free memory equally.
+
     Raises:
-        InputError: a uint8 array of this shape does not fit in the free memory.
+        InputError: a uint8 array of this shape does not fit in this process's free memory.
     """
     needed = int(np.prod(shape, dtype=np.int64))
     if device.type == "cuda":
-        free, place = torch.cuda.mem_get_info(device)[0], "GPU"
+        free, place, whose = torch.cuda.mem_get_info(device)[0], "GPU", ""
     else:
-        free, place = free_host_memory(), "main"
+        processes = processes_here()
+        free, place = free_host_memory() // processes, "main"
+        whose = f" for each of the {processes} processes of this machine" if processes > 1 else ""
     if needed > free:
         rows, modalities, side = shape[:3]
         raise InputError(
             f"option data.cache.mode needs {gibibytes(needed)} for {rows} rows of {modalities} "
-            f"frames of {side} x {side} pixels, but {gibibytes(free)} of {place} memory are free; "
-            "wanted a smaller data.cache.side, or the mode none"
+            f"frames of {side} x {side} pixels, but {gibibytes(free)} of {place} memory are free"
+            f"{whose}; wanted a smaller data.cache.side, or the mode none"
         )
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from mics_fast.engine.distributed import processes_here
 from mics_fast.options import DataConfig, TrainConfig
 
 _MOST_TO_LAUNCH = 4
@@ -38,7 +39,7 @@ def available_threads() -> int:
     else:
         cores = os.cpu_count() or 1
     cores = math.ceil(min(cores, cpu_quota()))
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // processes_here())
 
 
 def cpu_quota() -> float:

@@ -137,6 +137,16 @@ def test_what_does_not_fit_is_refused_with_its_size(rows, monkeypatch):
     check_memory((19, 2, 5000, 5000, 3), CPU)
 
 
+def test_processes_of_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(cache_module, "free_host_memory", lambda: 4 * 2**30)
+    needs_two = (2**11, 1, 2**10, 2**10, 1)  # GiB
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_memory(needs_two, CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match=r"1\.3 GiB of main .* for each of the 3 processes"):
+        check_memory(needs_two, CPU)
+
+
 def test_the_free_memory_is_that_of_the_control_group_where_it_has_less(tmp_path, monkeypatch):
     whole = free_host_memory()
     assert 2**20 < whole < 2**50
