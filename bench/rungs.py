@@ -144,7 +144,11 @@ class EngineStep:
         attention = sdpa_kernel(SDPBackend.MATH) if self.written_out else nullcontext()
         with self.precision.products(), attention:
             values = self.train_on(batch, step)
-        return {n.removeprefix("loss_"): v for n, v in values.items() if n.startswith("loss_")}
+        return {
+            name.removeprefix("loss_"): value
+            for name, value in values.items()
+            if name.startswith("loss_") and not callable(value)
+        }
 
     def release(self) -> None:
         """Free the gradients."""
