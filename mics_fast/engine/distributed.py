@@ -11,13 +11,14 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from mics_fast.common.errors import InputError, RunFailed
 from mics_fast.common.lifetime import end_with_parent
@@ -77,6 +78,9 @@ def joined(device: torch.device, minutes: float = 30.0) -> Iterator[None]:
         yield
     except Exception as error:
         first = _fails_first(store, number)
+        if first:  # for torchrun's report, and the file of ``--log-dir``
+            with suppress(OSError):
+                get_error_handler().record_exception(error)
         if device.type == "cpu":  # NCCL would wait for the missing ranks
             dist.destroy_process_group()
         if not first:
@@ -226,15 +230,35 @@ def refuse_differences(own: Mapping[str, Any]) -> None:
         InputError: raised on all ranks; names the rank, its value and that of rank 0.
     """
     first = from_first(lambda: dict(own))
-    changed = [name for name in own if first.get(name) != own[name]]
+    names = [*own, *(name for name in first if name not in own)]
+    changed = [name for name in names if first.get(name) != own.get(name)]
     failure = None
     if changed:
         name = changed[0]
         failure = InputError(
-            f"process {rank()} was started with {name} {own[name]!r}, but process 0 with "
+            f"process {rank()} was started with {name} {own.get(name)!r}, but process 0 with "
             f"{first.get(name)!r}; all processes of a run need the same options and manifest"
         )
     agree(failure=failure)
+
+
+@torch.no_grad()
+def start_alike(tensors: Mapping[str, Tensor]) -> None:
+    """Give all ranks the tensors of rank 0, in place.
+
+    Args:
+        tensors: parameters and buffers by name, the same ones on every rank.
+
+    Raises:
+        InputError: a rank has another set of tensors, shapes or dtypes than rank 0.
+    """
+    if world_size() == 1:
+        return
+    refuse_differences({name: f"{tuple(t.shape)} {t.dtype}" for name, t in tensors.items()})
+    for tensor in filter(Tensor.numel, tensors.values()):
+        message = tensor.detach().contiguous().flatten()
+        dist.broadcast(message.view(torch.uint8), src=0)
+        tensor.copy_(message.view(tensor.shape))
 
 
 def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:

@@ -95,6 +95,7 @@ class Plan:
         score: title of the first score, for the terminal.
         patience: validations without a better first score after which the stage ends; 0: off.
         shards: the sharded parts of the stage; None: nothing is sharded.
+        message: dtype in which gradients travel between ranks; None: their own.
     """
 
     name: str
@@ -118,6 +119,7 @@ class Plan:
     score: str = "val"
     patience: int = 0
     shards: Shards | None = None
+    message: torch.dtype | None = None
 
     @property
     def epochs(self) -> int:

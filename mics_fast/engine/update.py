@@ -38,7 +38,7 @@ class Update:
     def __init__(self, stage: Stage, plan: Plan) -> None:
         self.stage, self.plan = stage, plan
         self.averagers = {
-            name: GradientAverager(in_order(optimiser, stage))
+            name: GradientAverager(in_order(optimiser, stage), message=plan.message)
             for name, optimiser in plan.optimisers.items()
         }
         self.guard = Guard()

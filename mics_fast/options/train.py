@@ -56,6 +56,11 @@ class TrainConfig:
         "the same run. A block is whole only while it runs; in bf16 its half-precision weights "
         "stay until the backward pass, unless model.activation_checkpointing is on",
     )
+    communication: Literal["fp32", "bf16"] = option(
+        "fp32",
+        "dtype in which gradients travel between processes; bf16 halves the bytes and rounds each "
+        "gradient to 8 bits before the sum. Gradients of sharded networks always travel in fp32",
+    )
     timeout_minutes: float = option(
         30.0,
         "how long one of several processes waits for another, for example while the first one "

@@ -253,5 +253,6 @@ def make_plan(
         peak_tflops=config.peak_tflops or peak_tflops(device),
         profile=config.profile,
         cuda_graph=config.cuda_graph,
+        message=torch.bfloat16 if config.communication == "bf16" else None,
         **own,
     )

@@ -26,6 +26,7 @@ from mics_fast.engine.distributed import (
     rank,
     refuse_differences,
     share_of,
+    start_alike,
     world_size,
 )
 from mics_fast.engine.guard import is_out_of_memory
@@ -261,6 +262,7 @@ class Trainer:
         """Run a stage from its last checkpoint, or from its beginning."""
         if self.config.model.activation_checkpointing:
             checkpoint_activations(stage)
+        start_alike({**dict(stage.named_parameters()), **dict(stage.named_buffers())})
         if self.config.shard_parameters:
             shards = Shards(stage, stage.networks(), plan.optimisers, self.device)
             plan = replace(plan, shards=shards)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 
 from mics_fast.common.errors import InputError, RunFailed
-from mics_fast.engine import distributed
+from mics_fast.engine import distributed, gradients
 from mics_fast.engine.checkpoint import Checkpoints
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.engine.log import RunLog
@@ -82,8 +85,51 @@ def average_gradients():
                     y.sum().backward()
             else:
                 y.sum().backward()
-        found.append([layer.weight.grad for layer in layers])
+        found.append([None if (own := layer.weight.grad) is None else own.clone()
+                      for layer in layers])  # fmt: skip
     return found
+
+
+def send_gradients(message):
+    """Average gradients of four layers twice; return them, and the messages of the second step."""
+    torch.manual_seed(0)
+    layers = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(4)))
+    averager = GradientAverager(layers.parameters(), bucket_bytes=512, message=message)
+    sent = []
+
+    def noticed(tensor, **options):
+        sent.append((str(tensor.dtype), tensor.numel()))
+        return torch.distributed.all_reduce(tensor, **options)
+
+    with (
+        mock.patch.object(gradients, "FIRST_BUCKET_BYTES", 256),
+        mock.patch.object(gradients, "dist", SimpleNamespace(all_reduce=noticed)),
+    ):
+        for _ in range(2):
+            sent.clear()
+            layers.zero_grad(set_to_none=True)
+            with averager.averaging():
+                layers(torch.ones(1, 8) / (1 + distributed.rank())).square().sum().backward()
+    own = [layer.weight.grad for layer in layers]
+    memory = [gradient.untyped_storage().data_ptr() for gradient in own]
+    return {
+        "gradients": [gradient.clone() for gradient in own],
+        "sent": sent,
+        "side by side": [a == b for a, b in itertools.pairwise(memory)],
+    }
+
+
+def start_apart(rank):
+    """Start with other weights on each rank, then with other shapes."""
+    own = {"weight": torch.full((2, 3), float(rank)).T, "count": torch.tensor(7 + rank),
+           "seen": torch.tensor([rank == 0])}  # fmt: skip
+    distributed.start_alike(own)
+    other = {"weight": torch.zeros(2 + rank)}
+    return {
+        "alike": {name: value.tolist() for name, value in own.items()},
+        "other shapes": outcome_of(lambda: distributed.start_alike(other)),
+        "more": outcome_of(lambda: distributed.start_alike(other if rank == 0 else {})),
+    }
 
 
 @dataclass
@@ -208,10 +254,14 @@ def work(rank, folder, port):
     with distributed.joined(CPU):
         found = share(rank, folder)
         found["gradients"] = average_gradients()
+        found["fp32"], found["bf16"] = map(send_gradients, (None, torch.bfloat16))
+        found["start"] = start_apart(rank)
         found |= run_loops(rank, folder)
     # On the machine of rank 0 a process has failed; the other machine did not count that.
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(1 - rank)
+    os.environ["TORCHELASTIC_ERROR_FILE"] = str(folder / f"error-{rank}.json")
     found["left"] = fail_on_one(rank)
+    del os.environ["TORCHELASTIC_ERROR_FILE"]
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "2"
     found["waited"] = wait_in_vain(rank, folder)
     torch.save(found, folder / f"found-{rank}")
@@ -288,6 +338,40 @@ def test_gradients_are_averaged_once_also_of_what_is_used_later(ranks):
         for layer, gradient in zip(used, found, strict=False):
             torch.testing.assert_close(gradient, layer.weight.grad)
     assert first[0][2] is None
+
+
+def test_gradients_are_views_of_buckets_of_which_the_first_is_small(ranks):
+    for found in of_both(ranks, "fp32"):
+        # The last layer alone, then two, then what is left: in the order of the backward pass.
+        assert found["sent"] == [("torch.float32", numel) for numel in (64, 128, 64)]
+        assert found["side by side"] == [False, True, False]
+
+
+def test_gradients_may_travel_in_half_the_bytes(ranks):
+    for half, whole in zip(of_both(ranks, "bf16"), of_both(ranks, "fp32"), strict=True):
+        assert half["sent"] == [("torch.bfloat16", numel) for numel in (64, 128, 64)]
+        for rounded, exact in zip(half["gradients"], whole["gradients"], strict=True):
+            assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
+            # Each of two summands and their sum is rounded by at most 2**-9 of its size.
+            torch.testing.assert_close(rounded, exact, rtol=2**-7, atol=2**-8 * exact.abs().max())
+    one, other = of_both(ranks, "bf16")
+    assert all(map(torch.equal, one["gradients"], other["gradients"]))
+
+
+def test_all_ranks_start_with_the_weights_of_the_first(ranks):
+    first = {"weight": [[0.0, 0.0]] * 3, "count": 7, "seen": [True]}
+    assert [found["alike"] for found in of_both(ranks, "start")] == [first] * 2
+    for found in of_both(ranks, "start"):
+        told = "InputError: process 1 was started with weight '(3,) torch.float32', but process 0 "
+        assert found["other shapes"].startswith(told + "with '(2,) torch.float32'")
+        assert found["more"].startswith("InputError: process 1 was started with weight None")
+
+
+def test_the_failure_that_came_first_is_recorded_for_the_launcher(ranks):
+    assert not (ranks[1] / "error-0.json").exists()
+    recorded = json.loads((ranks[1] / "error-1.json").read_text())["message"]
+    assert recorded["message"] == "RunFailed: rank 1 has no memory left"
+    assert 'raise RunFailed("rank 1' in recorded["extraInfo"]["py_callstack"]
 
 
 def test_sigterm_on_one_rank_stops_all_at_one_step_with_one_checkpoint(ranks):
