@@ -22,11 +22,12 @@ from mics_fast.options import CompileScope, FinetuneConfig
 from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings
-from mics_fast.stages.means import masked_mean
+from mics_fast.stages.means import masked_mean, moments_over_ranks
 from mics_fast.stages.pseudo_labels import NO_LABEL, PseudoLabels, make_limits, propose
 from mics_fast.stages.ramp import ramp
 from mics_kernels import (
     ClassStatistics,
+    class_moments,
     evidential_fusion_loss,
     evidential_loss,
     opinion,
@@ -136,10 +137,12 @@ class FinetuneStage(nn.Module):
         terms, metrics, seen, probability = self._compute(batch, scalars)
         if probability is not None and self.limits is not None:
             self._proposed.append((gather_rows(probability), scalars.accepted_share))
-        if seen is not None:
+        if seen is not None and self.statistics.rank:  # directions are rows, in their order
             sizes = [len(part.label) for part in batch]
             feature, label, weight = (gather_parts(values, sizes) for values in seen)
-            self._seen.append((feature, label, weight))
+            seen = (feature, label, weight)
+        if seen is not None:
+            self._seen.append(seen)
         weights: dict[str, Tensor | float] = {
             "pseudo": scalars.pseudo_weight,
             "modality_consistency": config.modality_consistency_weight,
@@ -233,7 +236,12 @@ class FinetuneStage(nn.Module):
             features, labels, weights = (
                 torch.cat(parts) for parts in zip(*self._seen, strict=True)
             )
-            self.statistics.update(features, labels, weights)
+            if self.statistics.rank:
+                self.statistics.update(features, labels, weights)
+            else:
+                classes = len(self.statistics.count)
+                moments = class_moments(features, labels, classes, weight=weights)
+                self.statistics.update_moments(moments_over_ranks(moments))
             self._seen = []
         if self._proposed and self.limits is not None:
             probabilities, shares = zip(*self._proposed, strict=True)

@@ -1,4 +1,4 @@
-"""Masked means over the rows of all ranks."""
+"""Masked means and class moments over the rows of all ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mics_fast.engine.distributed import sum_over_ranks, world_size
+from mics_kernels import ClassMoments
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
@@ -32,3 +33,27 @@ def part_of_mean(total: Tensor, count: Tensor) -> Tensor:
         0-d; 0 if no rank has a valid row.
     """
     return total * world_size() / sum_over_ranks(count).clamp(min=1)
+
+
+def moments_over_ranks(own: ClassMoments) -> ClassMoments:
+    """Compute the class moments of the rows of all ranks from those of each.
+
+    Two sums over the ranks, of C (1 + D) and C D numbers, whatever the number of rows: first the
+    common means, then the squared deviations from them.
+
+    Args:
+        own: of this rank's rows.
+
+    Returns:
+        Moments of all rows, equal on all ranks; mean and m2 in float64 if there are several ranks.
+    """
+    if world_size() == 1:
+        return own
+    count = own.count.unsqueeze(1)
+    total, weighted = sum_over_ranks(torch.cat([count, count * own.mean.double()], 1)).split(
+        [1, own.mean.shape[1]], dim=1
+    )
+    mean = weighted / torch.where(total > 0, total, 1.0)
+    apart = own.mean.double() - mean
+    m2 = sum_over_ranks(own.m2.double() + count * apart.square())
+    return ClassMoments(total.squeeze(1), mean, m2)

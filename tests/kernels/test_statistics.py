@@ -100,6 +100,27 @@ def test_cumulative_statistics_are_the_variance_of_all_rows():
     )
 
 
+@pytest.mark.parametrize("momentum", [None, 0.1])
+def test_moments_of_rows_count_as_the_rows_do(momentum):
+    by_rows, by_moments = (ClassStatistics(3, 5, momentum=momentum) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        features = torch.randn(8, 5, generator=generator)
+        target = torch.randint(-1, 3, (8,), generator=generator)
+        by_rows.update(features, target)
+        by_moments.update_moments(class_moments(features, target, 3))
+    wanted = by_rows.state_dict()
+    assert all(torch.equal(own, wanted[name]) for name, own in by_moments.state_dict().items())
+
+
+def test_moments_are_refused_where_directions_need_rows():
+    moments = class_moments(torch.ones(2, 5), torch.tensor([0, 1]), 3)
+    with pytest.raises(ValueError, match="rank is 2, wanted 0: directions need rows"):
+        ClassStatistics(3, 5, rank=2).update_moments(moments)
+    with pytest.raises(ValueError, match=r"moments\.mean"):
+        ClassStatistics(3, 4).update_moments(moments)
+
+
 @pytest.mark.parametrize("momentum", [None, 0.5, 0.01])
 def test_a_class_has_no_variance_before_its_second_row(momentum):
     statistics = ClassStatistics(C, D, momentum=momentum)

@@ -178,13 +178,28 @@ class ClassStatistics(nn.Module):
         For ``directions``, a row with posteriors counts only for its most probable class.
         """
         classes = len(self.count)
-        new = class_moments(features, target, classes, weight=weight)
-        self._store("pending_", merge_moments(self._moments("pending_"), new))
-        self._store("", self._absorb(self._moments(""), new))
+        self._add(class_moments(features, target, classes, weight=weight))
         if self.rank:
             latest = latest_rows(features, target, weight, classes, self.rank)
             for part in ("pending_", ""):
                 self._keep(part, append_rows(self._recent(part), latest))
+
+    @torch.no_grad()
+    def update_moments(self, moments: ClassMoments) -> None:
+        """Add the rows that these moments describe, for example those of all ranks.
+
+        Args:
+            moments: of C classes and D features.
+
+        Raises:
+            ValueError: wrong shape or device, or a ``rank`` above 0, which needs the rows.
+        """
+        if self.rank:
+            raise ValueError(f"rank is {self.rank}, wanted 0: directions need rows, not moments")
+        checks.check_tensor(
+            "moments.mean", moments.mean, tuple(self.mean.shape), checks.FLOATS, self.mean.device
+        )
+        self._add(moments)
 
     def variance(self) -> Tensor:
         """Return each class's variance over the count, (C, D) float32; 0 before the second row."""
@@ -228,6 +243,10 @@ class ClassStatistics(nn.Module):
         for name in ("synced_", ""):
             self._store(name, merged)
             self._keep(name, recent)
+
+    def _add(self, new: ClassMoments) -> None:
+        self._store("pending_", merge_moments(self._moments("pending_"), new))
+        self._store("", self._absorb(self._moments(""), new))
 
     def _absorb(self, old: ClassMoments, new: ClassMoments) -> ClassMoments:
         """Merge new rows; with momentum, old rows weigh at most their share."""

@@ -35,6 +35,23 @@ def test_an_untrained_model_accepts_no_pseudo_label(make_stage, make_batch):
     assert losses.terms["pseudo"] == 0
 
 
+@pytest.mark.parametrize(("shift", "gathered"), [("diagonal", False), ("low-rank", True)])
+def test_rows_travel_between_ranks_only_for_directions(
+    make_finetuning, make_batch, monkeypatch, shift, gathered
+):
+    widths = []
+
+    def noticed(rows):
+        widths.append(rows.shape[1:])
+        return rows.detach()
+
+    monkeypatch.setattr("mics_fast.stages.finetune.gather_rows", noticed)
+    stage = make_finetuning(shift=shift, max_uncertainty=1.0, min_probability=0.0)
+    run_step(stage, (make_batch(4), make_batch(8, strong=True)))
+    assert (stage.statistics.mean.shape[1:] in widths) == gathered
+    assert stage.statistics.count.sum() >= 4
+
+
 def test_pseudo_labels_are_the_average_s_and_weigh_one_minus_uncertainty(make_stage, make_batch):
     stage = make_stage(**ACCEPT_ALL)
     with torch.no_grad():
