@@ -141,7 +141,8 @@ class Loop:
                 self.log.advance(self.step)
                 profiled_step()
                 scored = self._validation_due(save)
-                if save or scored or stopping or self.step % plan.log_every == 0:
+                logged = self.step % plan.log_every == 0
+                if save or scored or stopping or logged or self.finished:
                     self._record(self._read(values, batches), writer, save, scored, stopping)
                 if stopping:
                     break

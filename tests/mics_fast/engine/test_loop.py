@@ -257,6 +257,12 @@ def test_a_stop_that_was_asked_for_adds_no_validation(tmp_path):
     assert not any("val_f1" in line for line in records(tmp_path))
 
 
+def test_the_last_step_is_saved_also_where_it_is_neither_logged_nor_scored(tmp_path):
+    make_loop(tmp_path, steps=7, log_every=5, checkpoint_every=0).run(batches)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000007"]
+    assert [line["step"] for line in records(tmp_path)] == [5, 7]
+
+
 def test_sigterm_saves_and_stops(tmp_path):
     loop = make_loop(tmp_path)
 
