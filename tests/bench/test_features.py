@@ -18,7 +18,7 @@ def test_every_rung_gives_the_losses_of_the_reference_and_is_timed(monkeypatch):
     """A difference of a loss would raise."""
     monkeypatch.setattr(features, "CLASSES", (8,))
     monkeypatch.setattr(features, "BATCHES", (16,))
-    monkeypatch.setattr(features, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(features, "LEAST_ROUNDS", 2)
     options = Options(
         device=torch.device("cpu"), full=True, threads=1, budget=0.0,
         end=time.monotonic() + math.inf, manifest=None,

@@ -136,7 +136,7 @@ def move(module, device):
                 moved = torch.nn.Parameter(value.detach().to(device), value.requires_grad)
                 own._parameters[name] = moved
             for name, value in own._buffers.items():
-                own._buffers[name] = value.to(device)
+                own._buffers[name] = None if value is None else value.to(device)
     return module
 
 

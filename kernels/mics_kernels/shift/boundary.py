@@ -80,7 +80,7 @@ def _scale_gradient(ctx: Any, outer: Tensor) -> Gradients:
     of_table = None
     if ctx.of_table:
         # Row y of the table is part of every logit of the rows of class y.
-        parts = rows.float() * (0.5 * strength**2)
+        parts = (rows * (0.5 * strength**2)).float()
         sums = moments(MomentsInputs(parts, target, rows.shape[1], None, ctx.backend))
         of_table = (sums.mean * sums.count.unsqueeze(1)).float()
     return {"logits": rows.to(gradient.dtype), "table": of_table}

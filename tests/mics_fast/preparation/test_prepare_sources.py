@@ -313,7 +313,7 @@ def test_ids_and_an_official_split_come_from_columns(table, tmp_path, capsys):
     splits = ["Training", "valid", "TEST"]
     extra = [f",{'1.2.840.' + str(k)},{splits[k % 3]}" for k in range(12)]
     table.write_text("\n".join([lines[0] + ",uid,part", *map(str.__add__, lines[1:], extra)]))
-    options = (*COLUMNS, "--id-column", "uid", "--split-column", "part")
+    options = (*COLUMNS, "--id-column", "uid", "--split-column", "part", "--group-column", "uid")
     manifest = manifest_of(table, *options, out=tmp_path / "out")
     assert [row.id for row in manifest.rows] == [f"1.2.840.{k}" for k in range(11)]
     assert [row.split for row in manifest.rows] == [
