@@ -10,6 +10,12 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by commands under test
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_width_from_outside() -> None:
+    """Tables are as wide as in a pipe: pytest-xdist sets the width of a terminal."""
+    os.environ.pop("COLUMNS", None)
+
+
 @pytest.fixture
 def set_threads() -> Iterator[Callable[[int], None]]:
     """``torch.set_num_threads``, undone after the test."""
