@@ -61,7 +61,7 @@ class Operator(Generic[Inputs, Results]):
         save: keeps what ``backward`` needs; takes ctx, record and results.
         backward: takes ctx and the gradient of the first result; returns gradients by field.
         differentiable: fields that get a gradient: tensors, or lists of tensors.
-        slopes: results that ``backward`` scales. The others, but for the first, are constants.
+        slopes: results that ``backward`` scales. All others except the first are constants.
     """
 
     def __init__(

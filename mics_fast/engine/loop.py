@@ -102,7 +102,7 @@ class Loop:
 
     @property
     def finished(self) -> bool:
-        """Whether the stage has used up its steps or its patience."""
+        """True if the stage has used up its steps or its patience."""
         return self.step == self.plan.steps or self.scores.out_of_patience()
 
     def run(self, batches: Batches) -> bool:

@@ -19,7 +19,7 @@ from mics_fast.engine.profile import phase
 from mics_fast.engine.sharding import Shards
 
 Values = dict[str, Tensor | float | Callable[[], Tensor]]
-"""What a step reports: scalars, and functions that compute one on logged steps only."""
+"""Reported values of a step: scalars, or functions that compute one on logged steps only."""
 
 
 class Update:

@@ -1,4 +1,4 @@
-"""What a run ends with: its evaluation in short, and the commands to try next."""
+"""Output at the end of a run: a short evaluation, and the commands to try next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What prediction needs of a classifier, whether of a run, exported, or several as one."""
+"""The interface of classifiers to prediction: of a run, an export, or an ensemble."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ Colour = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Overlays:
-    """What is drawn on a frame.
+    """Overlays found on a frame.
 
     Args:
         text: True if there seems to be text in its black border.

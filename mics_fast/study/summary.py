@@ -198,8 +198,8 @@ def fused_table(rows: Sequence[dict[str, Any]]) -> str:
     ]
     caption = (
         '**The fused opinion.** "trained": mean wall time, shared pre-training included; the '
-        'variants are not matched in time, but for "supervised-long", which has as many '
-        'floating-point operations as "full".'
+        'variants are not matched in time; only "supervised-long" has as many floating-point '
+        'operations as "full".'
     )
     return f"{caption}\n\n{labelled_table(rows, [*head, 'trained'], lines)}"
 

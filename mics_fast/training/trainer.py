@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from mics_fast.common.errors import InputError, RunFailed, warn
-from mics_fast.data.augmentation import epoch_order
 from mics_fast.data.cache import FrameCache
 from mics_fast.data.decoding import decoder_of
-from mics_fast.data.features import FeatureLoader, FeaturePass, FeatureRows, Features
-from mics_fast.data.loaders import EvalLoader, PairBatch, TrainLoader
+from mics_fast.data.features import FeatureLoader, FeatureRows, Features
+from mics_fast.data.loaders import PairBatch, TrainLoader
 from mics_fast.data.manifest import Manifest, Row, read_manifest
 from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, weights_of
 from mics_fast.engine.distributed import (
-    CPU,
     from_first,
     rank,
     refuse_differences,
-    share_of,
     start_alike,
     world_size,
 )
@@ -36,8 +32,8 @@ from mics_fast.engine.precision import pick_precision
 from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
 from mics_fast.engine.trackers import TRACKERS, tracker_module
-from mics_fast.evaluation.metrics import confusion, prediction_metrics
-from mics_fast.evaluation.opinions import Predictions, collect_opinions, gather
+from mics_fast.evaluation.metrics import confusion
+from mics_fast.evaluation.opinions import Predictions, collect_opinions
 from mics_fast.models.classifier import Classifier, check_modality_names, load_encoders
 from mics_fast.models.pooled import PooledEncoder
 from mics_fast.models.sizes import SIZES, network_name, size_of
@@ -64,14 +60,7 @@ from mics_fast.training.build import (
     pick_device,
 )
 from mics_fast.training.features import BATCH, FeatureMaker
-from mics_fast.training.neighbours import Features as NeighbourFeatures
-from mics_fast.training.neighbours import (
-    bounded,
-    extract_features,
-    in_words,
-    joined_features,
-    neighbour_accuracy,
-)
+from mics_fast.training.output import say
 from mics_fast.training.pictures import (
     confusion_picture,
     prediction_strip,
@@ -92,11 +81,8 @@ from mics_fast.training.start import (
     with_encoder,
     write_encoder,
 )
-from mics_fast.training.validation import Collect, over_ranks
+from mics_fast.training.validation import ValRows
 
-SHOWN = 6  # samples in a picture
-
-T = TypeVar("T")
 Batches = Iterator[tuple[PairBatch, ...]]
 
 
@@ -181,6 +167,7 @@ class Trainer:
         check_sharding(config, self.precision.name, world_size())
         self.data = use_threads(config, self.device)
         self.cache = self._cache()
+        self.scored = ValRows(config, manifest, self.data, self.size.image, self.device)
         self.loaders: list[TrainLoader] = []
         self.run = from_first(lambda: Run.start(config, manifest, resume=resume))
 
@@ -204,11 +191,13 @@ class Trainer:
             return zip(loader)
 
         def pictures() -> dict[str, Tensor]:
-            batch = self._example()
+            batch = self.scored.example()
             strip = reconstruction_strip(stage.model, batch, options.mask_ratio)
             return {"reconstructions": strip}
 
-        return self._run(stage, plan, batches, self._neighbours(stage), pictures)
+        return self._run(
+            stage, plan, batches, self.scored.neighbours(stage, self.precision), pictures
+        )
 
     def finetune(self) -> bool:
         """Run stage 2; False if stopped before its end."""
@@ -238,13 +227,13 @@ class Trainer:
             return zip(*loaders, strict=True)
 
         latest: list[Predictions] = []
-        validate = self._validation(stage, kept and kept[1], latest)
+        validate = self.scored.validation(stage, kept and kept[1], latest)
 
         def pictures() -> dict[str, Tensor]:
             classes = self.manifest.classes
             drawn = {"confusion": confusion_picture(confusion(latest[-1]), classes)}
             if kept is None:  # a stage that reads features takes no images
-                batch = self._example()
+                batch = self.scored.example()
                 predictions = collect_opinions(stage.average, [batch]).fused()
                 drawn["predictions"] = prediction_strip(batch, predictions, classes)
             return drawn
@@ -363,103 +352,6 @@ class Trainer:
         self.loaders.append(loader)
         return loader
 
-    def _example(self) -> PairBatch:
-        """Load a few val rows for pictures, the same ones each time."""
-        rows = self._val_rows()
-        chosen = [rows[place] for place in sorted(epoch_order(0, 0, len(rows))[:SHOWN])]
-        return next(iter(self._eval_loader(chosen, SHOWN)))
-
-    def _validation(
-        self, stage: FinetuneStage, kept: Features | None, latest: list[Predictions]
-    ) -> Callable[[], dict[str, float]] | None:
-        """Return a function that scores the averaged model on the val rows; None without any.
-
-        Args:
-            stage: fine-tuning.
-            kept: features of the val rows, where it reads features.
-            latest: receives the predictions of the latest validation.
-        """
-        rows: Sequence[Row] = self._val_rows()
-        if not rows:
-            return None
-        size = self.config.finetune.unlabelled_batch
-        own: Iterable[PairBatch] | None
-        if kept is None:
-            own = self._own_eval_loader(rows, size)
-        else:
-            rows = FeatureRows(kept, rows, self.device).rows
-            mine = self._own_rows(rows)
-            own = FeaturePass(FeatureRows(kept, mine, self.device), size) if mine else None
-
-        def validate() -> dict[str, float]:
-            parts = self._over_ranks(rows, own, partial(collect_opinions, stage.average))
-            latest[:] = [gather(parts).fused()]
-            metrics = prediction_metrics(latest[0])
-            return {f"val_{name}": metrics[name] for name in ("macro_f1", "accuracy")}
-
-        return validate
-
-    def _neighbours(self, stage: PretrainStage) -> Callable[[], dict[str, float]] | None:
-        """Return a function that classifies val rows by their nearest labelled rows.
-
-        None without val rows or labelled rows. Scores of the untrained network and the share of
-        the most frequent class are added for comparison.
-
-        Args:
-            stage: not yet trained.
-        """
-        val = self._val_rows()
-        labelled = [row for row in self.rows if row.labelled]
-        if not val or not labelled:
-            return None
-        asked, size = bounded(val), self.config.pretrain.batch_size
-        sides = [(rows, self._own_eval_loader(rows, size)) for rows in (bounded(labelled), asked)]
-
-        def extract(batches: Iterable[PairBatch]) -> NeighbourFeatures:
-            return extract_features(stage.model, batches, self.precision.autocast).to(CPU)
-
-        def score() -> dict[str, float]:
-            keys, queries = (
-                joined_features(self._over_ranks(rows, own, extract)).to(self.device)
-                for rows, own in sides
-            )
-            return neighbour_accuracy(keys, queries, self.manifest.modalities)
-
-        beside = {"knn_chance": max(Counter(row.label for row in asked).values()) / len(asked)}
-        if not self.config.shard_parameters:  # a sharded network is not yet on the devices
-            before = score()
-            if "knn_accuracy" in before:
-                beside["knn_accuracy_untrained"] = before["knn_accuracy"]
-
-        say(f"pretrain: before training {in_words(beside)}")
-        return lambda: score() | beside
-
-    def _val_rows(self) -> list[Row]:
-        return [row for row in self.manifest.select("val") if row.label >= 0]
-
-    def _own_rows(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the rows that this rank scores: its share, or all for a sharded network."""
-        return list(rows) if self.config.shard_parameters else share_of(rows)
-
-    def _own_eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader | None:
-        own = self._own_rows(rows)
-        return self._eval_loader(own, batch_size) if own else None
-
-    def _over_ranks(
-        self, rows: Sequence[Row], own: Iterable[PairBatch] | None, collect: Collect[T]
-    ) -> list[T]:
-        return over_ranks(len(rows), own, collect, shared=not self.config.shard_parameters)
-
-    def _eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader:
-        return EvalLoader(
-            rows,
-            self.manifest.modalities,
-            data=self.data,
-            image_size=self.size.image,
-            batch_size=batch_size,
-            device=self.device,
-        )
-
     def _start(self, encoders: Iterable[nn.Module]) -> bool:
         """Load encoders from the pre-training that ``finetune.init`` names, else from
         ``model.init``; return whether there is either."""
@@ -500,7 +392,7 @@ class Trainer:
 
         One process computes them for all.
         """
-        options, rows, val = self.config.finetune, self.rows, self._val_rows()
+        options, rows, val = self.config.finetune, self.rows, self.scored.rows
         maker = FeatureMaker(
             self._frozen_encoder().to(self.device),
             self.config.model.pool,
@@ -513,10 +405,10 @@ class Trainer:
         say(f"features of {len(rows)} train rows ({count} augmented views) and {len(val)} val rows")
 
         def make() -> tuple[Features, Features]:
-            plain = maker.plain(self._eval_loader(rows, BATCH), rows)
+            plain = maker.plain(self.scored.loader(rows, BATCH), rows)
             stream = partial(self._loader, plain.rows, BATCH, options, 0, strong=True, alone=True)
             train = maker.augmented(stream, plain, count, options.augment, self.config.seed)
-            return train, maker.plain(self._eval_loader(val, BATCH), val) if val else train
+            return train, maker.plain(self.scored.loader(val, BATCH), val) if val else train
 
         train, held = from_first(make)
         for column, (name, own) in enumerate(train.plain.items()):
@@ -543,12 +435,6 @@ class Trainer:
             )
 
         return make
-
-
-def say(sentence: str) -> None:
-    """Print a sentence on rank 0 only."""
-    if rank() == 0:
-        print(sentence, flush=True)
 
 
 def check_labels(manifest: Manifest) -> None:

@@ -46,7 +46,7 @@ def run(commands, system="Linux"):
 
 @pytest.fixture(scope="module")
 def results(trained_run, phantom_manifest, tmp_path_factory):
-    """What every command says; a finished run lies there from before."""
+    """Exit status and output of every command, given a finished run."""
     folder = tmp_path_factory.mktemp("without")
     commands = [
         ["mics_kernels"],

@@ -1,0 +1,11 @@
+"""Sentences of a run on the terminal."""
+
+from __future__ import annotations
+
+from mics_fast.engine.distributed import rank
+
+
+def say(sentence: str) -> None:
+    """Print a sentence on rank 0 only."""
+    if rank() == 0:
+        print(sentence, flush=True)
