@@ -91,7 +91,7 @@ mics::FusionCall fusion_call(uintptr_t evidence, const std::string& dtype, uintp
     return call;
 }
 
-// What a pair points to is kept alive by whoever makes the call.
+// The caller keeps the tensors alive that a pair points to.
 mics::ConsistencyPair consistency_pair(uintptr_t query, uintptr_t teacher, uintptr_t query_present,
                                        uintptr_t keys, const std::string& keys_dtype,
                                        uintptr_t queue, const std::string& queue_dtype,

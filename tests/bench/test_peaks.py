@@ -84,21 +84,23 @@ def test_a_rate_is_of_all_threads_and_the_best_try(monkeypatch: pytest.MonkeyPat
 def test_no_product_of_torch_beats_the_multiply_adds_and_no_copy_the_streams(
     set_threads: Callable[[int], None],
 ) -> None:
-    """Five tries, with a tolerance for the noise of a shared machine."""
+    """Limits are the best of up to twenty tries: other processes only ever lower them."""
     assert probe() is not None
     source = torch.ones(2**20)
     target = torch.empty_like(source)
-
-    def holds() -> bool:
+    set_threads(1)
+    product = peaks.product(CPU, torch.float32)
+    copied = 2 * source.nbytes / peaks.best_of(lambda: target.copy_(source), CPU, 0.05)
+    single = stream = 0.0
+    for _ in range(20):
         for one in (flops_of, bandwidth_of):
             one.cache_clear()
-        single = flops_of(CPU, torch.float32, 1)
-        stream = bandwidth_of(CPU, 2 * source.nbytes, 1)
-        copied = 2 * source.nbytes / peaks.best_of(lambda: target.copy_(source), CPU, 0.05)
-        return 1e9 < peaks.product(CPU, torch.float32) < 1.5 * single and copied < 1.5 * stream
-
-    set_threads(1)
-    assert any(holds() for _ in range(5))
+        single = max(single, flops_of(CPU, torch.float32, 1))
+        stream = max(stream, bandwidth_of(CPU, 2 * source.nbytes, 1))
+        if product < 1.5 * single and copied < 1.5 * stream:
+            break
+    assert 1e9 < product < 1.5 * single
+    assert copied < 1.5 * stream
 
 
 def test_without_a_compiler_the_floor_says_that_it_is_torch_s(
