@@ -15,9 +15,10 @@ PINNED := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_BUILD_CONSTRAINT=$(CURDIR
 demo: $(INSTALLED)
 	$(PY) examples/demo.py
 
-# One process of tests per core, at most four: each trains its own small models.
+# One process of tests per core, at most four: each trains its own small models. Files keep their order, in which the last
+# ones are quick, so that all processes end together.
 test: lint test-native
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
 
 # The C++ headers alone, by CTest.

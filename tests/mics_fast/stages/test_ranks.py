@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,8 @@ def train_on_a_rank(
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+        timeout=timedelta(minutes=5),
     )
     for case in CASES:
         own = [tuple(of_rank(part, rank, ranks) for part in batch) for batch in batches[case]]

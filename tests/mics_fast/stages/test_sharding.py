@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -113,7 +114,8 @@ def numel(values):
 def train_on_a_rank(rank, ranks, stages, batches, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+        timeout=timedelta(minutes=5),
     )
     torch.compile = partial(torch.compile, backend="aot_eager")
     for case, stage in stages.items():
