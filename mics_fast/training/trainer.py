@@ -195,9 +195,9 @@ class Trainer:
             strip = reconstruction_strip(stage.model, batch, options.mask_ratio)
             return {"reconstructions": strip}
 
-        return self._run(
-            stage, plan, batches, self.scored.neighbours(stage, self.precision), pictures
-        )
+        shown = pictures if self.config.log.images else None
+        validate = self.scored.neighbours(stage, self.precision)
+        return self._run(stage, plan, batches, validate, shown)
 
     def finetune(self) -> bool:
         """Run stage 2; False if stopped before its end."""
@@ -232,7 +232,8 @@ class Trainer:
         def pictures() -> dict[str, Tensor]:
             classes = self.manifest.classes
             drawn = {"confusion": confusion_picture(confusion(latest[-1]), classes)}
-            if kept is None:  # a stage that reads features takes no images
+            # A stage that reads features takes no images.
+            if kept is None and self.config.log.images:
                 batch = self.scored.example()
                 predictions = collect_opinions(stage.average, [batch]).fused()
                 drawn["predictions"] = prediction_strip(batch, predictions, classes)
@@ -246,7 +247,7 @@ class Trainer:
         plan: Plan,
         batches: Callable[[int], Batches],
         validate: Callable[[], dict[str, float]] | None,
-        pictures: Callable[[], dict[str, Tensor]],
+        pictures: Callable[[], dict[str, Tensor]] | None,
     ) -> bool:
         """Run a stage from its last checkpoint, or from its beginning."""
         if self.config.model.activation_checkpointing:

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mics_fast import train
 from mics_fast.evaluation.opinions import Predictions
 from mics_fast.training.pictures import (
     CELL,
@@ -35,6 +36,14 @@ def test_a_run_s_events_hold_options_and_pictures(trained_run):
     assert picture.shape == (6 * SIDE, 6 * SIDE, 3)
     first = picture[:SIDE, :SIDE].astype(int)
     assert first.max() == 255 and np.abs(first - picture[:SIDE, SIDE : 2 * SIDE]).mean() > 5
+
+
+def test_images_of_patients_can_be_left_out(few_steps, phantom_manifest, tmp_path):
+    manifest = ["--data.manifest", str(phantom_manifest), "--log.images", "false"]
+    train.main([*few_steps, *manifest, "--out", str(tmp_path)])
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert events.Tags()["images"] == ["finetune/confusion"]
 
 
 def predictions_of(answers, truth, classes=3):
