@@ -119,6 +119,42 @@ def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, t
     assert records(run)["finetune", 3]["loss"] == records(two)["finetune", 3]["loss"]
 
 
+def processes_of(run: Path) -> list[int]:
+    """The processes that were started with this run folder, and have not ended."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if str(run).encode() in status.read_bytes().split(b"\0"):
+                found.append(int(status.parent.name))
+        except OSError:  # ended meanwhile
+            continue
+    return found
+
+
+def test_sigterm_to_torchrun_saves_once_and_ends_all_processes(
+    few_steps, phantom_manifest, tmp_path
+):
+    run = tmp_path / "run"
+    endless = ["--data.manifest", str(phantom_manifest), "--pretrain.steps", "1000000",
+               "--checkpoint_every", "0", "--checkpoint_minutes", "0"]  # fmt: skip
+    command = [*torchrun(), *few_steps, *endless, "--stage", "pretrain", "--out", str(run)]
+    with open(tmp_path / "stdout", "w") as stdout:
+        process = subprocess.Popen(command, stdout=stdout)
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert len(processes_of(run)) == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 1  # of torchrun, which raises an exception of its own
+    assert (
+        f"stopped and saved: resume with --resume --out {run}" in (tmp_path / "stdout").read_text()
+    )
+    assert processes_of(run) == []
+    (saved,) = (run / "checkpoints" / "pretrain").iterdir()
+    _, last = max(records(run))
+    assert saved.name == f"step-{last:08d}"
+
+
 TWO_MACHINES = """
 import os, signal, sys, torch
 from pathlib import Path
