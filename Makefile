@@ -41,7 +41,7 @@ docs: $(INSTALLED)
 	$(PY) -m mkdocs build --quiet --strict
 
 # Arbitrary arguments, mutated files and folders: every such test for so many seconds, half an hour in
-# all; how many there were is shown. In `make test` each has a few seconds.
+# all; how many there were is shown; MICS_FUZZ_SEED chooses others. In `make test` each has a few seconds.
 fuzz: export MICS_FUZZ_SECONDS ?= 150
 fuzz: fuzz-native
 	$(PY) -m pytest -rP -k "fuzz or mutated"

@@ -53,6 +53,13 @@ def check_tensor(
         raise ValueError(f"{name} must be on {device} like the other tensors, got {value.device}")
 
 
+def shape_of(value: object) -> tuple[int, ...]:
+    """Return the shape of a dense tensor; () for anything else, which ``check_tensor`` refuses."""
+    if isinstance(value, Tensor) and not value.is_nested:  # a nested one has no shape to read
+        return tuple(value.shape)
+    return ()
+
+
 def check_number(
     name: str, value: object, low: float, high: float = float("inf"), *, above: bool = False
 ) -> None:

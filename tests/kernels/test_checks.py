@@ -226,3 +226,12 @@ def test_an_unchecked_bad_label_reads_nothing_out_of_bounds(unchecked):
 def test_an_unchecked_queue_length_reads_no_more_than_the_queue(unchecked):
     longer = consistency(queue=UNIT, queue_length=torch.tensor(99))
     assert torch.equal(longer, consistency(queue=UNIT))
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_nested_tensors_are_refused_where_the_shape_is_open():
+    nested = torch.nested.nested_tensor([EVIDENCE, EVIDENCE])
+    with pytest.raises(TypeError, match="evidence must be a dense tensor, got layout nested"):
+        mk.opinion(nested)
+    with pytest.raises(TypeError, match="present must be a dense tensor, got layout nested"):
+        multimodal(present=nested)

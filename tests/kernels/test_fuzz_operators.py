@@ -1,11 +1,13 @@
 """Arbitrary arguments: an operator computes, or raises TypeError or ValueError; nothing else.
 
-``MICS_FUZZ_SECONDS`` is the time in seconds for all operators together, a few by default.
+``MICS_FUZZ_SECONDS`` is the time in seconds for all operators together, a few by default;
+``MICS_FUZZ_SEED`` chooses the examples.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import time
 import warnings
@@ -14,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from mics_kernels.backends import explain
 
 BUILT_IN = os.environ.get("MICS_NATIVE", "")  # `make fuzz-native`: where the sanitized build lies
 SECONDS = float(os.environ.get("MICS_FUZZ_SECONDS", "8"))
+SEED = int(os.environ.get("MICS_FUZZ_SEED", "0"))
 EXAMPLES = 40  # between two looks at the clock
 
 FLOATS = [torch.float32, torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -344,6 +347,8 @@ def test_arguments_are_computed_with_or_refused(call: Callable[[Draw], Any]) -> 
     end = time.monotonic() + SECONDS / len(CALLS)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of sparse and nested prototypes
-        while time.monotonic() < end or not all(outcomes.values()):
-            attempt()
+        for number in itertools.count(SEED):  # the same examples in every run
+            seed(number)(attempt)()
+            if time.monotonic() > end and all(outcomes.values()):
+                break
     print(outcomes)  # shown by `make fuzz`

@@ -215,7 +215,7 @@ def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: in
     if present is None:
         return None
     rows = len(query)
-    if isinstance(present, Tensor) and present.shape == (len(keys), views):
+    if checks.shape_of(present) == (len(keys), views):
         rows = len(keys)
     checks.check_tensor("present", present, (rows, views), checks.FLAGS, query.device)
     return torch.cat([present, present.new_ones(len(keys) - rows, views)])

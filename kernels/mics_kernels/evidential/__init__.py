@@ -255,7 +255,7 @@ def opinion(evidence: Tensor) -> Opinion:
         >>> belief.tolist(), uncertainty.item(), probability.tolist()
         ([0.75, 0.0], 0.25, [0.875, 0.125])
     """
-    leading = evidence.shape[:-1] if isinstance(evidence, Tensor) else ()
+    leading = checks.shape_of(evidence)[:-1]
     checks.check_tensor("evidence", evidence, (*leading, "C"))
     _check_classes("evidence", evidence)
     checks.check_values("evidence", evidence, 0.0)

@@ -125,7 +125,10 @@ def train_on_a_rank(
 ) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
         timeout=timedelta(minutes=5),
     )
     for case in CASES:

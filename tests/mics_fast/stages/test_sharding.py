@@ -114,7 +114,10 @@ def numel(values):
 def train_on_a_rank(rank, ranks, stages, batches, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks,
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
         timeout=timedelta(minutes=5),
     )
     torch.compile = partial(torch.compile, backend="aot_eager")
