@@ -34,8 +34,9 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = option("auto", '"auto" takes the GPU if there is one')
     precision: PrecisionName = option(
         "auto",
-        'of the encoders\' arithmetic; "auto": bf16 on a GPU (fp16 on one that lacks it), fp32 on '
-        'a CPU; "tf32": fp32 whose matrix products a GPU computes on its tensor cores, as bf16 and '
+        'of the encoders\' arithmetic; "auto": bf16 on a GPU (fp16 on one that lacks it) and on a '
+        "CPU that multiplies it faster than fp32, which a short test at the start finds out; else "
+        'fp32. "tf32": fp32 whose matrix products a GPU computes on its tensor cores, as bf16 and '
         "fp16 do with what stays in fp32: losses and discriminator. fp16 scales the loss",
     )
     compile: Literal["auto", "on", "off"] = option("auto", 'torch.compile; "auto": on a GPU')

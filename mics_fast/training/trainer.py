@@ -28,7 +28,7 @@ from mics_fast.engine.distributed import (
 from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog, read_log
 from mics_fast.engine.loop import Loop, Plan
-from mics_fast.engine.precision import pick_precision
+from mics_fast.engine.precision import bf16_speedup, pick_precision
 from mics_fast.engine.sharding import Shards
 from mics_fast.engine.threads import use_threads
 from mics_fast.engine.trackers import TRACKERS, tracker_module
@@ -162,7 +162,12 @@ class Trainer:
                 f"{network_name(config.model)} on a CPU: a step takes minutes, and at the default "
                 "batch tens of GB; --config configs/demo.yaml has a network for a CPU"
             )
-        self.precision = pick_precision(config.precision, self.device)
+        self.precision = from_first(lambda: pick_precision(config.precision, self.device))
+        if self.device.type == "cpu" and config.precision == "auto" and self.precision.autocast:
+            say(
+                f"--precision bf16: this CPU multiplies it {bf16_speedup():.1f} times as fast as "
+                "fp32, which --precision fp32 brings back"
+            )
         check_dtype(config, self.precision.name)
         check_sharding(config, self.precision.name, world_size())
         self.data = use_threads(config, self.device)
