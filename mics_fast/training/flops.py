@@ -13,7 +13,7 @@ as full.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import tokens_read
@@ -31,27 +31,30 @@ class Work:
         inner: layers with weights whose input needs a gradient.
         first: layers with weights whose input needs none.
         attention: products without weights.
+        frozen: layers whose weights are frozen and whose input needs a gradient.
+        fixed: layers whose weights are frozen and whose input needs no gradient.
     """
 
     inner: float = 0.0
     first: float = 0.0
     attention: float = 0.0
+    frozen: float = 0.0
+    fixed: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.inner + other.inner, self.first + other.first, self.attention + other.attention
-        )
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: int) -> Work:
-        return Work(self.inner * times, self.first * times, self.attention * times)
+        return Work(*(part * times for part in astuple(self)))
 
     def forward(self) -> float:
         """Count the forward pass only."""
-        return self.inner + self.first + self.attention
+        return sum(astuple(self))
 
     def trained(self) -> float:
         """Count forward, and backward to weights and inputs."""
-        return 3 * self.inner + 2 * self.first + 3 * self.attention
+        learned = 3 * self.inner + 2 * self.first
+        return learned + 3 * self.attention + 2 * self.frozen + self.fixed
 
     def passed_through(self) -> float:
         """Count forward, and backward to the inputs only, including those of ``first``."""
@@ -163,6 +166,20 @@ def encoder(size: Size, patches: int, read: int | None = None) -> Work:
     return embedding(patches, size.patch_dim, size.width) + stack
 
 
+def lora_encoder(size: Size, patches: int, rank: int, read: int | None = None) -> Work:
+    """Count the vision transformer with frozen weights and low-rank additions, on some patches."""
+    tokens, width = 1 + patches, size.width
+    work = Work(fixed=2.0 * patches * size.patch_dim * width)
+    for number in range(size.depth):
+        kept = tokens if read is None or number < size.depth - 1 else read
+        qkv, down = 6.0 * tokens * width**2, 2.0 * tokens * width * rank
+        # The first block's input depends on nothing that learns.
+        work += Work(first=down, fixed=qkv) if number == 0 else Work(inner=down, frozen=qkv)
+        work += dense(tokens, rank, 3 * width) + dense(kept, width, rank) + dense(kept, rank, width)
+        work += Work(frozen=18.0 * kept * width**2, attention=4.0 * tokens * kept * width)
+    return work
+
+
 def decoder(size: Size, visible: int) -> Work:
     """Count the decoder on all tokens of one image, and its head on the masked ones."""
     return (
@@ -204,8 +221,13 @@ def classifier(size: Size, modalities: int, classes: int, config: TrainConfig) -
     if config.finetune.encoder == "frozen":
         joint = embedding(modalities, size.width, size.width) + dense(1, size.width, size.width)
         return heads + joint * (modalities > 1)
+    patches = size.num_patches
+    seen = read if modalities == 1 else None  # fusion reads all tokens
+    if config.finetune.encoder == "lora":
+        encoders = lora_encoder(size, patches, config.finetune.lora_rank, seen) * modalities
+    else:
+        encoders = encoder(size, patches, seen) * modalities
     if modalities == 1:
-        return encoder(size, size.num_patches, read) + heads
-    tokens = 1 + modalities * size.num_patches
-    fusion = blocks(model.fusion_depth, tokens, size.width, read)
-    return encoder(size, size.num_patches) * modalities + fusion + heads
+        return encoders + heads
+    tokens = 1 + modalities * patches
+    return encoders + blocks(model.fusion_depth, tokens, size.width, read) + heads

@@ -15,6 +15,7 @@ from mics_fast.models.vit import VisionTransformer
 from mics_fast.options import FinetuneConfig, ModelConfig, PretrainConfig, TrainConfig
 from mics_fast.stages.finetune import FinetuneStage
 from mics_fast.stages.pretrain import PretrainStage
+from mics_fast.training.build import adapt
 from mics_fast.training.flops import discriminator, encoder, finetune_flops, pretrain_flops
 
 MODELS = [ModelConfig(pool=pool, projection=8, fusion_depth=2) for pool in ("mean", "cls")]
@@ -141,14 +142,14 @@ def test_a_term_that_is_off_costs_nothing(tiny):
 @pytest.mark.parametrize(
     "options",
     [{}, {"unlabelled_weight": 0.0}, {"shift": "none"}, {"shift_weight": 0.0},
-     {"unlabelled_weight": 0.0, "modality_consistency_weight": 0.0}],
+     {"unlabelled_weight": 0.0, "modality_consistency_weight": 0.0},
+     {"encoder": "lora", "lora_rank": 3}],
 )  # fmt: skip
 def test_a_fine_tuning_step_costs_what_it_runs(tiny, make_batch, model, options):
     config = FinetuneConfig(labelled_batch=3, unlabelled_batch=5, **options)
-    stage = FinetuneStage(
-        config, Classifier(tiny, ("wli", "nbi"), 3, pool=model.pool, fusion_depth=2), num_classes=3,
-        width=tiny.width, steps=100, seed=0,
-    )  # fmt: skip
+    classifier = Classifier(tiny, ("wli", "nbi"), 3, pool=model.pool, fusion_depth=2)
+    adapt(classifier, config)
+    stage = FinetuneStage(config, classifier, num_classes=3, width=tiny.width, steps=100, seed=0)
     flops = finetune_flops(TrainConfig(model=model, finetune=config), tiny, 2, 3)
     batch = (make_batch(3), make_batch(5, strong=True))[: 2 if "unlabelled" in flops else 1]
     assert counted(lambda: step(stage, batch)) == sum(flops.values())
