@@ -77,6 +77,13 @@ class FinetuneConfig:
     head_lr_factor: float = option(
         10.0, "learning rate of fusion encoder and heads, relative to finetune.lr", above=0
     )
+    layer_decay: float = option(
+        1.0,
+        "factor of the learning rate from one block of the encoders to the one before it; the last "
+        "block has it once, the patch embedding most often. 1 = none; published weights are often "
+        "fine-tuned with 0.65 to 0.75",
+        source="BEiT", above=0, most=1,
+    )  # fmt: skip
     warmup: float = option(0.05, "share of all steps with a linear warm-up", least=0, most=1)
     weight_decay: float = option(0.05, "of matrices only", least=0)
     clip: float = option(1.0, "largest gradient norm; 0 = no clipping", least=0)

@@ -103,16 +103,41 @@ def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> d
 
 
 def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str, Optimizer]:
-    """Make AdamW for what a classifier learns: encoders at ``lr``, heads at ``lr *
-    head_lr_factor``."""
+    """Make AdamW for what a classifier learns: encoders at ``lr``, less in their earlier blocks
+    with ``layer_decay``, and heads at ``lr * head_lr_factor``."""
     named = [(name, own) for name, own in model.named_parameters() if own.requires_grad]
     encoders = [(name, own) for name, own in named if name.startswith("encoders.")]
     heads = [(name, own) for name, own in named if not name.startswith("encoders.")]
-    groups = decay_groups(encoders, lr=options.lr, weight_decay=options.weight_decay)
+    layers: dict[int, list[tuple[str, torch.nn.Parameter]]] = {}
+    for (name, own), steps in zip(
+        encoders, decay_steps([name for name, _ in encoders]), strict=True
+    ):
+        layers.setdefault(steps if options.layer_decay < 1 else 0, []).append((name, own))
+    groups = []
+    for steps, layer in sorted(layers.items()):
+        lr = options.lr * options.layer_decay**steps
+        groups += decay_groups(layer, lr=lr, weight_decay=options.weight_decay)
     head_lr = options.lr * options.head_lr_factor
     for group in decay_groups(heads, lr=head_lr, weight_decay=options.weight_decay):
         groups.append({**group, "name": "heads"})  # in the log: lr_heads
     return {"model": torch.optim.AdamW(groups, fused=True)}
+
+
+def decay_steps(names: Sequence[str]) -> list[int]:
+    """Count, for parameters of encoders, the layers from theirs to the final norm.
+
+    Args:
+        names: in the classifier, as "encoders.wli.blocks.3.norm1.weight", of all blocks.
+
+    Returns:
+        0 for the final norm, 1 for the last block, and the most for embedding and positions.
+    """
+    parts = [name.split(".")[2:] for name in names]
+    depth = 1 + max((int(part[1]) for part in parts if part[0] == "blocks"), default=-1)
+    return [
+        depth - int(part[1]) if part[0] == "blocks" else 0 if part[0] == "norm" else depth + 1
+        for part in parts
+    ]
 
 
 def build_classifier(config: TrainConfig, manifest: Manifest) -> Classifier:

@@ -84,3 +84,29 @@ def test_class_weights_stand_in_the_order_of_the_classes(built):
 def test_a_weight_of_an_unknown_class_is_refused_by_name(built):
     with pytest.raises(InputError, match=r"finetune\.class_weights names polyp, wanted classes of"):
         built("finetune", {"class_weights": {"polyp": 5.0}})
+
+
+def test_layer_decay_slows_each_block_below_the_next(built):
+    stage, plan = built("finetune", {"lr": 1.0, "layer_decay": 0.5, "head_lr_factor": 4.0})
+    rates = {
+        id(own): group["lr"]
+        for group in plan.optimisers["model"].param_groups
+        for own in group["params"]
+    }
+    named = {name: rates[id(own)] for name, own in stage.model.named_parameters()}
+    assert len(named) == len(rates)
+    depth = len(stage.model.encoders["wli"].blocks)
+    for modality in ("wli", "nbi"):
+        of = f"encoders.{modality}."
+        assert named[of + "norm.bias"] == 1.0
+        for i in range(depth):
+            for part in ("norm1.bias", "attn.qkv.weight", "mlp.fc2.weight"):
+                assert named[f"{of}blocks.{i}.{part}"] == 0.5 ** (depth - i)
+        for part in ("patch_embed.proj.weight", "pos_embed", "cls_token"):
+            assert named[of + part] == 0.5 ** (depth + 1)
+    assert {rate for name, rate in named.items() if not name.startswith("encoders.")} == {4.0}
+
+
+def test_without_layer_decay_encoders_are_two_groups(built):
+    groups = built("finetune")[1].optimisers["model"].param_groups
+    assert [group.get("name") for group in groups] == [None, None, "heads", "heads"]
