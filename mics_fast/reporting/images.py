@@ -126,11 +126,14 @@ def case(subject: Subject, position: int, explained: Mapping[int, dict[str, str]
     classes = subject.assessment.classifier.classes
     point = subject.assessment.classifier.point
     (record,) = answer(subject.assessment.opinions.row(position), [row.id], classes, point)
-    images = {
-        f"virtual {name}" if name in row.virtual else name: pictures.thumbnail(file)
-        for name, file in row.files.items()
-        if file is not None and subject.frames
-    }
+    images, unread = {}, []
+    for name, file in row.files.items():
+        if file is not None and subject.frames:
+            title = f"virtual {name}" if name in row.virtual else name
+            try:
+                images[title] = pictures.thumbnail(file)
+            except InputError:  # a bad file that the run skips
+                unread.append(name)
     images |= explained.get(row.index, {})
     stated = {"fused": record, **record["views"]}
     belief = {
@@ -142,6 +145,8 @@ def case(subject: Subject, position: int, explained: Mapping[int, dict[str, str]
         f"{record['uncertainty']:.2f}, conflict {record['conflict']:.2f}"
     )
     frames = strip(f"frames of {row.id}", images) if images else ""
+    if unread:
+        frames += text(f"Not shown, since it cannot be decoded: {', '.join(unread)}.")
     return (
         f'<article class="case"><h4>{escape(title)}</h4>{frames}'
         + figures.belief_table(belief, truth, "Belief of each opinion; uncommitted = uncertainty")
