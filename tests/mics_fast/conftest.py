@@ -18,6 +18,7 @@ TINY = Size(
 
 FEW_STEPS = [
     "--config", str(Path(__file__).parents[2] / "configs" / "demo.yaml"),
+    "--precision", "fp32",  # whatever this CPU is good at
     "--log_every", "1", "--pretrain.batch_size", "8", "--pretrain.epochs", "1",
     "--pretrain.steps", "null", "--finetune.steps", "null",
     "--pretrain.adversarial_weight", "0.1", "--pretrain.consistency_weight", "1",  # off in the demo

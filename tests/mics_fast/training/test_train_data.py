@@ -115,7 +115,7 @@ def test_a_run_reads_shards(tmp_path):
 
 def test_views_in_bf16_need_encoders_in_bf16(manifest, tmp_path):
     arguments = [*SHORT, "--data.manifest", str(manifest), "--out", str(tmp_path / "run"),
-                 "--device", "cpu", "--data.dtype", "bf16"]  # fmt: skip
+                 "--device", "cpu", "--precision", "fp32", "--data.dtype", "bf16"]  # fmt: skip
     with pytest.raises(InputError, match=r"option data\.dtype is bf16"):
         train.main(arguments)
     train.main([*arguments, "--precision", "bf16", "--pretrain.epochs", "1"])
