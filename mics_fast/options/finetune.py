@@ -112,6 +112,12 @@ class FinetuneConfig:
         "from 0",
         least=0, most=1,
     )  # fmt: skip
+    align_distribution: bool = option(
+        False,
+        'for "vacuity" and "curriculum": pseudo-labels have, on average, the class frequencies of '
+        "the labelled rows, which must then be a fair sample of all",
+        source="ReMixMatch",
+    )
     max_uncertainty: float = option(
         0.3, "largest fused vacuity at which a pseudo-label is accepted", least=0, most=1
     )

@@ -23,7 +23,13 @@ from mics_fast.stages.compiled import compile_parts
 from mics_fast.stages.dropout import drop_modalities
 from mics_fast.stages.health import finetune_warnings
 from mics_fast.stages.means import masked_mean, moments_over_ranks
-from mics_fast.stages.pseudo_labels import NO_LABEL, PseudoLabels, make_limits, propose
+from mics_fast.stages.pseudo_labels import (
+    NO_LABEL,
+    PseudoLabels,
+    make_alignment,
+    make_limits,
+    propose,
+)
 from mics_fast.stages.ramp import ramp
 from mics_kernels import (
     ClassStatistics,
@@ -94,6 +100,7 @@ class FinetuneStage(nn.Module):
         seed: seed of the shifts and of modality dropout.
         autocast: dtype of the encoders' arithmetic, None for float32.
         class_weights: factor of the losses of the rows of each class, (C,) float32; None: all 1.
+        class_shares: of the classes in the labelled rows, (C,) float32; None: all equal.
     """
 
     class_weights: Tensor | None
@@ -109,6 +116,7 @@ class FinetuneStage(nn.Module):
         seed: int,
         autocast: torch.dtype | None = None,
         class_weights: Tensor | None = None,
+        class_shares: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.config, self.autocast = config, autocast
@@ -122,6 +130,7 @@ class FinetuneStage(nn.Module):
             num_classes, width, momentum=config.shift_momentum, rank=rank
         )
         self.limits = make_limits(config, num_classes)
+        self.alignment = make_alignment(config, num_classes, class_shares)
         self._seen: list[Seen] = []
         self._proposed: list[tuple[Tensor, Tensor]] = []  # probabilities, share to accept
 
@@ -135,7 +144,7 @@ class FinetuneStage(nn.Module):
         """
         config, scalars = self.config, self._scalars(step)
         terms, metrics, seen, probability = self._compute(batch, scalars)
-        if probability is not None and self.limits is not None:
+        if probability is not None and (self.limits is not None or self.alignment is not None):
             self._proposed.append((gather_rows(probability), scalars.accepted_share))
         if seen is not None and self.statistics.rank:  # directions are rows, in their order
             sizes = [len(part.label) for part in batch]
@@ -243,9 +252,14 @@ class FinetuneStage(nn.Module):
                 moments = class_moments(features, labels, classes, weight=weights)
                 self.statistics.update_moments(moments_over_ranks(moments))
             self._seen = []
-        if self._proposed and self.limits is not None:
-            probabilities, shares = zip(*self._proposed, strict=True)
-            self.limits.update(torch.cat(probabilities), shares[0])
+        if self._proposed:
+            parts, shares = zip(*self._proposed, strict=True)
+            probability = torch.cat(parts)
+            aligned = probability if self.alignment is None else self.alignment(probability)
+            if self.limits is not None:
+                self.limits.update(aligned, shares[0])
+            if self.alignment is not None:
+                self.alignment.update(probability)
             self._proposed = []
 
     def _forward(
@@ -260,7 +274,7 @@ class FinetuneStage(nn.Module):
         if not self.config.unlabelled_weight:
             return None
         output = self._forward(self.average, unlabelled.views, unlabelled.present)
-        return propose(self.config, output, self.limits)
+        return propose(self.config, output, self.limits, self.alignment)
 
     def _agreement(self, output: ClassifierOutput) -> Tensor:
         """Average 1 - sum_k sqrt(p_ak p_bk) over pairs of present modalities.

@@ -13,6 +13,9 @@ they differ in the rows they accept and in the weights:
 
 The softmax is over the mean logits of the present opinions: the same networks and views, without
 the evidential reading.
+
+With ``align_distribution``, "vacuity" and "curriculum" read aligned probabilities (``Alignment``),
+so that no class takes over another one's rows.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from mics_fast.stages.means import masked_mean
 from mics_kernels import fuse_evidence, opinion
 
 NO_LABEL = -1
+EVIDENTIAL = ("vacuity", "curriculum")  # rules that read opinions
 
 
 @dataclass
@@ -38,7 +42,7 @@ class PseudoLabels:
     Args:
         label: (B,) int64; ``NO_LABEL``: rejected.
         weight: (B,) in [0, 1].
-        probability: (B, C), input of the rule.
+        probability: (B, C), not aligned.
         uncertainty: (B,) fused vacuity.
     """
 
@@ -129,6 +133,35 @@ class CurriculumLimits(nn.Module):
 Limits = FreeMatchLimits | CurriculumLimits
 
 
+class Alignment(nn.Module):
+    """Distribution alignment: the mean over unlabelled rows becomes that over labelled ones.
+
+    Probabilities are multiplied by ``target / mean`` and normalised (Berthelot et al., ReMixMatch,
+    ICLR 2020, section 3.1).
+
+    Args:
+        target: shares of the classes in the labelled rows, (C,), sum 1.
+    """
+
+    mean: Tensor
+    target: Tensor
+    MOMENTUM = 0.99  # of the running mean, per step: about the last hundred steps
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", target.clone())
+        self.register_buffer("target", target, persistent=False)
+
+    def forward(self, probability: Tensor) -> Tensor:
+        """Align (B, C) probabilities."""
+        aligned = probability * (self.target / self.mean.clamp(min=1e-6))
+        return aligned / aligned.sum(-1, keepdim=True).clamp(min=1e-6)
+
+    def update(self, probability: Tensor) -> None:
+        """Update by the probabilities, (B, C), of a step over all ranks, not aligned."""
+        self.mean.lerp_(probability.mean(0).to(self.mean.dtype), 1 - self.MOMENTUM)
+
+
 def make_limits(config: FinetuneConfig, num_classes: int) -> Limits | None:
     """Make the adaptive limits of the rule; None if its limits are fixed."""
     if config.pseudo_labels == "freematch":
@@ -136,13 +169,32 @@ def make_limits(config: FinetuneConfig, num_classes: int) -> Limits | None:
     return CurriculumLimits(num_classes) if config.pseudo_labels == "curriculum" else None
 
 
+def make_alignment(
+    config: FinetuneConfig, num_classes: int, shares: Tensor | None
+) -> Alignment | None:
+    """Make the alignment that the rule uses; None if it uses none.
+
+    Args:
+        config: of the stage.
+        num_classes: C.
+        shares: of the classes in the labelled rows, (C,); None: all equal.
+    """
+    if not config.align_distribution or config.pseudo_labels not in EVIDENTIAL:
+        return None
+    return Alignment(torch.full((num_classes,), 1 / num_classes) if shares is None else shares)
+
+
 def propose(
-    config: FinetuneConfig, output: ClassifierOutput, limits: Limits | None = None
+    config: FinetuneConfig,
+    output: ClassifierOutput,
+    limits: Limits | None = None,
+    alignment: Alignment | None = None,
 ) -> PseudoLabels:
     """Propose pseudo-labels from the averaged model's output on weak views."""
     fused = opinion(fuse_evidence(softplus(output.logits), present=output.present))
-    evidential = config.pseudo_labels in ("vacuity", "curriculum")
-    probability = fused.probability if evidential else pooled_softmax(output)
+    evidential = config.pseudo_labels in EVIDENTIAL
+    raw = fused.probability if evidential else pooled_softmax(output)
+    probability = raw if alignment is None else alignment(raw)
     confidence, label = probability.max(-1)
     if limits is not None:
         accepted = confidence >= limits()[label]
@@ -151,9 +203,7 @@ def propose(
     else:
         accepted = is_pseudo_label(config, probability, fused.uncertainty)
     weight = 1 - fused.uncertainty if evidential else torch.ones_like(fused.uncertainty)
-    return PseudoLabels(
-        torch.where(accepted, label, NO_LABEL), weight, probability, fused.uncertainty
-    )
+    return PseudoLabels(torch.where(accepted, label, NO_LABEL), weight, raw, fused.uncertainty)
 
 
 def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Tensor) -> Tensor:

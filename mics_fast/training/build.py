@@ -194,6 +194,7 @@ def build_finetuning(
         seed=config.seed,
         autocast=precision.autocast,
         class_weights=class_weights(options, manifest),
+        class_shares=labelled_shares(manifest),
     ).to(built_on(config, device))
     optimisers = finetune_optimisers(model, options)
     sizes = len(manifest.modalities), len(manifest.classes)
@@ -228,6 +229,13 @@ def class_weights(options: FinetuneConfig, manifest: Manifest) -> Tensor | None:
     if not options.class_weights:
         return None
     return torch.tensor([options.class_weights.get(name, 1.0) for name in manifest.classes])
+
+
+def labelled_shares(manifest: Manifest) -> Tensor:
+    """Return the share of each class in the labelled train rows, (C,) float32."""
+    labels = [row.label for row in manifest.select("train") if row.labelled]
+    counts = torch.bincount(torch.tensor(labels), minlength=len(manifest.classes))
+    return counts / counts.sum()
 
 
 def queue_size(options: PretrainConfig, rows: int) -> int:

@@ -9,6 +9,7 @@ from mics_fast.models.classifier import ClassifierOutput
 from mics_fast.options import FinetuneConfig
 from mics_fast.stages.pseudo_labels import (
     NO_LABEL,
+    Alignment,
     CurriculumLimits,
     FreeMatchLimits,
     accepted_in_the_end,
@@ -119,6 +120,59 @@ def test_metrics_tell_accepted_share_accuracy_and_classes():
     assert shares == pytest.approx([2 / 3, 1 / 3, 0])
 
 
+def test_alignment_is_a_factor_per_class():
+    alignment = Alignment(torch.tensor([0.5, 0.5]))
+    alignment.mean.copy_(torch.tensor([0.75, 0.25]))
+    aligned = alignment(torch.tensor([[0.6, 0.4], [0.9, 0.1]]))
+    # Factors 2 / 3 and 2: 0.4 against 0.8, and 0.6 against 0.2.
+    torch.testing.assert_close(aligned, torch.tensor([[1 / 3, 2 / 3], [0.75, 0.25]]))
+
+
+def test_a_class_that_took_over_another_one_gives_rows_back():
+    """Class 2 has every row of class 1, at probabilities between 0.5 and 0.7."""
+    generator = torch.Generator().manual_seed(0)
+    alignment = Alignment(torch.tensor([1 / 3, 1 / 3, 1 / 3]))
+    for _ in range(1000):
+        probability = taken_over(torch.rand(12, generator=generator))
+        assert set(probability.argmax(-1).tolist()) == {0, 2}
+        alignment.update(probability)
+    # Means 0.33, 0.23 and 0.43: class 1 gains a factor of 0.43 / 0.23 and wins below 0.585.
+    label = alignment(taken_over(torch.linspace(0, 1, 12))).argmax(-1)
+    assert label.tolist() == [0] * 6 + [1] * 5 + [2] * 7
+
+
+def taken_over(certainty):
+    """(18, 3) probabilities: six rows of class 0; twelve for class 2, of a given certainty."""
+    own = torch.tensor([0.8, 0.1, 0.1]).expand(6, -1)
+    largest = 0.5 + 0.2 * certainty
+    other = torch.stack([torch.full_like(largest, 0.1), 0.9 - largest, largest], dim=1)
+    return torch.cat([own, other])
+
+
+def test_aligned_pseudo_labels_report_what_was_not_aligned():
+    alignment = Alignment(torch.tensor([0.2, 0.4, 0.4]))
+    alignment.mean.copy_(torch.tensor([0.8, 0.1, 0.1]))
+    config = rule("vacuity", max_uncertainty=1.0, min_probability=0.0)
+    outputs = output_of([2.0, 1.5, -9.0])
+    plain = propose(config, outputs)
+    aligned = propose(config, outputs, alignment=alignment)
+    assert (plain.label.item(), aligned.label.item()) == (0, 1)
+    assert torch.equal(plain.probability, aligned.probability)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fixmatch", {"align_distribution": True}),
+        ("freematch", {"align_distribution": True}),
+        ("vacuity", {}),
+        ("curriculum", {}),
+    ],
+)
+def test_without_alignment_there_is_no_state_of_it(make_finetuning, name, options):
+    assert make_finetuning(pseudo_labels=name, **options).alignment is None
+
+
 @pytest.mark.parametrize("name", ["curriculum", "freematch"])
 def test_limits_advance_once_a_step_after_it(make_finetuning, make_batch, name):
     stage = make_finetuning(pseudo_labels=name)
@@ -133,22 +187,43 @@ def test_limits_advance_once_a_step_after_it(make_finetuning, make_batch, name):
     assert torch.equal(stage.limits(), moved)
 
 
+def test_the_alignment_advances_once_a_step_after_it(make_finetuning, make_batch):
+    stage = make_finetuning(pseudo_labels="vacuity", align_distribution=True)
+    before = stage.alignment.mean.clone()
+    assert torch.equal(before, stage.alignment.target), "it begins as if all were aligned"
+    for _ in stage.losses((make_batch(4), make_batch(8, strong=True)), torch.tensor(5)):
+        pass
+    assert torch.equal(stage.alignment.mean, before), "not before the step is done"
+    stage.after_step()
+    moved = stage.alignment.mean.clone()
+    assert not torch.equal(moved, before)
+    assert moved.sum() == pytest.approx(1)
+    stage.after_step()
+    assert torch.equal(stage.alignment.mean, moved)
+
+
 @pytest.mark.parametrize("name", ["vacuity", "fixmatch"])
 def test_rules_with_fixed_limits_remember_nothing(make_finetuning, name):
     stage = make_finetuning(pseudo_labels=name)
     assert not any(key.startswith("limits") for key in stage.state_dict())
 
 
-@pytest.mark.parametrize("name", ["curriculum", "freematch"])
-def test_parts_of_a_batch_move_the_limits_as_the_whole(make_finetuning, make_batch, name):
-    whole, parts = (make_finetuning(pseudo_labels=name) for _ in range(2))
+@pytest.mark.parametrize("name", ["curriculum", "freematch", "vacuity"])
+def test_parts_of_a_batch_move_limits_and_alignment_as_the_whole(make_finetuning, make_batch, name):
+    options = {"pseudo_labels": name, "align_distribution": True}
+    whole, parts = (make_finetuning(**options) for _ in range(2))
     labelled, unlabelled = make_batch(4), make_batch(8, strong=True)
     for stage, count in ((whole, 1), (parts, 2)):
         for batch in zip(labelled.split(count), unlabelled.split(count), strict=True):
             for _ in stage.losses(batch, torch.tensor(5)):
                 pass
         stage.after_step()
-    torch.testing.assert_close(whole.limits.state_dict(), parts.limits.state_dict())
+    moved = [
+        {name: own for name, own in stage.state_dict().items() if name[:5] in ("limit", "align")}
+        for stage in (whole, parts)
+    ]
+    assert moved[0]
+    torch.testing.assert_close(moved[0], moved[1])
 
 
 def test_a_finished_model_accepts_the_most_probable_share_of_each_class():

@@ -110,3 +110,12 @@ def test_layer_decay_slows_each_block_below_the_next(built):
 def test_without_layer_decay_encoders_are_two_groups(built):
     groups = built("finetune")[1].optimisers["model"].param_groups
     assert [group.get("name") for group in groups] == [None, None, "heads", "heads"]
+
+
+def test_alignment_aims_at_the_class_frequencies_of_the_labelled_rows(built, phantom_manifest):
+    stage, _ = built("finetune", {"align_distribution": True})
+    counts = [0] * 6
+    for row in read_manifest(phantom_manifest, None).select("train"):
+        counts[row.label] += row.labelled
+    assert stage.alignment.target.tolist() == pytest.approx([own / sum(counts) for own in counts])
+    assert "alignment.target" not in stage.state_dict()
