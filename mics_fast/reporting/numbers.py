@@ -37,7 +37,7 @@ from mics_fast.inference.run_classifier import best_checkpoint
 from mics_fast.options.parsing import as_yaml
 from mics_fast.reporting import figures
 from mics_fast.reporting.figures import Axis, Series
-from mics_fast.reporting.parts import Subject, grid, section, text
+from mics_fast.reporting.parts import Subject, grid, section, tables, text
 from mics_fast.training.run import with_paths
 
 MEANINGS = {
@@ -128,7 +128,7 @@ def metrics(subject: Subject) -> str:
             figures.table(DIFFERENCE_COLUMNS, difference_rows(evaluation.against),
                           f"This run minus {evaluation.against.run}, same samples (fused)")
         )  # fmt: skip
-    return section("Metrics", grid(*parts), explanations())
+    return section("Metrics", tables(*parts), explanations())
 
 
 def explanations() -> str:
@@ -150,7 +150,7 @@ def referral(subject: Subject) -> str:
         shares = (gain["coverage"], gain["risk"], 1 - gain["error"])
         rows.append([f"{limit:.3f}", *(f"{share.item():.0%}" for share in shares)])
     head = ["refer above uncertainty", "answered", "wrong, of all", "right, of the answered"]
-    tables = [figures.table(head, rows, "Thresholds on the uncertainty, on these test samples")]
+    shown = [figures.table(head, rows, "Thresholds on the uncertainty, on these test samples")]
     rules = ""
     if evaluation.referrals:
         caption = guarantee(evaluation.point)
@@ -162,9 +162,9 @@ def referral(subject: Subject) -> str:
             for k, name in enumerate(evaluation.classes)
         ]  # fmt: skip
         caption = "Predictive values of the samples that the rule answers"
-        tables.append(figures.table(["class", "PPV", "95 %", "NPV", "95 %"], values, caption))
+        shown.append(figures.table(["class", "PPV", "95 %", "NPV", "95 %"], values, caption))
     sets = text(set_sentence(evaluation.sets)) if evaluation.sets else ""
-    return section("Referral to a person", rules, grid(*tables), sets)
+    return section("Referral to a person", rules, tables(*shown), sets)
 
 
 def roc_figure(subject: Subject) -> str:

@@ -47,6 +47,11 @@ def text(*sentences: str) -> str:
     return f"<p>{escape(' '.join(sentences))}</p>"
 
 
+def tables(*table: str) -> str:
+    """Place tables side by side, each as wide as its cells, if there is room."""
+    return f'<div class="tables">{"".join(table)}</div>'
+
+
 def grid(*figure: str) -> str:
     """Place figures side by side if there is room."""
     return f'<div class="grid">{"".join(figure)}</div>'

@@ -20,6 +20,9 @@ p { max-width: 70ch; overflow-wrap: anywhere; }
 .grid { display: grid; gap: 1.2rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); align-items: start; }
 .grid > * { min-width: 0; max-width: 34rem; }
+.tables { display: flex; flex-wrap: wrap; gap: 0 1.2rem; align-items: flex-start; }
+.tables > * { min-width: 0; max-width: 100%; }
+.tables figcaption { width: 0; min-width: 100%; }
 figure { margin: 0; }
 figure > svg { width: 100%; height: auto; display: block; }
 figcaption { color: #333; font-size: 0.92rem; padding: 0.3rem 0; }
@@ -46,7 +49,7 @@ dd { margin: 0 0 0.4rem 1rem; }
   background-size: 2rem 100%, 2rem 100%, 1rem 100%, 1rem 100%;
   background-attachment: local, local, scroll, scroll; }
 table { border-collapse: collapse; font-size: 0.92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
+th, td { padding: 0.2rem 0.5rem; border-bottom: 1px solid #ddd; text-align: right; }
 td { white-space: nowrap; }
 th[scope=row], thead th:first-child { text-align: left; font-weight: 500; }
 .confusion td { text-align: center; min-width: 2.6rem; }
