@@ -40,11 +40,14 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(INSTALLED)
 	$(PY) -m mkdocs build --quiet --strict
 
+# Tests that take as long as they are told to do not hang.
+PATIENT := -o faulthandler_timeout=0
+
 # Arbitrary arguments, mutated files and folders: every such test for so many seconds, half an hour in
 # all; how many there were is shown; MICS_FUZZ_SEED chooses others. In `make test` each has a few seconds.
 fuzz: export MICS_FUZZ_SECONDS ?= 150
 fuzz: fuzz-native
-	$(PY) -m pytest -rP -k "fuzz or mutated"
+	$(PY) -m pytest $(PATIENT) -rP -k "fuzz or mutated"
 
 # The C++ tests and arbitrary arguments again, with csrc built with the address and undefined-behaviour
 # sanitizers; CI fuzzes for a minute.
@@ -62,11 +65,11 @@ fuzz-native: $(INSTALLED)
 	ctest --test-dir $(SANITIZED) --output-on-failure
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
 	  LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so.6)" \
-	  MICS_NATIVE=$(CURDIR)/$(SANITIZED) $(PY) -m pytest -rP tests/kernels/test_fuzz_operators.py
+	  MICS_NATIVE=$(CURDIR)/$(SANITIZED) $(PY) -m pytest $(PATIENT) -rP tests/kernels/test_fuzz_operators.py
 
 # Kills a short run twenty times, also while it writes a checkpoint; CI does it three times.
 drill: $(INSTALLED)
-	MICS_DRILL_KILLS=20 $(PY) -m pytest tests/mics_fast/test_drill.py
+	MICS_DRILL_KILLS=20 $(PY) -m pytest $(PATIENT) tests/mics_fast/test_drill.py
 
 # One second a case. `python -m bench --full` is what the documents show.
 bench: $(INSTALLED)
