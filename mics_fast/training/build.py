@@ -194,7 +194,7 @@ def build_finetuning(
         seed=config.seed,
         autocast=precision.autocast,
         class_weights=class_weights(options, manifest),
-        class_shares=labelled_shares(manifest),
+        class_shares=labelled_shares(manifest) if options.align_distribution else None,
     ).to(built_on(config, device))
     optimisers = finetune_optimisers(model, options)
     sizes = len(manifest.modalities), len(manifest.classes)
