@@ -17,9 +17,10 @@ demo: $(INSTALLED)
 
 # One process of tests per core, at most four: each trains its own small models. Files keep their order, in which the last
 # ones are quick, so that all processes end together.
+PARALLEL := --numprocesses auto --maxprocesses 4
 test: lint test-native
-	$(PY) -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
-	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED)
+	$(PY) -m pytest $(PARALLEL) --dist loadfile --no-loadscope-reorder
+	TRITON_INTERPRET=1 $(PY) -m pytest $(PARALLEL) --dist worksteal $(INTERPRETED)
 
 # The C++ headers alone, by CTest.
 test-native: export PATH := $(CURDIR)/.venv/bin:$(PATH)

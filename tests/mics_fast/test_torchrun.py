@@ -45,6 +45,12 @@ def records(run: Path) -> dict[tuple[str, int], dict[str, float]]:
     return {(line["stage"], line["step"]): line for line in lines}
 
 
+def logged(run: Path) -> bool:
+    """True from the first step on."""
+    file = run / "metrics.jsonl"
+    return file.exists() and file.stat().st_size > 0
+
+
 def weights(run: Path, stage: str) -> dict[str, torch.Tensor]:
     path = Checkpoints(run / "checkpoints" / stage).latest()
     return torch.load(path / "state.pt", weights_only=True)["stage"]
@@ -141,7 +147,7 @@ def test_sigterm_to_torchrun_saves_once_and_ends_all_processes(
     with open(tmp_path / "stdout", "w") as stdout:
         process = subprocess.Popen(command, stdout=stdout)
         deadline = time.monotonic() + 120
-        while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        while not logged(run) and time.monotonic() < deadline:  # before, nothing would be saved
             time.sleep(0.05)
         assert len(processes_of(run)) == 3
         process.send_signal(signal.SIGTERM)

@@ -13,7 +13,8 @@ from mics_fast.options.commands import parse_experiment, parse_train
 from mics_fast.options.experiment import check_experiment
 from mics_fast.options.fields import walk
 
-SOURCES = {"ours", "paper", "code", "ALBEF", "MAE", "TMC", "EDL", "ISDA", "FixMatch", "LoRA"}
+SOURCES = {"ours", "paper", "code", "ALBEF", "MAE", "TMC", "EDL", "ISDA", "FixMatch", "LoRA",
+           "BEiT", "ReMixMatch"}  # fmt: skip
 
 
 def test_every_option_says_what_it_means_and_where_its_default_comes_from():
