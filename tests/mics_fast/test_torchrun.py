@@ -100,7 +100,7 @@ def test_two_processes_with_a_part_each_make_the_run_of_one(
     subprocess.run([*torchrun(), *sharded, "--resume"], check=True)
     resumed = weights(run, "finetune")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    evaluate.main([str(run)])
+    evaluate.main([str(run), "--resamples", "5"])
 
 
 def test_a_killed_process_is_started_again_and_changes_nothing(two, arguments, tmp_path):

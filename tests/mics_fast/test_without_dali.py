@@ -52,9 +52,9 @@ def results(trained_run, phantom_manifest, tmp_path_factory):
         ["mics_kernels"],
         ["mics_fast.prepare", "phantom", "--out", folder / "data", "--pairs", "12"],
         ["mics_fast.train", "--data.manifest", phantom_manifest, "--out", folder / "run", *SMALL],
-        ["mics_fast.evaluate", trained_run],
+        ["mics_fast.evaluate", trained_run, "--resamples", "2"],
         ["mics_fast.report", trained_run, "--out", folder / "report.html", "--resamples", "2"],
-        ["mics_fast.export", trained_run, "--out", folder / "model"],
+        ["mics_fast.export", trained_run, "--out", folder / "model", "--resamples", "2"],
         ["mics_fast.predict", trained_run, "--manifest", phantom_manifest],
     ]
     return run(commands), folder

@@ -168,4 +168,4 @@ def test_bad_targets_are_one_sentence(trained_run):
         (["--confidence", "0.9"], "--confidence is given without --target-risk"),
     ):
         with pytest.raises(InputError, match=sentence):
-            evaluate.main([str(trained_run), *arguments])
+            evaluate.main([str(trained_run), *arguments, "--resamples", "2"])

@@ -18,6 +18,14 @@ from mics_fast.study.cross_validation import check_folds
 from mics_fast.training.run import Run
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_resamples():
+    """Intervals from few resamples: their width is tested elsewhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "RESAMPLES", 5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folds(tmp_path_factory):
     """Two folds of 36 phantom pairs."""
