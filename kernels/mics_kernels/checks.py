@@ -67,10 +67,12 @@ def check_number(
 
     Raises:
         TypeError: not a number.
-        ValueError: outside the range, or NaN.
+        ValueError: outside the range, NaN, or an int that torch cannot hold.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit into 64 bits, got {value}")
     if not (value > low if above else value >= low) or not value <= high:
         raise ValueError(f"{name} must be {_range(low, high, above)}, got {value}")
 
