@@ -9,7 +9,7 @@ from typing import NamedTuple
 from mics_fast.common.errors import InputError
 from mics_fast.options.checks import check_config
 from mics_fast.options.experiment import ExperimentConfig, check_experiment
-from mics_fast.options.parsing import ConfigParser
+from mics_fast.options.parsing import ConfigParser, Setting
 from mics_fast.options.train import TrainConfig
 
 CONFIG = "config.yaml"  # in a run folder
@@ -56,7 +56,7 @@ def parse_train(
     out = next((own.value for own in reversed(settings) if own.name == "out"), "")
     if found.resume and out and not from_file and (Path(out) / CONFIG).is_file():
         base = read_config(Path(out) / CONFIG)
-    (config,) = parser.configs(settings, base)
+    (config,) = parser.configs([*settings, *without_steps(settings)], base)
     check_config(config)
     if found.print_config:
         parser.print_config([config])
@@ -81,7 +81,7 @@ def parse_experiment(
         "[--OPTION VALUE]...",
     )
     found, settings = parser.read(arguments)
-    train, grid = parser.configs(settings)
+    train, grid = parser.configs([*settings, *without_steps(settings)])
     check_config(train)
     check_experiment(grid)
     if found.print_config:
@@ -89,6 +89,16 @@ def parse_experiment(
         raise SystemExit(0)
     require(train, manifest=not grid.folds)
     return train, grid
+
+
+def without_steps(settings: Sequence[Setting]) -> list[Setting]:
+    """Return settings that unset the steps of a file where the command line gives epochs."""
+    given = {own.name for own in settings if not own.where}
+    return [
+        Setting(f"{stage}.steps", "null")
+        for stage in ("pretrain", "finetune")
+        if f"{stage}.epochs" in given and f"{stage}.steps" not in given
+    ]
 
 
 def require(config: TrainConfig, *, manifest: bool = True) -> None:

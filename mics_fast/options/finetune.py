@@ -41,7 +41,12 @@ class FinetuneConfig:
         "", "folder that keeps the features of frozen encoders for other runs; default: none"
     )
     epochs: int = option(50, "passes over the train rows", above=0)
-    steps: int | None = option(None, "optimiser steps; overrides finetune.epochs", above=0)
+    steps: int | None = option(
+        None,
+        "optimiser steps; overrides finetune.epochs, but not epochs of the command line if this is "
+        "from a file",
+        above=0,
+    )
     select: Literal["best", "last"] = option(
         "best",
         'the checkpoint that evaluation and prediction read: "best", by the fused macro-F1 on the '

@@ -20,7 +20,12 @@ class PretrainConfig:
         "patches",
     )
     epochs: int = option(30, "passes over the train rows", source="code", above=0)
-    steps: int | None = option(None, "optimiser steps; overrides pretrain.epochs", above=0)
+    steps: int | None = option(
+        None,
+        "optimiser steps; overrides pretrain.epochs, but not epochs of the command line if this is "
+        "from a file",
+        above=0,
+    )
     batch_size: int = option(64, "pairs per step", above=0)
     accumulate: int = option(
         1,

@@ -102,6 +102,19 @@ def test_later_files_and_options_override_earlier_ones(tmp_path):
     assert parse_train(files)[0].model.size == "vit_tiny"
 
 
+def test_epochs_of_the_command_line_replace_the_steps_of_a_file(tmp_path):
+    file = tmp_path / "own.yaml"
+    file.write_text("pretrain: {steps: 600}\nfinetune: {steps: 600, epochs: 3}\n")
+    command = ["--config", str(file), "--pretrain.epochs", "2"]
+    config = parse_train(command).config
+    assert (config.pretrain.steps, config.pretrain.epochs) == (None, 2)
+    assert (config.finetune.steps, config.finetune.epochs) == (600, 3), "of one file: steps win"
+    assert parse_train([*command, "--pretrain.steps", "5"]).config.pretrain.steps == 5
+    grid, _ = parse_experiment([*command, "--data.manifest", "m.csv", "--out", "study",
+                                "--experiment.label_counts", "[2]"])  # fmt: skip
+    assert grid.pretrain.steps is None
+
+
 def test_yaml_values_are_read_by_the_type_of_their_option(tmp_path):
     file = tmp_path / "a.yaml"
     file.write_text("out: 010\ncompile: on\npretrain: {lr: 1e-4, steps: null}\ncuda_graph: True\n")
