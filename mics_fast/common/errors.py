@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import os
 import sys
@@ -11,6 +12,8 @@ from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 1000  # characters of a message
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of a write that the user can mend: no room, or no right to write."""
 
 
 class InputError(Exception):
@@ -129,6 +132,11 @@ def run_command(main: Callable[[], None]) -> None:
     except (InputError, RunFailed) as error:
         warn(f"error: {error}")
         raise SystemExit(2 if isinstance(error, InputError) else 1) from None
+    except OSError as error:
+        if error.errno not in FULL or not error.filename:
+            raise
+        warn(f"error: {in_a_line(str(error.filename))} cannot be written: {error.strerror}")
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

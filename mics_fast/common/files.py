@@ -101,14 +101,17 @@ def renamed(file: Path) -> Iterator[Path]:
     """Create an empty file, private to its owner, and rename it to ``file`` on success.
 
     The temporary name is random and keeps the suffix, so nobody can plant a link there. On any
-    error the temporary file is removed.
+    error the temporary file is removed. An OSError names ``file``, for ``run_command`` to report.
     """
     partial = file.with_name(f".partial-{secrets.token_hex(8)}{file.suffix}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    os.close(os.open(partial, flags, 0o600))
     try:
+        os.close(os.open(partial, flags, 0o600))
         yield partial
         partial.replace(file)
+    except OSError as error:
+        error.filename = str(file)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

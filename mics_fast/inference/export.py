@@ -8,6 +8,7 @@ MODEL_CARD.md   data, metrics with intervals, limits
 
 from __future__ import annotations
 
+import io
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -94,8 +95,10 @@ def export_model(classifier: RunClassifier, out: Path) -> dict[str, float]:
     module = Answering(classifier.model.cpu(), classifier.point).eval()
     modalities, size = classifier.modalities, classifier.image_size
     program = trace(module, modalities, size)
+    whole = io.BytesIO()  # writing to a full disk itself, torch would end the process
+    torch.export.save(program, whole)
     with renamed(out / PROGRAM) as partial:
-        torch.export.save(program, partial)
+        partial.write_bytes(whole.getbuffer())
     agreement = {PROGRAM: largest_difference(module, program.module(), modalities, size)}
     if all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):
         write_onnx(program, description_of(classifier), module.outputs, out / ONNX)

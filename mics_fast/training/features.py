@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mics_fast.common.files import make_folder, renamed
@@ -144,7 +144,7 @@ class FeatureMaker:
         tensors = compute()
         make_folder(self.folder)
         with renamed(file) as partial:
-            save_file({name: own.contiguous() for name, own in tensors.items()}, partial)
+            partial.write_bytes(save({name: own.contiguous() for name, own in tensors.items()}))
         return tensors
 
     def _digest(self, how: Mapping[str, Any], rows: Sequence[Row]) -> str:

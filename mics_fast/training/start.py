@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from mics_fast.common.errors import InputError
@@ -81,7 +81,7 @@ def write_encoder(run: Run, encoder: VisionTransformer) -> None:
     """Store the frozen encoder of a run beside its checkpoints, which hold the rest."""
     with renamed(run.folder / ENCODER) as partial:
         state = encoder.state_dict()
-        save_file({name: own.cpu().contiguous() for name, own in state.items()}, partial)
+        partial.write_bytes(save({name: own.cpu().contiguous() for name, own in state.items()}))
 
 
 def read_encoder(run: Run) -> VisionTransformer:

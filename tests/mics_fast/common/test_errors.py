@@ -22,6 +22,22 @@ def test_bad_input_is_one_sentence_and_status_2():
     assert (done.returncode, done.stderr) == (2, "error: a is b, wanted c\n")
 
 
+def test_a_full_disk_is_one_sentence_that_names_the_file(tmp_path):
+    body = ["from pathlib import Path", "from mics_fast.common.files import renamed",
+            "from resource import RLIMIT_FSIZE, setrlimit", "setrlimit(RLIMIT_FSIZE, (10, 10))",
+            f"with renamed(Path({str(tmp_path / 'a.bin')!r})) as partial:",
+            "    partial.write_bytes(bytes(1000))"]  # fmt: skip
+    done = run(body)
+    sentence = f"error: {tmp_path / 'a.bin'} cannot be written: File too large\n"
+    assert (done.returncode, done.stderr) == (2, sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_faults_of_the_system_keep_their_traceback():
+    done = run(["raise OSError(5, 'Input/output error')"])
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
 def test_ctrl_c_is_no_traceback_and_status_130():
     done = run(["raise KeyboardInterrupt"])
     assert (done.returncode, done.stderr) == (130, "interrupted\n")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 import zipfile
 
 import pytest
@@ -208,6 +211,20 @@ def test_a_swapped_class_order_is_refused(exported, tmp_path):
 
 
 PIECES = [b"null", b"[]", b"-1", b"1e999", b"9" * 400, b"[" * 300, b'"', b"\xff", b"\xff" * 9]
+
+
+def test_a_file_that_cannot_be_written_whole_is_one_sentence(trained_run, tmp_path):
+    """A limit of 100 kB per file, which ends in the same error as a full disk."""
+    out = tmp_path / "model"
+    done = subprocess.run(
+        [sys.executable, "-m", "mics_fast.export", trained_run, "--out", out, "--resamples", "2"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert f"error: {out / 'model.pt2'} cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert list(out.iterdir()) == []
 
 
 def test_mutated_exports_end_in_a_sentence_or_an_answer(exported, tmp_path):
