@@ -12,8 +12,8 @@ from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
 
 LONGEST = 1000  # characters of a message
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of a write that the user can mend: no room, or no right to write."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors that only a write has, and that the user can mend."""
 
 
 class InputError(Exception):

@@ -110,7 +110,8 @@ def renamed(file: Path) -> Iterator[Path]:
         yield partial
         partial.replace(file)
     except OSError as error:
-        error.filename = str(file)
+        if str(error.filename or partial) == str(partial):  # not of another file in the body
+            error.filename = str(file)
         raise
     finally:
         partial.unlink(missing_ok=True)
