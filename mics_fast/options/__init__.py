@@ -11,7 +11,7 @@ from mics_fast.options.experiment import ExperimentConfig, Variant, check_experi
 from mics_fast.options.fields import Option, describe
 from mics_fast.options.finetune import FinetuneConfig, PseudoLabelRule, ShiftForm, wants_unlabelled
 from mics_fast.options.model import ModelConfig, ModelSize, PooledFusionName
-from mics_fast.options.pretrain import PretrainConfig
+from mics_fast.options.pretrain import PretrainConfig, contrasted_pairs
 from mics_fast.options.train import CompileScope, PrecisionName, StageChoice, TrainConfig
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Variant",
     "check_config",
     "check_experiment",
+    "contrasted_pairs",
     "describe",
     "wants_unlabelled",
 ]

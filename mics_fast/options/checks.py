@@ -8,7 +8,7 @@ from operator import attrgetter
 from mics_fast.common.errors import InputError
 from mics_fast.options.fields import check_ranges
 from mics_fast.options.finetune import wants_unlabelled
-from mics_fast.options.pretrain import PretrainConfig
+from mics_fast.options.pretrain import PretrainConfig, contrasted_pairs
 from mics_fast.options.train import TrainConfig
 
 BATCHES = ("pretrain.batch_size", "finetune.labelled_batch", "finetune.unlabelled_batch")
@@ -147,16 +147,22 @@ def check_sharding(config: TrainConfig, arithmetic: str, processes: int) -> None
 
 
 def check_pretraining(options: PretrainConfig, modalities: Sequence[str]) -> None:
-    """Refuse pre-training without a loss.
+    """Refuse pre-training without a loss, and positives that are the query's own pixels.
 
     Raises:
-        InputError: every weight is 0, except of terms that need two modalities.
+        InputError: every weight is 0, except of terms that need two modalities; or the teacher
+            shares the student's views, and the positives are views of the same frame.
     """
-    several = len(modalities) > 1
-    own = options.reconstruction_weight or options.adversarial_weight
-    if not own and not (several and options.consistency_weight):
+    pairs = contrasted_pairs(options, len(modalities))
+    if not (options.reconstruction_weight or options.adversarial_weight or pairs):
+        alone = f", with {modalities[0]} alone and pretrain.positives modalities"
         raise InputError(
-            "pre-training has no loss: wanted pretrain.reconstruction_weight or "
-            "pretrain.adversarial_weight above 0"
-            + (", or pretrain.consistency_weight" if several else f", with {modalities[0]} alone")
+            "pre-training has no loss: wanted pretrain.reconstruction_weight, "
+            "pretrain.adversarial_weight or pretrain.consistency_weight above 0"
+            + (alone if options.consistency_weight else "")
+        )
+    if options.teacher_views == "shared" and any(a == b for a, b in pairs):
+        raise InputError(
+            f"pretrain.positives is {options.positives}, but pretrain.teacher_views is shared: "
+            "each image would be its own positive; wanted independent views"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from mics_fast.options.data import AugmentConfig
@@ -70,6 +71,12 @@ class PretrainConfig:
     temperature: float = option(
         0.07, "at the start; learned within [0.001, 0.5]", source="ALBEF", above=0
     )
+    positives: Literal["modalities", "images", "both"] = option(
+        "modalities",
+        'of the contrastive loss. "modalities": the other frame of a pair, as in the paper; '
+        '"images": the teacher\'s view of the same frame, which keeps what only one modality '
+        'shows; "both". "images" and "both" need independent teacher_views',
+    )
     teacher_views: Literal["shared", "independent"] = option(
         "independent",
         '"independent": the teacher sees another crop, flip and colour of each image than the '
@@ -85,3 +92,14 @@ class PretrainConfig:
         0.75, "share of patches hidden", source="MAE", above=0, below=1
     )  # fmt: skip
     augment: AugmentConfig = option(factory=AugmentConfig)
+
+
+def contrasted_pairs(config: PretrainConfig, modalities: int) -> list[tuple[int, int]]:
+    """Return the (student, teacher) indices of modalities that the contrastive loss compares."""
+    if not config.consistency_weight:
+        return []
+    return [
+        (a, b)
+        for a, b in product(range(modalities), repeat=2)
+        if config.positives == "both" or (a == b) == (config.positives == "images")
+    ]

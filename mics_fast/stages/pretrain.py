@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import permutations
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from mics_fast.models.masked_autoencoder import random_mask
 from mics_fast.models.pretraining import PretrainModel, PretrainOutput, paste_patches
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import Pool, take_rows
-from mics_fast.options import CompileScope, PretrainConfig
+from mics_fast.options import CompileScope, PretrainConfig, contrasted_pairs
 from mics_fast.stages.adversarial import (
     Sequences,
     fool,
@@ -121,7 +120,7 @@ class PretrainStage(nn.Module):
         if self.balances:
             self.register_buffer("noise", torch.tensor(NOISE_AT_START))
         self._accuracies: list[Tensor] = []
-        self.contrasts = config.consistency_weight > 0 and len(modalities) > 1
+        self.pairs = contrasted_pairs(config, len(modalities))
         self._keys: list[Keys] = []
 
     def losses(self, batch: tuple[PairBatch], step: Tensor, share: float = 1.0) -> Iterator[Losses]:
@@ -136,7 +135,7 @@ class PretrainStage(nn.Module):
         config = self.config
         output, sequences = self._forward(pairs, step)
         keys = None
-        if self.contrasts:
+        if self.pairs:
             keys = self._gather(output, pairs)
             self._keys.append(keys)
         terms: dict[str, Tensor] = {}
@@ -218,7 +217,7 @@ class PretrainStage(nn.Module):
         }
         device = pairs.label.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            output = self.model(pairs.views, masks, pairs.teacher, contrast=self.contrasts)
+            output = self.model(pairs.views, masks, pairs.teacher, contrast=bool(self.pairs))
         if not self.config.adversarial_weight:
             return output, None
         return output, self._sequences(output, pairs, step)
@@ -316,7 +315,7 @@ class PretrainStage(nn.Module):
     def _health(self, output: PretrainOutput, present: Tensor) -> dict[str, Tensor]:
         """Compute the mean cosine of positives, and the queue's age in steps."""
         positives, complete = [], []
-        for a, b in permutations(range(len(self.modalities)), 2):
+        for a, b in self.pairs:
             own, other = output.features[self.modalities[a]], output.teachers[self.modalities[b]]
             positives.append((own * other).sum(-1))
             complete.append(present[:, a] & present[:, b])
@@ -336,7 +335,7 @@ class PretrainStage(nn.Module):
         )
 
     def _consistency(self, output: PretrainOutput, keys: Keys, alpha: Tensor) -> Tensor:
-        """Compute the soft-target contrastive loss over ordered pairs of modalities (ALBEF)."""
+        """Compute the soft-target contrastive loss over pairs of student and teacher (ALBEF)."""
         queues = self._queues()
         features = [output.features[name] for name in self.modalities]
         present = own_first(keys.present)
@@ -351,10 +350,12 @@ class PretrainStage(nn.Module):
             key_ids=own_first(keys.ids),
             queue_ids=[queue.ids for queue in queues],
             present=present,
+            pairs=self.pairs,
             reduction="sum",
         )
-        there = present[: len(features[0])].sum(1)
-        return part_of_mean(total, (there * (there - 1)).sum())  # ordered pairs
+        there = present[: len(features[0])]
+        students, teachers = zip(*self.pairs, strict=True)
+        return part_of_mean(total, (there[:, students] & there[:, teachers]).sum())
 
 
 @torch.no_grad()

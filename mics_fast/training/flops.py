@@ -17,7 +17,7 @@ from dataclasses import astuple, dataclass
 
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import tokens_read
-from mics_fast.options import TrainConfig
+from mics_fast.options import TrainConfig, contrasted_pairs
 from mics_fast.stages.pretrain import TURBO_SHARE
 
 LONGEST_QUEUE = 65536
@@ -83,15 +83,14 @@ def pretrain_flops(
     visible = size.num_patches - round(size.num_patches * options.mask_ratio)
     masked = options.reconstruction_weight > 0 or options.adversarial_weight > 0
     flops: dict[str, float] = {}
-    if options.consistency_weight and modalities > 1:
+    if pairs := contrasted_pairs(options, modalities):
         read = tokens_read(config.model.pool)
         patches = visible if turbo else size.num_patches
         seen = encoder(size, patches, read)
         head = dense(1, size.width, config.model.projection)
         student = head if turbo and masked else seen + head
         keys = (queue or options.queue_size or LONGEST_QUEUE) + options.batch_size
-        ordered_pairs = modalities * (modalities - 1)
-        loss = contrastive(options.batch_size, keys, config.model.projection) * ordered_pairs
+        loss = contrastive(options.batch_size, keys, config.model.projection) * len(pairs)
         flops["consistency"] = (student * images).trained() + loss
         flops["teacher"] = ((seen + head) * images).forward()
     if masked:

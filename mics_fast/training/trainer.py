@@ -38,7 +38,13 @@ from mics_fast.models.classifier import Classifier, check_modality_names, load_e
 from mics_fast.models.pooled import PooledEncoder
 from mics_fast.models.sizes import SIZES, network_name, size_of
 from mics_fast.models.vit import VisionTransformer, checkpoint_activations
-from mics_fast.options import FinetuneConfig, PretrainConfig, TrainConfig, wants_unlabelled
+from mics_fast.options import (
+    FinetuneConfig,
+    PretrainConfig,
+    TrainConfig,
+    contrasted_pairs,
+    wants_unlabelled,
+)
 from mics_fast.options.checks import (
     check_batches,
     check_cuda_graph,
@@ -180,7 +186,8 @@ class Trainer:
         """Run stage 1 on all train rows; False if stopped before its end."""
         options, init = self.config.pretrain, self.config.model.init
         check_pretraining(options, self.manifest.modalities)
-        if len(self.manifest.modalities) == 1 and options.consistency_weight:
+        pairs = contrasted_pairs(options, len(self.manifest.modalities))
+        if options.consistency_weight and not pairs:
             name = self.manifest.modalities[0]
             say(f"{name} alone: without consistency, which takes two modalities")
         stage, plan = build_pretraining(
@@ -191,7 +198,7 @@ class Trainer:
             say(load_start(self.config.model, encoders))
 
         def batches(step: int) -> Batches:
-            teacher = options.consistency_weight > 0 and options.teacher_views == "independent"
+            teacher = bool(pairs) and options.teacher_views == "independent"
             loader = self._loader(self.rows, options.batch_size, options, step, teacher=teacher)
             return zip(loader)
 

@@ -145,6 +145,10 @@ REFUSED = [
      "queue_ids[0] needs key_ids, got None"),
     (multimodal, {"present": torch.ones(3, 2).bool()}, ValueError,
      "present must have shape (4, 2), got (3, 2)"),
+    (multimodal, {"pairs": [(0, 2)]}, ValueError,
+     "pairs must be a list of tuples (a, b) of modalities from 0 to 1, got [(0, 2)]"),
+    (multimodal, {"pairs": []}, ValueError,
+     "pairs must be a list of tuples (a, b) of modalities from 0 to 1, got []"),
     # shift
     (moments, {"features": torch.zeros(4)}, ValueError,
      "features must have shape (B, D), got (4,)"),

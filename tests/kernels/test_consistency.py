@@ -275,6 +275,23 @@ def test_every_ordered_pair_of_modalities_counts_alike(modalities):
         torch.testing.assert_close(ours, value, **CLOSE)
 
 
+def test_a_modality_can_be_contrasted_with_itself(modalities):
+    features, teachers, keys, queues = modalities
+    given = [(0, 0), (2, 1), (2, 2)]
+    wanted = [
+        consistency_loss(
+            features[a], teachers[a], keys[b], queues[b], temperature=0.1, alpha=0.3,
+            reduction="none",
+        )
+        for a, b in given
+    ]  # fmt: skip
+    ours = multimodal_consistency_loss(
+        features, teachers, queues, keys=keys, temperature=0.1, alpha=0.3, pairs=given,
+        reduction="none",
+    )  # fmt: skip
+    torch.testing.assert_close(ours, torch.stack(wanted).sum(0), **CLOSE)
+
+
 def test_keys_are_the_teachers_unless_given(modalities):
     features, teachers, _, queues = modalities
     torch.testing.assert_close(

@@ -39,6 +39,7 @@ class Problem:
     present: Tensor | None
     temperature: float
     alpha: float
+    pairs: list[tuple[int, int]] | None
     reduction: str
 
 
@@ -94,6 +95,7 @@ def problems(draw: st.DrawFn) -> Problem:
         present,
         draw(st.sampled_from([0.001, 0.07, 0.5])),
         draw(st.sampled_from([0.0, 0.4, 1.0])),
+        draw(st.sampled_from([None, None, [(0, 0), (1, 1)], [(1, 0), (1, 1), (0, 0)]])),
         draw(st.sampled_from(["mean", "sum", "none"])),
     )
 
@@ -119,11 +121,14 @@ def solve(problem: Problem, backend: str, dtype: torch.dtype | None = None) -> l
         key_ids=None if problem.key_ids is None else problem.key_ids.to(device),
         queue_ids=problem.queue_ids and [ids.to(device) for ids in problem.queue_ids],
         present=None if problem.present is None else problem.present.to(device),
+        pairs=problem.pairs,
         reduction=problem.reduction,
         backend=backend,
     )
     outer = torch.linspace(0.5, 1.5, loss.numel(), device=device).reshape(loss.shape)
-    gradients = torch.autograd.grad(loss, [*features, temperature], outer.to(loss.dtype))
+    gradients = torch.autograd.grad(
+        loss, [*features, temperature], outer.to(loss.dtype), materialize_grads=True
+    )  # zeros for a modality that no pair names
     return [x.detach().cpu() for x in (loss, torch.stack(gradients[:-1]), gradients[-1])]
 
 
@@ -164,7 +169,18 @@ def fixed_problem(rows: int = 9, dim: int = 64, queue: int = 300) -> Problem:
     features, keys = ([unit(generator, rows, dim) for _ in range(2)] for _ in range(2))
     queues = [unit(generator, queue, dim) for _ in range(2)]
     return Problem(
-        features, [k.clone() for k in keys], keys, queues, None, None, None, None, 0.07, 0.4, "none"
+        features,
+        [k.clone() for k in keys],
+        keys,
+        queues,
+        None,
+        None,
+        None,
+        None,
+        0.07,
+        0.4,
+        None,
+        "none",
     )
 
 

@@ -241,6 +241,12 @@ def call_multimodal_consistency_loss(draw: Draw) -> Any:
         key_ids=maybe(draw, lambda: ids(draw, keys)),
         queue_ids=maybe(draw, lambda: each(lambda: ids(draw, queue))),
         present=maybe(draw, lambda: flags(draw, draw(st.sampled_from([rows, keys])), views)),
+        pairs=maybe(
+            draw,
+            lambda: draw(
+                st.lists(st.tuples(st.integers(-1, views), st.integers(0, views - 1)), max_size=4)
+            ),
+        ),
         **options(draw),
     )
 

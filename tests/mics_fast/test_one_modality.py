@@ -77,6 +77,14 @@ def test_one_modality_has_nothing_to_be_consistent_with(few_steps, manifest, tmp
 
 def test_no_loss_at_all_is_refused():
     check_pretraining(PretrainConfig(**ONLY_CONSISTENCY), ["wli", "nbi"])
+    check_pretraining(PretrainConfig(**ONLY_CONSISTENCY, positives="images"), ["nbi"])
     nothing = PretrainConfig(**ONLY_CONSISTENCY, consistency_weight=0.0)
-    with pytest.raises(InputError, match=r"or pretrain\.consistency_weight$"):
+    with pytest.raises(InputError, match=r"or pretrain\.consistency_weight above 0$"):
         check_pretraining(nothing, ["wli", "nbi"])
+
+
+@pytest.mark.parametrize("positives", ["images", "both"])
+def test_an_image_is_not_its_own_positive(positives):
+    options = PretrainConfig(positives=positives, teacher_views="shared")
+    with pytest.raises(InputError, match="each image would be its own positive"):
+        check_pretraining(options, ["wli", "nbi"])

@@ -115,6 +115,7 @@ def multimodal_consistency_loss(
     key_ids: Tensor | None = None,
     queue_ids: Sequence[Tensor] | None = None,
     present: Tensor | None = None,
+    pairs: Sequence[tuple[int, int]] | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> Tensor:
@@ -124,7 +125,8 @@ def multimodal_consistency_loss(
     ``keys[b]`` and ``queues[b]``.
 
     Args:
-        features: V >= 2 tensors (B, D), D >= 1, L2-normalised, one dtype. Get gradients.
+        features: V tensors (B, D), D >= 1, L2-normalised, one dtype; V >= 2, or 1 with ``pairs``.
+            Get gradients.
         teachers: V tensors (B, D), the momentum teacher's features; no gradient.
         queues: V tensors (Q, D), older keys of each modality; no gradient.
         keys: V tensors (K, D), the teachers' features of all ranks, this rank's own B rows first;
@@ -137,6 +139,8 @@ def multimodal_consistency_loss(
         present: (B, V) bool. A pair counts in the rows where both modalities are present; an
             absent feature is never read, as query or as key. With gathered keys, (K, V) flags of
             all ranks; with (B, V) flags the keys of other ranks count as present.
+        pairs: the ordered pairs (a, b), indices of modalities; default all with a != b. (a, a)
+            contrasts two views of the same image, the student's and the teacher's.
         reduction: "mean" over the ordered pairs and rows that count (0 if there are none), "sum",
             or "none": (B,), the sum of each row over ordered pairs.
         backend: see ``mics_kernels.backends``.
@@ -163,7 +167,7 @@ def multimodal_consistency_loss(
     """
     keys_of = "teachers" if keys is None else "keys"
     keys = teachers if keys is None else keys
-    _check_lists(features, teachers, keys, queues, queue_lengths, queue_ids)
+    _check_lists(features, teachers, keys, queues, queue_lengths, queue_ids, pairs)
     query = features[0]
     _check_query("features[0]", query)
     for index in range(len(features)):
@@ -183,7 +187,7 @@ def multimodal_consistency_loss(
         )
     _check_ids("key_ids", key_ids, len(keys[0]), query.device)
     _check_scalars(temperature, alpha, query.device, reduction)
-    pairs = list(permutations(range(len(features)), 2))
+    pairs = _checked_pairs(pairs, len(features))
     inputs = ConsistencyInputs(
         queries=list(features),
         teachers=list(teachers),
@@ -210,6 +214,25 @@ def _losses_and_counted(inputs: ConsistencyInputs) -> tuple[Tensor, Tensor]:
     return results.losses, results.counted
 
 
+def _checked_pairs(
+    pairs: Sequence[tuple[int, int]] | None, views: int
+) -> Sequence[tuple[int, int]]:
+    if pairs is None:
+        return list(permutations(range(views), 2))
+    valid = isinstance(pairs, list | tuple) and all(
+        isinstance(pair, tuple)
+        and len(pair) == 2
+        and all(isinstance(index, int) and 0 <= index < views for index in pair)
+        for pair in pairs
+    )
+    if not (valid and pairs):
+        raise ValueError(
+            f"pairs must be a list of tuples (a, b) of modalities from 0 to {views - 1}, "
+            f"got {pairs!r}"
+        )
+    return pairs
+
+
 def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: int) -> Tensor | None:
     """Return (K, V) flags of the keys from these, or from (B, V) flags of the queries."""
     if present is None:
@@ -228,6 +251,7 @@ def _check_lists(
     queues: Sequence[Tensor] | None,
     queue_lengths: Sequence[int | Tensor] | None,
     queue_ids: Sequence[Tensor] | None,
+    pairs: Sequence[tuple[int, int]] | None,
 ) -> None:
     given = {
         "features": features,
@@ -249,8 +273,9 @@ def _check_lists(
                 f"{name} must have one entry per modality like features, {len(features)}, "
                 f"got {len(values)}"
             )
-    if len(features) < 2:
-        raise ValueError(f"features must hold at least two modalities, got {len(features)}")
+    least = "two modalities" if pairs is None else "one modality"
+    if len(features) < (2 if pairs is None else 1):
+        raise ValueError(f"features must hold at least {least}, got {len(features)}")
 
 
 def _check_query(name: str, query: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mics_fast.models.masked_autoencoder import unpatchify
 from mics_fast.models.vit import patchify
@@ -192,6 +193,31 @@ def test_without_consistency_only_masked_views_are_encoded(make_stage, make_batc
     run_step(stage, make_batch(4))
     assert lengths == [(8, 5, 16)]  # class token and 4 of 16 patches
     assert all(queue.length == 0 for queue in stage.queues)
+
+
+@pytest.mark.parametrize(
+    ("positives", "wanted"),
+    [
+        ("modalities", [(0, 1), (1, 0)]),
+        ("images", [(0, 0), (1, 1)]),
+        ("both", [(0, 0), (0, 1), (1, 0), (1, 1)]),
+    ],
+)
+def test_the_loss_is_the_mean_over_the_chosen_positives(make_stage, make_batch, positives, wanted):
+    stage = make_stage(positives=positives, alpha=0.0)
+    batch = make_batch(4)
+    batch.teacher = make_batch(4, seed=7).views
+    batch.present[3, 0] = False
+    found = run_step(stage, batch)["model"].terms["consistency"]
+    output, _ = stage._forward(batch, torch.tensor(0))
+    rows = []
+    for a, b in wanted:
+        there = batch.present[:, a] & batch.present[:, b]
+        keys = output.teachers[stage.modalities[b]][batch.present[:, b]]
+        logits = output.features[stage.modalities[a]] @ keys.T / stage.model.temperature()
+        column = (batch.present[:, b].cumsum(0) - 1)[there]
+        rows.append(F.cross_entropy(logits[there], column, reduction="none"))
+    torch.testing.assert_close(found, torch.cat(rows).mean())
 
 
 def test_alpha_grows_over_the_first_epoch(make_stage, make_batch):
