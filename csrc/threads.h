@@ -1,6 +1,7 @@
-// A persistent pool of threads, woken in microseconds and asleep without work.
+// Work on the OpenMP threads of torch, found when it is loaded.
 //
-// A second OpenMP runtime would spin against torch's on the same cores.
+// Threads of our own, or of a second OpenMP runtime, would wait for a core while torch's spin after
+// its last operator. Without torch or its OpenMP the caller works alone.
 #pragma once
 
 #include <algorithm>
@@ -9,8 +10,7 @@
 namespace mics {
 
 // work(context, piece) for every piece in [0, pieces), on the caller and up to threads - 1 others.
-// Pieces must not depend on which thread takes them. Safe in a forked child, and from
-// several threads at once (the second caller then works alone).
+// Pieces must not depend on which thread takes them. In a forked child the caller works alone.
 void run_pieces(int64_t pieces, int threads, void (*work)(void* context, int64_t piece),
                 void* context);
 

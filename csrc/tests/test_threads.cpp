@@ -1,5 +1,5 @@
-// Every piece runs once: on one thread, with helpers, called from several threads at once, and in a
-// forked child, which has none of its parent's threads.
+// Every piece runs once: on one thread, with OpenMP's, called from several threads at once, and in
+// a forked child, which has none of its parent's threads.
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -31,6 +31,17 @@ void expect_each_once() {
     }
 }
 
+void expect_several_threads() {
+    std::atomic<int> inside{0};
+    std::atomic<bool> together{false};
+    mics::each_piece(2, 2, [&](int64_t) {  // each piece waits for the other one
+        ++inside;
+        for (int tries = 0; tries < 100000 && inside < 2; ++tries) std::this_thread::yield();
+        together = inside == 2;
+    });
+    expect("two pieces are worked on at the same time", together);
+}
+
 void expect_several_callers() {
     std::atomic<bool> fine{true};
     std::vector<std::thread> callers;
@@ -48,7 +59,7 @@ void expect_a_child_works_too() {
     if (child == 0) _exit(each_once(100, 3) && each_once(100, 3) ? 0 : 1);
     int status = 1;
     waitpid(child, &status, 0);
-    expect("a forked child shares its work as well", WIFEXITED(status) && WEXITSTATUS(status) == 0);
+    expect("a forked child works alone", WIFEXITED(status) && WEXITSTATUS(status) == 0);
     expect("its parent goes on", each_once(100, 3));
 }
 
@@ -67,6 +78,7 @@ void expect_whole_tiles() {
 
 int main() {
     expect_each_once();
+    expect_several_threads();
     expect_several_callers();
     expect_a_child_works_too();
     expect_whole_tiles();
