@@ -77,10 +77,15 @@ class FinetuneConfig:
         factory=dict, above=0,
     )  # fmt: skip
     lr: float = option(
-        1e-4, "peak learning rate of the encoders (AdamW, cosine to 1 % of it)", above=0
+        1e-4,
+        "peak learning rate of encoders that start from weights (AdamW, cosine to 1 % of it)",
+        above=0,
     )
     head_lr_factor: float = option(
-        10.0, "learning rate of fusion encoder and heads, relative to finetune.lr", above=0
+        10.0,
+        "learning rate of what starts untrained, relative to finetune.lr: fusion encoder, heads, "
+        "and encoders without weights to start from",
+        above=0,
     )
     layer_decay: float = option(
         1.0,

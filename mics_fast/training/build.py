@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -100,6 +101,14 @@ def pretrain_optimisers(stage: PretrainStage, *, fused: bool | None = True) -> d
             fused=fused,
         )
     return optimisers
+
+
+def as_from_scratch(config: TrainConfig) -> TrainConfig:
+    """Return options by which encoders that start untrained learn as fast as the heads."""
+    options = config.finetune
+    lr = options.lr * options.head_lr_factor
+    options = replace(options, lr=lr, head_lr_factor=1.0, layer_decay=1.0)
+    return replace(config, finetune=options)
 
 
 def finetune_optimisers(model: Classifier, options: FinetuneConfig) -> dict[str, Optimizer]:

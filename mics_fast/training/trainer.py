@@ -59,6 +59,7 @@ from mics_fast.stages.health import closing_warnings
 from mics_fast.stages.pretrain import PretrainStage
 from mics_fast.training.build import (
     adapt,
+    as_from_scratch,
     build_classifier,
     build_finetuning,
     build_pretraining,
@@ -218,14 +219,15 @@ class Trainer:
             say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
         labelled = [row for row in self.rows if row.labelled]
         model = build_classifier(self.config, self.manifest)
-        kept = None
+        kept, config = None, self.config
         if options.encoder == "frozen":
             kept = self._keep_features(model)
         else:
-            self._start(model.encoders.values())
+            if not self._start(model.encoders.values()):
+                config = as_from_scratch(config)
             adapt(model, options)
         stage, plan = build_finetuning(
-            self.config, self.manifest, model, len(self.rows), self.precision, self.device
+            config, self.manifest, model, len(self.rows), self.precision, self.device
         )
 
         make = self._loader if kept is None else self._feature_loader(kept[0])

@@ -77,11 +77,18 @@ def test_every_loss_in_the_log_is_the_weighted_sum_of_its_terms(finished):
         assert line["loss"] == pytest.approx(weighted, rel=1e-5)
 
 
-def test_fresh_heads_learn_faster_and_the_log_says_how_fast(manifest, tmp_path):
-    options = ["--stage", "finetune", "--finetune.head_lr_factor", "4"]
-    train.main([*SHORT, *options, "--data.manifest", manifest, "--out", str(tmp_path / "run")])
-    for record in records(tmp_path / "run"):
-        assert record["lr_heads"] == pytest.approx(4 * record["lr"])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_what_starts_untrained_learns_faster_and_the_log_says_how_fast(
+    finished, manifest, tmp_path, pretrained
+):
+    start = str(finished) if pretrained else "none"
+    options = ["--finetune.init", start, "--finetune.lr", "1e-4", "--finetune.head_lr_factor", "4"]
+    options += ["--stage", "finetune", "--data.manifest", manifest, "--out", str(tmp_path / "run")]
+    train.main([*SHORT, *options])
+    rates = [(record["lr"], record["lr_heads"]) for record in records(tmp_path / "run")]
+    assert max(heads for _, heads in rates) == pytest.approx(4e-4, rel=0.2)
+    for encoders, heads in rates:
+        assert heads == pytest.approx((4 if pretrained else 1) * encoders)
 
 
 def test_fine_tuning_starts_from_the_run_s_own_pre_training(finished, manifest, tmp_path, capsys):
