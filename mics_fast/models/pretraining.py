@@ -69,8 +69,8 @@ class PretrainModel(nn.Module):
         pool: input of the contrastive feature: "cls" or "mean".
         projection: width P of the contrastive feature.
         temperature: initial value, within (0.001, 0.5).
-        visible_only: compute the contrastive features of student and teacher from the visible
-            patches only, so that the student needs no second forward pass.
+        visible_only: compute the student's contrastive features from the visible patches only, so
+            that it needs no second forward pass (Assran et al., Masked Siamese Networks, 2022).
 
     Raises:
         InputError: the temperature is outside its range.
@@ -138,14 +138,13 @@ class PretrainModel(nn.Module):
         tokens = self.encoder(images, visible)
         features, teachers = {}, {}
         if contrast:
-            seen = visible if self.visible_only else None
             wanted = tokens_read(self.pool)
             whole = tokens if self.visible_only else self.encoder(images, wanted=wanted)
             features = self._by_modality(self._features(whole, self.projection_head))
             with torch.no_grad():
                 if teacher_views is not None:
                     images = torch.cat([teacher_views[name] for name in self.modalities])
-                taught = self.teacher_encoder(images, seen, wanted=wanted)
+                taught = self.teacher_encoder(images, wanted=wanted)
                 teachers = self._by_modality(self._features(taught, self.teacher_projection))
         predictions = at_least_float32(self.decoder(tokens, visible, hidden))
         return PretrainOutput(

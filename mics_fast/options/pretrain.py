@@ -16,9 +16,8 @@ class PretrainConfig:
 
     preset: Literal["paper", "turbo"] = option(
         "paper",
-        '"paper"; or "turbo", which changes the method: student and teacher make the contrastive '
-        "features from the visible patches, the discriminator judges a random quarter of the "
-        "patches",
+        '"paper"; or "turbo", which changes the method: the student makes its contrastive features '
+        "from the visible patches, the discriminator judges a random quarter of the patches",
     )
     epochs: int = option(30, "passes over the train rows", source="code", above=0)
     steps: int | None = option(

@@ -85,14 +85,16 @@ def pretrain_flops(
     flops: dict[str, float] = {}
     if pairs := contrasted_pairs(options, modalities):
         read = tokens_read(config.model.pool)
-        patches = visible if turbo else size.num_patches
-        seen = encoder(size, patches, read)
+        whole = encoder(size, size.num_patches, read)
         head = dense(1, size.width, config.model.projection)
-        student = head if turbo and masked else seen + head
+        if turbo:
+            student = head if masked else encoder(size, visible, read) + head
+        else:
+            student = whole + head
         keys = (queue or options.queue_size or LONGEST_QUEUE) + options.batch_size
         loss = contrastive(options.batch_size, keys, config.model.projection) * len(pairs)
         flops["consistency"] = (student * images).trained() + loss
-        flops["teacher"] = ((seen + head) * images).forward()
+        flops["teacher"] = ((whole + head) * images).forward()
     if masked:
         work = encoder(size, visible) + decoder(size, visible)
         flops["reconstruction"] = (work * images).trained()

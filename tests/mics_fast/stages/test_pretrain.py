@@ -150,9 +150,7 @@ def test_an_absent_modality_changes_no_loss_and_enters_no_queue(make_stage, make
     assert torch.equal(losses[0][0], losses[1][0]) and torch.equal(losses[0][1], losses[1][1])
 
 
-def test_in_the_turbo_preset_student_and_teacher_see_the_visible_patches_alone(
-    make_stage, make_batch
-):
+def test_in_the_turbo_preset_the_student_sees_the_visible_patches_alone(make_stage, make_batch):
     stage = make_stage(preset="turbo")
     output, _ = stage._forward(make_batch(4), torch.tensor(0))
     changed = make_batch(4)
@@ -164,7 +162,8 @@ def test_in_the_turbo_preset_student_and_teacher_see_the_visible_patches_alone(
     other, _ = stage._forward(changed, torch.tensor(0))
     for name in ("wli", "nbi"):
         assert torch.equal(output.features[name], other.features[name])
-        assert torch.equal(output.teachers[name], other.teachers[name])
+        # Else the places of the visible patches would tell an image from all others.
+        assert not torch.equal(output.teachers[name], other.teachers[name])
         assert not torch.equal(output.targets[name], other.targets[name])
 
 
