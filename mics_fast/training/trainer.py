@@ -190,7 +190,7 @@ class Trainer:
         pairs = contrasted_pairs(options, len(self.manifest.modalities))
         if options.consistency_weight and not pairs:
             name = self.manifest.modalities[0]
-            say(f"{name} alone: without consistency, which takes two modalities")
+            say(f"{name} alone: without consistency, whose positives are modalities")
         stage, plan = build_pretraining(
             self.config, self.manifest, len(self.rows), self.precision, self.device
         )

@@ -35,14 +35,14 @@ def test_a_manifest_of_one_modality_trains_in_both_stages(
     run = tmp_path / "run"
     train_few_steps(manifest, run)
     said = capsys.readouterr().out
-    assert "wli alone: without consistency, which takes two modalities" in said
     assert "wli alone: without fusion, agreement and shift" in said
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     terms = {
         stage: {n for x in lines if x["stage"] == stage for n in x if n.startswith("loss_")}
         for stage in ("pretrain", "finetune")
     }
-    assert terms["pretrain"] == {"loss_adversarial", "loss_discriminator", "loss_reconstruction"}
+    own = {"loss_adversarial", "loss_discriminator", "loss_reconstruction"}
+    assert terms["pretrain"] == own | {"loss_consistency"}  # of two views of one image
     assert terms["finetune"] == {"loss_supervised", "loss_pseudo"}
     assert all(math.isfinite(x[name]) for x in lines for name in x if name.startswith("loss"))
     assert all(0 <= x["knn_accuracy"] <= 1 for x in lines if "knn_accuracy" in x)
@@ -55,10 +55,13 @@ def test_a_manifest_of_one_modality_trains_in_both_stages(
 
 
 def test_the_chosen_modality_of_two_trains_without_labels_alone(
-    phantom_manifest, train_few_steps, tmp_path
+    phantom_manifest, train_few_steps, tmp_path, capsys
 ):
     chosen = ["--data.modalities", "[nbi]", "--pretrain.adversarial_weight", "0"]
+    chosen += ["--pretrain.positives", "modalities"]
     train_few_steps(phantom_manifest, tmp_path / "run", "--stage", "pretrain", *chosen)
+    said = capsys.readouterr().out
+    assert "nbi alone: without consistency, whose positives are modalities" in said
     text = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     terms = {name for line in text for name in json.loads(line) if name.startswith("loss_")}
     assert terms == {"loss_reconstruction"}
@@ -69,6 +72,7 @@ ONLY_CONSISTENCY = {"reconstruction_weight": 0.0, "adversarial_weight": 0.0}
 
 def test_one_modality_has_nothing_to_be_consistent_with(few_steps, manifest, tmp_path):
     arguments = [*few_steps, "--data.manifest", str(manifest), "--out", str(tmp_path / "run")]
+    arguments += ["--pretrain.positives", "modalities"]
     for name, value in ONLY_CONSISTENCY.items():
         arguments += [f"--pretrain.{name}", str(value)]
     with pytest.raises(InputError, match=r"pre-training has no loss: wanted .*, with wli alone"):
