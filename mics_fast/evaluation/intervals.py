@@ -7,13 +7,14 @@ bootstrap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from mics_fast.evaluation import RESAMPLES
+from mics_fast.evaluation.counted import each_once
 from mics_fast.evaluation.opinions import Predictions
 
 LEVEL = 0.95
@@ -21,8 +22,11 @@ LEVEL = 0.95
 Interval = list[float]
 """Lower and upper end."""
 
-Statistics = Callable[[Predictions], dict[str, Tensor]]
-"""Named statistics: scalars () or one value per class (C,)."""
+Statistics = Callable[[Predictions, Tensor], dict[str, Tensor]]
+"""Named statistics of N rows and R resamples of them, given as counts (R, N) float64 (see
+``counted``): one value per resample (R,), or one per class (R, C)."""
+
+_CELLS = 2**16  # counts in memory at a time: 512 KiB, which fit a cache
 
 
 class Difference(TypedDict):
@@ -33,19 +37,22 @@ class Difference(TypedDict):
 
 
 def resamples(group: Tensor, count: int, seed: int) -> Iterator[Tensor]:
-    """Draw as many groups as there are, with replacement, and yield their row numbers.
+    """Draw as many groups as there are, with replacement, and count how often each row is drawn.
 
     Args:
         group: Group of each row, (N,) int64.
         count: Number of resamples.
         seed: The same seed and groups give the same resamples.
+
+    Yields:
+        Counts of some of the resamples, (R, N) float64; ``count`` rows in all.
     """
     generator = torch.Generator().manual_seed(seed)
-    _, member, size = group.unique(return_inverse=True, return_counts=True)
-    rows_of = member.argsort(stable=True).split(size.tolist())
-    for _ in range(count):
-        drawn = torch.randint(len(rows_of), (len(rows_of),), generator=generator)
-        yield torch.cat([rows_of[number] for number in drawn.tolist()])
+    names, member = group.unique(return_inverse=True)
+    for part in torch.arange(count).split(max(1, _CELLS // len(group))):
+        drawn = torch.randint(len(names), (len(part), len(names)), generator=generator)
+        times = torch.zeros(drawn.shape, dtype=torch.float64)
+        yield times.scatter_add_(1, drawn, torch.ones_like(times))[:, member]
 
 
 def bootstrap(
@@ -55,9 +62,7 @@ def bootstrap(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapter 13.
     """
-    drawn = [
-        statistics(predictions.take(rows)) for rows in resamples(predictions.group, count, seed)
-    ]
+    drawn = [statistics(predictions, own) for own in resamples(predictions.group, count, seed)]
     return percentile_intervals(drawn)
 
 
@@ -86,30 +91,27 @@ def paired_bootstrap(
 
     Args:
         first, second: Predictions for the same rows in the same order.
-        statistics: See ``bootstrap``; scalars only.
+        statistics: One value per resample each.
         count: Number of resamples.
         seed: As in ``resamples``.
     """
 
-    def difference(one: Predictions, other: Predictions) -> dict[str, Tensor]:
-        values, others = statistics(one), statistics(other)
+    def differences(counts: Tensor) -> dict[str, Tensor]:
+        values, others = statistics(first, counts), statistics(second, counts)
         return {name: value - others[name] for name, value in values.items()}
 
-    drawn = [
-        difference(first.take(rows), second.take(rows))
-        for rows in resamples(first.group, count, seed)
-    ]
+    drawn = [differences(own) for own in resamples(first.group, count, seed)]
     intervals = percentile_intervals(drawn)
     return {
         name: {"difference": value.item(), "interval": intervals[name].tolist()}
-        for name, value in difference(first, second).items()
+        for name, value in differences(each_once(first)).items()
     }
 
 
-def percentile_intervals(drawn: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def percentile_intervals(drawn: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Take the middle 95 % of each statistic, ignoring resamples where it is undefined."""
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     return {
-        name: torch.stack([values[name].double() for values in drawn]).nanquantile(tails, dim=0)
+        name: torch.cat([values[name] for values in drawn]).nanquantile(tails, dim=0)
         for name in drawn[0]
     }

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from mics_fast.common.errors import InputError
+from mics_fast.evaluation.counted import mean_of
 from mics_fast.evaluation.intervals import Interval, bootstrap
 from mics_fast.evaluation.opinions import Predictions
 
@@ -96,15 +97,14 @@ def choose_sets(predictions: Predictions, coverage: float) -> SetRule:
 def measure_sets(predictions: Predictions, rule: SetRule, count: int) -> SetQuality:
     """Measure a rule, with intervals from ``count`` resamples."""
 
-    def statistics(own: Predictions) -> dict[str, Tensor]:
-        members = rule.members(own.probability)
-        sizes = members.sum(1).double()
-        return {
-            "covered": members.gather(1, own.label.unsqueeze(1)).double().mean(),
-            "size": sizes.mean(),
-            "single": (sizes == 1).double().mean(),
-        }
+    members = rule.members(predictions.probability)
+    sizes = members.sum(1)
+    covered = members.gather(1, predictions.label.unsqueeze(1)).squeeze(1)
+    rows = {"covered": covered, "size": sizes, "single": sizes == 1}
 
-    values = {name: value.item() for name, value in statistics(predictions).items()}
+    def statistics(own: Predictions, counts: Tensor) -> dict[str, Tensor]:
+        return {name: mean_of(each, counts) for name, each in rows.items()}
+
+    values = {name: each.double().mean().item() for name, each in rows.items()}
     drawn = bootstrap(predictions, statistics, count=count)
     return SetQuality(rule, values, {name: ends.tolist() for name, ends in drawn.items()})

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mics_fast.common.errors import InputError
 from mics_fast.evaluation import By
+from mics_fast.evaluation.counted import each_once
 from mics_fast.evaluation.intervals import Interval, bootstrap
 from mics_fast.evaluation.opinions import Predictions
 
@@ -169,10 +170,10 @@ class Referral:
 def apply_rule(predictions: Predictions, rule: Rule, count: int) -> Referral:
     """Measure a rule, with intervals from ``count`` resamples."""
 
-    def statistics(own: Predictions) -> dict[str, Tensor]:
-        return referral_statistics(own, rule)
+    def statistics(own: Predictions, counts: Tensor) -> dict[str, Tensor]:
+        return referral_statistics(own, rule, counts)
 
-    values = statistics(predictions)
+    values = referral_values(predictions, rule)
     drawn = bootstrap(predictions, statistics, count=count)
     scalars = ("coverage", "risk", "error")
     return Referral(
@@ -186,17 +187,33 @@ def apply_rule(predictions: Predictions, rule: Rule, count: int) -> Referral:
     )
 
 
-def referral_statistics(predictions: Predictions, rule: Rule) -> dict[str, Tensor]:
-    """Compute coverage, risk and error, and PPV and NPV per class, among the answered rows."""
-    answered = ~rule.refers(predictions)
-    wrong = predictions.wrong().bool() & answered
-    label, answer = predictions.label[answered], predictions.probability[answered].argmax(1)
+def referral_values(predictions: Predictions, rule: Rule) -> dict[str, Tensor]:
+    """Compute ``referral_statistics`` of the rows themselves: () or (C,) each."""
+    once = referral_statistics(predictions, rule, each_once(predictions))
+    return {name: each.squeeze(0) for name, each in once.items()}
+
+
+def referral_statistics(predictions: Predictions, rule: Rule, counts: Tensor) -> dict[str, Tensor]:
+    """Compute coverage, risk and error (R,), and PPV and NPV per class (R, C), among the answered.
+
+    Args:
+        predictions: For N rows; every label is known.
+        rule: Decides which rows are answered.
+        counts: Resamples, (R, N); see ``counted``.
+    """
+    answered = counts * ~rule.refers(predictions)
+    wrong = answered * predictions.wrong()
     classes = torch.arange(predictions.probability.shape[1])
-    said, true = answer[:, None] == classes, label[:, None] == classes
+    said = predictions.probability.argmax(1, keepdim=True) == classes
+    true = predictions.label[:, None] == classes
+
+    def sums(rows: Tensor) -> Tensor:
+        return answered @ rows.double()
+
     return {
-        "coverage": answered.double().mean(),
-        "risk": wrong.double().mean(),
-        "error": wrong.sum() / answered.sum(),
-        "ppv": (said & true).sum(0) / said.sum(0),
-        "npv": (~said & ~true).sum(0) / (~said).sum(0),
+        "coverage": answered.sum(1) / counts.sum(1),
+        "risk": wrong.sum(1) / counts.sum(1),
+        "error": wrong.sum(1) / answered.sum(1),
+        "ppv": sums(said & true) / sums(said),
+        "npv": sums(~said & ~true) / sums(~said),
     }

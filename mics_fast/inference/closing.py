@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mics_fast.common.files import printable
 from mics_fast.data.manifest import Manifest
+from mics_fast.evaluation.counted import mean_of
 from mics_fast.evaluation.intervals import bootstrap
 from mics_fast.evaluation.metrics import prediction_metrics
 from mics_fast.evaluation.opinions import FUSED, Predictions
@@ -63,9 +64,9 @@ def short_table(assessment: Assessment) -> Table:
     return table
 
 
-def accuracy(predictions: Predictions) -> dict[str, Tensor]:
-    """Compute the share of right answers."""
-    return {"accuracy": 1 - predictions.wrong().mean()}
+def accuracy(predictions: Predictions, counts: Tensor) -> dict[str, Tensor]:
+    """Compute the share of right answers in each resample, (R,); see ``counted``."""
+    return {"accuracy": mean_of(1 - predictions.wrong(), counts)}
 
 
 def next_commands(folder: Path, manifest: Manifest) -> list[str]:

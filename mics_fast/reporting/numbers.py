@@ -14,7 +14,7 @@ from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.engine.log import read_log
 from mics_fast.evaluation.metrics import BINS, risk_coverage
 from mics_fast.evaluation.opinions import FUSED
-from mics_fast.evaluation.referral import Rule, referral_statistics
+from mics_fast.evaluation.referral import Rule, referral_values
 from mics_fast.evaluation.results import Evaluation
 from mics_fast.evaluation.tables import (
     CLASS_COLUMNS,
@@ -146,7 +146,7 @@ def referral(subject: Subject) -> str:
     ordered = fused.uncertainty.sort().values
     for percent in (100, 90, 80, 70, 60, 50):
         limit = ordered[max(1, -(-len(fused) * percent // 100)) - 1].item()
-        gain = referral_statistics(fused, Rule("uncertainty", limit))
+        gain = referral_values(fused, Rule("uncertainty", limit))
         shares = (gain["coverage"], gain["risk"], 1 - gain["error"])
         rows.append([f"{limit:.3f}", *(f"{share.item():.0%}" for share in shares)])
     head = ["refer above uncertainty", "answered", "wrong, of all", "right, of the answered"]

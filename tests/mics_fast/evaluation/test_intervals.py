@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mics_fast.evaluation.counted import mean_of
 from mics_fast.evaluation.intervals import bootstrap, extreme_interval, paired_bootstrap, resamples
-from mics_fast.evaluation.metrics import calibration_metrics
+from mics_fast.evaluation.metrics import calibration_errors
 from mics_fast.evaluation.opinions import Predictions
 
 
@@ -16,8 +17,13 @@ def simulated(right, group):
     return Predictions(probability, torch.full((len(right),), 0.5), (~right).long(), group)
 
 
-def accuracy(predictions):
-    return {"accuracy": 1 - predictions.wrong().mean()}
+def accuracy(predictions, counts):
+    return {"accuracy": mean_of(1 - predictions.wrong(), counts)}
+
+
+def rows_of(counts):
+    """Row numbers of each resample, with repetitions."""
+    return [torch.arange(len(own)).repeat_interleave(own.long()) for own in counts]
 
 
 def covered(draw, truth, datasets=300):
@@ -79,8 +85,9 @@ def test_intervals_of_a_difference_hold_it_19_times_in_20():
 def test_percentiles_of_a_binned_calibration_error_miss_it():
     """Why it gets no interval: of perfectly calibrated predictions, all resamples lie above 0."""
 
-    def binned(predictions):
-        return {"ece": torch.tensor(calibration_metrics(predictions)["ece"])}
+    def binned(predictions, counts):
+        drawn = [calibration_errors(predictions.take(rows)) for rows in rows_of(counts)]
+        return {"ece": torch.tensor([own["ece"] for own in drawn]).double()}
 
     for seed in range(10):
         generator = torch.Generator().manual_seed(seed)
@@ -113,7 +120,7 @@ def test_pairing_makes_the_interval_of_a_difference_narrower():
 def test_a_resample_holds_whole_groups_as_many_as_there_are():
     group = torch.tensor([7, 3, 7, 7, 5])
     sizes = {3: 1, 5: 1, 7: 3}
-    for rows in resamples(group, 20, seed=0):
+    for rows in rows_of(torch.cat([*resamples(group, 20, seed=0)])):
         drawn = group[rows].bincount(minlength=8)
         assert sum(int(drawn[name]) // size for name, size in sizes.items()) == 3
         assert all(int(drawn[name]) % size == 0 for name, size in sizes.items())
@@ -123,3 +130,12 @@ def test_a_resample_holds_whole_groups_as_many_as_there_are():
 def test_nothing_wrong_in_ten_is_not_nothing_wrong_ever(value, wanted):
     # Clopper-Pearson for 0 of 10: 1 - 0.025 ** 0.1.
     assert extreme_interval(value, torch.arange(10)) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_resamples_are_the_same_in_parts_of_any_size(monkeypatch):
+    group = torch.arange(7).repeat_interleave(2)
+    together = torch.cat([*resamples(group, 10, seed=3)])
+    monkeypatch.setattr("mics_fast.evaluation.intervals._CELLS", 3 * len(group))
+    parts = [*resamples(group, 10, seed=3)]
+    assert [len(part) for part in parts] == [3, 3, 3, 1]
+    assert torch.equal(torch.cat(parts), together) and (together.sum(1) == 14).all()
