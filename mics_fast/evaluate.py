@@ -53,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     evaluation.sets = choose_prediction_sets(assessment, options.set_coverage, options.resamples)
     rule = None if evaluation.sets is None else evaluation.sets.rule
     evaluation.point = replace(evaluation.point, sets=rule)
+    if assessment.classifier.point.rule and not evaluation.point.rule:
+        print(
+            "warning: the referral rule of the run was chosen under another calibration and is "
+            "dropped: choose it again with --target-risk",
+            file=sys.stderr,
+        )
     if target or options.calibrate or options.set_coverage or options.flips is not None:
         file = store_point(run.folder, best_checkpoint(run), evaluation.point)
         print(f"wrote {file}: predict, report and export use it", file=sys.stderr)

@@ -162,7 +162,8 @@ def choose_point(
 
     Args:
         assessment: With its calibration.
-        target: The requested guarantee; None: measure the rule stored in the run.
+        target: The requested guarantee; None: measure the rule stored in the run, which is dropped
+            if it was chosen under another calibration.
         by: Criterion of the rule to keep; every criterion is measured.
         count: Bootstrap resamples.
 
@@ -172,7 +173,9 @@ def choose_point(
     own, stored = assessment.predictions()[FUSED], assessment.classifier.point
     if target is None:
         point = replace(stored, calibration=assessment.calibration)
-        return point, [apply_rule(own, stored.rule, count)] if stored.rule else []
+        if stored.calibration != assessment.calibration:
+            point = replace(point, rule=None, target=None, predictive_values={})
+        return point, [apply_rule(own, point.rule, count)] if point.rule else []
     rows = labelled_rows(assessment.manifest, "val")
     val = assessment.predictions(assessment.classifier.opinions(rows, "val"))[FUSED]
     measured = [apply_rule(own, choose_rule(val, each, target), count) for each in CRITERIA]

@@ -17,7 +17,7 @@ from rich.table import Table
 from mics_fast.common.files import STANDARD_OUTPUT, printable, shown_cell, whole_file
 from mics_fast.evaluation.answers import Answer, Failure, Stated, flat
 from mics_fast.evaluation.operating_point import OperatingPoint
-from mics_fast.evaluation.tables import wide_console
+from mics_fast.evaluation.tables import rule_text, wide_console
 from mics_fast.inference.loaded_classifier import LoadedClassifier
 
 ROWS_SHOWN = 20
@@ -111,7 +111,10 @@ class Summary:
         counts = ", ".join(f"{printable(name)}: {n}" for name, n in self.answers.most_common())
         console.print(counts)
         if point.rule:
-            console.print(f"referred to a person: {self.referred} of {self.answers.total()}")
+            console.print(
+                f"referred to a person: {self.referred} of {self.answers.total()} "
+                f"(rule: {rule_text(point.rule)})"
+            )
         if point.sets:
             console.print(
                 f"the sets hold the truth in {point.sets.coverage:.0%} of new samples, on average "
@@ -138,15 +141,13 @@ class Summary:
 def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str]) -> Table:
     """Make a table of answers, one row each."""
     title = f"samples: {count}" if count <= len(shown) else f"the first {len(shown)} of {count}"
-    table = Table(title=title, box=box.SIMPLE_HEAD)
+    table = Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True)
+    sets = any("set" in record for record in shown)
     table.add_column("id")
-    table.add_column("class")
+    table.add_column("class, or others of its set" if sets else "class")
     for name in ("probability", "uncertainty", "conflict"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("refer")
-    sets = any("set" in record for record in shown)
-    if sets:
-        table.add_column("set")
     for name in modalities:
         table.add_column(f"{printable(name)} alone")
     for column in table.columns:
@@ -160,10 +161,9 @@ def answer_table(shown: Sequence[Answer], count: int, modalities: Sequence[str])
         alone = (record["views"].get(name) for name in modalities)
         table.add_row(
             printable(record["id"]),
-            printable(record["class"]),
-            *(f"{value:.2f}" for value in numbers),
-            record.get("reason", "" if record["refer"] is None else "no"),
-            *([printable(", ".join(record["set"]))] if sets else []),
+            "\nor ".join(map(printable, dict.fromkeys([record["class"], *record.get("set", ())]))),
+            *(f"{value:.3f}" for value in numbers),
+            {None: "", True: "yes", False: "no"}[record["refer"]],
             *(printable(own["class"]) if own else "missing" for own in alone),
         )
     return table

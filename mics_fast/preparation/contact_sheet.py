@@ -49,12 +49,14 @@ def write_contact_sheet(
 
 
 def choose(records: Sequence[Mapping[str, str]]) -> list[list[Mapping[str, str]]]:
-    """Choose for each class an equal number of samples, about 24 in all, evenly spaced over its
-    rows; of more than 24 classes the first 24."""
+    """Choose for each class an equal number of samples, at most 24 in all, evenly spaced over its
+    rows, in full lines where there are several; of more than 24 classes the first 24."""
     by_class = defaultdict(list)
     for record in records:
         by_class[record["label"]].append(record)
     share = max(1, _SAMPLES // len(by_class))
+    if share > _COLUMNS:
+        share -= share % _COLUMNS
     chosen = []
     for label in sorted(by_class)[:_SAMPLES]:
         own = by_class[label]

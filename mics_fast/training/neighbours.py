@@ -134,8 +134,3 @@ def bounded(rows: Sequence[Row]) -> list[Row]:
     """Draw at most ``MOST_ROWS`` rows, always the same ones, and keep their order; the draw keeps
     the class shares of a manifest sorted by class."""
     return [rows[place] for place in sorted(epoch_order(0, 0, len(rows))[:MOST_ROWS])]
-
-
-def in_words(scores: dict[str, float]) -> str:
-    """Format the scores on one line."""
-    return "  ".join(f"{name.replace('_', ' ')} {score:.1%}" for name, score in scores.items())

@@ -172,8 +172,8 @@ class Trainer:
         self.precision = from_first(lambda: pick_precision(config.precision, self.device))
         if self.device.type == "cpu" and config.precision == "auto" and self.precision.autocast:
             say(
-                f"--precision bf16: this CPU multiplies it {bf16_speedup():.1f} times as fast as "
-                "fp32, which --precision fp32 brings back"
+                f"precision: bf16, {bf16_speedup():.1f} times as fast as fp32 on this CPU "
+                "(--precision fp32 brings that back)"
             )
         check_dtype(config, self.precision.name)
         check_sharding(config, self.precision.name, world_size())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -95,6 +96,16 @@ def test_changing_flips_drops_the_rule_that_was_chosen_under_the_others(run, tmp
     assert not point.flips and point.rule is None and point.sets is None
 
 
+def test_another_calibration_drops_the_rule_that_was_chosen_under_the_first(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    evaluate.main([str(folder), "--resamples", "5", "--calibrate", "none"])
+    assert "is dropped: choose it again with --target-risk" in capsys.readouterr().err
+    point = load_run(Run.open(folder)).point
+    assert point.calibration is None and point.rule is None and point.sets is None
+    assert not point.predictive_values and point.flips
+
+
 def test_evaluating_again_without_options_gives_the_same_figures(run, tmp_path):
     evaluate.main([str(run), "--resamples", "5", "--json", str(tmp_path / "m.json")])
     before, now = json.loads((run / "m.json").read_text()), json.loads(
@@ -131,10 +142,11 @@ def test_a_threshold_of_ones_own_takes_the_place_of_the_stored_rule(run, model, 
     assert all(own["refer"] and own["reason"].startswith("uncertainty") for own in records)
 
 
-def test_predict_prints_probability_predictive_values_and_the_reason(run, phantom_manifest, capsys):
+def test_predict_prints_probability_predictive_values_and_the_rule(run, phantom_manifest, capsys):
     predict.main([str(run), "--manifest", str(phantom_manifest)])
     said = capsys.readouterr().out
-    assert "probability" in said and "PPV" in said and "NPV" in said and "is below" in said
+    assert "uncertainty" in said and "PPV" in said and "NPV" in said
+    assert re.search(r"referred to a person: \d+ of \d+ \(rule: probability below 0\.\d{3}\)", said)
 
 
 def test_an_operating_point_of_another_checkpoint_is_not_used(run, tmp_path, capsys):
