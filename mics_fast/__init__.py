@@ -40,7 +40,7 @@ def load(*folders: str | os.PathLike[str]) -> Predictor:
     Raises:
         mics_fast.common.errors.InputError: the folder holds no classifier, or a damaged one.
 
-    Example:
+    Examples:
         >>> import mics_fast
         >>> model = mics_fast.load("runs/demo")  # doctest: +SKIP
         >>> (answer,) = model.predict({"wli": "a.png", "nbi": "b.png"})  # doctest: +SKIP

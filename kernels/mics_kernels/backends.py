@@ -131,7 +131,7 @@ def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
         ValueError: unknown operator or backend, or an operator without this backend.
         RuntimeError: the requested backend cannot run here; the message says why.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels.backends import explain
         >>> explain("shift", torch.zeros(2, 3), "reference").reason

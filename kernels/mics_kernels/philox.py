@@ -30,7 +30,7 @@ def philox4x32(
     Returns:
         Four int64 tensors of the broadcast shape, values in [0, 2**32).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels.philox import philox4x32
         >>> words = philox4x32((0, 0), (torch.tensor([0]), 0, 0, 0))
@@ -76,7 +76,7 @@ def normals(seed: Tensor, row_ids: Tensor, columns: int) -> Tensor:
     Returns:
         (B, D) float64.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels.philox import normals
         >>> few = normals(torch.tensor([7, 0]), torch.tensor([5]), columns=3)

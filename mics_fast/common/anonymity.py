@@ -40,7 +40,7 @@ def read_key(file: Path) -> bytes:
 def pseudonym(key: bytes, name: str) -> str:
     """Replace a name by 16 hexadecimal digits; the same key and name give the same digits.
 
-    Example:
+    Examples:
         >>> len(pseudonym(b"a key of 16 bytes", "DOE_JOHN"))
         16
     """

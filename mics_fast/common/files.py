@@ -194,7 +194,7 @@ def inert_cell(cell: Any) -> Any:
 
     ``restored_cell`` removes the apostrophe, so every text survives the round trip.
 
-    Example:
+    Examples:
         >>> inert_cell("=1+1"), restored_cell("'=1+1"), inert_cell("polyp"), inert_cell(-1.5)
         ("'=1+1", '=1+1', 'polyp', -1.5)
     """

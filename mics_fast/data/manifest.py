@@ -95,7 +95,7 @@ def digest_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     Args:
         before, now: from ``Manifest.digest``.
 
-    Example:
+    Examples:
         >>> digest_difference({"rows": "60", "id": "a"}, {"rows": "40", "id": "b"})
         '40 rows instead of 60'
         >>> digest_difference({"rows": "60", "split": "a"}, {"rows": "60", "split": "b"})

@@ -184,9 +184,14 @@ def set_sentence(sets: SetQuality) -> str:
 
 def rule_text(rule: Rule) -> str:
     """Describe in words when a rule refers."""
-    if not math.isfinite(rule.limit) or (rule.by == "uncertainty" and rule.limit == 0):
-        return "always"
+    if refers_all(rule):
+        return f"always, by {rule.by}"
     return f"{rule.by} {'above' if rule.by == 'uncertainty' else 'below'} {rule.limit:.3f}"
+
+
+def refers_all(rule: Rule) -> bool:
+    """Return True for the rule that is chosen where no limit satisfies the target."""
+    return not math.isfinite(rule.limit) or (rule.by == "uncertainty" and rule.limit == 0)
 
 
 def guarantee(point: OperatingPoint) -> str:
@@ -198,10 +203,13 @@ def guarantee(point: OperatingPoint) -> str:
         if point.target.confidence is None
         else f"for at least {point.target.confidence:.0%} of the draws of the val rows"
     )
+    never = "No limit keeps this risk on the val rows, so every sample is referred. "
     return (
-        f"Guarantee: at most {point.target.risk:.1%} of all samples are answered and wrong, {often}"
-        ", for new groups from the same source (conformal risk control). It is approximate where "
-        "the val rows also chose the checkpoint, or a calibration for referral by probability."
+        (never if point.rule and refers_all(point.rule) else "")
+        + f"Guarantee: at most {point.target.risk:.1%} of all samples are answered and wrong, "
+        f"{often}, for new groups from the same source (conformal risk control). It is approximate "
+        "where the val rows also chose the checkpoint, or a calibration for referral by "
+        "probability."
     )
 
 

@@ -92,7 +92,7 @@ class Predictor:
         Raises:
             InputError: the source is invalid, or none of its samples can be read.
 
-        Example:
+        Examples:
             >>> model = mics_fast.load("runs/demo")  # doctest: +SKIP
             >>> model.predict({"wli": "a.png", "nbi": "b.png"})[0]["class"]  # doctest: +SKIP
             'plaque-green'

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +43,8 @@ def print_summary(records: Sequence[Mapping[str, str]], modalities: Sequence[str
 
     table = Table(title=f"{len(records)} samples")
     for name in ("class", *SPLITS, "labelled"):
-        table.add_column(name, justify="left" if name == "class" else "right")
+        justify: Literal["left", "right"] = "left" if name == "class" else "right"
+        table.add_column(name, justify=justify, overflow="fold")  # no name is cut short
     for label in sorted({record["label"] for record in records}):
         mine = [record for record in records if record["label"] == label]
         parts = [[record for record in mine if record["split"] == split] for split in SPLITS]
@@ -83,12 +84,19 @@ def print_rejected(
         ("left out, without a partner of the same name", [str(one.file) for one in orphans]),
     ):
         if lines:
-            print(f"{title}: {len(lines)} images")
+            print(f"{title}: {counted(len(lines), 'image')}")
             print("\n".join(f"  {printable(line)}" for line in lines[:_SHOWN]))
     if unknown:
         suffixes = Counter(one.file.suffix.lower() or "no suffix" for one in unknown)
         shown = ", ".join(f"{printable(name)} {n}" for name, n in suffixes.most_common(_SHOWN))
-        print(f"not read, of an unknown suffix, see {file}: {len(unknown)} files ({shown})")
+        print(
+            f"not read, of an unknown suffix, see {file}: {counted(len(unknown), 'file')} ({shown})"
+        )
+
+
+def counted(number: int, what: str) -> str:
+    """Return a number with its noun, in the plural unless it is 1."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def write_leaks(
@@ -111,7 +119,9 @@ def print_leaks(
     if not count:
         return
     listed = "" if count == len(alike) else f", the closest {len(alike)} of them"
-    print(f"near-duplicates on two sides of the split, see {file}{listed}: {count} pairs")
+    print(
+        f"near-duplicates on two sides of the split, see {file}{listed}: {counted(count, 'pair')}"
+    )
     for pair in alike[:_SHOWN]:
         a, b = records[pair.first], records[pair.second]
         names = f"{a['id']} ({a['split']}) and {b['id']} ({b['split']})"

@@ -131,7 +131,7 @@ class ValRows:
                 beside["knn_accuracy_untrained"] = before["knn_accuracy"]
                 say(
                     "pretrain: before training, nearest neighbours are right in "
-                    f"{before['knn_accuracy']:.1%} of val rows (most frequent class: "
+                    f"{before['knn_accuracy']:.1%} of val rows (largest class: "
                     f"{beside['knn_chance']:.1%})"
                 )
         return lambda: score() | beside

@@ -68,7 +68,7 @@ def consistency_loss(
 
     Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import consistency_loss
         >>> query = torch.eye(4).requires_grad_()
@@ -153,7 +153,7 @@ def multimodal_consistency_loss(
 
     Source: Li et al., Align before Fuse (ALBEF), NeurIPS 2021, equations 1, 2 and 6.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import multimodal_consistency_loss
         >>> wli, nbi = torch.eye(4).requires_grad_(), torch.eye(4).requires_grad_()

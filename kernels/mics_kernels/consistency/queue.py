@@ -34,7 +34,7 @@ class FeatureQueue(nn.Module):
 
     Source: He et al., Momentum Contrast, CVPR 2020, section 3.2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import FeatureQueue, consistency_loss
         >>> queue = FeatureQueue(size=8, dim=4)

@@ -66,7 +66,7 @@ def fuse_evidence(
 
     Source: Han et al., Trusted Multi-View Classification, ICLR 2021, Definition 4.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import fuse_evidence
         >>> evidence = torch.tensor([[[6.0, 0.0, 0.0], [3.0, 3.0, 0.0]]])  # one row, two views
@@ -122,7 +122,7 @@ def evidential_loss(
     Source: Sensoy et al., Evidential Deep Learning, NeurIPS 2018, section 3; Han et al., Trusted
     Multi-View Classification, ICLR 2021, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import evidential_loss
         >>> evidence = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 0.0]], requires_grad=True)
@@ -200,7 +200,7 @@ def evidential_fusion_loss(
 
     Source: Han et al., Trusted Multi-View Classification, ICLR 2021, section 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import evidential_fusion_loss, opinion
         >>> logits = torch.tensor([[[4.0, 0.0, 0.0], [2.0, 0.0, 0.0]]], requires_grad=True)
@@ -248,7 +248,7 @@ def opinion(evidence: Tensor) -> Opinion:
 
     Source: Jøsang, Subjective Logic, 2016; Sensoy et al., 2018, section 2.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import opinion
         >>> belief, uncertainty, probability = opinion(torch.tensor([6.0, 0.0]))
@@ -281,7 +281,7 @@ def conflict(evidence: Tensor, *, present: Tensor | None = None) -> Tensor:
 
     Source: Shafer, A Mathematical Theory of Evidence, 1976, chapter 3.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import conflict
         >>> agree = [[98.0, 0.0], [98.0, 0.0]]

@@ -65,7 +65,7 @@ def shift_features(
 
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.2 (sampled).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import shift_features
         >>> features, target = torch.zeros(3, 4), torch.tensor([0, 1, -1])
@@ -140,7 +140,7 @@ def shifted_cross_entropy(
 
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, proposition 1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import shifted_cross_entropy
         >>> features, weight = torch.eye(2), torch.eye(2).requires_grad_()

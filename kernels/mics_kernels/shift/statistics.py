@@ -46,7 +46,7 @@ def class_moments(
     Source: Chan, Golub, LeVeque, Updating formulae and a pairwise algorithm for computing sample
     variances, 1979 (two-pass form).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import class_moments
         >>> features = torch.tensor([[1.0], [3.0], [5.0], [9.0]])
@@ -85,7 +85,7 @@ def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
 
     Source: Chan, Golub, LeVeque, 1979, equations 2.1.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import class_moments, merge_moments
         >>> features, target = torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([0, 0, 0])
@@ -139,7 +139,7 @@ class ClassStatistics(nn.Module):
     Source: Wang et al., Implicit Semantic Data Augmentation, NeurIPS 2019, section 3.1; the
     momentum form is this project's.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from mics_kernels import ClassStatistics
         >>> statistics = ClassStatistics(num_classes=2, dim=1)

@@ -158,7 +158,7 @@ def test_every_checkpoint_of_pre_training_is_scored_but_none_is_chosen_by_it(
     shown = capsys.readouterr().out
     assert shown.count("k-NN accuracy ") == len(lines) == 3
     assert shown.count("pretrain: before training, nearest neighbours are right in ") == 1
-    assert shown.count("% of val rows (most frequent class: 16.7%)") == 1
+    assert shown.count("% of val rows (largest class: 16.7%)") == 1
     checkpoints = Checkpoints(run / "checkpoints" / "pretrain")
     assert checkpoints.best() == checkpoints.latest()
     assert not (checkpoints.folder / "best.json").exists()
