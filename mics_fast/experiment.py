@@ -17,6 +17,7 @@ in OUT/fold-1 and so on, then OUT/results.json and OUT/report.html on the pooled
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,12 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cross_validate(train, Path(grid.folds), grid.processes)
         return
     # torch takes seconds to import; --help and bad options are answered before that.
-    from rich.console import Console
-    from rich.markdown import Markdown
-
+    from mics_fast.evaluation.tables import wide_console
     from mics_fast.study.experiment import draws, make_cells, missing_tasks, read_result
     from mics_fast.study.processes import run_tasks
-    from mics_fast.study.summary import markdown, tabulate
+    from mics_fast.study.summary import Summary, markdown, tabulate
 
     out = Path(train.out).resolve()
     began = time.monotonic()
@@ -60,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise InputError(f"a result.json below {out} is damaged: {error!r}") from error
     write_json(out / "results.json", table)
     write_text(out / "results.md", text)
-    Console().print(Markdown(text))
+    wide_console().print(Summary(text))
     minutes = (time.monotonic() - began) / 60
     print(f"wrote {train.out}/results.md and results.json; this call took {minutes:.1f} min")
 
@@ -97,7 +96,7 @@ def cross_validate(train: TrainConfig, folder: Path, processes: int) -> None:
     print_tables(evaluation)
     wide_console().print(table_of(FOLD_COLUMNS, rows, "each run on its own test rows, fused"))
     print(f"wrote {train.out}/results.json and report.html")
-    runs = " ".join(f"{train.out}/{fold.name}" for fold in folds)
+    runs = shlex.join(f"{train.out}/{fold.name}" for fold in folds)
     print(f"next: mics-fast predict {runs} --folder IMAGES  # all runs as one")
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
 
+from rich.console import Console, ConsoleOptions
+from rich.markdown import Markdown, TableElement
+from rich.table import Table
 from scipy.stats import t as student
 
 from mics_fast.evaluation.intervals import LEVEL
@@ -23,6 +26,27 @@ SELECTION = {
     "coverage_at_5_risk": ("covered at 5 % risk", 100),
     "ece": ("ECE", 1),
 }
+
+
+class WholeTable(TableElement):
+    """A table on the terminal whose second column, the variant, stays on one line where it can;
+    words that do not fit are folded, not cut."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        for table in super().__rich_console__(console, options):
+            assert isinstance(table, Table)
+            for column in table.columns:
+                column.overflow = "fold"
+            if len(table.columns) > 1:
+                variants = [str(cell) for cell in table.columns[1].cells]
+                table.columns[1].width = max(map(len, variants), default=1)
+            yield table
+
+
+class Summary(Markdown):
+    """The tables of a study for the terminal."""
+
+    elements: ClassVar = {**Markdown.elements, "table_open": WholeTable}
 
 
 def mean_interval(values: Sequence[float]) -> dict[str, Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
+from rich.console import Console
 from scipy import stats
 
-from mics_fast.study.summary import markdown, mean_interval, tabulate
+from mics_fast.study.summary import Summary, markdown, mean_interval, tabulate
 
 
 def result(seed, variant, accuracy, labels="5.0%"):
@@ -140,3 +143,13 @@ def test_the_area_out_of_distribution_has_a_table_where_it_was_asked_for():
     head, line = lines_of(table, "Out of distribution")
     assert head[2:] == ["fused", "wli"] and line[2].startswith("0.850 ± ")
     assert "7 samples" in markdown(table)
+
+
+def test_no_word_of_a_table_is_cut_on_a_terminal(table):
+    lines = ["| labels | variant | accuracy, % |", "| --- | --- | --- |"]
+    lines.append("| 2 per class (10) | supervised-long | 71.9 ± 6.6 |")
+    for width, whole in ((40, True), (18, False)):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(Summary("\n".join(lines)))
+        shown = console.export_text()
+        assert "…" not in shown and ("supervised-long" in shown) == whole
