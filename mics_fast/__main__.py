@@ -14,7 +14,7 @@ COMMANDS = {
     "predict": "run and images -> class, belief, uncertainty",
     "report": "run -> one HTML page",
     "export": "run -> ONNX and torch.export files, with a model card",
-    "experiment": "manifest -> variants x label fractions x seeds, in one table",
+    "experiment": "manifest -> variants x labels x seeds, or cross-validation, in one table",
 }
 
 

@@ -6,7 +6,9 @@ import argparse
 import errno
 import io
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any, NoReturn, TextIO
@@ -103,8 +105,16 @@ def in_a_line(text: str) -> str:
 
 
 def warn(text: str) -> None:
-    """Say something on stderr, on one line: names in it are data, which no terminal obeys."""
-    print(in_a_line(text), file=sys.stderr)
+    """Say something on stderr, on one line (of a file or pipe): names in it are data, which no terminal obeys."""
+    print(wrapped(in_a_line(text), sys.stderr), file=sys.stderr)
+
+
+def wrapped(line: str, stream: TextIO) -> str:
+    """Break a line between words where a terminal would break it anywhere; else leave it whole."""
+    if not stream.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -44,8 +44,8 @@ def parse_train(
         {"": TrainConfig},
         prog="python -m mics_fast.train",
         description=description,
-        usage="%(prog)s --config FILE --data.manifest FILE --out RUN [--resume] [--verbose] "
-        "[--OPTION VALUE]...",
+        usage="%(prog)s --config FILE --data.manifest FILE --out RUN\n"
+        "       [--resume] [--verbose] [--OPTION VALUE]...",
     )
     parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint")
     parser.add_argument("--verbose", action="store_true",
@@ -77,8 +77,8 @@ def parse_experiment(
         {"": TrainConfig, "experiment": ExperimentConfig},
         prog="python -m mics_fast.experiment",
         description=description,
-        usage="%(prog)s --config FILE (--data.manifest FILE | --experiment.folds DIR) --out DIR "
-        "[--OPTION VALUE]...",
+        usage="%(prog)s --config FILE\n"
+        "       (--data.manifest FILE | --experiment.folds DIR) --out DIR [--OPTION VALUE]...",
     )
     found, settings = parser.read(arguments)
     train, grid = parser.configs([*settings, *without_steps(settings)])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
+
+from mics_fast.common.errors import wrapped
 
 HEAD = "from mics_fast.common.errors import InputError, run_command\n"
 
@@ -61,3 +64,16 @@ def test_a_terminal_without_umlauts_gets_escapes():
 
     done = run(["print('Geschw\\u00fcr')"], environment={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (done.returncode, done.stdout, done.stderr) == (0, "Geschw\\xfcr\n", "")
+
+
+def test_a_terminal_breaks_a_sentence_between_words_and_a_pipe_not_at_all(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("COLUMNS", "20")
+    sentence = "/a/path/that/is/longer/than/the/terminal is no run folder of this project"
+    lines = wrapped(sentence, Terminal()).split("\n")
+    assert " ".join(lines) == sentence and lines[0].endswith("terminal")
+    assert all(len(line) <= 20 for line in lines[1:]) and len(lines) > 2
+    assert wrapped(sentence, io.StringIO()) == sentence
