@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mics_fast.common.anonymity import read_key
-from mics_fast.common.errors import InputError, SentenceParser, run_command
+from mics_fast.common.errors import InputError, SentenceParser, run_command, warn
 from mics_fast.common.files import STANDARD_OUTPUT, finite, write_csv, write_json
 from mics_fast.evaluation import CRITERIA, RESAMPLES
 
@@ -54,10 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rule = None if evaluation.sets is None else evaluation.sets.rule
     evaluation.point = replace(evaluation.point, sets=rule)
     if assessment.classifier.point.rule and not evaluation.point.rule:
-        print(
+        warn(
             "warning: the referral rule of the run was chosen under another calibration and is "
-            "dropped: choose it again with --target-risk",
-            file=sys.stderr,
+            "dropped: choose it again with --target-risk"
         )
     if target or options.calibrate or options.set_coverage or options.flips is not None:
         file = store_point(run.folder, best_checkpoint(run), evaluation.point)
@@ -87,10 +86,9 @@ def warn_of_training(assessment: Assessment) -> None:
 
     seen, count = trained_on(assessment), len(assessment.rows)
     if seen:
-        print(
+        warn(
             f"warning: the run was trained on {len(seen)} of the {count} rows that are scored here "
-            "(same id, same image): the figures are too optimistic",
-            file=sys.stderr,
+            "(same id, same image): the figures are too optimistic"
         )
 
 

@@ -105,7 +105,10 @@ def in_a_line(text: str) -> str:
 
 
 def warn(text: str) -> None:
-    """Say something on stderr, on one line (of a file or pipe): names in it are data, which no terminal obeys."""
+    """Say something on stderr, on one line of a file or pipe.
+
+    Names in it are data, which no terminal obeys.
+    """
     print(wrapped(in_a_line(text), sys.stderr), file=sys.stderr)
 
 

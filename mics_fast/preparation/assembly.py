@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from mics_fast.common.anonymity import read_key
-from mics_fast.common.errors import InputError
+from mics_fast.common.errors import InputError, wrapped
 from mics_fast.common.files import printable
 from mics_fast.preparation.inspection import (
     hold_out,
@@ -85,7 +86,7 @@ def prepare(options: PrepareOptions) -> Callable[[], None]:
         print_summary(written.records, modalities)
         print_leaks(written.alike, written.pairs, written.records, NEAR_DUPLICATES)
         for warning in (*written.warnings, *drawn, *group_hints(options)):
-            print(f"warning: {printable(warning)}")
+            print(wrapped(f"warning: {printable(warning)}", sys.stdout))
         for path in written.kept:
             print(f"{path.with_suffix('')} existed with other content: it is now {path}")
         for path in (*written.files, *held_out):
