@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 import mics_fast
-from mics_fast import evaluate, export, predict
+from mics_fast import evaluate, export, predict, report
 from mics_fast.common.errors import InputError
+from mics_fast.evaluation.metrics import prediction_metrics
 from mics_fast.evaluation.opinions import FUSED
+from mics_fast.evaluation.tables import SHOWN, number
 from mics_fast.inference.assessment import assess
 from mics_fast.inference.run_classifier import load_run, run_manifest
 from mics_fast.training.run import Run
@@ -112,6 +114,23 @@ def test_evaluating_again_without_options_gives_the_same_figures(run, tmp_path):
         (tmp_path / "m.json").read_text())  # fmt: skip
     assert now["views"] == before["views"] and now["calibration"] == before["calibration"]
     assert now["referral"]["rules"] == [before["referral"]["rules"][1]]
+
+
+def test_the_report_shows_the_calibrated_figures_of_evaluate(run, tmp_path):
+    report.main([str(run), "--out", str(tmp_path / "report.html"), "--resamples", "5"])
+    rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "report.html").read_text())
+    cells = [re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row) for row in rows]
+    result = json.loads((run / "m.json").read_text())
+    for name in ("accuracy", "nll", "brier", "ece", "uncertainty"):
+        values = [number(result["views"][view][name]) for view in ("fused", "wli", "nbi")]
+        (shown,) = [own for own in cells if own[:1] == [SHOWN[name]] and len(own) == 5]
+        assert [shown[1], *shown[3:]] == values, name
+    kept = result["referral"]["rules"][1]
+    values = [number(kept[name]) for name in ("coverage", "risk", "error")]
+    assert any(own[1::2] == values for own in cells if len(own) == 7)
+    plain = assess(Run.open(run), run_manifest(Run.open(run)), "test", "none").predictions()
+    uncalibrated = prediction_metrics(plain[FUSED])["uncertainty"]
+    assert number(uncalibrated) != number(result["views"]["fused"]["uncertainty"])
 
 
 def test_an_exported_model_answers_and_refers_as_the_run(run, model, phantom_manifest, tmp_path):
