@@ -182,6 +182,23 @@ mics::MomentsCall moments_call(uintptr_t features, const std::string& dtype, uin
     return call;
 }
 
+mics::MergeCall merge_call(uintptr_t count, uintptr_t mean, uintptr_t m2, uintptr_t new_count,
+                           uintptr_t new_mean, uintptr_t new_m2, int classes, int dim,
+                           double momentum) {
+    require(classes >= 1 && dim >= 1, "classes and dim must be >= 1");
+    mics::MergeCall call{};
+    call.count = pointer<double>(count);
+    call.mean = pointer<double>(mean);
+    call.m2 = pointer<double>(m2);
+    call.new_count = pointer<const double>(new_count);
+    call.new_mean = pointer<const float>(new_mean);
+    call.new_m2 = pointer<const float>(new_m2);
+    call.classes = classes;
+    call.dim = dim;
+    call.momentum = momentum;
+    return call;
+}
+
 mics::ShiftedLossCall shifted_loss_call(uintptr_t logits, const std::string& dtype,
                                         uintptr_t labels, uintptr_t table, uintptr_t strengths,
                                         uintptr_t losses, uintptr_t gradient, int64_t rows,
@@ -248,6 +265,9 @@ PYBIND11_MODULE(_native, module) {
     py::class_<mics::MomentsCall>(module, "MomentsCall")
         .def(py::init(&moments_call), py::kw_only(), "features"_a, "dtype"_a, "labels"_a,
              "shares"_a, "weight"_a, "count"_a, "mean"_a, "m2"_a, "rows"_a, "dim"_a, "classes"_a);
+    py::class_<mics::MergeCall>(module, "MergeCall")
+        .def(py::init(&merge_call), py::kw_only(), "count"_a, "mean"_a, "m2"_a, "new_count"_a,
+             "new_mean"_a, "new_m2"_a, "classes"_a, "dim"_a, "momentum"_a);
     py::class_<mics::ShiftedLossCall>(module, "ShiftedLossCall")
         .def(py::init(&shifted_loss_call), py::kw_only(), "logits"_a, "dtype"_a, "labels"_a,
              "table"_a, "strengths"_a, "losses"_a, "gradient"_a, "rows"_a, "classes"_a,
@@ -268,6 +288,13 @@ PYBIND11_MODULE(_native, module) {
                "threads"_a, unlocked);
     module.def("shift_cpu", &mics::shift_cpu, "call"_a, "threads"_a, unlocked);
     module.def("class_moments_cpu", &mics::class_moments_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("merge_moments_cpu", &mics::merge_moments_cpu, "call"_a, "threads"_a, unlocked);
+    module.def("philox_uniforms_cpu", [](int64_t seed, uintptr_t row_ids, int64_t rows,
+                                         int64_t columns, uintptr_t uniforms, int threads) {
+        require(rows >= 0 && columns >= 1, "rows must be >= 0 and columns >= 1");
+        mics::philox_uniforms_cpu(seed, pointer<const int64_t>(row_ids), rows, columns,
+                                  pointer<double>(uniforms), threads);
+    });
     module.def("shifted_loss_cpu", &mics::shifted_loss_cpu, "call"_a, "threads"_a, unlocked);
     module.def("philox_words_cpu",
                [](int64_t seed, int64_t offset, int64_t row, int64_t draws, uintptr_t words) {

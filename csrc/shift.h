@@ -47,6 +47,20 @@ struct RowsByClass {
     const int64_t* starts;
 };
 
+// Running statistics of each class, updated in place, and the moments of new rows to merge into
+// them. Classes without new rows stay as they are.
+struct MergeCall {
+    double* count;            // (C,)
+    double* mean;             // (C, D)
+    double* m2;               // (C, D)
+    const double* new_count;  // (C,)
+    const float* new_mean;    // (C, D)
+    const float* new_m2;      // (C, D)
+    int classes;
+    int dim;
+    double momentum;  // weight of one new row, in (0, 1); 0: all rows count alike
+};
+
 struct ShiftedLossCall {
     const void* logits;      // (B, C)
     const int64_t* labels;   // (B,)
@@ -70,11 +84,18 @@ struct ShiftKernels {
     int64_t (*loss_scratch)(const ShiftedLossCall&);  // floats
     void (*loss)(const ShiftedLossCall&, int64_t first_row, int64_t last_row, float* scratch);
     void (*words)(int64_t seed, int64_t offset, int64_t row, int64_t draws, uint32_t* words);
+    void (*uniforms)(int64_t seed, const int64_t* row_ids, int64_t rows, int64_t columns,
+                     double* uniforms);
 };
 
 void shift_cpu(const ShiftCall& call, int threads);
 void class_moments_cpu(const MomentsCall& call, int threads);
 void shifted_loss_cpu(const ShiftedLossCall& call, int threads);
+void merge_moments_cpu(const MergeCall& call, int threads);
+// uniforms (B, columns), in (0, 1), from word 0 of the counter (column, row low, row high, 0) with
+// the halves of the seed as the key.
+void philox_uniforms_cpu(int64_t seed, const int64_t* row_ids, int64_t rows, int64_t columns,
+                         double* uniforms, int threads);
 // For tests: words of draws 0 .. draws - 1 of a row, (draws, 4).
 void philox_words_cpu(int64_t seed, int64_t offset, int64_t row, int64_t draws, uint32_t* words);
 

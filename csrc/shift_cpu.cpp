@@ -157,6 +157,16 @@ void words(int64_t seed, int64_t offset, int64_t row, int64_t draws, uint32_t* t
     }
 }
 
+void uniforms(int64_t seed, const int64_t* row_ids, int64_t rows, int64_t columns, double* to) {
+    const PhiloxKey key(seed);
+    for (int64_t i = 0; i < rows * columns; ++i) {
+        const auto row = static_cast<uint64_t>(row_ids[i / columns]);
+        uint64_t counter[1][4] = {{static_cast<uint64_t>(i % columns), row, row >> 32, 0}};
+        philox4x32(key, counter);
+        to[i] = (static_cast<double>((counter[0][0] & kLowWord) >> 8) + 0.5) * 0x1p-24;
+    }
+}
+
 // --- Moments -------------------------------------------------------------------------------------
 
 // Rows summed in float32 before they are merged into float64: few enough to keep the rounding below
@@ -371,7 +381,7 @@ void loss(const ShiftedLossCall& call, int64_t first, int64_t last, float* scrat
 }  // namespace
 
 extern const mics::ShiftKernels shifts;
-const mics::ShiftKernels shifts = {shift_scratch, shift, moments_scratch, moments, loss_scratch,
-                                   loss,          words};
+const mics::ShiftKernels shifts = {shift_scratch, shift, moments_scratch, moments,
+                                   loss_scratch,  loss,  words,           uniforms};
 
 }  // namespace MICS_NAMESPACE

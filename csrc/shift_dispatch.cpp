@@ -1,5 +1,6 @@
 // Runs the rows, or columns, of the shift's operators on threads.
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <vector>
 
@@ -38,6 +39,29 @@ struct SortedRows {
     }
 };
 
+void merge_class(const MergeCall& call, int64_t c) {
+    const double added = call.new_count[c], before = call.count[c];
+    if (!(added > 0.0)) return;
+    double weight = before, kept = 1.0;
+    if (call.momentum > 0.0) {
+        const double fade = added * std::log1p(-call.momentum);
+        weight = std::min(before, added * std::exp(fade) / -std::expm1(fade));
+        kept = before > 0.0 ? weight / before : 0.0;
+    }
+    const double share = added / (weight + added);
+    const double scale = (before + added) / (weight + added);
+    double* mean = call.mean + c * call.dim;
+    double* m2 = call.m2 + c * call.dim;
+    const float* new_mean = call.new_mean + c * call.dim;
+    const float* new_m2 = call.new_m2 + c * call.dim;
+    for (int d = 0; d < call.dim; ++d) {
+        const double distance = new_mean[d] - mean[d];
+        mean[d] += distance * share;
+        m2[d] = (m2[d] * kept + new_m2[d] + distance * distance * share * weight) * scale;
+    }
+    call.count[c] = before + added;
+}
+
 }  // namespace
 
 void shift_cpu(const ShiftCall& call, int threads) {
@@ -66,11 +90,28 @@ void class_moments_cpu(const MomentsCall& call, int threads) {
            });
 }
 
+// Chan, Golub, LeVeque, 1979, equations 2.1. With momentum an old count N counts as at most the
+// cap that gives n new rows the share n / (cap + n) = 1 - (1 - momentum)^n.
+void merge_moments_cpu(const MergeCall& call, int threads) {
+    spread(call.classes, int64_t{call.classes} * call.dim, 1, threads,
+           [&](int64_t first, int64_t last) {
+               for (int64_t c = first; c < last; ++c) merge_class(call, c);
+           });
+}
+
 void shifted_loss_cpu(const ShiftedLossCall& call, int threads) {
     const ShiftKernels& k = *instruction_set().shift;
     spread(call.rows, call.rows * call.classes, 1, threads, [&](int64_t first, int64_t last) {
         const Scratch scratch(k.loss_scratch(call));
         k.loss(call, first, last, scratch.get());
+    });
+}
+
+void philox_uniforms_cpu(int64_t seed, const int64_t* row_ids, int64_t rows, int64_t columns,
+                         double* uniforms, int threads) {
+    const ShiftKernels& k = *instruction_set().shift;
+    spread(rows, 16 * rows * columns, 1, threads, [&](int64_t first, int64_t last) {
+        k.uniforms(seed, row_ids + first, last - first, columns, uniforms + first * columns);
     });
 }
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mics_kernels.addresses import is_intercepted, is_plain, is_transformed
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 
@@ -149,6 +151,16 @@ def explain(op: str, tensor: Tensor, backend: str | None = None) -> Choice:
             return Choice(row.backend, "; ".join(["the best available", *skipped]))
         skipped.append(f"not {row.backend}: {obstacle}")
     raise RuntimeError(f"no backend of {op} can run: {'; '.join(skipped)}")
+
+
+def native_on_cpu(*tensors: Tensor) -> ModuleType | None:
+    """Return the C++ module of the shift, if its functions may be called on these tensors as they
+    are: plain ones on a CPU, outside tracers and transforms. None otherwise."""
+    if torch.compiler.is_compiling() or is_transformed() or is_intercepted():
+        return None
+    if not all(own.device.type == "cpu" and is_plain(own) for own in tensors):
+        return None
+    return None if _import("cpu", "shift.cpu") else _modules["shift.cpu"]
 
 
 def implementation(op: str, backend: str) -> ModuleType:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mics_kernels.backends import native_on_cpu
+
 Word = int | Tensor  # unsigned 32 bits; tensors are int64
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -59,6 +61,35 @@ def uniforms(words: Tensor) -> Tensor:
         float64, same shape: the values need 25 bits, and float32 would round the upper half.
     """
     return ((words >> 8).to(torch.float64) + 0.5) * 2.0**-24
+
+
+def row_uniforms(seed: int, row_ids: Tensor, columns: int) -> Tensor:
+    """Draw uniform numbers in (0, 1), a function of (seed, row id, column).
+
+    Each is word 0 of the counter (column, row low, row high, 0); the key is the low and the high
+    half of the seed. The numbers are the same on every device; on a CPU the C++ part draws them.
+
+    Args:
+        seed: 64 bits, signed.
+        row_ids: (B,) int64, any value.
+        columns: numbers per row, M.
+
+    Returns:
+        (B, M) float64.
+
+    Example:
+        >>> import torch
+        >>> from mics_kernels.philox import row_uniforms
+        >>> few = row_uniforms(7, torch.tensor([5]), columns=1)
+        >>> many = row_uniforms(7, torch.tensor([4, 5]), columns=3)
+        >>> torch.equal(few[0], many[1, :1])  # of row 5
+        True
+    """
+    native = native_on_cpu(row_ids)
+    if native is not None:
+        return native.row_uniforms(seed, row_ids, columns)
+    draws, rows = torch.arange(columns, device=row_ids.device), row_ids.unsqueeze(1)
+    return uniforms(philox4x32((seed, seed >> 32), (draws, rows, rows >> 32, 0))[0])
 
 
 def normals(seed: Tensor, row_ids: Tensor, columns: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mics_kernels.philox import philox4x32, uniforms
+from mics_kernels.philox import row_uniforms
 
 # Second word of the key; 0 is used by masks and shifts of seeds below 2**32.
 PURPOSE = 1
@@ -30,7 +30,7 @@ def drop_modalities(
     Returns:
         (R, M) bool; a row with any modality keeps at least one.
     """
-    modalities = torch.arange(present.shape[1], device=present.device)
-    words = philox4x32((seed, PURPOSE), (modalities, sample_id.unsqueeze(1), step, 0))
-    draws = uniforms(words[0]).masked_fill(~present, -1.0)
+    rows = (sample_id & 0xFFFFFFFF) | (step << 32)
+    draws = row_uniforms((seed & 0xFFFFFFFF) | PURPOSE << 32, rows, present.shape[1])
+    draws = torch.where(present, draws, -1.0)
     return present & ((draws >= rate) | (draws == draws.amax(1, keepdim=True)))

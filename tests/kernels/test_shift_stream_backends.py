@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mics_kernels import shift_features
-from mics_kernels.philox import normals, philox4x32
+from mics_kernels.philox import normals, philox4x32, row_uniforms, uniforms
 from tests.kernels.implementations import BACKENDS, GPU, INTERPRETED, captured, device_of
 
 if "triton" in BACKENDS:
@@ -55,6 +55,15 @@ def native_words(seed: int, offset: int, row: int, draws: int) -> Tensor:
     words = torch.empty(draws, 4, dtype=torch.int32)
     native.philox_words_cpu(seed, offset, row, draws, words.data_ptr())
     return words.long() & 0xFFFFFFFF
+
+
+def test_uniforms_of_rows_are_those_of_the_reference(monkeypatch):
+    rows = torch.tensor([0, -1, 2**35 + 7, 5, 2**62])
+    key = (SEED[0], SEED[0] >> 32)
+    words = philox4x32(key, (torch.arange(3), rows[:, None], rows[:, None] >> 32, 0))
+    assert torch.equal(row_uniforms(SEED[0], rows, 3), uniforms(words[0]))
+    monkeypatch.setattr("mics_kernels.philox.native_on_cpu", lambda *_: None)
+    assert torch.equal(row_uniforms(SEED[0], rows, 3), uniforms(words[0]))
 
 
 def triton_words(key: int, counters: Tensor, tile: int) -> Tensor:

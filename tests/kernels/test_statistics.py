@@ -113,6 +113,24 @@ def test_moments_of_rows_count_as_the_rows_do(momentum):
     assert all(torch.equal(own, wanted[name]) for name, own in by_moments.state_dict().items())
 
 
+@pytest.mark.parametrize("momentum", [None, 0.02])
+def test_native_merging_is_that_of_the_formulas(momentum, monkeypatch):
+    native, formulas = (ClassStatistics(40, 37, momentum=momentum) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        features = torch.randn(64, 37, generator=generator) + 50
+        target = torch.randint(-1, 30, (64,), generator=generator)  # the last classes stay empty
+        weight = torch.rand(64, generator=generator)
+        moments = class_moments(features, target, 40, weight=weight)
+        native.update_moments(moments)
+        monkeypatch.setenv("MICS_KERNELS_BACKEND", "reference")
+        formulas.update_moments(moments)
+        monkeypatch.delenv("MICS_KERNELS_BACKEND")
+    for name, wanted in formulas.state_dict().items():
+        own = native.state_dict()[name]
+        np.testing.assert_allclose(own, wanted, rtol=1e-11, atol=1e-11, err_msg=name)
+
+
 def test_moments_are_refused_where_directions_need_rows():
     moments = class_moments(torch.ones(2, 5), torch.tensor([0, 1]), 3)
     with pytest.raises(ValueError, match="rank is 2, wanted 0: directions need rows"):

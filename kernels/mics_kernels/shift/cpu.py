@@ -105,6 +105,45 @@ def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
     return results
 
 
+def merge_moments(running: ClassMoments, new: ClassMoments, momentum: float | None) -> None:
+    """Merge new rows into running statistics, in place.
+
+    Args:
+        running: all float64 and contiguous.
+        new: count float64, mean and m2 float32.
+        momentum: weight of one new row, in (0, 1); None: all rows count alike.
+    """
+    count, mean, m2 = (part.contiguous() for part in new)
+    classes, dim = mean.shape
+    call = _native.MergeCall(
+        count=address(running.count),
+        mean=address(running.mean),
+        m2=address(running.m2),
+        new_count=address(count),
+        new_mean=address(mean),
+        new_m2=address(m2),
+        classes=classes,
+        dim=dim,
+        momentum=momentum or 0.0,
+    )
+    _native.merge_moments_cpu(call, torch.get_num_threads())
+
+
+def row_uniforms(seed: int, row_ids: Tensor, columns: int) -> Tensor:
+    """Compute ``mics_kernels.philox.row_uniforms``."""
+    row_ids = row_ids.contiguous()
+    found = torch.empty((len(row_ids), columns), dtype=torch.float64)
+    _native.philox_uniforms_cpu(
+        seed,
+        address(row_ids),
+        len(row_ids),
+        columns,
+        address(found),
+        torch.get_num_threads(),
+    )
+    return found
+
+
 def _labels_or_shares(target: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if target.dim() == 1:
         return target.contiguous(), None

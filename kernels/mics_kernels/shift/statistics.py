@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mics_kernels import checks
-from mics_kernels.backends import explain
+from mics_kernels.backends import explain, native_on_cpu
 from mics_kernels.shift import boundary, reference
 from mics_kernels.shift.recent import RecentRows, append_rows, centred_directions, latest_rows
 from mics_kernels.shift.records import ClassMoments, MomentsInputs
@@ -203,8 +203,8 @@ class ClassStatistics(nn.Module):
 
     def variance(self) -> Tensor:
         """Return each class's variance over the count, (C, D) float32; 0 before the second row."""
-        variance = self.m2 / self.count.clamp(min=1.0).unsqueeze(1)
-        return torch.where(self.count.unsqueeze(1) < 2.0, 0.0, variance).float()
+        count = self.count.unsqueeze(1)
+        return torch.where(count < 2.0, 0.0, self.m2 / count).float()
 
     def directions(self) -> Tensor:
         """Return the directions in which each class varies: (C, rank, D); 0 before the second row.
@@ -245,6 +245,12 @@ class ClassStatistics(nn.Module):
             self._keep(name, recent)
 
     def _add(self, new: ClassMoments) -> None:
+        if explain("moments", new.mean).backend == "cpu":
+            native = native_on_cpu(*self._moments(""), *self._moments("pending_"), *new)
+            if native is not None:
+                native.merge_moments(self._moments("pending_"), new, None)
+                native.merge_moments(self._moments(""), new, self.momentum)
+                return
         self._store("pending_", merge_moments(self._moments("pending_"), new))
         self._store("", self._absorb(self._moments(""), new))
 
