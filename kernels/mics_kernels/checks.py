@@ -163,7 +163,8 @@ def check_target(
         return
     check_tensor(name, target, (rows,), LABELS, device)
     assert isinstance(target, Tensor)
-    if looks_at_values(target) and not _all_inside(target, 0, classes - 1):
+    least = -1 if ignored == -1 else 0  # then the labels and the ignored one adjoin
+    if looks_at_values(target) and not _all_inside(target, least, classes - 1):
         wrong = ((target < 0) | (target >= classes)) & (target != ignored)
         if wrong.any():
             row = int(wrong.nonzero()[0, 0])
