@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from mics_fast.models.vit import Pool, VisionTransformer, initialise, pool_tokens, tokens_read
 from mics_fast.options import PooledFusionName
 
+NARROWER = 4
+"""Features are so many times wider than the joint part of their fusion inside."""
+
 
 class PooledEncoder(nn.Module):
     """The standardised, pooled feature of a frozen encoder, in the place of a class token.
@@ -71,11 +74,12 @@ class PooledFusion(nn.Module):
     def __init__(self, modalities: int, width: int, kind: PooledFusionName) -> None:
         super().__init__()
         self.kind = kind
+        hidden = width // NARROWER
         if kind == "mlp":
-            self.joint = nn.ModuleList([nn.Linear(modalities * width, width)])
+            self.joint = nn.ModuleList([nn.Linear(modalities * width, hidden)])
         else:
-            self.joint = nn.ModuleList(nn.Linear(width, width) for _ in range(modalities))
-        self.out = nn.Linear(width, width)
+            self.joint = nn.ModuleList(nn.Linear(width, hidden) for _ in range(modalities))
+        self.out = nn.Linear(hidden, width)
         initialise(self)
         nn.init.zeros_(self.out.weight)
 
@@ -90,7 +94,7 @@ class PooledFusion(nn.Module):
             (B, width).
         """
         there = present.unsqueeze(-1)
-        own = features.squeeze(2).masked_fill(~there, 0.0)
+        own = torch.where(there, features.squeeze(2), 0.0)
         mean = own.sum(1) / there.sum(1).clamp(min=1)
         if self.kind == "mlp":
             together = F.gelu(self.joint[0](own.flatten(1)))

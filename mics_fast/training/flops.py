@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
+from mics_fast.models.pooled import NARROWER
 from mics_fast.models.sizes import Size
 from mics_fast.models.vit import tokens_read
 from mics_fast.options import TrainConfig, contrasted_pairs
@@ -220,7 +221,8 @@ def classifier(size: Size, modalities: int, classes: int, config: TrainConfig) -
     views, read = modalities + (modalities > 1), tokens_read(model.pool)
     heads = dense(1, size.width, classes) * views
     if config.finetune.encoder == "frozen":
-        joint = embedding(modalities, size.width, size.width) + dense(1, size.width, size.width)
+        hidden = size.width // NARROWER
+        joint = embedding(modalities, size.width, hidden) + dense(1, hidden, size.width)
         return heads + joint * (modalities > 1)
     patches = size.num_patches
     seen = read if modalities == 1 else None  # fusion reads all tokens
