@@ -26,6 +26,7 @@ BLOCKS: dict[str, Callable[[list[Result]], str | None]] = {
     "evidential": summaries.evidential,
     "consistency": summaries.consistency,
     "shift": summaries.shift,
+    "features": summaries.features,
     "pipeline": summaries.pipeline,
     "as called": summaries.as_called,
     "training": reports.training,

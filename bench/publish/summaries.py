@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.features import COMPILED, FUSED, REFERENCE
 from bench.publish.markdown import (
     digits,
     factor,
@@ -18,6 +19,9 @@ from bench.publish.markdown import (
 from bench.publish.results import Result, measured, newest_cpu
 from bench.rows import Row
 from bench.shift import COPY
+
+WANTED = 3
+"""Times by which the losses of a step on kept features must outweigh the fused operators."""
 
 
 def evidential(results: list[Result]) -> str | None:
@@ -88,6 +92,31 @@ def shift(results: list[Result]) -> str | None:
         lines.append([name, str(threads), milliseconds(own["cpu"]["median_ms"]), *cells])
     head = ["", "threads", "C++", "eager", "compiled", "eager, plain squares"]
     return f"{how(result, 'shift')}:\n\n{table(head, lines)}\n{on_gpu(results, 'shift')}\n"
+
+
+def features(results: list[Result]) -> str | None:
+    """Tabulate the fine-tuning step on kept features, and name the sizes without a gain."""
+    result = newest_cpu(results, "features")
+    if result is None:
+        return None
+    rows = measured(result.of("features"))
+    lines, short = [], []
+    for (shape,) in keys_of(rows, "shape"):
+        own = named(rows, shape=shape)
+        if FUSED not in own:
+            continue
+        ours = own[FUSED]
+        cells = [times(own.get(name)) for name in (REFERENCE, COMPILED)]
+        rate = f"{1000 / ours['median_ms']:.0f}"
+        lines.append([str(shape), milliseconds(ours["median_ms"]), rate, *cells])
+        short += [f"{shape} ({name}, {times(own[name])})" for name in (REFERENCE, COMPILED)
+                  if name in own and (own[name]["ratio"] or 0) < WANTED]  # fmt: skip
+    head = ["classes, batch", "fused operators", "steps/s", REFERENCE, COMPILED]
+    below = f"Below {WANTED}x: {'; '.join(short)}. " if short else ""
+    return (
+        f"{how(result, 'features')}:\n\n{table(head, lines)}\n"
+        f"{below}{on_gpu(results, 'features')}\n"
+    )
 
 
 def pipeline(results: list[Result]) -> str | None:
