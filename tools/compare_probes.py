@@ -48,6 +48,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "probe.yaml"
 TEST_BATCH = 1024
 JOINED = "joined"
 """Features of all modalities side by side, for logistic regression."""
+FUSED = "fused"
 
 Scores = dict[str, float]
 
@@ -76,6 +77,7 @@ def main() -> None:
         found = [compare(manifest, config, features, fraction, seed) for seed in draws]
         table.append(summary(fraction, found))
         print(json.dumps(table[-1]), flush=True)
+        table[-1]["draws"] = found
     if given.json:
         facts = {
             "network": network_name(config.model),
@@ -188,7 +190,11 @@ def balanced(answer: np.ndarray, label: np.ndarray) -> float:
 
 
 def summary(fraction: float, draws: Sequence[dict[str, Scores]]) -> dict[str, Any]:
-    """Summarise draws: means and standard deviations, also of ours minus logistic regression."""
+    """Summarise draws: means and standard deviations, also of paired differences.
+
+    These are ours minus logistic regression, per modality, and the fused opinion minus that of the
+    modality with the higher mean.
+    """
     found: dict[str, Any] = {"fraction": fraction}
     for whose in ("ours", "logistic"):
         found[whose] = {
@@ -199,6 +205,10 @@ def summary(fraction: float, draws: Sequence[dict[str, Scores]]) -> dict[str, An
         name: spread([draw["ours"][name] - draw["logistic"][name] for draw in draws])
         for name in shared
     }
+    better = max(shared, key=lambda name: mean(draw["ours"][name] for draw in draws))
+    found[f"{FUSED} minus {better}"] = spread(
+        [draw["ours"][FUSED] - draw["ours"][better] for draw in draws]
+    )
     return found
 
 
