@@ -30,7 +30,7 @@ class Guard:
     def watch(self, step: Tensor, values: Mapping[str, Tensor]) -> None:
         """Check the scalars of a step (0-d int64) without reading anything back."""
         names = tuple(values)
-        finite = torch.stack([value.detach().double() for value in values.values()]).isfinite()
+        finite = torch.stack([value.detach() for value in values.values()]).isfinite()
         found = torch.where(finite, NEVER, step)
         first = self._first.setdefault(names, found)
         torch.minimum(first, found, out=first)

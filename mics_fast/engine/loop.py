@@ -31,7 +31,7 @@ from mics_fast.engine.meter import Meter, clock
 from mics_fast.engine.plan import Losses, Plan, Stage
 from mics_fast.engine.profile import phase, profiled
 from mics_fast.engine.scores import Scores
-from mics_fast.engine.update import Update, Values
+from mics_fast.engine.update import Update, Values, computed
 
 __all__ = ["Loop", "Losses", "Plan", "Stage"]
 
@@ -206,8 +206,8 @@ class Loop:
 
         Non-finite values, such as the gradient norm of a step that the scaler skipped, are omitted.
         """
-        computed = {name: own() if callable(own) else own for name, own in values.items()}
-        numbers, first = read_back(mean_over_ranks(computed), self.update.guard.first_steps())
+        ours = mean_over_ranks(computed(values))
+        numbers, first = read_back(ours, self.update.guard.first_steps())
         broken = first_broken(first)
         agree(failure=self._failure(broken, batches))
         record = {"epoch": self.step / self.plan.steps_per_epoch, **numbers}

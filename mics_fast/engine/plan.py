@@ -23,15 +23,16 @@ class Losses:
         terms: name -> unweighted scalar loss.
         weights: name -> weight, a number or 0-d; default 1.
         metrics: name -> scalar for the log only.
-        on_log: name -> function that computes a further scalar for the log. It is called on logged
-            steps only, after the step and on all ranks, and for the last part of a batch only.
+        on_log: name -> function that computes a further scalar for the log, or several by name. It
+            is called on logged steps only, after the step and on all ranks, and for the last part
+            of a batch only.
     """
 
     optimiser: str
     terms: dict[str, Tensor]
     weights: Mapping[str, Tensor | float] = field(default_factory=dict)
     metrics: Mapping[str, Tensor | float] = field(default_factory=dict)
-    on_log: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
+    on_log: Mapping[str, Callable[[], Tensor | Mapping[str, Tensor]]] = field(default_factory=dict)
 
     def total(self) -> Tensor:
         """Return the weighted sum of the terms."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, record_function, schedule
@@ -14,9 +15,9 @@ PHASES = ("data", "forward", "backward", "optimiser", "after_step")
 WARM_UP = 5  # steps before the profile, for compilation and memory pools
 
 
-def phase(name: str) -> record_function:
-    """Mark a phase, one of ``PHASES``, in the trace."""
-    return record_function(name)
+def phase(name: str) -> AbstractContextManager[Any]:
+    """Mark a phase, one of ``PHASES``, in the trace of a profiler, if one is on."""
+    return record_function(name) if torch.autograd._profiler_enabled() else nullcontext()
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,8 +18,8 @@ from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.profile import phase
 from mics_fast.engine.sharding import Shards
 
-Values = dict[str, Tensor | float | Callable[[], Tensor]]
-"""Reported values of a step: scalars, or functions that compute one on logged steps only."""
+Values = dict[str, Tensor | float | Callable[[], Tensor | Mapping[str, Tensor]]]
+"""Reported values of a step: scalars, or functions that compute some on logged steps only."""
 
 
 class Update:
@@ -42,6 +42,7 @@ class Update:
             for name, optimiser in plan.optimisers.items()
         }
         self.guard = Guard()
+        self._factors: dict[str, Tensor] = {}  # learning-rate factor of each step, by optimiser
         self.at = torch.zeros((), dtype=torch.int64, device=plan.device)
         self.skipped = torch.zeros((), dtype=torch.float64, device=plan.device)
 
@@ -112,8 +113,10 @@ class Update:
         optimiser = plan.optimisers[name]
         final = plan.final_lr.get(name)
         if final is not None:
-            factor = cosine_with_warmup(self.at, plan.steps, plan.warmup, final)
-            set_learning_rate(optimiser, factor)
+            if name not in self._factors:
+                steps = torch.arange(plan.steps, device=plan.device)
+                self._factors[name] = cosine_with_warmup(steps, plan.steps, plan.warmup, final)
+            set_learning_rate(optimiser, self._factors[name].take(self.at))
         if name != plan.main:
             optimiser.step()
             return
@@ -143,6 +146,15 @@ class Update:
             values |= {"gradient_scale": self._scale, "skipped_steps": self.skipped}
         self.guard.watch(self.at + 1, {n: v for n, v in watched.items() if isinstance(v, Tensor)})
         return values
+
+
+def computed(values: Values) -> dict[str, Tensor | float]:
+    """Call the functions among the values of a step."""
+    found: dict[str, Tensor | float] = {}
+    for name, value in values.items():
+        own = value() if callable(value) else value
+        found |= own if isinstance(own, Mapping) else {name: own}
+    return found
 
 
 def clip_gradients(optimiser: Optimizer, largest: float, shards: Shards | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -173,12 +174,14 @@ class Classifier(nn.Module):
             features[FUSION] = at_least_float32(self.fusion(patches, present))
             several = present.sum(dim=1, keepdim=True) >= 2
             present = torch.cat([present, several], dim=1)
-        logits = [self._logits(view, features[view]) for view in self.views]
+        with without_autocast(present.device):
+            logits = [self.heads[view](features[view]) for view in self.views]
         return ClassifierOutput(torch.stack(logits, dim=1), present, features.get(FUSION))
 
     def fusion_logits(self, feature: Tensor) -> Tensor:
         """Apply the fusion head to a (shifted) feature: (B, width) -> (B, C) float32."""
-        return self._logits(FUSION, feature)
+        with without_autocast(feature.device):
+            return self.heads[FUSION](at_least_float32(feature))
 
     def load_encoder(self, state: Mapping[str, Tensor]) -> None:
         """Initialise every modality's encoder from one pre-trained encoder.
@@ -191,10 +194,12 @@ class Classifier(nn.Module):
         """
         load_encoders(self.encoders.values(), state)
 
-    def _logits(self, view: str, feature: Tensor) -> Tensor:
-        # Near -4, bfloat16 has a resolution of only 0.03.
-        with torch.autocast(feature.device.type, enabled=False):
-            return self.heads[view](at_least_float32(feature))
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Compute heads as they are: near -4, bfloat16 has a resolution of only 0.03."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def _head(width: int, num_classes: int) -> nn.Linear:
@@ -240,4 +245,4 @@ def check_modality_names(modalities: Sequence[str]) -> None:
 
 def _without_absent(images: Tensor, present: Tensor) -> Tensor:
     # Masked at the input, so that a NaN reaches neither an activation nor (as 0 * NaN) a gradient.
-    return images.masked_fill(~present.reshape(-1, *[1] * (images.ndim - 1)), 0.0)
+    return torch.where(present.reshape(-1, *[1] * (images.ndim - 1)), images, 0.0)

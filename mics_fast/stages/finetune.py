@@ -6,8 +6,9 @@ docs/method.md describes each term and gives its source.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -30,7 +31,7 @@ from mics_fast.stages.pseudo_labels import (
     make_limits,
     propose,
 )
-from mics_fast.stages.ramp import ramp
+from mics_fast.stages.ramp import ramps
 from mics_kernels import (
     ClassStatistics,
     class_moments,
@@ -72,7 +73,7 @@ class Rows:
 
 @dataclass
 class Scalars:
-    """Weights that change from step to step; 0-d, float64 except the step.
+    """Weights that change from step to step; 0-d, float32 except the step.
 
     Args:
         step: int64.
@@ -104,6 +105,8 @@ class FinetuneStage(nn.Module):
     """
 
     class_weights: Tensor | None
+    ramp_ends: Tensor
+    ramp_tops: Tensor
 
     def __init__(
         self,
@@ -131,8 +134,20 @@ class FinetuneStage(nn.Module):
         )
         self.limits = make_limits(config, num_classes)
         self.alignment = make_alignment(config, num_classes, class_shares)
+        self._add_ramps()
+        # Parameters of the average and of the model, listed at the first step.
+        self._averaged: list[tuple[list[Tensor], list[Tensor]]] = []
         self._seen: list[Seen] = []
         self._proposed: list[tuple[Tensor, Tensor]] = []  # probabilities, share to accept
+
+    def _add_ramps(self) -> None:
+        """Add ends and tops of the ramps of ``Scalars``, in its order."""
+        config = self.config
+        ends = [config.kl_anneal, config.unlabelled_ramp, 1.0, 1.0]
+        tops = [config.kl_weight, config.unlabelled_weight, config.shift_strength,
+                config.accepted_share]  # fmt: skip
+        for name, own in (("ramp_ends", [end * self.steps for end in ends]), ("ramp_tops", tops)):
+            self.register_buffer(name, torch.tensor(own, dtype=torch.float64), persistent=False)
 
     def losses(
         self, batch: tuple[PairBatch, ...], step: Tensor, share: float = 1.0
@@ -143,7 +158,8 @@ class FinetuneStage(nn.Module):
         be called for several parts of a batch before ``after_step``.
         """
         config, scalars = self.config, self._scalars(step)
-        terms, metrics, seen, probability = self._compute(batch, scalars)
+        terms, fused, seen, proposed = self._compute(batch, scalars)
+        probability = proposed.probability if proposed else None
         if probability is not None and (self.limits is not None or self.alignment is not None):
             self._proposed.append((gather_rows(probability), scalars.accepted_share))
         if seen is not None and self.statistics.rank:  # directions are rows, in their order
@@ -158,7 +174,12 @@ class FinetuneStage(nn.Module):
             "shift": config.shift_weight,
         }
         weights = {name: weight for name, weight in weights.items() if name in terms}
-        yield Losses("model", terms, weights, metrics | {"kl_weight": scalars.kl_weight})
+        on_log: dict[str, Callable[[], Tensor | Mapping[str, Tensor]]] = {
+            "student_uncertainty": lambda: opinion(fused).uncertainty.mean()
+        }
+        if proposed:
+            on_log["pseudo_labels"] = partial(proposed.metrics, batch[1].label)
+        yield Losses("model", terms, weights, {"kl_weight": scalars.kl_weight}, on_log)
 
     def compile_parts(self, scope: CompileScope) -> None:
         """Compile each block, or the computation of the losses as one graph."""
@@ -177,24 +198,17 @@ class FinetuneStage(nn.Module):
         return finetune_warnings(self.config, record)
 
     def _scalars(self, step: Tensor) -> Scalars:
-        config = self.config
-        annealed = ramp(step, config.kl_anneal * self.steps)
-        return Scalars(
-            step,
-            config.kl_weight * annealed,
-            config.unlabelled_weight * ramp(step, config.unlabelled_ramp * self.steps),
-            config.shift_strength * ramp(step, self.steps),
-            config.accepted_share * ramp(step, self.steps),
-        )
+        values = (ramps(step, self.ramp_ends) * self.ramp_tops).float()
+        return Scalars(step, *values.unbind())
 
     def _compute(
         self, batch: tuple[PairBatch, ...], scalars: Scalars
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen | None, Tensor | None]:
-        """Compute terms, metrics, and inputs of statistics and limits, without side effects."""
+    ) -> tuple[dict[str, Tensor], Tensor, Seen | None, PseudoLabels | None]:
+        """Compute terms, fused evidence, and inputs of statistics and limits, without side
+        effects."""
         config = self.config
         proposed = self._pseudo_labels(batch[1]) if len(batch) > 1 else None
         rows = join_rows(batch, proposed)
-        metrics = proposed.metrics(batch[1].label) if proposed else {}
         present = drop_modalities(
             rows.present,
             rows.sample_id,
@@ -223,8 +237,7 @@ class FinetuneStage(nn.Module):
             per_row, seen = self._shift(output, rows, scalars)
             shifted, pseudo = rows.means(self._weighted(per_row, rows.label))
             terms["shift"] = shifted + scalars.pseudo_weight * pseudo
-        metrics["student_uncertainty"] = opinion(fused).uncertainty.mean()
-        return terms, metrics, seen, proposed.probability if proposed else None
+        return terms, fused, seen, proposed
 
     def _weighted(self, per_row: Tensor, label: Tensor) -> Tensor:
         """Weigh the loss of each row, (R,), by its label or pseudo-label."""
@@ -236,15 +249,15 @@ class FinetuneStage(nn.Module):
     @torch.no_grad()
     def after_step(self) -> None:
         """Advance the averaged weights and the class statistics by this step's batch."""
-        # Child by child: each is sharded as a whole or not at all.
-        for average, model in zip(self.average.children(), self.model.children(), strict=True):
-            own: list[Tensor] = list(average.parameters())
-            if own:  # frozen encoders have none
-                torch._foreach_lerp_(own, list(model.parameters()), 1 - self.config.ema_momentum)
+        if not self._averaged:
+            # Child by child: each is sharded as a whole or not at all.
+            both = zip(self.average.children(), self.model.children(), strict=True)
+            lists = [(list(own.parameters()), list(model.parameters())) for own, model in both]
+            self._averaged = [(own, model) for own, model in lists if own]
+        for own, model in self._averaged:
+            torch._foreach_lerp_(own, model, 1 - self.config.ema_momentum)
         if self._seen:
-            features, labels, weights = (
-                torch.cat(parts) for parts in zip(*self._seen, strict=True)
-            )
+            features, labels, weights = map(joined, zip(*self._seen, strict=True))
             if self.statistics.rank:
                 self.statistics.update(features, labels, weights)
             else:
@@ -254,7 +267,7 @@ class FinetuneStage(nn.Module):
             self._seen = []
         if self._proposed:
             parts, shares = zip(*self._proposed, strict=True)
-            probability = torch.cat(parts)
+            probability = joined(parts)
             aligned = probability if self.alignment is None else self.alignment(probability)
             if self.limits is not None:
                 self.limits.update(aligned, shares[0])
@@ -265,7 +278,9 @@ class FinetuneStage(nn.Module):
     def _forward(
         self, model: Classifier, views: dict[str, Tensor], present: Tensor
     ) -> ClassifierOutput:
-        with torch.autocast(present.device.type, self.autocast, enabled=self.autocast is not None):
+        if self.autocast is None:
+            return model(views, present)
+        with torch.autocast(present.device.type, self.autocast):
             return model(views, present)
 
     @torch.no_grad()
@@ -282,12 +297,16 @@ class FinetuneStage(nn.Module):
         It compares probabilities, not beliefs: minimising the conflict mass drives opinions to
         vacuity.
         """
-        modalities = range(len(self.model.modalities))
-        probability = opinion(softplus(output.logits)).probability
+        count = len(self.model.modalities)
+        # p = alpha / S, the expected probability of an opinion.
+        alpha = (softplus(output.logits[:, :count]) + 1).unbind(1)
+        strength = [own.sum(-1) for own in alpha]
+        present = output.present.unbind(1)
         distances, both = [], []
-        for a, b in combinations(modalities, 2):
-            distances.append(1 - (probability[:, a] * probability[:, b]).sqrt().sum(-1))
-            both.append(output.present[:, a] & output.present[:, b])
+        for a, b in combinations(range(count), 2):
+            affinity = (alpha[a] * alpha[b]).sqrt().sum(-1)
+            distances.append(1 - affinity * (strength[a] * strength[b]).rsqrt())
+            both.append(present[a] & present[b])
         return masked_mean(torch.stack(distances, 1), torch.stack(both, 1))
 
     def _shift(self, output: ClassifierOutput, rows: Rows, scalars: Scalars) -> tuple[Tensor, Seen]:
@@ -359,6 +378,11 @@ def join_rows(batch: tuple[PairBatch, ...], proposed: PseudoLabels | None) -> Ro
         torch.cat([one, weight]),
         (len(labelled.label), len(unlabelled.label)),
     )
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Join the rows of the parts of a batch, often a single one."""
+    return torch.cat(parts) if len(parts) > 1 else parts[0]  # type: ignore[arg-type]
 
 
 def gather_parts(values: Tensor, sizes: list[int]) -> Tensor:

@@ -20,7 +20,7 @@ so that no class takes over another one's rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,14 @@ from torch.nn.functional import one_hot, softplus
 
 from mics_fast.models.classifier import ClassifierOutput
 from mics_fast.options import FinetuneConfig
-from mics_fast.stages.means import masked_mean
+from mics_fast.stages.means import masked_mean, part_of_mean
 from mics_kernels import fuse_evidence, opinion
 
 NO_LABEL = -1
 EVIDENTIAL = ("vacuity", "curriculum")  # rules that read opinions
 
 
-@dataclass
-class PseudoLabels:
+class PseudoLabels(NamedTuple):
     """Labels for B unlabelled rows.
 
     Args:
@@ -54,14 +53,16 @@ class PseudoLabels:
     def metrics(self, truth: Tensor) -> dict[str, Tensor]:
         """Return the accepted share, its accuracy where known, and the share of each class."""
         accepted = self.label != NO_LABEL
-        metrics = {
+        right = (self.label == truth).float()
+        classes = torch.arange(self.probability.shape[1], device=self.label.device)
+        assigned = self.label.unsqueeze(1) == classes
+        shares = part_of_mean(assigned.sum(0), accepted.sum())
+        return {
             "pseudo_accepted": accepted.float().mean(),
-            "pseudo_accuracy": masked_mean((self.label == truth).float(), accepted & (truth >= 0)),
+            "pseudo_accuracy": masked_mean(right, accepted & (truth >= 0)),
             "uncertainty": self.uncertainty.mean(),
+            **{f"pseudo_share_{k}": share for k, share in enumerate(shares)},
         }
-        for k in range(self.probability.shape[1]):
-            metrics[f"pseudo_share_{k}"] = masked_mean((self.label == k).float(), accepted)
-        return metrics
 
 
 class FreeMatchLimits(nn.Module):

@@ -18,3 +18,16 @@ def ramp(step: Tensor, end: float) -> Tensor:
     """
     progress = step.double() / end if end > 0 else torch.ones_like(step, dtype=torch.float64)
     return progress.clamp(max=1.0)
+
+
+def ramps(step: Tensor, ends: Tensor) -> Tensor:
+    """Compute several ramps at once.
+
+    Args:
+        step: 0-d int64.
+        ends: (R,) float64, numbers of steps, at least 0.
+
+    Returns:
+        (R,) float64.
+    """
+    return torch.where(ends > 0, step / ends, 1.0).clamp(max=1.0)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from mics_fast.engine.capture import WARM_UP, CapturedUpdate
 from mics_fast.engine.plan import Losses
-from mics_fast.engine.update import Update
+from mics_fast.engine.update import Update, computed
 from mics_kernels import checks
 from tests.mics_fast.engine.steps import (
     ACCEPT_ALL,
@@ -65,7 +65,7 @@ def history(case, size, batches, wrap, device="cpu"):
     train_on, logged = wrap(update), []
     for step, batch in zip(range(STEPS), batches(make), strict=False):
         values = train_on(on_device(batch, device), step)
-        logged.append({n: float(own() if callable(own) else own) for n, own in values.items()})
+        logged.append({name: float(own) for name, own in computed(values).items()})
     left = {
         "stage": stage.state_dict(),
         "optimisers": [own.state_dict() for own in optimisers.values()],

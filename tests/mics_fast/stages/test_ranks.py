@@ -16,6 +16,7 @@ from torch import Tensor, multiprocessing
 
 from mics_fast.data.loaders import PairBatch
 from mics_fast.engine.gradients import GradientAverager
+from mics_fast.engine.update import computed
 from mics_fast.models.classifier import Classifier
 from mics_fast.models.sizes import Size
 from mics_fast.options import FinetuneConfig, PretrainConfig
@@ -114,7 +115,8 @@ def train(
                 f"{step} metric {name}": torch.as_tensor(value, dtype=torch.float64)
                 for name, value in losses.metrics.items()
             }
-            left |= {f"{step} metric {n}": own().double() for n, own in losses.on_log.items()}
+            more = computed(dict(losses.on_log))
+            left |= {f"{step} metric {n}": torch.as_tensor(own).double() for n, own in more.items()}
             optimiser.step()
         stage.after_step()
     return left | {f"state {name}": value for name, value in stage.state_dict().items()}
