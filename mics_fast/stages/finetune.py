@@ -250,12 +250,9 @@ class FinetuneStage(nn.Module):
     def after_step(self) -> None:
         """Advance the averaged weights and the class statistics by this step's batch."""
         if not self._averaged:
-            # Child by child: each is sharded as a whole or not at all.
-            both = zip(self.average.children(), self.model.children(), strict=True)
-            lists = [(list(own.parameters()), list(model.parameters())) for own, model in both]
-            self._averaged = [(own, model) for own, model in lists if own]
-        for own, model in self._averaged:
-            torch._foreach_lerp_(own, model, 1 - self.config.ema_momentum)
+            self._averaged = self._list_parameters()
+        for average, model in self._averaged:
+            torch._foreach_lerp_(average, model, 1 - self.config.ema_momentum)
         if self._seen:
             features, labels, weights = map(joined, zip(*self._seen, strict=True))
             if self.statistics.rank:
@@ -274,6 +271,16 @@ class FinetuneStage(nn.Module):
             if self.alignment is not None:
                 self.alignment.update(probability)
             self._proposed = []
+
+    def _list_parameters(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """List the parameters of average and model, child by child: each is sharded as a whole or
+        not at all."""
+        found: list[tuple[list[Tensor], list[Tensor]]] = []
+        for average, model in zip(self.average.children(), self.model.children(), strict=True):
+            own: list[Tensor] = list(average.parameters())
+            if own:  # frozen encoders have none
+                found.append((own, list(model.parameters())))
+        return found
 
     def _forward(
         self, model: Classifier, views: dict[str, Tensor], present: Tensor
