@@ -27,9 +27,9 @@ from mics_fast.data.decoding import (
 )
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.image_threads import image_workers
-from mics_fast.data.manifest import Row
 from mics_fast.data.pillow_decoding import PillowDecoder
 from mics_fast.data.resize import resized_square
+from mics_fast.data.rows import Row, indices_of
 from mics_fast.engine.distributed import processes_here
 from mics_fast.options import DataConfig
 
@@ -66,7 +66,9 @@ class FrameCache:
         self.device = device if data.cache.mode == "device" else torch.device("cpu")
         self.side = data.cache.side or round(image_size * 256 / 224)
         self.files = ImageFiles(data.on_bad_file, device, self._decoder)
-        self._place = {row.index: number for number, row in enumerate(rows)}
+        numbers = indices_of(rows)
+        self._place = np.empty(numbers.max(initial=-1) + 1, np.int64)  # row number -> its frames
+        self._place[numbers] = np.arange(len(rows))
         self._state = np.full((len(rows), len(modalities)), _UNKNOWN, np.uint8)
         self._problems: dict[tuple[int, int], str] = {}
         shape = (len(rows), len(modalities), self.side, self.side, 3)

@@ -9,42 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from mics_fast.common.errors import InputError
-from mics_fast.common.files import restored_cell, write_csv
-from mics_fast.data.shards import image_exists
-from mics_fast.data.tables import read_table
+import numpy as np
 
-RESERVED = ("id", "label", "labelled", "group", "split", "virtual")
-SPLITS = ("train", "val", "test")
+from mics_fast.common.files import write_csv
+from mics_fast.data.manifest_index import RESERVED, chosen_modalities, read_contents
+from mics_fast.data.rows import SPLITS, Columns, Row, Rows
 
+__all__ = [
+    "RESERVED",
+    "SPLITS",
+    "Manifest",
+    "Row",
+    "Rows",
+    "digest_difference",
+    "read_manifest",
+    "write_manifest",
+]
 
-@dataclass(frozen=True)
-class Row:
-    """One sample.
-
-    Args:
-        index: 0-based row number in the manifest, used as sample id everywhere.
-        id: unique text.
-        label: index into ``Manifest.classes``; -1 for an empty cell.
-        labelled: True if training may use the label.
-        group: index of the group, the contrastive id; a row with an empty cell gets its own group.
-        split: train, val or test.
-        virtual: modalities that were derived from another one.
-        files: modality -> absolute path of its image, None if missing.
-    """
-
-    index: int
-    id: str
-    label: int
-    labelled: bool
-    group: int
-    split: str
-    virtual: tuple[str, ...]
-    files: dict[str, Path | None]
+_PART = 1 << 16  # rows that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -61,15 +48,14 @@ class Manifest:
     path: Path
     modalities: tuple[str, ...]
     classes: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: Rows
 
-    def select(self, split: str | None = None, labelled: bool | None = None) -> list[Row]:
+    def select(self, split: str | None = None, labelled: bool | None = None) -> Rows:
         """Return the rows of a split, with or without a usable label; None selects any."""
-        return [
-            row
-            for row in self.rows
-            if split in (None, row.split) and labelled in (None, row.labelled)
-        ]
+        rows = self.rows
+        if split is not None:
+            rows = rows.where(rows.split == SPLITS.index(split))
+        return rows if labelled is None else rows.where(rows.labelled == labelled)
 
     def digest(self) -> dict[str, str]:
         """Hash the fields that training depends on: one SHA-256 per field, and the row count.
@@ -77,16 +63,22 @@ class Manifest:
         Two manifests with equal digests have the same ids, labels, groups and splits in the same
         order; paths of images and names of groups may differ. See ``digest_difference``.
         """
-        names = [*self.classes, ""]  # label -1 indexes the last one
-        fields = {
-            "id": [row.id for row in self.rows],
-            "label": [names[row.label] for row in self.rows],
-            "labelled": [str(int(row.labelled)) for row in self.rows],
-            "group": [str(row.group) for row in self.rows],
-            "split": [row.split for row in self.rows],
+        return dict(self._digest)
+
+    @cached_property
+    def _digest(self) -> dict[str, str]:
+        parts = [self.rows[start : start + _PART] for start in range(0, len(self.rows), _PART)]
+        label = np.array([*self.classes, ""], object)  # label -1 indexes the last one
+        labelled, split = np.array(["0", "1"], object), np.array(SPLITS, object)
+        ids = self.rows.columns.id
+        return {
+            "rows": str(len(self.rows)),
+            "id": _sha256([ids[k] for k in part.indices.tolist()] for part in parts),
+            "label": _sha256(label[part.label].tolist() for part in parts),
+            "labelled": _sha256(labelled[part.labelled.astype(int)].tolist() for part in parts),
+            "group": _sha256(list(map(str, part.group.tolist())) for part in parts),
+            "split": _sha256(split[part.split].tolist() for part in parts),
         }
-        hashes = {name: _sha256(values) for name, values in fields.items()}
-        return {"rows": str(len(self.rows)), **hashes}
 
 
 def digest_difference(before: Mapping[str, str], now: Mapping[str, str]) -> str:
@@ -127,58 +119,24 @@ def read_manifest(
             an invalid row.
     """
     path = Path(path)
-    folder = path.parent.absolute()
-    table = read_table(path, f"manifest {path}")
-    columns = tuple(map(restored_cell, table.columns))
-    for column in RESERVED:
-        if column not in columns:
-            raise InputError(
-                f"manifest {path} has no column {column}, wanted {', '.join(RESERVED)} and one for "
-                f"each modality, {table.found}"
-            )
-    if len(set(columns)) < len(columns):
-        raise InputError(f"manifest {path} has two columns of one name, wanted different names")
-    records = [
-        (line, {restored_cell(name): restored_cell(cell) for name, cell in record.items()})
-        for line, record in table.lines
-    ]
-    available = tuple(name for name in columns if name not in RESERVED)
-    chosen = available if modalities is None else tuple(modalities)
-    for name in chosen:
-        if name not in available:
-            raise InputError(f"manifest {path} has no modality {name}, only {', '.join(available)}")
-    if not chosen:
-        raise InputError(f"manifest {path} has no modality: no column beside {', '.join(RESERVED)}")
-    if not records:
-        raise InputError(f"manifest {path} has no row")
-    classes = tuple(sorted({record["label"] for _, record in records if record["label"]}))
-    groups: dict[str, int] = {}
-    seen: set[str] = set()
-    rows = []
-    for index, (line, record) in enumerate(records):
-        where = f"manifest {path}, line {line}"
-        _check(record, where, seen)
-        if not any(record[name] for name in available):
-            raise InputError(f"{where}: no image in any of {', '.join(available)}")
-        if not any(record[name] for name in chosen):
-            continue  # it has none of the requested modalities
-        # A unique name that no group can have: rows with an empty cell must not share a group.
-        group = record["group"] or f"\0{index}"
-        rows.append(
-            Row(
-                index=index,
-                id=record["id"],
-                label=classes.index(record["label"]) if record["label"] else -1,
-                labelled=record["labelled"] == "1",
-                group=groups.setdefault(group, len(groups)),
-                split=record["split"],
-                virtual=tuple(record["virtual"].split()),
-                files={
-                    name: _file(record[name], folder, name, where, files_exist) for name in chosen
-                },
-            )
-        )
-    return Manifest(path, chosen, classes, tuple(rows))
+    contents = read_contents(path, modalities, files_exist)
+    chosen = chosen_modalities(path, contents.columns.files, modalities)
+    files = {name: contents.columns.files[name] for name in chosen}
+    return Manifest(
+        path, chosen, contents.classes, _with_images(replace(contents.columns, files=files))
+    )
+
+
+def _with_images(columns: Columns) -> Rows:
+    """Return the rows that have an image; their groups are numbered by first appearance."""
+    absent = np.logical_and.reduce([texts.empty() for texts in columns.files.values()])
+    index = np.flatnonzero(~absent)
+    if absent.any():
+        _, first, own = np.unique(columns.group[index], return_index=True, return_inverse=True)
+        group = columns.group.copy()
+        group[index] = np.argsort(np.argsort(first))[own]
+        columns = replace(columns, group=group)
+    return Rows(columns, index)
 
 
 def write_manifest(
@@ -197,31 +155,11 @@ def write_manifest(
     write_csv(path, records, [*RESERVED, *modalities], exact=True)
 
 
-def _check(record: Mapping[str, str], where: str, seen: set[str]) -> None:
-    """Refuse a row with invalid reserved columns."""
-    name = record["id"]
-    if not name or name in seen:
-        raise InputError(f"{where}: id {name!r} is {'used twice' if name else 'empty'}")
-    seen.add(name)
-    if record["split"] not in SPLITS:
-        wanted = f"wanted one of {', '.join(SPLITS)}"
-        raise InputError(f"{where}: split is {record['split']!r}, {wanted}")
-    if record["labelled"] not in ("0", "1"):
-        raise InputError(f"{where}: labelled is {record['labelled']!r}, wanted 0 or 1")
-    if record["labelled"] == "1" and not record["label"]:
-        raise InputError(f"{where}: labelled is 1, but the label is empty")
-
-
-def _file(cell: str, folder: Path, modality: str, where: str, exists: bool) -> Path | None:
-    """Return the path of an image, None for an empty cell."""
-    if not cell:
-        return None
-    path = folder / cell
-    if exists and not image_exists(path):
-        raise InputError(f"{where}: the {modality} image {path} does not exist")
-    return path
-
-
-def _sha256(values: Sequence[str]) -> str:
-    """Hash a list of texts; JSON keeps them apart whatever they contain."""
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+def _sha256(parts: Iterable[Sequence[str]]) -> str:
+    """Hash a list of texts, given in parts; JSON keeps them apart whatever they contain."""
+    whole, before = hashlib.sha256(b"["), ""
+    for part in parts:
+        whole.update((before + json.dumps(part)[1:-1]).encode())
+        before = ", "
+    whole.update(b"]")
+    return whole.hexdigest()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+
+import numpy as np
 
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import SPLITS, Manifest
@@ -18,15 +19,12 @@ def check_manifest(manifest: Manifest) -> list[str]:
     Raises:
         InputError: two labels differ only in case or blanks, or a group lies in several splits.
     """
-    names = [*manifest.classes, ""]  # label -1 indexes the last one
-    rows = manifest.rows
-    return check_rows(
-        str(manifest.path),
-        [row.id for row in rows],
-        [names[row.label] for row in rows],
-        [str(row.group) for row in rows],
-        [row.split for row in rows],
-    )
+    rows, where = manifest.rows, str(manifest.path)
+    check_labels(where, manifest.classes)
+    pair = _divided(rows.group, rows.split)
+    if pair:
+        raise InputError(_of_one_group(where, *((rows[k].id, rows[k].split) for k in pair)))
+    return _warnings(where, manifest.classes, rows.label, rows.split)
 
 
 def check_rows(
@@ -43,24 +41,63 @@ def check_rows(
         ids, labels, groups, splits: one per row; "" is an unknown label, or a group of its own.
     """
     check_labels(where, labels)
-    first: dict[str, int] = {}
-    for row, group in enumerate(groups):
-        other = first.setdefault(group, row) if group else row
-        if splits[row] != splits[other]:
-            raise InputError(
-                f"{where}: {ids[other]!r} ({splits[other]}) and {ids[row]!r} ({splits[row]}) are "
-                "of one group, wanted each group in one split"
-            )
-    rows = Counter(zip(splits, labels, strict=True))
+    numbers: dict[str, int] = {}
+    group = [numbers.setdefault(own or f"\0{row}", len(numbers)) for row, own in enumerate(groups)]
+    split = np.array([SPLITS.index(own) for own in splits], np.int8)
+    pair = _divided(np.array(group, np.int64), split)
+    if pair:
+        raise InputError(_of_one_group(where, *((ids[k], splits[k]) for k in pair)))
     classes = sorted(set(labels) - {""})
+    number_of = {name: number for number, name in enumerate(classes)} | {"": -1}
+    return _warnings(where, classes, np.array([number_of[own] for own in labels]), split)
+
+
+def _divided(group: np.ndarray, split: np.ndarray) -> tuple[int, int] | None:
+    """Find the first row whose group began in another split, and the row it began with.
+
+    Args:
+        group: numbered from 0 in the order of first appearance, (R,).
+        split: (R,).
+    """
+    if not len(group):
+        return None
+    first = np.empty(int(group.max()) + 1, np.int64)
+    first[group[::-1]] = np.arange(len(group))[::-1]  # the last value given to a group stays
+    moved = split != split[first[group]]
+    row = int(moved.argmax())
+    return (int(first[group[row]]), row) if moved[row] else None
+
+
+def _of_one_group(where: str, first: tuple[str, str], second: tuple[str, str]) -> str:
+    """Describe two rows, each an id and a split, of a group that lies in several splits."""
+    (one, here), (other, there) = first, second
+    return (
+        f"{where}: {one!r} ({here}) and {other!r} ({there}) are of one group, wanted each group in "
+        "one split"
+    )
+
+
+def _warnings(
+    where: str, classes: Sequence[str], label: np.ndarray, split: np.ndarray
+) -> list[str]:
+    """Warn about empty splits, and about classes without rows in one.
+
+    Args:
+        where: source of the rows.
+        classes: sorted names.
+        label: index into the classes, or -1, (R,).
+        split: index into ``SPLITS``, (R,).
+    """
     warnings = []
-    for split in SPLITS:
-        missing = [name for name in classes if not rows[split, name]]
-        if split not in splits:
-            warnings.append(f"no row is in the split {split}")
+    for number, split_name in enumerate(SPLITS):
+        labels = label[split == number]
+        there = np.bincount(labels[labels >= 0], minlength=len(classes))
+        missing = [name for name, count in zip(classes, there, strict=True) if not count]
+        if not len(labels):
+            warnings.append(f"no row is in the split {split_name}")
         elif missing:
             shown = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            warnings.append(f"no {split} row of {shown}")
+            warnings.append(f"no {split_name} row of {shown}")
     return [f"{where}: {warning}" for warning in warnings]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mics_fast.data.augmentation import CLASS_ORDER, CLASS_ROWS, draw_order, epoch_order
-from mics_fast.data.manifest import Row
+from mics_fast.data.rows import Row, labels_of
 from mics_fast.data.shards import shard_of, shard_order
 
 _order = lru_cache(maxsize=1024)(draw_order)  # enough for the blocks and passes of a few batches
@@ -30,7 +30,7 @@ class BalancedOrder:
         labels: class of each row, as in the manifest; classes without rows are skipped.
     """
 
-    def __init__(self, seed: int, labels: Sequence[int]) -> None:
+    def __init__(self, seed: int, labels: Sequence[int] | np.ndarray) -> None:
         self._seed = seed
         found = np.asarray(labels)
         self._rows = [np.flatnonzero(found == label) for label in np.unique(found)]
@@ -57,7 +57,7 @@ class RowOrder:
         self._seed, self._count = seed, len(rows)
         self._shards = shards_of(rows)
         self._orders: dict[int, np.ndarray] = {}
-        self._balanced = BalancedOrder(seed, [row.label for row in rows]) if balanced else None
+        self._balanced = BalancedOrder(seed, labels_of(rows)) if balanced else None
 
     def place(self, number: int, later: int = 0) -> tuple[int, int]:
         """Return the position of a sample's row, or of one ``later`` in its epoch, and the number
@@ -73,7 +73,7 @@ class RowOrder:
             self._orders = {own: o for own, o in self._orders.items() if own == epoch - 1}
             self._orders[epoch] = (
                 shard_order(self._seed, epoch, self._shards)
-                if self._shards
+                if self._shards is not None
                 else epoch_order(self._seed, epoch, self._count)
             )
         return self._orders[epoch]
@@ -95,13 +95,15 @@ def samples_of(step: int, batch_size: int, share: int, rank: int, parts: int) ->
     return [start + number for start in starts for number in range(own)]
 
 
-def shards_of(rows: Sequence[Row]) -> list[Path]:
-    """Return the shard of each row; empty unless every row lies in a shard."""
-    found = []
-    for row in rows:
+def shards_of(rows: Sequence[Row]) -> np.ndarray | None:
+    """Return the shard of each row, (R,) int64, numbered in the order of their paths; None unless
+    every row lies in a shard."""
+    found, numbers = np.empty(len(rows), np.int64), dict[Path, int]()
+    for place, row in enumerate(rows):
         shards = {shard_of(path) for path in row.files.values() if path is not None}
         shard = shards.pop() if len(shards) == 1 else None
         if shard is None:
-            return []
-        found.append(shard)
-    return found
+            return None
+        found[place] = numbers.setdefault(shard, len(numbers))
+    order = [numbers[shard] for shard in sorted(numbers)]
+    return np.argsort(order)[found]

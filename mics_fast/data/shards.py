@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -155,15 +154,13 @@ def image_exists(path: Path) -> bool:
 # Reading batches
 
 
-def shard_order(seed: int, epoch: int, shards: Sequence[Path]) -> np.ndarray:
+def shard_order(seed: int, epoch: int, shards: np.ndarray) -> np.ndarray:
     """Draw a permutation of the rows, (R,), that goes shard by shard.
 
     Args:
         seed, epoch: of the order of the shards, and of the rows in each.
-        shards: the shard of each row.
+        shards: number of each row's shard, (R,) int64; every number from 0 on has a row.
     """
-    names = sorted(set(shards))
-    rank = np.argsort(epoch_order(seed, epoch, len(names)))
-    place = dict(zip(names, rank, strict=True))
+    place = np.argsort(epoch_order(seed, epoch, int(shards.max()) + 1))
     rows = epoch_order(seed, epoch, len(shards))
-    return rows[np.argsort([place[shards[row]] for row in rows], kind="stable")]
+    return rows[np.argsort(place[shards[rows]], kind="stable")]

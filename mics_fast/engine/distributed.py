@@ -214,10 +214,10 @@ def from_each(action: Callable[[], T]) -> list[T]:
     return [result for result, _ in found]
 
 
-def share_of(rows: Sequence[T]) -> list[T]:
+def share_of(rows: Sequence[T]) -> Sequence[T]:
     """Return this rank's rows: contiguous, in rank order, and at most one more than another's."""
     start, end = (len(rows) * number // world_size() for number in (rank(), rank() + 1))
-    return list(rows[start:end])
+    return rows[start:end]
 
 
 def refuse_differences(own: Mapping[str, Any]) -> None:

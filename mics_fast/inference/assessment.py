@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from mics_fast.common.anonymity import pseudonym
 from mics_fast.common.errors import InputError
 from mics_fast.common.progress import progress
 from mics_fast.data.image_header import RefusedImage
-from mics_fast.data.manifest import Manifest, Row, read_manifest
+from mics_fast.data.manifest import Manifest, Row, Rows, read_manifest
 from mics_fast.data.shards import read_image
 from mics_fast.evaluation import CRITERIA, By
 from mics_fast.evaluation.answers import answer, flat
@@ -61,7 +62,7 @@ class Assessment:
     classifier: RunClassifier
     manifest: Manifest
     split: str
-    rows: list[Row]
+    rows: Sequence[Row]
     opinions: Opinions
     calibration: Calibration | None = None
 
@@ -97,8 +98,8 @@ def assess(
     if flips is not None and flips != classifier.point.flips:
         classifier.point = OperatingPoint(flips=flips)
     opinions = classifier.opinions(rows, split, hide=True)
-    there = set(opinions.sample_id.tolist())  # under the policy "skip", not all rows
-    rows = [row for row in rows if row.index in there]
+    # Under the policy "skip", not all rows have one.
+    rows = rows.where(np.isin(rows.indices, opinions.sample_id))
     calibration = classifier.point.calibration if kind is None else None
     if kind in get_args(Kind):
         val = classifier.opinions(labelled_rows(manifest, "val"), "val", hide=True)
@@ -143,13 +144,13 @@ def anonymised(assessment: Assessment, key: bytes | None) -> Assessment:
     return replace(assessment, rows=rows)
 
 
-def labelled_rows(manifest: Manifest, split: str) -> list[Row]:
+def labelled_rows(manifest: Manifest, split: str) -> Rows:
     """Select the rows of a split whose label is known.
 
     Raises:
         InputError: there is none.
     """
-    rows = [row for row in manifest.select(split) if row.label >= 0]
+    rows = manifest.select(split).known
     if not rows:
         raise InputError(f"{manifest.path} has no row with split {split} and a label")
     return rows
@@ -247,7 +248,7 @@ def add_pseudo_labels(assessment: Assessment, metrics: dict[Source, OpinionMetri
 
     They are accepted as in training, but by the final model, without augmentation and calibration.
     """
-    rows = [row for row in assessment.manifest.select("train") if not row.labelled]
+    rows = assessment.manifest.select("train", labelled=False)
     if not rows:
         return
     options = assessment.classifier.run.config.finetune

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import numpy as np
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -35,8 +36,7 @@ def print_closing(folder: Path) -> None:
     """
     run, console = Run.open(folder), wide_console()
     manifest = run_manifest(run)
-    split = next((own for own in ("test", "val") if any(
-        row.label >= 0 for row in manifest.select(own))), None)  # fmt: skip
+    split = next((own for own in ("test", "val") if manifest.select(own).known), None)
     if split is None:
         console.print("no row of test or val has a label: nothing to evaluate")
     else:
@@ -72,7 +72,7 @@ def accuracy(predictions: Predictions, counts: Tensor) -> dict[str, Tensor]:
 def next_commands(folder: Path, manifest: Manifest) -> list[str]:
     """Name two commands that go on from a trained run, each with what it is for."""
     run = shlex.quote(str(folder))
-    groups = len({row.group for row in manifest.select("val") if row.label >= 0})
+    groups = len(np.unique(manifest.select("val").known.group))
     risk = next((own for own in TARGETS if groups >= Target(own).fewest_groups()), None)
     evaluate = f"mics-fast evaluate {run}" + (f" --target-risk {risk}" if risk else "")
     report = f"mics-fast report {run}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import numpy as np
+
 from mics_fast.common.errors import InputError
 from mics_fast.data.manifest import SPLITS, Manifest
 from mics_fast.evaluation.results import Evaluation
@@ -78,23 +80,22 @@ def names(values: Iterable[str]) -> str:
 
 def data_section(manifest: Manifest, *, paths: bool) -> str:
     """Count samples by class and split, and the labelled train rows."""
-    counts = Counter((row.label, row.split) for row in manifest.rows)
-    labelled = Counter(row.label for row in manifest.rows if row.split == "train" and row.labelled)
+    own = {split: Counter(manifest.select(split).label.tolist()) for split in SPLITS}
+    labelled = Counter(manifest.select("train", labelled=True).label.tolist())
     named = [*enumerate(manifest.classes), (-1, "(no label)")]
     rows = [
-        [markdown_text(name), *(str(counts[k, split]) for split in SPLITS), str(labelled[k])]
+        [markdown_text(name), *(str(own[split][k]) for split in SPLITS), str(labelled[k])]
         for k, name in named
-        if any(counts[k, split] for split in SPLITS)
+        if any(own[split][k] for split in SPLITS)
     ]
-    absent = {name: sum(row.files[name] is None for row in manifest.rows)
-              for name in manifest.modalities}  # fmt: skip
+    absent = {name: int(manifest.rows.missing(name).sum()) for name in manifest.modalities}
     missing = [f"{markdown_text(name)} is missing from {n} samples" for name, n in absent.items()]
     name = f"Manifest {markdown_text(manifest.path.name)}" if paths else "One manifest"
     return "\n\n".join(
         [
             "## Data",
             f"{name}: {len(manifest.rows)} samples in "
-            f"{len({row.group for row in manifest.rows})} groups; {'; '.join(missing)}.",
+            f"{len(np.unique(manifest.rows.group))} groups; {'; '.join(missing)}.",
             markdown_table(["class", *SPLITS, "labelled train"], rows),
         ]
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from mics_fast.common.errors import InputError
@@ -143,6 +144,6 @@ def with_classes(manifest: Manifest, classes: Sequence[str], whose: object) -> M
             f"manifest {manifest.path} has class {foreign[0]!r}, wanted those of {whose}: "
             f"{', '.join(classes)}"
         )
-    number = {k: classes.index(name) for k, name in enumerate(manifest.classes)}
-    rows = tuple(replace(row, label=number.get(row.label, -1)) for row in manifest.rows)
+    number = np.array([*map(classes.index, manifest.classes), -1])  # label -1 indexes the last one
+    rows = manifest.rows.with_labels(number[manifest.rows.label])
     return replace(manifest, classes=tuple(classes), rows=rows)

@@ -293,10 +293,9 @@ def risk_figure(subject: Subject) -> str:
 def settings(subject: Subject) -> str:
     """List the data, the environment and the options of the run."""
     manifest: Manifest = subject.assessment.manifest
-    splits = [row.split for row in manifest.rows]
     environment = [
         ["rows of the manifest", str(len(manifest.rows))],
-        *([f"{name} rows", str(splits.count(name))] for name in SPLITS),
+        *([f"{name} rows", str(len(manifest.select(name)))] for name in SPLITS),
         ["labelled train rows", str(len(manifest.select("train", labelled=True)))],
         ["python", platform.python_version()],
         ["torch", torch.__version__],

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import make_folder, read_json, write_json
 from mics_fast.data.manifest import RESERVED, Manifest, read_manifest, write_manifest
@@ -200,10 +202,11 @@ def draw_labels(manifest: Manifest, file: Path, labels: Labels, seed: int) -> No
     """Write a manifest with the same rows and splits and newly drawn labelled rows; the draw is
     that of ``prepare`` with this seed."""
     train = manifest.select("train")
-    names = ["" if row.label < 0 else manifest.classes[row.label] for row in train]
-    groups = [str(row.group) for row in train]
+    named = [*manifest.classes, ""]  # label -1 indexes the last one
+    names = [named[label] for label in train.label]
+    groups = list(map(str, train.group))
     chosen = label_rows(names, groups, labels.fraction, seed, count=labels.count)
-    labelled = {row.index for row, keeps in zip(train, chosen, strict=True) if keeps}
+    labelled = set(train.indices[np.array(chosen, bool)].tolist())
     make_folder(file.parent)
     with open(manifest.path, newline="", encoding="utf-8-sig") as source:
         records = list(csv.DictReader(source))

@@ -242,8 +242,8 @@ def class_weights(options: FinetuneConfig, manifest: Manifest) -> Tensor | None:
 
 def labelled_shares(manifest: Manifest) -> Tensor:
     """Return the share of each class in the labelled train rows, (C,) float32."""
-    labels = [row.label for row in manifest.select("train") if row.labelled]
-    counts = torch.bincount(torch.tensor(labels), minlength=len(manifest.classes))
+    labels = torch.from_numpy(manifest.select("train", labelled=True).label)
+    counts = torch.bincount(labels, minlength=len(manifest.classes))
     return counts / counts.sum()
 
 

@@ -217,7 +217,7 @@ class Trainer:
         options = self.config.finetune
         if len(self.manifest.modalities) == 1:
             say(f"{self.manifest.modalities[0]} alone: without fusion, agreement and shift")
-        labelled = [row for row in self.rows if row.labelled]
+        labelled = self.rows.where(self.rows.labelled)
         model = build_classifier(self.config, self.manifest)
         kept, config = None, self.config
         if options.encoder == "frozen":
@@ -458,7 +458,7 @@ def check_labels(manifest: Manifest) -> None:
     Raises:
         InputError: no labelled train row, or only one class.
     """
-    if not any(row.labelled for row in manifest.select("train")):
+    if not manifest.select("train", labelled=True):
         raise InputError(f"{manifest.path} has no train row with labelled = 1")
     if len(manifest.classes) < 2:
         raise InputError(
@@ -473,7 +473,7 @@ def check_patience(options: FinetuneConfig, manifest: Manifest) -> None:
     Raises:
         InputError: no val row has a label.
     """
-    if options.patience and not any(row.label >= 0 for row in manifest.select("val")):
+    if options.patience and not manifest.select("val").known:
         raise InputError(
             f"option finetune.patience is {options.patience}, but {manifest.path} has no val row "
             "with a label to score"

@@ -57,7 +57,7 @@ class ValRows:
     ) -> None:
         self.config, self.manifest, self.data = config, manifest, data
         self.image_size, self.device = image_size, device
-        self.rows = [row for row in manifest.select("val") if row.label >= 0]
+        self.rows = manifest.select("val").known
 
     def example(self) -> PairBatch:
         """Load a few val rows for pictures, the same ones each time."""
@@ -108,7 +108,7 @@ class ValRows:
             precision: of its products.
         """
         val = self.rows
-        labelled = [row for row in self.manifest.select("train") if row.labelled]
+        labelled = self.manifest.select("train", labelled=True)
         if not val or not labelled:
             return None
         asked, size = bounded(val), self.config.pretrain.batch_size
@@ -136,9 +136,9 @@ class ValRows:
                 )
         return lambda: score() | beside
 
-    def _own_rows(self, rows: Sequence[Row]) -> list[Row]:
+    def _own_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
         """Return the rows that this rank scores: its share, or all for a sharded network."""
-        return list(rows) if self.config.shard_parameters else share_of(rows)
+        return rows if self.config.shard_parameters else share_of(rows)
 
     def _own_eval_loader(self, rows: Sequence[Row], batch_size: int) -> EvalLoader | None:
         own = self._own_rows(rows)

@@ -7,15 +7,17 @@ import re
 import pytest
 
 from mics_fast.common.errors import InputError
+from mics_fast.data import manifest_index
 from mics_fast.data.manifest import RESERVED, digest_difference, read_manifest, write_manifest
 from mics_fast.data.manifest_checks import check_manifest
 
 HEADER = "id,label,labelled,group,split,virtual,wli,nbi"
 
 
-@pytest.fixture
-def write(tmp_path):
+@pytest.fixture(params=[1 << 30, 0], ids=["csv", "index"])
+def write(tmp_path, monkeypatch, request):
     """write(line, ...) -> path of a manifest with these rows; images a.png and b.png exist."""
+    monkeypatch.setattr(manifest_index, "INDEXED_FROM", request.param)
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"not read")
 
@@ -60,7 +62,7 @@ def test_writing_replaces_the_manifest_and_leaves_nothing_else(tmp_path, write):
     before = set(tmp_path.iterdir())
     write_manifest(path, [record(id="new")], ["wli", "nbi"])
     assert [row.id for row in read_manifest(path).rows] == ["new"]
-    assert set(tmp_path.iterdir()) == before
+    assert set(tmp_path.iterdir()) - {tmp_path / "manifest.csv.index"} == before
 
 
 def test_a_failed_write_leaves_the_old_manifest(write):

@@ -17,6 +17,7 @@ from mics_fast.data.cache import FrameCache
 from mics_fast.data.image_files import ImageFiles
 from mics_fast.data.loaders import EvalLoader, TrainLoader
 from mics_fast.data.manifest import read_manifest
+from mics_fast.data.sampling import shards_of
 from mics_fast.data.shards import read_image, read_index, shard_order
 from mics_fast.options import AugmentConfig, CacheConfig, DataConfig
 from tests.mics_fast.data.loading import CPU, NAMES, same, take
@@ -85,13 +86,14 @@ def test_an_order_takes_shard_after_shard_and_mixes_both(manifests):
     _, shards = manifests
     rows = shards.select("train")
     of = [row.files["wli"].parent for row in rows]
-    orders = [shard_order(0, epoch, of).tolist() for epoch in range(3)]
+    numbers = shards_of(rows)
+    orders = [shard_order(0, epoch, numbers).tolist() for epoch in range(3)]
     for order in orders:
         assert sorted(order) == list(range(len(rows)))
         runs = [shard for shard, _ in itertools.groupby(of[place] for place in order)]
         assert len(runs) == len(set(of))
     assert len({tuple(order) for order in orders}) == 3
-    assert len({of[order[0]] for order in (shard_order(0, e, of) for e in range(20))}) > 1
+    assert len({of[order[0]] for order in (shard_order(0, e, numbers) for e in range(20))}) > 1
 
 
 def test_training_takes_one_shard_after_the_other(manifests):

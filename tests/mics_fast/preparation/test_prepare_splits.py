@@ -25,7 +25,7 @@ def test_few_labels_stay_one_a_class_and_only_on_train_rows(kvasir, tmp_path):
 def test_split_label_fraction_and_seed_are_obeyed(kvasir, tmp_path):
     def rows(*options):
         run(kvasir, "--out", tmp_path / "out", *options)
-        return read_manifest(tmp_path / "out" / "manifest.csv").rows
+        return list(read_manifest(tmp_path / "out" / "manifest.csv").rows)
 
     half = rows("--split", "0.5", "0", "0.5", "--label-fraction", "1")
     polyps = [row for row in half if row.id.startswith("polyps")]

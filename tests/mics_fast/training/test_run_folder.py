@@ -8,22 +8,34 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from mics_fast.common.errors import InputError
-from mics_fast.data.manifest import Manifest, Row
+from mics_fast.data.manifest import read_manifest, write_manifest
 from mics_fast.options import DataConfig, FinetuneConfig, TrainConfig
 from mics_fast.training.run import Run, refuse_changes
 from mics_fast.training.trainer import check_patience
 
-ROWS = tuple(
-    Row(
-        index=i, id=f"r{i}", label=i % 2, labelled=i < 2, group=i, split=split, virtual=(), files={}
-    )
-    for i, split in enumerate(("train", "train", "val", "test"))
-)
-MANIFEST = Manifest(Path("manifest.csv"), ("wli", "nbi"), ("a", "b"), ROWS)
+
+def record(number, **cells):
+    split = ("train", "train", "val", "test")[number]
+    row = {"id": f"r{number}", "label": "ab"[number % 2], "labelled": str(int(number < 2))}
+    return {**row, "group": "", "split": split, "virtual": "", "wli": "x.png", "nbi": ""} | cells
+
+
+ROWS = tuple(record(number) for number in range(4))
+
+
+def manifest_of(rows=ROWS):
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest.csv"
+        write_manifest(path, rows, ["wli", "nbi"])
+        return replace(read_manifest(path, files_exist=False), path=Path("manifest.csv"))
+
+
+MANIFEST = manifest_of()
 
 
 def test_paths_of_a_run_do_not_depend_on_the_folder_it_was_started_in(tmp_path, monkeypatch):
@@ -50,10 +62,10 @@ def test_a_run_goes_on_under_the_same_relative_paths(tmp_path, monkeypatch):
     ("rows", "sentence"),
     [
         (ROWS[:3], "3 rows instead of 4"),
-        ((*ROWS[:3], replace(ROWS[3], split="train")), "the column split differs"),
-        ((replace(ROWS[0], label=1), *ROWS[1:]), "the column label differs"),
-        ((replace(ROWS[0], labelled=False), *ROWS[1:]), "the column labelled differs"),
-        ((replace(ROWS[0], id="other"), *ROWS[1:]), "other ids"),
+        ((*ROWS[:3], record(3, split="train")), "the column split differs"),
+        ((record(0, label="b"), *ROWS[1:]), "the column label differs"),
+        ((record(0, labelled="0"), *ROWS[1:]), "the column labelled differs"),
+        ((record(0, id="other"), *ROWS[1:]), "other ids"),
     ],
 )
 def test_a_run_goes_on_on_its_own_manifest_alone(tmp_path, rows, sentence):
@@ -61,13 +73,13 @@ def test_a_run_goes_on_on_its_own_manifest_alone(tmp_path, rows, sentence):
     Run.start(config, MANIFEST, resume=False)
     Run.start(config, replace(MANIFEST, path=Path("moved.csv")), resume=True)
     with pytest.raises(InputError, match=f"started with: {sentence}"):
-        Run.start(config, replace(MANIFEST, rows=rows), resume=True)
+        Run.start(config, manifest_of(rows), resume=True)
     assert Run.open(tmp_path / "run").digest() == MANIFEST.digest()
 
 
 def test_patience_without_rows_to_score_is_refused():
     check_patience(FinetuneConfig(patience=3), MANIFEST)
-    unscored = replace(MANIFEST, rows=tuple(row for row in ROWS if row.split != "val"))
+    unscored = manifest_of([row for row in ROWS if row["split"] != "val"])
     check_patience(FinetuneConfig(), unscored)
     with pytest.raises(InputError, match=r"patience is 3, but manifest\.csv has no val row with"):
         check_patience(FinetuneConfig(patience=3), unscored)
