@@ -26,7 +26,8 @@ BACKWARD_SHARE = 2 / 3  # of a step's computation: two products for one of the f
 COUNTS = 8  # all-reduced row counts of masked means and of the gradient ratio, int64
 SQUARES, ACCURACY = 2, 1  # all-reduced float32: two gradient norms, the discriminator's accuracy
 ANSWERS = 3  # all-reduced int64 of ``engine.distributed.agree``: failure, stop, save
-SMALL_MESSAGES = COUNTS + 1 + 1 + 1 + 2  # all of these, and the gathered ids and presence
+# All of these that are waited for, and the gathered ids and presence; answers travel during a step.
+SMALL_MESSAGES = COUNTS + 1 + 1 + 2
 
 
 @dataclass(frozen=True)

@@ -165,11 +165,11 @@ def own_first(gathered: Tensor) -> Tensor:
     return gathered.roll(-rank() * (len(gathered) // world_size()), 0) if rank() else gathered
 
 
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum a tensor over the ranks, without gradient."""
+def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum a tensor over the ranks of a group, by default all of them, without gradient."""
     total = values.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=group)
     return total
 
 
@@ -261,28 +261,46 @@ def start_alike(tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(message.view(tensor.shape))
 
 
-def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:
-    """Combine yes/no answers over all ranks by "or"; a collective call.
+class Agreement:
+    """Yes/no answers that are combined over all ranks by "or", while the ranks do other work.
+
+    Making one starts a message and does not wait for the other ranks. Ranks make and read all of
+    theirs in the same order.
 
     Args:
         asked: this rank's answers.
         failure: the error that stops this rank, if any.
-
-    Raises:
-        Exception: the failure of any rank, raised on all ranks.
     """
-    if world_size() > 1:
-        flags = torch.tensor([rank() + 1 if failure else 0, *map(int, asked)])
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        failed, *answers = flags.tolist()
-        asked = tuple(map(bool, answers))
-        if failed:
+
+    def __init__(self, *asked: bool, failure: Exception | None = None) -> None:
+        self._flags = torch.tensor([rank() + 1 if failure else 0, *map(int, asked)])
+        self._failure = failure
+        self._work: dist.Work | None = None
+        if world_size() > 1:
+            self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
+
+    def read(self) -> list[bool]:
+        """Wait for all ranks, and return the common answers.
+
+        Raises:
+            Exception: the failure of any rank, raised on all ranks.
+        """
+        failure = self._failure
+        if self._work is not None:
+            self._work.wait()
+        failed, *answers = self._flags.tolist()
+        if failed and world_size() > 1:
             said = [failure]
             dist.broadcast_object_list(said, src=failed - 1, device=CPU)
             failure = said[0]
-    if failure is not None:
-        raise failure
-    return list(asked)
+        if failure is not None:
+            raise failure
+        return list(map(bool, answers))
+
+
+def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:
+    """Combine yes/no answers over all ranks by "or", and wait for them; see ``Agreement``."""
+    return Agreement(*asked, failure=failure).read()
 
 
 def least_over_ranks(number: int) -> int:

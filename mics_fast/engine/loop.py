@@ -18,6 +18,7 @@ from mics_fast.engine.background import CheckpointWriter
 from mics_fast.engine.capture import CapturedUpdate
 from mics_fast.engine.checkpoint import Checkpoints, CheckpointState, fitting
 from mics_fast.engine.distributed import (
+    Agreement,
     agree,
     from_first,
     least_over_ranks,
@@ -43,6 +44,10 @@ class Loop:
 
     Nothing is read back from the device between two records. Each rank works on its part of every
     batch; all validate together, and rank 0 alone logs and saves.
+
+    Ranks agree on each step, whether all of them have its batch, whether to save and whether to
+    stop. Several ranks ask one step ahead, so that the message travels while they train, and hold
+    one more batch for it.
 
     Args:
         stage: models and losses.
@@ -125,17 +130,25 @@ class Loop:
         writer = CheckpointWriter(self.checkpoints, plan.name, self.meta)
         due = Due(plan.checkpoint_every, plan.checkpoint_minutes)
         folder = self.log.folder / "profile"
-        first = rank() == 0
+        first, ahead = rank() == 0, world_size() > 1
+        asked: tuple[Any, Agreement] | None = None  # the batch of a step, and what ranks say to it
         with (
             StopOnSignal() as stop,
             self.log.progress(plan.name, self.step, plan.steps),
             closing(writer),
             profiled(plan.profile if first else 0, folder, plan.name) as profiled_step,
         ):
-            while not self.finished:
+
+            def ask(step: int) -> tuple[Any, Agreement]:
                 batch, failure = self._take(stream)
-                save_asked = first and due.at(self.step + 1)
-                stopping, save = agree(stop.asked, save_asked, failure=failure)
+                return batch, Agreement(stop.asked, first and due.at(step + 1), failure=failure)
+
+            while not self.finished:
+                batch, agreement = asked or ask(self.step)
+                stopping, save = agreement.read()
+                more = self.step + 1 < plan.steps and not stopping
+                asked = ask(self.step + 1) if ahead and more else None
+                self.meter.count(batch)
                 values = self.train_on(batch, self.step)
                 self.step += 1
                 self.log.advance(self.step)

@@ -41,13 +41,16 @@ class Meter:
         self._earlier = (0, 0, 0.0)  # the same before the last restart
 
     def take(self, batches: Iterator[Any]) -> Any:
-        """Return the next batch, a tuple of parts, and count its pairs and the waiting time."""
+        """Return the next batch, and count the waiting time."""
         began = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - began
+        return batch
+
+    def count(self, batch: Any) -> None:
+        """Count a step and the pairs of its batch, a tuple of parts."""
         self._steps += 1
         self._pairs += world_size() * sum(len(part.label) for part in batch)
-        return batch
 
     def seconds(self) -> float:
         """Return the seconds since the stage began, over all processes."""

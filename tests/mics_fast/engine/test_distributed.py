@@ -60,10 +60,21 @@ def share(rank, folder):
         "first fails": outcome_of(lambda: distributed.from_first(lambda: first_only("no disk"))),
         "from each": distributed.from_each(lambda: {"rank": rank}),
         "each fails": outcome_of(lambda: distributed.from_each(one_fails)),
-        "rows": [distributed.share_of(range(length)) for length in (0, 1, 5)],
+        "rows": [list(distributed.share_of(range(length))) for length in (0, 1, 5)],
         "alike": outcome_of(lambda: distributed.refuse_differences({"seed": 1, "out": "a"})),
         "apart": outcome_of(lambda: distributed.refuse_differences({"a": 0, "seed": 7 + rank})),
     }
+
+
+def ask_ahead(rank, folder):
+    """Ask on rank 0 while rank 1 has not been asked; rank 1 is only after rank 0 has gone on."""
+    gone_on, end = folder / "gone on", time.monotonic() + 60
+    while rank == 1 and not gone_on.exists():
+        assert time.monotonic() < end, "rank 0 waits for an answer that it has not yet read"
+        time.sleep(0.01)
+    question = distributed.Agreement(rank == 1, False)
+    gone_on.touch()
+    return question.read()
 
 
 def average_gradients():
@@ -144,8 +155,10 @@ class Stage(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(()))
+        self.during = lambda step: None
 
     def losses(self, batch, step, share=1.0):
+        self.during(int(step))
         yield Losses("model", {"label": (self.weight * batch[0].label).mean()})
 
     def after_step(self):
@@ -155,13 +168,15 @@ class Stage(nn.Module):
         return []
 
 
-def run_loop(rank, folder, happens, validate=None):
+def run_loop(rank, folder, happens, validate=None, during=None):
     """Run a loop of nine steps; return whether it finished and its last step, or its exception.
 
-    Rank r has label r; ``happens(step)`` runs before a batch, and may return another label.
+    Rank r has label r; ``happens(step)`` runs before a batch, and may return another label;
+    ``during(step)`` runs in the forward pass.
     """
     folder.mkdir(exist_ok=True)
     stage = Stage()
+    stage.during = during or stage.during
     plan = Plan(
         name="stage",
         steps=9,
@@ -206,7 +221,8 @@ def run_loops(rank, folder):
         return {"val_rows": float(sum(distributed.from_each(lambda: 1 + rank)))}
 
     run_loop(rank, folder / "validated", lambda step: None, validate)
-    return {"validated": validated} | {
+    in_step = run_loop(rank, folder / "in step", lambda step: None, during=is_stopped)
+    return {"validated": validated, "stopped in step": in_step} | {
         happens.__name__: run_loop(rank, folder / happens.__name__, happens)
         for happens in (is_stopped, has_no_batch, breaks)
     }
@@ -253,6 +269,7 @@ def work(rank, folder, port):
     }
     with distributed.joined(CPU):
         found = share(rank, folder)
+        found["ahead"] = ask_ahead(rank, folder)
         found["gradients"] = average_gradients()
         found["fp32"], found["bf16"] = map(send_gradients, (None, torch.bfloat16))
         found["start"] = start_apart(rank)
@@ -292,6 +309,10 @@ def test_ranks_agree_on_numbers_and_answers(ranks):
     assert of_both(ranks, "mean") == [1.5] * 2
     assert of_both(ranks, "least") == [4] * 2
     assert of_both(ranks, "agreed") == [[True, False, True]] * 2
+
+
+def test_an_answer_is_waited_for_only_when_it_is_read(ranks):
+    assert of_both(ranks, "ahead") == [[True, False]] * 2
 
 
 def test_a_failure_on_one_rank_is_raised_on_all(ranks):
@@ -372,6 +393,13 @@ def test_the_failure_that_came_first_is_recorded_for_the_launcher(ranks):
     recorded = json.loads((ranks[1] / "error-1.json").read_text())["message"]
     assert recorded["message"] == "RunFailed: rank 1 has no memory left"
     assert 'raise RunFailed("rank 1' in recorded["extraInfo"]["py_callstack"]
+
+
+def test_sigterm_during_a_step_of_one_rank_stops_all_two_steps_later(ranks):
+    """The next step has been agreed on by then, and the one after it is the first to know."""
+    assert of_both(ranks, "stopped in step") == [[False, 5]] * 2
+    saved = (ranks[1] / "in step" / "checkpoints").glob("step-*")
+    assert max(path.name for path in saved) == "step-00000005"
 
 
 def test_sigterm_on_one_rank_stops_all_at_one_step_with_one_checkpoint(ranks):

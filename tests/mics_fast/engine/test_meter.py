@@ -33,7 +33,7 @@ def test_an_interval_is_measured_from_the_last_one(clock):
     measured = Meter(CPU, before=50.0, flops=4e12, peak_tflops=20.0)
     stream = batches(clock, wait=0.5)
     for _ in range(4):
-        measured.take(stream)
+        measured.count(measured.take(stream))
         clock.now += 1.5
     values = measured.read(steps_left=10)
     assert values.pop("memory_gib") > 0
@@ -42,7 +42,7 @@ def test_an_interval_is_measured_from_the_last_one(clock):
          "seconds_left": 20, "tflops": 2, "mfu": 0.1}
     )  # fmt: skip
     measured.restart()
-    measured.take(stream)
+    measured.count(measured.take(stream))
     clock.now += 0.5
     assert measured.read(9)["ms_per_step"] == pytest.approx(1000)
 
