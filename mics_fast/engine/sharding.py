@@ -1,4 +1,7 @@
-"""Sharding of networks over the ranks (FSDP2), for encoders that do not fit on one device.
+"""Sharding of networks over ranks (FSDP2), for encoders that do not fit on one device.
+
+The ranks that share one copy are all of the run, or those of one machine, as a mesh of machines x
+ranks: gradients are then also averaged between the machines (hybrid sharding).
 
 A rank keeps its part, rows of the first dimension, of every parameter of a sharded network, trained
 or averaged. A block is gathered only while it runs, forward or backward, and its gradients are
@@ -15,19 +18,44 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mics_fast.engine.checkpoint import CheckpointState
 from mics_fast.engine.distributed import rank, sum_over_ranks, world_size
 from mics_fast.engine.optimiser import parameters_of
+
+
+def shard_mesh(device: torch.device, sharers: int, minutes: float) -> DeviceMesh:
+    """Return the mesh of ranks for ``Shards``; a collective call.
+
+    Args:
+        device: of this rank.
+        sharers: ranks that share one copy, consecutive ones: all, or a divisor of their number.
+        minutes: how long one rank waits for another.
+
+    Returns:
+        A mesh of one dimension, or of two: copies x sharers.
+    """
+    if sharers == world_size():
+        return init_device_mesh(device.type, (sharers,))
+    ranks = torch.arange(world_size()).view(-1, sharers)
+    # init_device_mesh would give the groups torch's own time limit.
+    groups = [
+        dist.new_subgroups_by_enumeration(own.tolist(), timeout=timedelta(minutes=minutes))[0]
+        for own in (ranks.T, ranks)
+    ]
+    names = ("copies", "sharers")
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
 
 
 class Shards:
@@ -39,6 +67,7 @@ class Shards:
             are gathered one by one, the rest of each network together.
         optimisers: of the stage, before their first step; from now on they step the parts.
         device: of this rank.
+        mesh: of ``shard_mesh``; the networks are sharded over its last dimension.
     """
 
     def __init__(
@@ -47,12 +76,12 @@ class Shards:
         networks: Iterable[nn.Module],
         optimisers: Mapping[str, Optimizer],
         device: torch.device,
+        mesh: DeviceMesh,
     ) -> None:
-        self._stage = stage
+        self._stage, self._sharers = stage, mesh.get_group(mesh.ndim - 1)
         self._optimisers = dict(optimisers)
         self._whole: dict[nn.Parameter, DTensor] = {}  # part -> the tensor it belongs to
         names = {parameter: name for name, parameter in stage.named_parameters()}
-        mesh = init_device_mesh(device.type, (world_size(),))
         for network in networks:
             lists = [each for each in network.modules() if isinstance(each, nn.ModuleList)]
             for module in (*(block for blocks in lists for block in blocks), network):
@@ -92,7 +121,7 @@ class Shards:
             if parameter.grad is not None:
                 (own if parameter in self._whole else common).append(parameter.grad)
         squares = [get_total_norm(each, foreach=True).double().square() for each in (own, common)]
-        return (sum_over_ranks(squares[0]) + squares[1]).sqrt().to(own[0].dtype)
+        return (sum_over_ranks(squares[0], self._sharers) + squares[1]).sqrt().to(own[0].dtype)
 
     def gather(self, state: CheckpointState) -> CheckpointState:
         """Gather a checkpoint as a single rank would have it; a collective call.
@@ -120,8 +149,12 @@ class Shards:
         for name, value in state["stage"].items():
             whole = own.get(name)
             if isinstance(whole, DTensor):
-                value = as_part(part_of(value, whole), whole)
+                value = dealt(value, whole)
             stage[name] = value
+
+        def part_of(moment: Tensor, whole: DTensor) -> Tensor:
+            return dealt(moment, whole).to_local().clone()  # not a view of the whole moment
+
         optimisers = self._each_moment(state["optimisers"], part_of)
         return {**state, "stage": stage, "optimisers": optimisers}
 
@@ -164,11 +197,9 @@ def as_part(part: Tensor, whole: DTensor) -> DTensor:
     )
 
 
-def part_of(value: Tensor, whole: DTensor) -> Tensor:
-    """Cut this rank's part out of a value with the layout of ``whole``, on its device."""
-    chunks = value.chunk(world_size())  # fewer than ranks if there are fewer rows
-    part = chunks[rank()] if rank() < len(chunks) else value[:0]
-    return part.to(whole.device, copy=True)
+def dealt(value: Tensor, whole: DTensor) -> DTensor:
+    """Lay out a value that every rank has as ``whole`` is, on its device, without communication."""
+    return distribute_tensor(value, whole.device_mesh, whole.placements, src_data_rank=None)
 
 
 def whole_of(parts: DTensor) -> Tensor:

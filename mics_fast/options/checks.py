@@ -36,6 +36,8 @@ def check_config(config: TrainConfig) -> None:
             f"option pretrain.accumulate is {config.pretrain.accumulate}, wanted 1 where "
             "pretrain.adversarial is alternating"
         )
+    if config.shard_across == "machine" and not config.shard_parameters:
+        raise InputError("option shard_across is machine, wanted shard_parameters true with it")
 
 
 def check_modality_options(config: TrainConfig, modalities: Sequence[str]) -> None:

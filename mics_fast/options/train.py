@@ -57,6 +57,11 @@ class TrainConfig:
         "the same run. A block is whole only while it runs; in bf16 its half-precision weights "
         "stay until the backward pass, unless model.activation_checkpointing is on",
     )
+    shard_across: Literal["run", "machine"] = option(
+        "run",
+        "the processes that share one copy of the networks with shard_parameters: all of the run, "
+        "or those of one machine (HSDP), where only gradients travel between the machines",
+    )
     communication: Literal["fp32", "bf16"] = option(
         "fp32",
         "dtype in which gradients travel between processes; bf16 halves the bytes and rounds each "

@@ -28,7 +28,7 @@ FREE_ON_RESUME = {
     "stage", "device", "log_every", "validate_every", "checkpoint_every", "checkpoint_minutes",
     "keep_checkpoints", "peak_tflops", "profile", "cuda_graph", "model.activation_checkpointing",
     "log.wandb", "log.mlflow", "threads", "data.threads", "data.prefetch", "data.on_bad_file",
-    "shard_parameters", "timeout_minutes", "finetune.feature_cache",
+    "shard_parameters", "shard_across", "timeout_minutes", "finetune.feature_cache",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from mics_fast.data.manifest_checks import check_manifest
 from mics_fast.engine.checkpoint import fitting, load_checkpoint, weights_of
 from mics_fast.engine.distributed import (
     from_first,
+    processes_here,
     rank,
     refuse_differences,
     start_alike,
@@ -29,7 +30,7 @@ from mics_fast.engine.guard import is_out_of_memory
 from mics_fast.engine.log import RunLog, read_log
 from mics_fast.engine.loop import Loop, Plan
 from mics_fast.engine.precision import bf16_speedup, pick_precision
-from mics_fast.engine.sharding import Shards
+from mics_fast.engine.sharding import Shards, shard_mesh
 from mics_fast.engine.threads import use_threads
 from mics_fast.engine.trackers import TRACKERS, tracker_module
 from mics_fast.evaluation.metrics import confusion
@@ -144,7 +145,9 @@ class Trainer:
         for name in TRACKERS:
             if getattr(config.log, name):
                 tracker_module(name)
-        refuse_differences(shared_options(config) | manifest_entries(manifest))
+        here = {"processes per machine": processes_here()}
+        own = here if config.shard_across == "machine" else {}
+        refuse_differences(shared_options(config) | manifest_entries(manifest) | own)
         given = config
         config = from_first(lambda: with_encoder(given, manifest.modalities))
         self.config, self.manifest, self.verbose = config, manifest, verbose
@@ -268,7 +271,9 @@ class Trainer:
             checkpoint_activations(stage)
         start_alike({**dict(stage.named_parameters()), **dict(stage.named_buffers())})
         if self.config.shard_parameters:
-            shards = Shards(stage, stage.networks(), plan.optimisers, self.device)
+            sharers = processes_here() if self.config.shard_across == "machine" else world_size()
+            mesh = shard_mesh(self.device, sharers, self.config.timeout_minutes)
+            shards = Shards(stage, stage.networks(), plan.optimisers, self.device, mesh)
             plan = replace(plan, shards=shards)
         if self.config.compile == "on" or (
             self.config.compile == "auto" and self.device.type == "cuda"

@@ -137,3 +137,9 @@ def test_walking_the_options_meets_every_leaf():
 
     config = TrainConfig()
     assert len(list(walk(config))) == leaves(asdict(config))
+
+
+def test_sharding_within_a_machine_is_refused_without_sharding():
+    with pytest.raises(InputError, match="shard_across is machine, wanted shard_parameters true"):
+        check_config(TrainConfig(shard_across="machine"))
+    check_config(TrainConfig(shard_parameters=True, shard_across="machine"))
