@@ -118,10 +118,9 @@ def load_run(run: Run) -> RunClassifier:
     """
     checkpoint = best_checkpoint(run)
     meta = read_meta(checkpoint)
-    classes = tuple(meta["classes"])
-    known = Manifest(checkpoint, tuple(meta["modalities"]), classes, ())
-    state = load_checkpoint(checkpoint, identity(run.config, known, "finetune"))
-    model = new_classifier(run.config, known.modalities, len(classes))
+    modalities, classes = tuple(meta["modalities"]), tuple(meta["classes"])
+    state = load_checkpoint(checkpoint, identity(run.config, modalities, classes, "finetune"))
+    model = new_classifier(run.config, modalities, len(classes))
     adapt(model, run.config.finetune)
     with fitting(f"checkpoint {checkpoint}"):
         model.load_state_dict(weights_of(state, "average"))

@@ -60,7 +60,9 @@ def load_pretrained(run: Run, manifest: Manifest) -> PretrainModel | None:
     checkpoint = pretraining_of(run)
     if checkpoint is None:
         return None
-    state = load_checkpoint(checkpoint, identity(config, manifest, "pretrain"))
+    state = load_checkpoint(
+        checkpoint, identity(config, manifest.modalities, manifest.classes, "pretrain")
+    )
     model = PretrainModel(
         size_of(config.model),
         manifest.modalities,

@@ -240,7 +240,9 @@ def find_pretraining(path: Path) -> Path:
     return latest
 
 
-def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, modalities: Sequence[str], classes: Sequence[str], stage: str
+) -> dict[str, Any]:
     """Return the ``meta.json`` entries that identify a model; weights fit only if all agree."""
     model = asdict(canonical(config.model))
     for name in ("init", "init_prefix"):  # the origin of the weights does not change their shape
@@ -254,7 +256,7 @@ def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, A
     if stage == "pretrain":
         model.pop("fusion_depth")
         model.pop("pooled_fusion")
-        return {"stage": stage, "model": model, "modalities": list(manifest.modalities)}
+        return {"stage": stage, "model": model, "modalities": list(modalities)}
     model.pop("projection")
     options = config.finetune
     if options.encoder == "frozen":
@@ -267,8 +269,8 @@ def identity(config: TrainConfig, manifest: Manifest, stage: str) -> dict[str, A
     return {
         "stage": stage,
         "model": model,
-        "modalities": list(manifest.modalities),
-        "classes": list(manifest.classes),
+        "modalities": list(modalities),
+        "classes": list(classes),
     }
 
 

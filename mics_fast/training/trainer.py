@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -279,7 +279,7 @@ class Trainer:
             self.config.compile == "auto" and self.device.type == "cuda"
         ):
             stage.compile_parts(self.config.compile_scope)
-        belongs_to = identity(self.config, self.manifest, plan.name)
+        belongs_to = self._identity(plan.name)
         # A sharded network runs on all ranks or on none, and pictures are of the first.
         shown = None if self.config.shard_parameters else pictures
         meta = {**belongs_to, "manifest": self.manifest.digest()}
@@ -311,6 +311,9 @@ class Trainer:
             for loader in self.loaders:
                 loader.close()
             log.close()
+
+    def _identity(self, stage: str) -> dict[str, Any]:
+        return identity(self.config, self.manifest.modalities, self.manifest.classes, stage)
 
     def _too_large(self, stage: str) -> str:
         """Describe a step that ran out of memory, and the options to change."""
@@ -382,7 +385,7 @@ class Trainer:
             if self.config.model.init:
                 say(load_start(self.config.model, encoders))
             return bool(self.config.model.init)
-        expected = identity(self.config, self.manifest, "pretrain")
+        expected = self._identity("pretrain")
         state = from_first(lambda: load_checkpoint(checkpoint, expected))
         with fitting(f"checkpoint {checkpoint}"):
             load_encoders(encoders, weights_of(state, "model.encoder"))
