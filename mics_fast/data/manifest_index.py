@@ -22,8 +22,6 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from mics_fast.common.errors import InputError
 from mics_fast.common.files import open_regular, renamed, restored_cell
@@ -246,6 +244,9 @@ def _made(
     before: Contents | None,
 ) -> Contents:
     """Read the CSV, store its index, and map it."""
+    from safetensors import SafetensorError  # an extra, and of use for large manifests alone
+    from safetensors.numpy import save_file
+
     built = _parsed(path, modalities, files_exist, before.found if before else ())
     if _digest(path) != digest:
         raise InputError(f"manifest {path} was changed while it was read")
@@ -271,6 +272,8 @@ def _texts_of(columns: Columns) -> dict[str, Texts]:
 
 def _opened(path: Path, digest: str) -> Contents | None:
     """Map the index of a manifest; None if there is none, or none of this content."""
+    from safetensors import SafetensorError, safe_open
+
     file = _index_of(path)
     try:
         with open_regular(file), safe_open(file, "pt") as index:

@@ -273,10 +273,10 @@ class Agreement:
     """
 
     def __init__(self, *asked: bool, failure: Exception | None = None) -> None:
-        self._flags = torch.tensor([rank() + 1 if failure else 0, *map(int, asked)])
-        self._failure = failure
+        self._asked, self._failure = asked, failure
         self._work: dist.Work | None = None
         if world_size() > 1:
+            self._flags = torch.tensor([rank() + 1 if failure else 0, *map(int, asked)])
             self._work = dist.all_reduce(self._flags, dist.ReduceOp.MAX, async_op=True)
 
     def read(self) -> list[bool]:
@@ -285,17 +285,18 @@ class Agreement:
         Raises:
             Exception: the failure of any rank, raised on all ranks.
         """
-        failure = self._failure
+        asked, failure = self._asked, self._failure
         if self._work is not None:
             self._work.wait()
-        failed, *answers = self._flags.tolist()
-        if failed and world_size() > 1:
-            said = [failure]
-            dist.broadcast_object_list(said, src=failed - 1, device=CPU)
-            failure = said[0]
+            failed, *answers = self._flags.tolist()
+            asked = tuple(map(bool, answers))
+            if failed:
+                said = [failure]
+                dist.broadcast_object_list(said, src=failed - 1, device=CPU)
+                failure = said[0]
         if failure is not None:
             raise failure
-        return list(map(bool, answers))
+        return list(asked)
 
 
 def agree(*asked: bool, failure: Exception | None = None) -> list[bool]:

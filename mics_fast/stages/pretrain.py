@@ -353,9 +353,9 @@ class PretrainStage(nn.Module):
             pairs=self.pairs,
             reduction="sum",
         )
-        there = present[: len(features[0])]
-        students, teachers = zip(*self.pairs, strict=True)
-        return part_of_mean(total, (there[:, students] & there[:, teachers]).sum())
+        there = present[: len(features[0])].unbind(1)
+        complete = torch.stack([there[a] & there[b] for a, b in self.pairs])
+        return part_of_mean(total, complete.sum())
 
 
 @torch.no_grad()

@@ -113,7 +113,7 @@ def test_both_stages_train_where_three_in_ten_frames_of_a_modality_are_missing(
 def test_both_stages_train_where_no_row_has_both_modalities(rewrite, train_few_steps, tmp_path):
     """Unpaired data: nothing to be consistent about, but every image counts."""
     manifest = rewrite("unpaired.csv", lambda n, x: {**x, ("wli", "nbi")[n % 2]: ""})
-    train_few_steps(manifest, tmp_path / "run")
+    train_few_steps(manifest, tmp_path / "run", "--pretrain.positives", "modalities")
     log = log_of(tmp_path / "run")
     assert all(line["loss_consistency"] == 0 for line in log["pretrain"])
     assert all(line["loss_reconstruction"] > 0 for line in log["pretrain"])

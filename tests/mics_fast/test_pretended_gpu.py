@@ -340,6 +340,7 @@ def test_the_watch_sees_what_it_is_there_for(gpu, planted, error):
 def test_a_bug_in_the_step_is_seen_there(build, monkeypatch):
     made, plan = build("finetune")
     batch = parts_of("finetune")
-    monkeypatch.setattr(finetune, "ramp", lambda step, end: torch.tensor(1.0, device=GPU))
+    ones = [1.0] * len(made.ramp_ends)
+    monkeypatch.setattr(finetune, "ramps", lambda step, ends: torch.tensor(ones, device=GPU))
     with pytest.raises(Stray, match="waits for the GPU"):
         step(made, plan, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import socket
@@ -187,6 +188,11 @@ WAITING = [name for name in ("/proc/kmsg",) if os.access(name, os.R_OK)]
 
 def waiting(path):
     path.symlink_to(WAITING[0])
+    log = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with contextlib.suppress(BlockingIOError):  # what the kernel has said so far is read away
+        while os.read(log, 1 << 16):
+            pass
+    os.close(log)
 
 
 def too_large(path):

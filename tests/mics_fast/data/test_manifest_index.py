@@ -8,6 +8,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mics_fast.common.errors import InputError
@@ -129,7 +130,7 @@ def test_a_damaged_index_is_made_anew(path):
 def test_an_index_whose_values_are_out_of_range_is_made_anew(path, name, value):
     whole = facts(read_manifest(path))
     index = path.with_name("manifest.csv.index")
-    with manifest_index.safe_open(index, "np") as opened:
+    with safe_open(index, "np") as opened:
         meta = opened.metadata()
     arrays = {**load_file(index), name: value}
     save_file({own: array for own, array in arrays.items() if array is not None}, index, meta)
