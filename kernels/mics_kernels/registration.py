@@ -107,7 +107,7 @@ class Operator(Generic[Inputs, Results]):
         if is_transformed() or forward_ad._current_level >= 0:
             inputs = self._wanting(inputs, torch.is_grad_enabled())
             return self._named(_Transformed.apply(self, inputs, *_tensors(inputs)))
-        if not _has_addresses(inputs):
+        if not has_addresses(inputs):
             return self._call_registered(self._wanting(inputs, torch.is_grad_enabled()))
         if not self._needs_gradient(inputs):
             return self.run(inputs)
@@ -116,7 +116,7 @@ class Operator(Generic[Inputs, Results]):
 
     def call_below_autograd(self, inputs: Inputs) -> Results:
         """Compute the results without recording a graph."""
-        return self.run(inputs) if _has_addresses(inputs) else self._call_registered(inputs)
+        return self.run(inputs) if has_addresses(inputs) else self._call_registered(inputs)
 
     def remember(self, ctx: Any, inputs: Inputs, results: Any, layout: Layout) -> None:
         """Keep what the backward pass needs, and which gradients it returns in which order."""
@@ -269,7 +269,8 @@ def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _has_addresses(inputs: Iterable[Any]) -> bool:
+def has_addresses(inputs: Iterable[Any]) -> bool:
+    """Return True if compiled kernels can read all tensors among the inputs."""
     return not is_intercepted() and all(map(is_plain, _tensors(inputs)))
 
 

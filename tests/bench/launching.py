@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.stub import install
 from mics_kernels import (
+    ClassStatistics,
     class_moments,
     consistency_loss,
     evidential_fusion_loss,
@@ -108,6 +109,7 @@ def shift() -> dict[str, Callable[[], object]]:
     x, target, variance = torch.randn(37, 96), torch.arange(37) % 5, torch.rand(5, 96)
     directions, posteriors = torch.randn(5, 3, 96), torch.full((37, 5), 0.2)
     logits, weight = torch.randn(37, 5).requires_grad_(), torch.randn(5, 96).requires_grad_()
+    statistics = ClassStatistics(5, 96, momentum=0.01)
 
     def moved(x: Tensor, target: Tensor, **given: Any) -> Callable[[], object]:
         table = None if "directions" in given else variance
@@ -121,6 +123,8 @@ def shift() -> dict[str, Callable[[], object]]:
         "shift, no row": moved(x[:0], target[:0]),
         "moments": lambda: class_moments(x, target, 5),
         "moments, posteriors": lambda: class_moments(x, posteriors, 5),
+        "update": lambda: statistics.update(x, target),
+        "update, posteriors": lambda: statistics.update(x, posteriors),
         "bound": lambda: torch.autograd.grad(
             shifted_cross_entropy(logits, target, weight, variance, strength=0.5), [logits, weight]
         ),

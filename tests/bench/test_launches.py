@@ -98,6 +98,13 @@ def test_moments_and_fusion_are_at_most_two_launches(
     assert 1 <= len(launched[call]) <= 2
 
 
+@pytest.mark.parametrize("call", ["update", "update, posteriors"])
+def test_an_update_of_the_statistics_is_two_launches(
+    call: str, launched: dict[str, list[Launch]]
+) -> None:
+    assert [launch.kernel for launch in launched[call]] == ["moments_kernel", "update_kernel"]
+
+
 def test_the_bound_is_at_most_three_launches(launched: dict[str, list[Launch]]) -> None:
     assert 1 <= len(launched["bound"]) <= 3
 

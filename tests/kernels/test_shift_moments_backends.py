@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mics_kernels import class_moments, merge_moments
+from mics_kernels import ClassStatistics, class_moments, merge_moments
 from tests.kernels.implementations import INTERPRETED, device_of
 from tests.kernels.properties import examples
 
@@ -137,3 +137,37 @@ def test_a_nan_stays_in_its_class_and_column(backend: str) -> None:
     for part in ours[1:]:
         spoiled = part.cpu().isnan()
         assert spoiled[3, 2] and spoiled.sum() == 1
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("momentum", [None, 0.01])
+def test_statistics_are_updated_as_by_the_reference(
+    backend: str, soft: bool, momentum: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several batches, one of them without rows of class 4, one with no row at all."""
+    classes, dim, device = 5, 70, device_of(backend)
+    generator = torch.Generator().manual_seed(4)
+    ours = ClassStatistics(classes, dim, momentum=momentum).to(device)
+    exact = ClassStatistics(classes, dim, momentum=momentum)
+    for rows in (90, 3, 0, 200):
+        features = torch.randn(rows, dim, generator=generator) * 2 + 7
+        target = torch.randint(-1, classes - (rows == 3), (rows,), generator=generator)
+        if soft:
+            target = torch.rand(rows, classes, generator=generator).softmax(1)
+        weight = torch.rand(rows, generator=generator) if rows == 90 else None
+        monkeypatch.setenv("MICS_KERNELS_BACKEND", backend)
+        ours.update(*(x if x is None else x.to(device) for x in (features, target, weight)))
+        monkeypatch.setenv("MICS_KERNELS_BACKEND", "reference")
+        exact.update(features.double(), target, weight)
+    for name, wanted in exact.named_buffers():
+        np.testing.assert_allclose(ours.get_buffer(name).cpu(), wanted, rtol=1e-6, err_msg=name)
+
+
+def test_an_update_of_another_width_is_refused(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MICS_KERNELS_BACKEND", backend)
+    device = device_of(backend)
+    statistics = ClassStatistics(2, 3).to(device)
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 3\), got \(1, 4\)"):
+        statistics.update(torch.zeros(1, 4, device=device), torch.zeros(1, dtype=torch.int64))

@@ -25,7 +25,7 @@ from pathlib import Path
 import triton
 
 from tools.check_kernels import consistency, evidential, shift
-from tools.check_kernels.compiled import Check, Usage
+from tools.check_kernels.compiled import Check, Usage, most_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CAPABILITIES = (80, 90, 100, 120)
@@ -118,11 +118,6 @@ def print_table(table: Table) -> None:
     for kind, chips in table.items():
         for capability, usage in chips.items():
             print(f"sm_{capability:<4} {kind:24} {in_words(usage)}")
-
-
-def most_of(found: list[Usage]) -> Usage:
-    """Return the maximum of each number."""
-    return Usage(*(max(column) for column in zip(*found, strict=True)))
 
 
 def in_words(usage: Usage) -> str:

@@ -23,6 +23,11 @@ class Usage(NamedTuple):
     shared: int  # bytes of shared memory per program
 
 
+def most_of(found: list[Usage]) -> Usage:
+    """Return the maximum of each number."""
+    return Usage(*(max(column) for column in zip(*found, strict=True)))
+
+
 class Check(NamedTuple):
     """One kernel in one configuration."""
 

@@ -95,6 +95,17 @@ def loops(instructions: list[Instruction], labels: dict[str, int]) -> Iterator[r
                 yield range(labels[target[0]], place + 1)
 
 
+def innermost(code: str) -> list[int]:
+    """Return the number of instructions in each loop without a loop inside, in program order."""
+    instructions, labels = parsed(code)
+    bodies = [body for body in loops(instructions, labels) if len(body) > 1]  # 1: the end
+    return [
+        len(body)
+        for body in sorted(bodies, key=lambda body: body.start)
+        if not any(other != body and set(other) <= set(body) for other in bodies)
+    ]
+
+
 def products_from_registers(code: str) -> int:
     """Count the products that take a factor from registers."""
     instructions, _ = parsed(code)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from bench import roofline
 from mics_kernels.shift import triton_kernels as shift_kernels
-from tools.check_kernels.compiled import Check, Usage, simply_compiled, usage_of
+from tools.check_kernels.compiled import Check, Usage, most_of, simply_compiled, usage_of
 from tools.check_kernels.counts import operations, total, wide
+from tools.check_kernels.sass import disassembled, innermost
+
+THREADS = 128  # of a program with four warps
+MOMENTS_INSTRUCTIONS = 25
+"""Maximum instructions per element of the class moments on sm_90."""
 
 
 def checks(capability: int) -> list[Check]:
     """List every kernel for a chip."""
-    rows = [Check("merge of moments", "", merge_usage, (capability,))]
+    rows = [
+        Check("merge of moments", f"{segments} segments", joining_usage, (capability, segments))
+        for segments in (1, 64)
+    ]
     for dtype in ("bf16", "fp32"):
         for soft in (False, True):
             name, given = (
@@ -81,32 +91,56 @@ def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
     """Measure the moments of 8 classes, D = 768.
 
     Raises:
-        AssertionError: it reads its features more than once.
+        AssertionError: it reads its features more than once per class, or takes too many
+            instructions.
     """
     kernel = shift_kernels.moments_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    signature |= {"features": f"*{dtype}", "target": "*fp32" if soft else "*i64"}
-    signature |= dict.fromkeys(("counts", "means", "m2s"), "*fp64") | {"weight": "*fp32"}
+    signature |= {"features": f"*{dtype}", "target": "*fp32" if soft else "*i64", "found": "*i32"}
+    signature |= dict.fromkeys(("counts", "means", "m2s"), "*fp64")
     signature |= {"rows": "i32", "segment": "i32"}
-    block = shift_kernels.moments_blocks(65536, 768, 8)
-    constants = {"D": 768, "C": 8, "R": block["R"], "K": block["K"]}
-    constants |= {"SOFT": soft, "HAS_WEIGHT": True}
+    rows, dim, classes = 65536, 768, 8
+    block = shift_kernels.moments_blocks(rows, dim, classes, soft)
+    constants = {"D": dim, "C": classes, "R": block["R"], "K": block["K"], "L": block["L"]}
+    constants |= {"SOFT": soft, "HAS_WEIGHT": soft}
+    if soft:
+        signature |= {"found": "constexpr", "weight": "*fp32"}
+        constants |= {"found": None}
+    else:
+        constants |= {"weight": None}
     compiled = simply_compiled(capability, kernel, signature, constants)
     found = list(operations(compiled.asm["ttir"]))
     size = 2 if dtype == "bf16" else 4
-    assert total(found, "load", rank=2, depth=1) == block["R"] * block["K"] * size
-    assert total(found, "load", rank=2) == total(found, "load", rank=2, depth=1)
+    assert total(found, "load", rank=2, depth=2) == block["R"] * block["K"] * size
+    assert total(found, "load", rank=2) == total(found, "load", rank=2, depth=2)
+    if capability == 90 and not soft:
+        listing, merging = innermost(disassembled(compiled))
+        # Classes of one size, whose last step is half empty on average.
+        steps = block["segment"] / classes / block["R"] + 0.5
+        of_class = listing * block["segment"] / block["L"] + merging * steps
+        each = classes * of_class / (block["segment"] * block["K"] / THREADS)
+        assert each <= MOMENTS_INSTRUCTIONS, (dtype, listing, merging, each)
     return usage_of(compiled)
 
 
-def merge_usage(capability: int) -> Usage:
-    """Measure the merge of 64 segments."""
-    kernel = shift_kernels.merge_kernel
-    signature = dict.fromkeys(kernel.arg_names, "constexpr")
-    signature |= dict.fromkeys(("counts", "means", "m2s", "count"), "*fp64")
-    signature |= {"mean": "*fp32", "m2": "*fp32"}
-    constants = {"D": 768, "C": 8, "S": 64, "SP": 64, "T": 12, "K": 32}
-    return usage_of(simply_compiled(capability, kernel, signature, constants))
+def joining_usage(capability: int, segments: int) -> Usage:
+    """Measure the two kernels that join segments: into moments, and into statistics."""
+    padded = 1 << (segments - 1).bit_length()
+    segment = dict.fromkeys(("counts", "means", "m2s"), "*fp64")
+    constants: dict[str, Any] = {"D": 768, "C": 8, "S": segments, "SP": padded}
+    kernels = (
+        (shift_kernels.merge_kernel, {"count": "*fp64", "mean": "*fp32", "m2": "*fp32"}, {"K": 32}),
+        (
+            shift_kernels.update_kernel,
+            dict.fromkeys(shift_kernels.update_kernel.arg_names[3:9], "*fp64"),
+            {"K": min(1024, max(32, 2048 // padded)), "FADE": -0.01},
+        ),
+    )
+    usages = []
+    for kernel, results, own in kernels:
+        signature = dict.fromkeys(kernel.arg_names, "constexpr") | segment | results
+        usages.append(usage_of(simply_compiled(capability, kernel, signature, constants | own)))
+    return most_of(usages)
 
 
 def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:

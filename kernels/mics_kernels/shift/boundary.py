@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mics_kernels.addresses import is_transformed
 from mics_kernels.backends import implementation
 from mics_kernels.registration import (
     Gradients,
     Operator,
     differentiable_once,
+    has_addresses,
     refuse_gradient,
     save_nothing,
 )
@@ -42,6 +44,21 @@ def _pass_on(ctx: Any, outer: Tensor) -> Gradients:
 
 def _moments(inputs: MomentsInputs) -> ClassMoments:
     return implementation("moments", inputs.backend).class_moments(inputs)
+
+
+def update_in_place(
+    inputs: MomentsInputs, pending: ClassMoments, running: ClassMoments, momentum: float | None
+) -> bool:
+    """Merge the moments of rows into ``pending`` and ``running`` in two kernels; False where
+    that is not possible, and nothing was done."""
+    if inputs.backend != "triton" or torch.compiler.is_compiling() or is_transformed():
+        return False
+    if not has_addresses([*inputs, *pending, *running]):
+        return False
+    if not all(part.is_contiguous() for part in (*pending, *running)):
+        return False
+    implementation("moments", "triton").update_statistics(inputs, pending, running, momentum)
+    return True
 
 
 def _moments_shapes(inputs: MomentsInputs) -> ClassMoments:

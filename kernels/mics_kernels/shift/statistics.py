@@ -57,17 +57,26 @@ def class_moments(
     checks.check_tensor("features", features, ("B", "D"))
     checks.check_not_empty("features", features, 1, "feature")
     checks.check_whole("num_classes", num_classes, 1)
-    rows, device = len(features), features.device
     with torch.no_grad():
-        checks.check_target("target", target, rows, num_classes, device, ignored=-1)
-        if weight is not None:
-            checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
-            checks.check_values("weight", weight, 0.0)
-        chosen = explain("moments", features, backend).backend
-        inputs = MomentsInputs(features.detach(), target, num_classes, weight, chosen)
-        if chosen == "reference":
-            return reference.class_moments(inputs)
-        return boundary.moments(inputs)
+        return _moments(_checked_inputs(features, target, num_classes, weight, backend))
+
+
+def _checked_inputs(
+    features: Tensor, target: Tensor, num_classes: int, weight: Tensor | None, backend: str | None
+) -> MomentsInputs:
+    rows, device = len(features), features.device
+    checks.check_target("target", target, rows, num_classes, device, ignored=-1)
+    if weight is not None:
+        checks.check_tensor("weight", weight, (rows,), checks.FLOATS, device)
+        checks.check_values("weight", weight, 0.0)
+    chosen = explain("moments", features, backend).backend
+    return MomentsInputs(features.detach(), target, num_classes, weight, chosen)
+
+
+def _moments(inputs: MomentsInputs) -> ClassMoments:
+    if inputs.backend == "reference":
+        return reference.class_moments(inputs)
+    return boundary.moments(inputs)
 
 
 def merge_moments(a: ClassMoments, b: ClassMoments) -> ClassMoments:
@@ -177,8 +186,12 @@ class ClassStatistics(nn.Module):
 
         For ``directions``, a row with posteriors counts only for its most probable class.
         """
-        classes = len(self.count)
-        self._add(class_moments(features, target, classes, weight=weight))
+        (classes, dim), device = self.mean.shape, self.mean.device
+        checks.check_tensor("features", features, ("B", dim), checks.FLOATS, device)
+        inputs = _checked_inputs(features, target, classes, weight, None)
+        states = self._moments("pending_"), self._moments("")
+        if not boundary.update_in_place(inputs, *states, self.momentum):
+            self._add(_moments(inputs))
         if self.rank:
             latest = latest_rows(features, target, weight, classes, self.rank)
             for part in ("pending_", ""):
