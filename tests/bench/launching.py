@@ -108,8 +108,16 @@ def shift() -> dict[str, Callable[[], object]]:
     """The shift, the moments and the bound."""
     x, target, variance = torch.randn(37, 96), torch.arange(37) % 5, torch.rand(5, 96)
     directions, posteriors = torch.randn(5, 3, 96), torch.full((37, 5), 0.2)
-    logits, weight = torch.randn(37, 5).requires_grad_(), torch.randn(5, 96).requires_grad_()
     statistics = ClassStatistics(5, 96, momentum=0.01)
+
+    def bound(rows: int, classes: int, **given: Any) -> Callable[[], object]:
+        logits = torch.randn(rows, classes).requires_grad_()
+        weight, spread = torch.randn(classes, 96).requires_grad_(), torch.rand(classes, 96)
+        labels = torch.arange(rows) % classes
+        return lambda: torch.autograd.grad(
+            shifted_cross_entropy(logits, labels, weight, spread, strength=0.5, **given),
+            [logits, weight],
+        )
 
     def moved(x: Tensor, target: Tensor, **given: Any) -> Callable[[], object]:
         table = None if "directions" in given else variance
@@ -125,9 +133,10 @@ def shift() -> dict[str, Callable[[], object]]:
         "moments, posteriors": lambda: class_moments(x, posteriors, 5),
         "update": lambda: statistics.update(x, target),
         "update, posteriors": lambda: statistics.update(x, posteriors),
-        "bound": lambda: torch.autograd.grad(
-            shifted_cross_entropy(logits, target, weight, variance, strength=0.5), [logits, weight]
-        ),
+        "bound": bound(37, 5),
+        "bound, many rows": bound(1000, 5),
+        "bound, many classes": bound(37, 40),
+        "bound, directions": bound(37, 5, directions=directions),
     }
 
 

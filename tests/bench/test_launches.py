@@ -54,7 +54,8 @@ def test_one_sweep_serves_all_ordered_pairs_and_their_gradients(
 ) -> None:
     sweeps = [launch for launch in launched[call] if launch.kernel == "sweep_kernel"]
     assert len(sweeps) == 1 and sweeps[0].grid[2] == pairs
-    assert len(launched[call]) <= 2  # the sweep and the join of its splits
+    # The sweep and the join of its splits; with ids, their numbers first.
+    assert len(launched[call]) <= 2 + (call == "ids")
 
 
 def test_a_small_batch_is_swept_by_enough_programs_to_fill_the_chip(
@@ -105,8 +106,20 @@ def test_an_update_of_the_statistics_is_two_launches(
     assert [launch.kernel for launch in launched[call]] == ["moments_kernel", "update_kernel"]
 
 
-def test_the_bound_is_at_most_three_launches(launched: dict[str, list[Launch]]) -> None:
-    assert 1 <= len(launched["bound"]) <= 3
+def test_the_bound_is_one_launch_each_way(launched: dict[str, list[Launch]]) -> None:
+    assert [launch.kernel for launch in launched["bound"]] == [
+        "bound_kernel", "bound_gradient_kernel"
+    ]  # fmt: skip
+    assert [launch.kernel for launch in launched["bound, many rows"]] == [
+        "bound_kernel", "bound_sum_kernel", "bound_gradient_kernel"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", ["bound, many classes", "bound, directions"])
+def test_the_bound_with_a_table_of_its_own_is_at_most_three_launches(
+    call: str, launched: dict[str, list[Launch]]
+) -> None:
+    assert 1 <= len(launched[call]) <= 3
 
 
 def test_host_time_and_launches_of_every_operator_are_measured() -> None:

@@ -9,7 +9,7 @@ from mics_kernels import checks
 from mics_kernels.backends import explain
 from mics_kernels.reductions import REDUCTIONS, reduce
 from mics_kernels.shift import boundary, reference
-from mics_kernels.shift.records import ClassMoments, ShiftedLossInputs, ShiftInputs
+from mics_kernels.shift.records import BoundInputs, ClassMoments, ShiftedLossInputs, ShiftInputs
 from mics_kernels.shift.statistics import ClassStatistics, class_moments, merge_moments
 
 __all__ = [
@@ -20,6 +20,9 @@ __all__ = [
     "shift_features",
     "shifted_cross_entropy",
 ]
+
+FEW_CLASSES = 32
+"""Up to so many classes, programs of the shifted cross-entropy on a GPU make their own table."""
 
 
 def shift_features(
@@ -163,6 +166,10 @@ def shifted_cross_entropy(
     _check_strength(strength, rows, device)
     checks.check_choice("reduction", reduction, REDUCTIONS)
     chosen = explain("shift", logits, backend).backend
+    if chosen == "triton" and directions is None and classes <= FEW_CLASSES:
+        assert variance is not None
+        given = (logits, target, weight, variance, strength, reduction, chosen)
+        return boundary.bound(BoundInputs(*given)).loss
     table = reference.spread_table(weight, variance, directions)
     if chosen == "reference":
         losses = reference.shifted_losses(

@@ -22,6 +22,10 @@ from mics_kernels.registration import (
     save_nothing,
 )
 from mics_kernels.shift.records import (
+    BoundGradientInputs,
+    BoundGradients,
+    BoundInputs,
+    BoundResults,
     ClassMoments,
     MomentsInputs,
     ShiftedLossInputs,
@@ -103,6 +107,55 @@ def _scale_gradient(ctx: Any, outer: Tensor) -> Gradients:
     return {"logits": rows.to(gradient.dtype), "table": of_table}
 
 
+def _bound(inputs: BoundInputs) -> BoundResults:
+    return implementation("shift", inputs.backend).shifted_cross_entropy(inputs)
+
+
+def _bound_shapes(inputs: BoundInputs) -> BoundResults:
+    logits, by_row = inputs.logits, inputs.reduction == "none"
+    rows, classes = logits.shape
+    parts, _ = implementation("shift", inputs.backend).bound_programs(rows, classes)
+    return BoundResults(
+        logits.new_empty(rows if by_row else (), dtype=torch.float32),
+        logits.new_empty(logits.shape if inputs.want_gradient else 0),
+        logits.new_empty((max(parts, 1), 2), dtype=torch.float32),
+    )
+
+
+def _save_bound(ctx: Any, inputs: BoundInputs, results: BoundResults) -> None:
+    in_memory = isinstance(inputs.strength, Tensor)
+    ctx.strength = None if in_memory else inputs.strength
+    ctx.reduction, ctx.backend = inputs.reduction, inputs.backend
+    ctx.of_weight = inputs.weight.requires_grad
+    ctx.save_for_backward(
+        results.gradient, results.sums, inputs.target, inputs.weight, inputs.variance,
+        inputs.strength if in_memory else None,
+    )  # fmt: skip
+
+
+@differentiable_once
+def _scale_bound(ctx: Any, outer: Tensor) -> Gradients:
+    gradient, sums, target, weight, variance, strength = ctx.saved_tensors
+    inputs = BoundGradientInputs(
+        gradient, sums, target, weight.detach(), variance,
+        ctx.strength if strength is None else strength, outer, ctx.reduction, ctx.backend,
+        ctx.of_weight,
+    )  # fmt: skip
+    found = bound_gradient(inputs)
+    return {"logits": found.logits, "weight": found.weight if ctx.of_weight else None}
+
+
+def _bound_gradient(inputs: BoundGradientInputs) -> BoundGradients:
+    return implementation("shift", inputs.backend).shifted_cross_entropy_gradient(inputs)
+
+
+def _bound_gradient_shapes(inputs: BoundGradientInputs) -> BoundGradients:
+    return BoundGradients(
+        inputs.gradient.new_empty(inputs.gradient.shape),
+        inputs.weight.new_empty(inputs.weight.shape if inputs.want_weight else 0),
+    )
+
+
 shifted_features = Operator(
     "shift_features",
     ShiftInputs,
@@ -134,4 +187,26 @@ shifted_losses = Operator(
     backward=_scale_gradient,
     differentiable=("logits", "table"),
     slopes=("gradient",),
+)
+bound = Operator(
+    "shifted_cross_entropy",
+    BoundInputs,
+    BoundResults,
+    run=_bound,
+    shapes=_bound_shapes,
+    save=_save_bound,
+    backward=_scale_bound,
+    differentiable=("logits", "weight"),
+    slopes=("gradient",),
+)
+bound_gradient = Operator(
+    "shifted_cross_entropy_gradient",
+    BoundGradientInputs,
+    BoundGradients,
+    run=_bound_gradient,
+    shapes=_bound_gradient_shapes,
+    save=save_nothing,
+    backward=refuse_gradient,
+    differentiable=("gradient", "outer"),
+    slopes=("weight",),
 )

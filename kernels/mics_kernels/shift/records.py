@@ -100,3 +100,75 @@ class ShiftedLossResults(NamedTuple):
 
     losses: Tensor
     gradient: Tensor
+
+
+class BoundInputs(NamedTuple):
+    """Inputs of ``shifted_cross_entropy`` with its table and its reduction.
+
+    Args:
+        logits: (B, C).
+        target: (B,) int64 labels.
+        weight: (C, D).
+        variance: (C, D).
+        strength: number, or (B,).
+        reduction: "mean", "sum" or "none".
+        backend: name of the implementation.
+        want_gradient: compute the gradient, too.
+    """
+
+    logits: Tensor
+    target: Tensor
+    weight: Tensor
+    variance: Tensor
+    strength: Number
+    reduction: str
+    backend: str
+    want_gradient: bool = False
+
+
+class BoundResults(NamedTuple):
+    """Results of ``shifted_cross_entropy`` with its table and its reduction.
+
+    Args:
+        loss: float32, 0-d, or (B,) where the reduction is "none".
+        gradient: (B, C), of each row's loss in its own logits, like them; empty where not wanted.
+        sums: (G, 2) float32, first the number of rows that count, for the backward pass.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+    sums: Tensor
+
+
+class BoundGradientInputs(NamedTuple):
+    """Inputs of the backward pass of ``shifted_cross_entropy``.
+
+    Args:
+        gradient, sums: of ``BoundResults``.
+        target, weight, variance, strength, reduction, backend: of ``BoundInputs``.
+        outer: gradient of the loss, float32.
+        want_weight: compute the gradient of the weight, too.
+    """
+
+    gradient: Tensor
+    sums: Tensor
+    target: Tensor
+    weight: Tensor
+    variance: Tensor
+    strength: Number
+    outer: Tensor
+    reduction: str
+    backend: str
+    want_weight: bool
+
+
+class BoundGradients(NamedTuple):
+    """Gradients of the inputs of ``shifted_cross_entropy``.
+
+    Args:
+        logits: (B, C).
+        weight: (C, D), empty where not wanted.
+    """
+
+    logits: Tensor
+    weight: Tensor
