@@ -32,6 +32,9 @@ def checks(capability: int) -> list[Check]:
                 Check("directions", name, combine_usage, given),
                 Check("moments", name, moments_usage, given),
             ]
+        for classes in (8, 32):
+            sizes = (capability, dtype, classes)
+            rows.append(Check("bound", f"{dtype}, C={classes}", bound_usage, sizes))
         for classes in (8, 1000):
             sizes = (capability, dtype, classes)
             rows.append(Check("shifted loss", f"{dtype}, C={classes}", shifted_loss_usage, sizes))
@@ -152,3 +155,23 @@ def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:
     constants = {**shift_kernels.loss_blocks(classes), "GRADIENT": True}
     constants |= {"IN_MEMORY": True, "STRIDE": 1}
     return usage_of(simply_compiled(capability, kernel, signature, constants))
+
+
+def bound_usage(capability: int, dtype: str, classes: int) -> Usage:
+    """Measure the shifted cross-entropy that makes its table, forward and backward."""
+    tile = shift_kernels.bound_blocks(768, classes)
+    common = {"BY_ROW": False, "MEAN": True, "IN_MEMORY": True, "STRIDE": 1} | tile
+    numbers = dict.fromkeys(("rows", "steps"), "i32")
+    usages = []
+    for kernel, own in (
+        (shift_kernels.bound_kernel, {"ALONE": True, "GRADIENT": True}),
+        (shift_kernels.bound_gradient_kernel, {"T": 24}),
+    ):
+        names = kernel.arg_names
+        constants: dict[str, Any] = common | own
+        signature = {name: "constexpr" if name in constants else "*fp32" for name in names}
+        signature |= {"target": "*i64"} | {n: kind for n, kind in numbers.items() if n in names}
+        halves = ("logits", "gradient", "of_logits")
+        signature |= {name: f"*{dtype}" for name in halves if name in names}
+        usages.append(usage_of(simply_compiled(capability, kernel, signature, constants)))
+    return most_of(usages)

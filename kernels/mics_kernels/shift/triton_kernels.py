@@ -632,8 +632,8 @@ def bound_blocks(dim: int, classes: int) -> dict[str, int]:
     A block of rows meets the table as (R, CP, CP), a block of columns as (CP, CP, K).
     """
     padded = triton.next_power_of_2(classes)
-    block = max(1, min(4096 // padded**2, 128))
-    columns = max(1, min(4096 // padded**2, 64, triton.next_power_of_2(dim)))
+    block = max(1, min(2048 // padded**2, 128))
+    columns = max(1, min(2048 // padded**2, 64, triton.next_power_of_2(dim)))
     return {"D": dim, "C": classes, "CP": padded, "R": block, "K": columns}
 
 
