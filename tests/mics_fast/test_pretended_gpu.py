@@ -170,7 +170,7 @@ FINETUNE = [
 STAGES = [("pretrain", o) for o in PRETRAIN] + [("finetune", o) for o in FINETUNE]
 SHIFTS = {
     "diagonal": {"shift_kernel", "moments_kernel"}, "low-rank": {"combine_kernel"},
-    "closed-form": {"losses_kernel"},
+    "closed-form": {"bound_kernel"},
 }  # fmt: skip
 
 

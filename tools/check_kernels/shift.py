@@ -136,7 +136,7 @@ def joining_usage(capability: int, segments: int) -> Usage:
         (
             shift_kernels.update_kernel,
             dict.fromkeys(shift_kernels.update_kernel.arg_names[3:9], "*fp64"),
-            {"K": min(1024, max(32, 2048 // padded)), "FADE": -0.01},
+            {"K": shift_kernels.update_columns(768, padded), "FADE": -0.01},
         ),
     )
     usages = []

@@ -620,6 +620,11 @@ def moments_blocks(rows: int, dim: int, classes: int, soft: bool) -> dict[str, i
     return {**block, "L": labels, "segment": segment, "S": triton.cdiv(max(rows, 1), segment)}
 
 
+def update_columns(dim: int, segments: int) -> int:
+    """Return the columns that a program of ``update_kernel`` takes at once, a power of 2."""
+    return min(triton.next_power_of_2(dim), 512, max(32, 2048 // segments))
+
+
 def loss_blocks(classes: int) -> dict[str, int]:
     """Return the tile of the shifted cross-entropy: 1,024 logits, in whole rows if they fit."""
     block = min(triton.next_power_of_2(classes), 1024)
@@ -665,7 +670,7 @@ def update_statistics(
     """Merge the moments of rows into float64 moments in place; into ``running`` with momentum."""
     with device_of(inputs.features):
         segments, options = _moments_of_segments(inputs)
-        columns = min(triton.next_power_of_2(options["D"]), max(32, 2048 // options["SP"]))
+        columns = update_columns(options["D"], options["SP"])
         fade = 0.0 if momentum is None else math.log1p(-momentum)
         update_kernel[(inputs.num_classes,)](
             *segments, *pending, *running, K=columns, FADE=fade, **options
