@@ -104,7 +104,13 @@ def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
     signature |= {"rows": "i32", "segment": "i32"}
     rows, dim, classes = 65536, 768, 8
     block = shift_kernels.moments_blocks(rows, dim, classes, soft)
-    constants = {"D": dim, "C": classes, "R": block["R"], "K": block["K"], "L": block["L"]}
+    constants: dict[str, Any] = {
+        "D": dim,
+        "C": classes,
+        "R": block["R"],
+        "K": block["K"],
+        "L": block["L"],
+    }
     constants |= {"SOFT": soft, "HAS_WEIGHT": soft}
     if soft:
         signature |= {"found": "constexpr", "weight": "*fp32"}
