@@ -42,7 +42,6 @@ class Update:
             for name, optimiser in plan.optimisers.items()
         }
         self.guard = Guard()
-        self._factors: dict[str, Tensor] = {}  # learning-rate factor of each step, by optimiser
         self.at = torch.zeros((), dtype=torch.int64, device=plan.device)
         self.skipped = torch.zeros((), dtype=torch.float64, device=plan.device)
 
@@ -113,10 +112,8 @@ class Update:
         optimiser = plan.optimisers[name]
         final = plan.final_lr.get(name)
         if final is not None:
-            if name not in self._factors:
-                steps = torch.arange(plan.steps, device=plan.device)
-                self._factors[name] = cosine_with_warmup(steps, plan.steps, plan.warmup, final)
-            set_learning_rate(optimiser, self._factors[name].take(self.at))
+            factor = cosine_with_warmup(self.at, plan.steps, plan.warmup, final)
+            set_learning_rate(optimiser, factor)
         if name != plan.main:
             optimiser.step()
             return
