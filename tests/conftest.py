@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; inherited by commands under test
+os.environ["PYTHONFAULTHANDLER"] = "1"  # a rank or command that dies of a signal says where it was
 
 
 @pytest.fixture(autouse=True, scope="session")
