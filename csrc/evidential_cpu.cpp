@@ -250,24 +250,17 @@ int64_t scratch_floats(int views, int classes) {
 }
 
 // `count` numbers from index `at` on; up to `end` more may be read than wanted.
-MICS_INLINE Vec read_piece(const void* array, int64_t at, int64_t end, mics::DType dtype,
-                           int count) {
-    if (dtype == mics::DType::float32 && at + kWidth <= end)
-        return load(static_cast<const float*>(array) + at);
-    float lanes[kWidth] = {};
-    read_floats(array, at, dtype, lanes, count);
-    return load(lanes);
+template <mics::DType D>
+MICS_INLINE Vec read_piece(const void* array, int64_t at, int64_t end, int count) {
+    if (at + kWidth <= end) return load_as<D>(array, at);
+    return load_as<D>(array, at, count);
 }
 
 // Up to `end` more may be written than wanted, if it is overwritten later.
-MICS_INLINE void write_piece(Vec values, void* array, int64_t at, int64_t end, mics::DType dtype,
-                             int count) {
-    if (dtype == mics::DType::float32 && (count == kWidth || at + kWidth <= end)) {
-        return store(static_cast<float*>(array) + at, values);
-    }
-    float lanes[kWidth];
-    store(lanes, values);
-    write_floats(lanes, array, at, dtype, count);
+template <mics::DType D>
+MICS_INLINE void write_piece(Vec values, void* array, int64_t at, int64_t end, int count) {
+    if (count == kWidth || at + kWidth <= end) return store_as<D>(array, at, values);
+    store_as<D>(array, at, values, count);
 }
 
 // Dempster's rule alone, or its gradient.
@@ -278,26 +271,31 @@ void fuse_as(const mics::FusionCall& call, int64_t first, int64_t last) {
     const int64_t end = last * call.classes, views_end = end * call.views;
     const int64_t rewritten = call.classes < kWidth ? views_end : 0;  // else views alternate
     for (int64_t row = first; row < last; ++row) {
+        const uint8_t* present = call.present ? call.present + row * call.views : nullptr;
         for (int k = 0; k < call.classes; k += kWidth) {
             const int count = call.classes - k < kWidth ? call.classes - k : kWidth;
             const int64_t place = row * call.classes + k;
-            Vec fused{}, outer{};
-            if constexpr (Gradient) {
-                fused = read_piece(call.fused, place, end, kFloat, count);
-                outer = read_piece(call.outer, place, end, kFloat, count) * (1.0f + fused * share);
+            const int64_t start = row * call.views * call.classes + k;
+            Vec fused{}, evidence[mics::kMaxViews];
+            for (int v = 0; v < call.views; ++v) {
+                const int64_t at = start + int64_t{v} * call.classes;
+                const bool there = !present || present[v];
+                const Vec e = there ? read_piece<D>(call.evidence, at, views_end, count) : Vec{};
+                fused = fused + e + fused * e * share;
+                evidence[v] = e;
             }
-            for (int64_t view = row * call.views; view < (row + 1) * call.views; ++view) {
-                const bool there = !call.present || call.present[view];
-                const int64_t at = view * call.classes + k;
-                const Vec e = there ? read_piece(call.evidence, at, views_end, D, count) : Vec{};
-                if constexpr (Gradient) {
-                    const Vec g = there ? outer * reciprocal(1.0f + e * share) : Vec{};
-                    write_piece(g, call.gradient, at, rewritten, D, count);
-                } else {
-                    fused = fused + e + fused * e * share;
+            if constexpr (!Gradient) {
+                write_piece<kFloat>(fused, call.fused, place, end, count);
+            } else {
+                const Vec outer =
+                    read_piece<kFloat>(call.outer, place, end, count) * (1.0f + fused * share);
+                for (int v = 0; v < call.views; ++v) {
+                    const int64_t at = start + int64_t{v} * call.classes;
+                    const bool there = !present || present[v];
+                    const Vec g = there ? outer * reciprocal(1.0f + evidence[v] * share) : Vec{};
+                    write_piece<D>(g, call.gradient, at, rewritten, count);
                 }
             }
-            if constexpr (!Gradient) write_piece(fused, call.fused, place, end, kFloat, count);
         }
     }
 }

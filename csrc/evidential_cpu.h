@@ -9,7 +9,7 @@ namespace mics {
 struct FusionCall {
     const void* evidence;    // (B, V, C)
     const uint8_t* present;  // (B, V), or null: all present
-    float* fused;            // (B, C); read by the gradient
+    float* fused;            // (B, C); null for the gradient
     const float* outer;      // (B, C) gradient of the result, gradient only
     void* gradient;          // (B, V, C) of the evidence's dtype, gradient only
     int64_t rows;

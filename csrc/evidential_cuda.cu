@@ -140,19 +140,24 @@ template <bool Gradient, class T> __global__ void fuse_kernel(mics::FusionCall c
     const int64_t first = row * call.views * call.classes + i % call.classes;
     const T* evidence = static_cast<const T*>(call.evidence);
     const float share = 1.0f / static_cast<float>(call.classes);
-    float fused = Gradient ? call.fused[i] : 0.0f;
+    const auto is_there = [&](int v) {
+        return !call.present || call.present[row * call.views + v];
+    };
+    const auto place = [&](int v) { return first + int64_t{v} * call.classes; };
+    const auto evidence_of = [&](int v) { return is_there(v) ? wide(evidence[place(v)]) : 0.0f; };
+    float fused = 0.0f;
     for (int v = 0; v < call.views; ++v) {
-        const bool there = !call.present || call.present[row * call.views + v];
-        const int64_t place = first + int64_t{v} * call.classes;
-        const float e = there ? wide(evidence[place]) : 0.0f;
-        if constexpr (Gradient) {
-            const float g = call.outer[i] * ((1.0f + fused * share) / (1.0f + e * share));
-            narrow(there ? g : 0.0f, static_cast<T*>(call.gradient)[place]);
-        } else {
-            fused = fused + e + fused * e * share;
-        }
+        const float e = evidence_of(v);
+        fused = fused + e + fused * e * share;
     }
-    if constexpr (!Gradient) call.fused[i] = fused;
+    if constexpr (!Gradient) {
+        call.fused[i] = fused;
+        return;
+    }
+    for (int v = 0; v < call.views; ++v) {
+        const float g = call.outer[i] * ((1.0f + fused * share) / (1.0f + evidence_of(v) * share));
+        narrow(is_there(v) ? g : 0.0f, static_cast<T*>(call.gradient)[place(v)]);
+    }
 }
 
 cudaStream_t stream_at(uintptr_t address) { return reinterpret_cast<cudaStream_t>(address); }

@@ -7,7 +7,8 @@ modes and subclasses get the registered form, functorch transforms (grad, vmap, 
 ``autograd.Function`` they can transform. Forward-mode differentiation is refused.
 
 The registered forms, ``torch.ops.mics_kernels.*``, are private: they rely on the checks of the
-public functions.
+public functions. torch keeps compiled graphs on disk, by these names only: an operator whose
+arguments, or those of its gradient, change gets a new name.
 """
 
 from __future__ import annotations

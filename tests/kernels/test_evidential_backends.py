@@ -326,7 +326,7 @@ def test_the_registered_fusion_passes_opcheck(
     device = device_of(backend)
     evidence = torch.rand(6, 4, 3, device=device).permute(0, 2, 1).requires_grad_()
     present = torch.rand(6, 3, device=device) > 0.3
-    operator = torch.ops.mics_kernels.fuse_evidence.default
+    operator = torch.ops.mics_kernels.fused_evidence.default
     torch.library.opcheck(operator, (evidence, present, backend))
 
 

@@ -81,15 +81,14 @@ def _fuse_shapes(inputs: FusionInputs) -> Tensor:
     return inputs.evidence.new_empty((rows, classes), dtype=torch.float32)
 
 
-def _save_evidence(ctx: Any, inputs: FusionInputs, fused: Tensor) -> None:
+def _save_evidence(ctx: Any, inputs: FusionInputs, _fused: Tensor) -> None:
     ctx.backend = inputs.backend
-    ctx.save_for_backward(inputs.evidence, inputs.present, fused)
+    ctx.save_for_backward(inputs.evidence, inputs.present)
 
 
 @differentiable_once
 def _scale_evidence(ctx: Any, outer: Tensor) -> Gradients:
-    evidence, present, fused = ctx.saved_tensors
-    inputs = FusionGradientInputs(evidence, present, fused, outer, ctx.backend)
+    inputs = FusionGradientInputs(*ctx.saved_tensors, outer, ctx.backend)
     return {"evidence": fused_evidence_gradient(inputs)}
 
 
@@ -113,7 +112,7 @@ reduced_loss = Operator(
     slopes=("gradient",),
 )
 fused_evidence = Operator(
-    "fuse_evidence",
+    "fused_evidence",
     FusionInputs,
     Tensor,
     run=_fuse,
@@ -123,12 +122,12 @@ fused_evidence = Operator(
     differentiable=("evidence",),
 )
 fused_evidence_gradient = Operator(
-    "fuse_evidence_gradient",
+    "fused_evidence_gradient",
     FusionGradientInputs,
     Tensor,
     run=_fuse_gradient,
     shapes=_fuse_gradient_shapes,
     save=save_nothing,
     backward=refuse_gradient,
-    differentiable=("evidence", "fused", "outer"),
+    differentiable=("evidence", "outer"),
 )

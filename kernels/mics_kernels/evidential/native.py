@@ -87,21 +87,17 @@ class NativeFusion(NamedTuple):
 def prepare_fusion(inputs: FusionInputs) -> NativeFusion:
     """Allocate the fused evidence (B, C) and describe the call that computes it."""
     rows, _, classes = inputs.evidence.shape
-    fused = inputs.evidence.new_empty((rows, classes), dtype=torch.float32)
-    return _fusion_call(inputs, fused, None, None)
+    return _fusion_call(inputs, inputs.evidence.new_empty((rows, classes), dtype=torch.float32))
 
 
 def prepare_fusion_gradient(inputs: FusionGradientInputs) -> NativeFusion:
     """Allocate the gradient of the evidence (B, V, C) and describe the call that computes it."""
     gradient = inputs.evidence.new_empty(inputs.evidence.shape)
-    return _fusion_call(inputs, inputs.fused.contiguous(), inputs.outer.contiguous(), gradient)
+    return _fusion_call(inputs, gradient, inputs.outer.contiguous())
 
 
 def _fusion_call(
-    inputs: FusionInputs | FusionGradientInputs,
-    fused: Tensor,
-    outer: Tensor | None,
-    gradient: Tensor | None,
+    inputs: FusionInputs | FusionGradientInputs, output: Tensor, outer: Tensor | None = None
 ) -> NativeFusion:
     rows, views, classes = inputs.evidence.shape
     evidence = inputs.evidence.contiguous()
@@ -110,12 +106,11 @@ def _fusion_call(
         evidence=address(evidence),
         dtype=dtype_name(evidence),
         present=address(present),
-        fused=address(fused),
+        fused=address(output if outer is None else None),
         outer=address(outer),
-        gradient=address(gradient),
+        gradient=address(None if outer is None else output),
         rows=rows,
         views=views,
         classes=classes,
     )
-    output = fused if gradient is None else gradient
-    return NativeFusion(call, output, (evidence, present, fused, outer))
+    return NativeFusion(call, output, (evidence, present, outer))

@@ -70,13 +70,11 @@ class FusionGradientInputs(NamedTuple):
     Args:
         evidence: (B, V, C).
         present: (B, V) bool, or None.
-        fused: (B, C), the result of the fusion.
         outer: (B, C), the gradient of that result.
         backend: name of the implementation.
     """
 
     evidence: Tensor
     present: Tensor | None
-    fused: Tensor
     outer: Tensor
     backend: str
