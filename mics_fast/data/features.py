@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,39 +62,42 @@ class FeatureRows:
         if not self.rows:
             raise InputError(f"none of {len(rows)} rows has an image that can be used")
         self._features, self._device = features.to(device), device
-        self._place = self._on_device([place[row.index] for row in self.rows])
-        self._label = self._on_device([row.label for row in self.rows])
-        self._labelled = self._on_device([row.labelled for row in self.rows]).bool()
-        self._sample = self._on_device([row.index for row in self.rows])
-        self._group = self._on_device([row.group for row in self.rows])
+        facts = [
+            [place[row.index], row.label, row.index, row.group, row.labelled] for row in self.rows
+        ]
+        self._facts = torch.tensor(facts, dtype=torch.int64).T.contiguous().to(device)
 
-    def _on_device(self, numbers: Sequence[int]) -> Tensor:
-        return torch.tensor(numbers, dtype=torch.int64).to(self._device)
-
-    def batch(self, at: Sequence[int], augmented: Sequence[int] | None = None) -> PairBatch:
+    def batch(self, at: np.ndarray, augmented: np.ndarray | None = None) -> PairBatch:
         """Return the batch of some of the rows.
 
         Args:
-            at: their positions in ``rows``.
-            augmented: number of the augmented view of each, any whole number; None: no strong view.
+            at: their positions in ``rows``, (B,) int64.
+            augmented: number of the augmented view of each, any whole number, (B,) int64; None: no
+                strong view.
         """
-        index = self._on_device(at)
-        place, own = self._place[index], self._features
+        index = torch.from_numpy(at).to(self._device)
+        place, label, sample, group, labelled = self._facts.index_select(1, index).unbind()
+        own = self._features
         strong = None
-        if augmented is not None:
-            strong = {name: features[place] for name, features in own.plain.items()}
-            if own.views:
-                which = place * own.views + self._on_device(augmented) % own.views
-                strong = {name: features[which] for name, features in own.augmented.items()}
+        if augmented is not None and own.views:
+            view = torch.from_numpy(augmented % own.views).to(self._device)
+            strong = picked(own.augmented, place * own.views + view)
+        elif augmented is not None:
+            strong = picked(own.plain, place)
         return PairBatch(
-            views={name: features[place] for name, features in own.plain.items()},
+            views=picked(own.plain, place),
             strong=strong,
-            present=own.present[place],
-            label=self._label[index],
-            labelled=self._labelled[index],
-            sample_id=self._sample[index],
-            group_id=self._group[index],
+            present=own.present.index_select(0, place),
+            label=label,
+            labelled=labelled.bool(),
+            sample_id=sample,
+            group_id=group,
         )
+
+
+def picked(features: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Return some rows of each modality's features."""
+    return {name: own.index_select(0, rows) for name, own in features.items()}
 
 
 class FeatureLoader:
@@ -131,9 +135,8 @@ class FeatureLoader:
     def __next__(self) -> PairBatch:
         numbers = samples_of(self.step, self._batch, self._share, self._rank, self._parts)
         self.step += 1
-        found = [self._order.place(number) for number in numbers]
-        epochs = [epoch for _, epoch in found] if self._strong else None
-        return self._source.batch([place for place, _ in found], epochs)
+        places, epochs = self._order.places(numbers)
+        return self._source.batch(places, epochs if self._strong else None)
 
 
 class FeaturePass:
@@ -150,4 +153,4 @@ class FeaturePass:
     def __iter__(self) -> Iterator[PairBatch]:
         count = len(self._source.rows)
         for start in range(0, count, self._size):
-            yield self._source.batch(range(start, min(start + self._size, count)))
+            yield self._source.batch(np.arange(start, min(start + self._size, count)))
