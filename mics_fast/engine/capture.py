@@ -63,7 +63,7 @@ class CapturedUpdate:
         if shapes != self._shapes:
             return self.update(batch, step)
         torch._foreach_copy_(list(tensors_of(self._batch)), given)
-        self.update.at.fill_(step)
+        self.update.begin(step)
         self._replay()
         return self._values
 

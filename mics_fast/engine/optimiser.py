@@ -29,43 +29,46 @@ def decay_groups(
     return [group for group in groups if group["params"]]
 
 
-def cosine_with_warmup(step: Tensor, steps: int, warmup: int, final: float) -> Tensor:
+def cosine_with_warmup(step: int, steps: int, warmup: int, final: float) -> float:
     """Compute the learning-rate factor: linear warm-up to 1, then cosine decay to ``final``.
 
     The two parts join continuously.
 
     Args:
-        step: 0-d int64.
+        step: from 0.
         steps: length of the schedule.
         warmup: number of warm-up steps, part of ``steps``.
         final: factor at the end.
-
-    Returns:
-        0-d float64.
     """
-    at = step.double()
-    progress = ((at - warmup) / max(1, steps - warmup)).clamp(max=1.0)
-    cosine = final + (1 - final) * 0.5 * (1 + torch.cos(math.pi * progress))
-    return torch.where(step < warmup, (at + 1) / (warmup + 1), cosine)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimiser: Optimizer, factor: Tensor) -> None:
+def set_learning_rate(optimiser: Optimizer, factor: float) -> None:
     """Scale each group's peak rate, which is stored in the group (and so in the state).
 
     The rate is a tensor updated in place, so that a recorded step reads the current value.
 
     Args:
-        optimiser: fused, with parameters on the device of ``factor``.
-        factor: 0-d.
+        optimiser: fused.
+        factor: of the peak rates.
     """
     for group in optimiser.param_groups:
-        rate = group["lr"]
+        rate, device = group["lr"], group["params"][0].device
         group.setdefault("peak_lr", rate)
-        if not isinstance(rate, Tensor) or rate.device != factor.device:  # new, or loaded
-            group["lr"] = rate = torch.empty((), device=factor.device)  # fused needs float32
-        rate.copy_(factor * group["peak_lr"])
+        if not isinstance(rate, Tensor) or rate.device != device:  # new, or loaded
+            group["lr"] = rate = torch.empty((), device=device)  # fused needs float32
+        rate.fill_(factor * group["peak_lr"])
 
 
 def parameters_of(optimiser: Optimizer) -> list[nn.Parameter]:
     """List all parameters of an optimiser."""
     return [parameter for group in optimiser.param_groups for parameter in group["params"]]
+
+
+def clear_gradients(optimiser: Optimizer) -> None:
+    """Drop the gradients; torch's ``zero_grad`` opens a profiler's range each time."""
+    for parameter in parameters_of(optimiser):
+        parameter.grad = None

@@ -37,7 +37,10 @@ class Losses:
     def total(self) -> Tensor:
         """Return the weighted sum of the terms."""
         return torch.stack(
-            [self.weights.get(name, 1.0) * term for name, term in self.terms.items()]
+            [
+                self.weights[name] * term if name in self.weights else term
+                for name, term in self.terms.items()
+            ]
         ).sum()
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from mics_fast.engine.gradients import GradientAverager
 from mics_fast.engine.guard import Guard
-from mics_fast.engine.optimiser import cosine_with_warmup, parameters_of, set_learning_rate
+from mics_fast.engine.optimiser import (
+    clear_gradients,
+    cosine_with_warmup,
+    parameters_of,
+    set_learning_rate,
+)
 from mics_fast.engine.plan import Plan, Stage
 from mics_fast.engine.profile import phase
 from mics_fast.engine.sharding import Shards
@@ -47,11 +52,19 @@ class Update:
 
     def __call__(self, batch: Any, step: int) -> Values:
         """Train on a batch; return the values to log, on the device, averaged over its parts."""
-        self.at.fill_(step)
+        self.begin(step)
         return self.compute(batch)
 
+    def begin(self, step: int) -> None:
+        """Write the number and the learning rates of a step to where ``compute`` reads them."""
+        plan = self.plan
+        self.at.fill_(step)
+        for name, final in plan.final_lr.items():
+            factor = cosine_with_warmup(step, plan.steps, plan.warmup, final)
+            set_learning_rate(plan.optimisers[name], factor)
+
     def compute(self, batch: Any) -> Values:
-        """Run the step number ``at``; all lasting state is updated in place."""
+        """Run the step that has begun; all lasting state is updated in place."""
         parts = self.plan.accumulate
         if parts == 1:
             micro_batches = [batch]
@@ -83,7 +96,7 @@ class Update:
                 total = losses.total()
             name = losses.optimiser
             if first:
-                plan.optimisers[name].zero_grad(set_to_none=True)
+                clear_gradients(plan.optimisers[name])
             with phase("backward"):
                 self._backward(name, total, last)
             if last:
@@ -110,10 +123,6 @@ class Update:
         """Clip the main optimiser's gradients and step."""
         plan = self.plan
         optimiser = plan.optimisers[name]
-        final = plan.final_lr.get(name)
-        if final is not None:
-            factor = cosine_with_warmup(self.at, plan.steps, plan.warmup, final)
-            set_learning_rate(optimiser, factor)
         if name != plan.main:
             optimiser.step()
             return
@@ -156,11 +165,13 @@ def computed(values: Values) -> dict[str, Tensor | float]:
 
 def clip_gradients(optimiser: Optimizer, largest: float, shards: Shards | None = None) -> Tensor:
     """Scale gradients to a norm of at most ``largest`` (0: no clipping); return the norm, 0-d."""
-    parameters = parameters_of(optimiser)
+    gradients = [own.grad for own in parameters_of(optimiser) if own.grad is not None]
     if shards is None:
-        return torch.nn.utils.clip_grad_norm_(parameters, largest or math.inf, foreach=True)
-    norm = shards.gradient_norm(optimiser)
-    torch.nn.utils.clip_grads_with_norm_(parameters, largest or math.inf, norm, foreach=True)
+        norm = get_total_norm(gradients, foreach=True)
+    else:
+        norm = shards.gradient_norm(optimiser)
+    if largest:
+        torch._foreach_mul_(gradients, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
