@@ -67,8 +67,10 @@ class Rows:
 
     def means(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Average over all labelled and over all unlabelled rows; 0 without rows."""
-        labelled, unlabelled = values.split(list(self.sizes))
-        return labelled.sum() / max(1, self.sizes[0]), unlabelled.sum() / max(1, self.sizes[1])
+        labelled, unlabelled = (
+            own.mean() if len(own) else own.sum() for own in values.split(self.sizes)
+        )
+        return labelled, unlabelled
 
 
 @dataclass

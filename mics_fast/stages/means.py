@@ -14,7 +14,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
     The result is this rank's share of the mean over all ranks; see ``part_of_mean``.
     """
-    kept = torch.where(mask, values, torch.zeros_like(values))
+    kept = torch.where(mask, values, 0.0)
     return part_of_mean(kept.sum(), mask.sum())
 
 
