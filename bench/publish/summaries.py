@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bench.features import COMPILED, FUSED, REFERENCE
+from bench.features import BOTH, COMPILED, FUSED, REFERENCE
 from bench.publish.markdown import (
     digits,
     factor,
@@ -105,13 +105,14 @@ def features(results: list[Result]) -> str | None:
         own = named(rows, shape=shape)
         if FUSED not in own:
             continue
-        ours = own[FUSED]
-        cells = [times(own.get(name)) for name in (REFERENCE, COMPILED)]
-        rate = f"{1000 / ours['median_ms']:.0f}"
-        lines.append([str(shape), milliseconds(ours["median_ms"]), rate, *cells])
+        cells = [str(shape)]
+        for ours in (own[FUSED], own.get(BOTH)):
+            cells.append("-" if ours is None else milliseconds(ours["median_ms"]))
+            cells.append("-" if ours is None else f"{1000 / ours['median_ms']:.0f}")
+        lines.append(cells + [times(own.get(name)) for name in (REFERENCE, COMPILED)])
         short += [f"{shape} ({name}, {times(own[name])})" for name in (REFERENCE, COMPILED)
                   if name in own and (own[name]["ratio"] or 0) < WANTED]  # fmt: skip
-    head = ["classes, batch", "fused operators", "steps/s", REFERENCE, COMPILED]
+    head = ["classes, batch", FUSED, "steps/s", "compiled", "steps/s", REFERENCE, "compiled"]
     below = f"Below {WANTED}x: {'; '.join(short)}. " if short else ""
     return (
         f"{how(result, 'features')}:\n\n{table(head, lines)}\n"
