@@ -42,7 +42,7 @@ from mics_fast.evaluation.results import (
     describe,
 )
 from mics_fast.inference.run_classifier import RunClassifier, load_run, run_manifest
-from mics_fast.stages.pseudo_labels import accepted_in_the_end
+from mics_fast.stages.pseudo_labels import EVIDENTIAL, accepted_in_the_end
 from mics_fast.training.run import Run
 
 
@@ -247,17 +247,17 @@ def add_pseudo_labels(assessment: Assessment, metrics: dict[Source, OpinionMetri
     """Measure the pseudo-labels that each opinion would give to the unlabelled train rows.
 
     They are accepted as in training, but by the final model, without augmentation and calibration.
+    Rules that read logits are left out: opinions do not contain them.
     """
     rows = assessment.manifest.select("train", labelled=False)
-    if not rows:
-        return
     options = assessment.classifier.run.config.finetune
+    if not rows or options.pseudo_labels not in EVIDENTIAL:
+        return
     opinions = assessment.classifier.opinions(rows, "unlabelled", hide=True)
     for source, own in opinions.predictions().items():
         if source in metrics:
             accepted = accepted_in_the_end(options, own.probability, own.uncertainty)
-            if accepted is not None:
-                metrics[source].pseudo_labels = pseudo_label_quality(own, accepted)
+            metrics[source].pseudo_labels = pseudo_label_quality(own, accepted)
 
 
 def add_out_of_distribution(evaluation: Evaluation, assessment: Assessment, file: Path) -> None:

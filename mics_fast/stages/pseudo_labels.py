@@ -213,17 +213,10 @@ def is_pseudo_label(config: FinetuneConfig, probability: Tensor, uncertainty: Te
     return sure & (probability.amax(-1) >= config.min_probability)
 
 
-def accepted_in_the_end(
-    config: FinetuneConfig, probability: Tensor, uncertainty: Tensor
-) -> Tensor | None:
-    """Mark the opinions that the rule accepts at the end of training, (R,) bool.
-
-    None for rules on the softmax of logits, which opinions do not contain.
-    """
+def accepted_in_the_end(config: FinetuneConfig, probability: Tensor, uncertainty: Tensor) -> Tensor:
+    """Mark the opinions that a rule of ``EVIDENTIAL`` accepts at the end of training, (R,) bool."""
     if config.pseudo_labels == "vacuity":
         return is_pseudo_label(config, probability, uncertainty)
-    if config.pseudo_labels != "curriculum":
-        return None
     confidence, label = probability.max(-1)
     order = confidence.argsort(descending=True, stable=True)
     assigned = one_hot(label[order], probability.shape[1])

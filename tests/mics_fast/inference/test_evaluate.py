@@ -16,8 +16,8 @@ from mics_fast.common.errors import InputError
 from mics_fast.evaluation.answers import answer
 from mics_fast.evaluation.opinions import Predictions
 from mics_fast.evaluation.results import describe
-from mics_fast.inference.assessment import assess, compare, trained_on
-from mics_fast.inference.run_classifier import run_manifest
+from mics_fast.inference.assessment import add_pseudo_labels, assess, compare, trained_on
+from mics_fast.inference.run_classifier import RunClassifier, run_manifest
 from mics_fast.training.run import Run
 
 WANTED = {
@@ -81,6 +81,18 @@ def test_pseudo_labels_are_judged_on_the_unlabelled_train_rows(evaluated, traine
     quality = result["views"]["fused"]["pseudo_labels"]
     share = Run.open(trained_run).config.finetune.accepted_share  # of each class, rounded down
     assert quality["n"] == 12 and 0 <= quality["coverage"] <= share + 1e-6
+
+
+def test_a_rule_that_reads_logits_costs_no_pass_over_the_unlabelled_rows(trained_run, monkeypatch):
+    run = Run.open(trained_run)
+    assessment = assess(run, run_manifest(run), "test")
+
+    def opinions(*_: object, **__: object) -> None:
+        raise AssertionError("opinions were computed")
+
+    monkeypatch.setattr(RunClassifier, "opinions", opinions)
+    run.config.finetune.pseudo_labels = "fixmatch"
+    add_pseudo_labels(assessment, {})
 
 
 def test_the_table_of_opinions_holds_every_row(evaluated):

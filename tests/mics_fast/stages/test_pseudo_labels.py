@@ -232,4 +232,3 @@ def test_a_finished_model_accepts_the_most_probable_share_of_each_class():
     accepted = accepted_in_the_end(config, probability, none)
     assert accepted.nonzero().flatten().tolist() == [9, 10, 11, 12, 13, 14]
     assert accepted_in_the_end(rule("vacuity"), probability, none).sum() == 8, "0.8 or more"
-    assert accepted_in_the_end(rule("fixmatch"), probability, none) is None
