@@ -95,25 +95,28 @@ def shift(results: list[Result]) -> str | None:
 
 
 def features(results: list[Result]) -> str | None:
-    """Tabulate the fine-tuning step on kept features, and name the sizes without a gain."""
+    """Tabulate the fine-tuning step on kept features, uncompiled and compiled; name the sizes
+    without the wanted gain."""
     result = newest_cpu(results, "features")
     if result is None:
         return None
     rows = measured(result.of("features"))
     lines, short = [], []
     for (shape,) in keys_of(rows, "shape"):
-        own = named(rows, shape=shape)
-        if FUSED not in own:
-            continue
-        cells = [str(shape)]
-        for ours in (own[FUSED], own.get(BOTH)):
-            cells.append("-" if ours is None else milliseconds(ours["median_ms"]))
-            cells.append("-" if ours is None else f"{1000 / ours['median_ms']:.0f}")
-        lines.append(cells + [times(own.get(name)) for name in (REFERENCE, COMPILED)])
-        short += [f"{shape} ({name}, {times(own[name])})" for name in (REFERENCE, COMPILED)
-                  if name in own and (own[name]["ratio"] or 0) < WANTED]  # fmt: skip
-    head = ["classes, batch", FUSED, "steps/s", "compiled", "steps/s", REFERENCE, "compiled"]
-    below = f"Below {WANTED}x: {'; '.join(short)}. " if short else ""
+        own, cells = named(rows, shape=shape), [str(shape)]
+        for fused, plain in ((FUSED, REFERENCE), (BOTH, COMPILED)):
+            if fused not in own or plain not in own:
+                cells += ["-"] * 3
+                continue
+            ours = own[fused]["median_ms"]
+            ratio = own[plain]["median_ms"] / ours
+            cells += [milliseconds(ours), f"{1000 / ours:.0f}", factor(ratio)]
+            if fused == FUSED and round(ratio, 1) < WANTED:
+                short.append(f"{shape} ({factor(ratio)})")
+        lines.append(cells)
+    head = ["classes, batch", FUSED, "steps/s", REFERENCE, "compiled: fused operators", "steps/s",
+            REFERENCE]  # fmt: skip
+    below = f"Below {WANTED}x, uncompiled: {'; '.join(short)}. " if short else ""
     return (
         f"{how(result, 'features')}:\n\n{table(head, lines)}\n"
         f"{below}{on_gpu(results, 'features')}\n"
