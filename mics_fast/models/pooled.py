@@ -94,7 +94,7 @@ class PooledFusion(nn.Module):
             (B, width).
         """
         there = present.unsqueeze(-1)
-        own = features.squeeze(2) * there
+        own = torch.where(there, features.squeeze(2), 0.0)
         mean = own.sum(1) / there.sum(1).clamp(min=1)
         if self.kind == "mlp":
             together = F.gelu(self.joint[0](own.flatten(1)))
