@@ -1,23 +1,26 @@
 """Time and memory of opening a manifest of many rows, in a process of its own.
 
     python -m tools.measure_manifest 1000000 2000000 4000000
+    python -m tools.measure_manifest 1000000 --distinct 1000000
 
 For each number of rows, a manifest of two modalities is written to a temporary folder and opened
 twice as training does, with its checks and digests: by the process that makes the index, and by
-one that finds it. Every image exists, but is one of a hundred files. Memory is what opening added
-to the process: that of its own, and the highest amount with the mapped index, which the processes
-of a machine share.
+one that finds it. Every image exists, but all are links to a few empty files, and ``--distinct``
+rows have images of their own, which the other rows name again. Memory is what opening added to the
+process: that of its own, and the highest amount with the mapped index, which the processes of a
+machine share.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-IMAGES = 100
+LINKS = 50_000  # to one file; file systems limit them to about 65,000
 OPEN = """
 import sys, time
 from pathlib import Path
@@ -47,34 +50,43 @@ def main() -> None:
     """Print one line per number of rows and process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=int, nargs="+")
+    parser.add_argument("--distinct", type=int, default=100)
+    options = parser.parse_args()
     print("rows, process, CPU seconds to open, with checks and digests, wall, MiB of its own, MiB")
-    for rows in parser.parse_args().rows:
+    for rows in options.rows:
         with TemporaryDirectory() as folder:
-            path = write_many(Path(folder), rows)
+            path = write_many(Path(folder), rows, options.distinct)
             for process in ("first", "other"):
                 command = [sys.executable, "-c", OPEN, str(path)]
                 found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
                 print(f"{rows:,}", process, *found.split(), sep=", ", flush=True)
 
 
-def write_many(folder: Path, rows: int) -> Path:
-    """Write a manifest of many rows and a hundred empty images, four rows per group."""
-    images = folder / "images" / "endoscopy"
-    images.mkdir(parents=True)
-    for number in range(IMAGES):
+def write_many(folder: Path, rows: int, distinct: int) -> Path:
+    """Write a manifest of many rows, four per group, and two images for each distinct row."""
+    for row in range(distinct):
+        if row % (LINKS // 2) == 0:
+            empty = folder / f"{row}.jpg"
+            empty.touch()
         for name in ("wli", "nbi"):
-            (images / f"{number:06d}-{name}.jpg").touch()
+            image = folder / image_of(row, name)
+            image.parent.mkdir(parents=True, exist_ok=True)
+            os.link(empty, image)
     path = folder / "manifest.csv"
     with open(path, "w") as file:
         file.write("id,label,labelled,group,split,virtual,wli,nbi\n")
         for row in range(rows):
-            at = f"images/endoscopy/{row % IMAGES:06d}"
             split = ("train", "train", "train", "val", "test")[row // 4 % 5]
             file.write(
                 f"hospital-a/{row:08d},class {row % 23},{int(row % 20 == 0)},lesion-{row // 4},"
-                f"{split},,{at}-wli.jpg,{at}-nbi.jpg\n"
+                f"{split},,{image_of(row % distinct, 'wli')},{image_of(row % distinct, 'nbi')}\n"
             )
     return path
+
+
+def image_of(row: int, modality: str) -> str:
+    """Return the path of an image; a folder holds 10,000."""
+    return f"images/{row // 5000:04d}/{row:08d}-{modality}.jpg"
 
 
 if __name__ == "__main__":

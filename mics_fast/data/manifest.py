@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from mics_fast.common.files import write_csv
-from mics_fast.data.manifest_index import RESERVED, chosen_modalities, read_contents
+from mics_fast.data.manifest_csv import RESERVED, chosen_modalities
+from mics_fast.data.manifest_index import read_contents
 from mics_fast.data.rows import SPLITS, Columns, Row, Rows
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "write_manifest",
 ]
 
-_PART = 1 << 16  # rows that are hashed at once
+_PART = 1 << 16  # rows of the CSV that are hashed at once
 
 
 @dataclass(frozen=True)
@@ -67,13 +68,14 @@ class Manifest:
 
     @cached_property
     def _digest(self) -> dict[str, str]:
-        parts = [self.rows[start : start + _PART] for start in range(0, len(self.rows), _PART)]
+        whole, index = self.rows.columns, self.rows.indices
+        cuts = np.searchsorted(index, np.arange(_PART, len(whole.label), _PART))
+        parts = [Rows(whole, own) for own in np.split(index, cuts) if len(own)]
         label = np.array([*self.classes, ""], object)  # label -1 indexes the last one
         labelled, split = np.array(["0", "1"], object), np.array(SPLITS, object)
-        ids = self.rows.columns.id
         return {
             "rows": str(len(self.rows)),
-            "id": _sha256([ids[k] for k in part.indices.tolist()] for part in parts),
+            "id": _sha256(map(_ids, parts)),
             "label": _sha256(label[part.label].tolist() for part in parts),
             "labelled": _sha256(labelled[part.labelled.astype(int)].tolist() for part in parts),
             "group": _sha256(list(map(str, part.group.tolist())) for part in parts),
@@ -153,6 +155,13 @@ def write_manifest(
         InputError: the file cannot be written.
     """
     write_csv(path, records, [*RESERVED, *modalities], exact=True)
+
+
+def _ids(rows: Rows) -> list[str]:
+    """Return the id of each row; the rows are in the order of the file."""
+    first, last = int(rows.indices[0]), int(rows.indices[-1])
+    ids = rows.columns.id.part(first, last + 1)
+    return [ids[number] for number in (rows.indices - first).tolist()]
 
 
 def _sha256(parts: Iterable[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ of a machine share if the arrays are mapped from a file.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,9 +58,29 @@ class Texts:
         start, end = self.bounds[number : number + 2].tolist()
         return self.text[start:end].tobytes().decode(errors="replace")
 
+    def part(self, start: int, end: int) -> list[str]:
+        """Return the texts from a row to before another, faster than one by one."""
+        bounds = self.bounds[start : end + 1]
+        data = self.text[bounds[0] : bounds[-1]].tobytes()
+        cuts = (bounds - bounds[0]).tolist()
+        if not data.isascii():
+            pairs = itertools.pairwise(cuts)
+            return [data[here:there].decode(errors="replace") for here, there in pairs]
+        text = data.decode()
+        return [text[here:there] for here, there in itertools.pairwise(cuts)]
+
     def empty(self) -> np.ndarray:
         """Return which texts are empty, (n,) bool."""
         return self.bounds[1:] == self.bounds[:-1]
+
+    def equal(self, rows: np.ndarray, others: np.ndarray) -> bool:
+        """Return whether the text of each row is that of the other one, both (R,) int64."""
+        starts, lengths = self.bounds[rows], self.bounds[rows + 1] - self.bounds[rows]
+        if (lengths != self.bounds[others + 1] - self.bounds[others]).any():
+            return False
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        here = self.text[np.repeat(starts, lengths) + within]
+        return bool((here == self.text[np.repeat(self.bounds[others], lengths) + within]).all())
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,16 @@ def find_member(path: Path) -> Member:
     return Member(path.parent, offset, size)
 
 
+def complete_members(shard: Path) -> list[str]:
+    """Return the names that ``find_member`` finds in a shard, without keeping its index.
+
+    Raises:
+        OSError: the shard is missing, or its index cannot be read.
+    """
+    members, end = _read_index(shard)
+    return [name for name, (offset, size) in members.items() if offset + size <= end]
+
+
 @cache
 def read_index(shard: Path) -> tuple[dict[str, tuple[int, int]], int]:
     """Read a shard's index: name -> offset and size of each member; and the size of the shard.
@@ -73,6 +83,10 @@ def read_index(shard: Path) -> tuple[dict[str, tuple[int, int]], int]:
     Raises:
         OSError: the shard is missing, or its index cannot be read.
     """
+    return _read_index(shard)
+
+
+def _read_index(shard: Path) -> tuple[dict[str, tuple[int, int]], int]:
     index = shard.with_suffix(".idx")
     about = index.stat()
     if not stat.S_ISREG(about.st_mode) or about.st_size > _LARGEST_INDEX:

@@ -18,9 +18,15 @@ from mics_fast.common.files import open_regular
 
 _LARGEST = 1 << 28  # bytes of a table that is read into memory
 _LONGEST = 1 << 20  # characters of a line
+_BLOCK = 1 << 18  # bytes that are read at once
+_BATCH = 256  # rows; more leave the caches of a CPU core
 _SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 Cells = TypeVar("Cells")
+
+
+class RefusedTable(Exception):
+    """A table that breaks a rule; reading its ``lines`` says which, and where."""
 
 
 @dataclass(frozen=True)
@@ -31,11 +37,14 @@ class Table(Generic[Cells]):
         separator: its name in words.
         columns: names from the header.
         lines: line number and cells of each row, stripped; every row has a cell for every column.
+        batches: the same cells without line numbers, several times as fast: for some rows at a
+            time, a list per column. Of an open table either lines or batches can be read.
     """
 
     separator: str
     columns: tuple[str, ...]
     lines: Iterable[tuple[int, Cells]]
+    batches: Iterable[list[list[str]]] = ()
 
     @property
     def found(self) -> str:
@@ -61,8 +70,8 @@ def read_table(file: Path, what: str) -> Table[dict[str, str]]:
 
 @contextmanager
 def open_table(file: Path, what: str, largest: int) -> Iterator[Table[list[str]]]:
-    """Open a table whose lines are read one by one; its separator is the most frequent candidate
-    in the header.
+    """Open a table whose rows are read one by one, or in batches; its separator is the most
+    frequent candidate in the header.
 
     Args:
         file, what: as ``read_table``.
@@ -70,7 +79,8 @@ def open_table(file: Path, what: str, largest: int) -> Iterator[Table[list[str]]
 
     Raises:
         InputError: the file cannot be read, or has no valid header. Its lines raise it if the file
-            is not a table, or has a line whose number of cells differs from the header.
+            is not a table, or has a line whose number of cells differs from the header; its
+            batches raise RefusedTable instead.
     """
     with ExitStack() as stack:
         try:
@@ -86,7 +96,12 @@ def open_table(file: Path, what: str, largest: int) -> Iterator[Table[list[str]]
         separator = max(_SEPARATORS, key=header.count)
         rows = _rows(itertools.chain([header], lines), separator, what)
         _, columns = next(rows, (0, []))
-        yield Table(_SEPARATORS[separator], _checked(columns, what), _even(rows, columns, what))
+        yield Table(
+            _SEPARATORS[separator],
+            _checked(columns, what),
+            _even(rows, columns, what),
+            _batches(opened, separator, len(columns)),
+        )
 
 
 def _lines(text: TextIO, what: str) -> Iterator[str]:
@@ -141,3 +156,55 @@ def _checked(columns: list[str], what: str) -> tuple[str, ...]:
         if any(unicodedata.category(own) == "Cc" for own in column):
             raise InputError(f"{what} has a column {column!r}, wanted no control characters")
     return tuple(columns)
+
+
+# Many rows at a time: the loops over lines and cells are those of Python's own C code
+
+
+def _batches(opened: io.BufferedReader, separator: str, width: int) -> Iterator[list[list[str]]]:
+    """Yield the stripped cells of the rows below the header, some rows at a time, by column.
+
+    Raises:
+        RefusedTable: ``_lines``, ``_rows`` or ``_even`` would raise InputError.
+    """
+    try:
+        opened.seek(0)
+        lines = itertools.chain.from_iterable(_blocks(opened))
+        rows = filter(None, csv.reader(lines, delimiter=separator, strict=True))
+        next(rows, None)  # the header
+        while batch := list(itertools.islice(rows, _BATCH)):
+            if set(map(len, batch)) != {width}:
+                raise RefusedTable
+            yield [list(map(str.strip, cells)) for cells in zip(*batch, strict=True)]
+    except (csv.Error, OSError, UnicodeDecodeError):
+        raise RefusedTable from None
+
+
+def _blocks(opened: io.BufferedReader) -> Iterator[io.StringIO]:
+    """Yield the text of a file in blocks of whole lines.
+
+    Raises:
+        OSError, UnicodeDecodeError: as they do.
+        RefusedTable: a line that ``_lines`` refuses.
+    """
+    rest, encoding = b"", "utf-8-sig"
+    while read := opened.read(_BLOCK):
+        block = rest + read
+        # No block ends between "\r" and "\n".
+        end = block.rfind(b"\n") + 1 or block.rfind(b"\r", 0, -1) + 1
+        rest = block[end:]
+        if len(rest) > 4 * _LONGEST:  # a character has at most four bytes
+            raise RefusedTable
+        if end:
+            yield _plain(block[:end].decode(encoding))
+            encoding = "utf-8"
+    yield _plain(rest.decode(encoding))
+
+
+def _plain(text: str) -> io.StringIO:
+    """Return a text as its lines; refuse what ``_lines`` refuses."""
+    lines = io.StringIO(text, newline="")
+    if "\0" in text or (len(text) >= _LONGEST and max(map(len, lines)) >= _LONGEST):
+        raise RefusedTable
+    lines.seek(0)
+    return lines

@@ -60,7 +60,7 @@ def test_rows_of_an_index_are_those_of_the_csv(path, monkeypatch, modalities):
         plain = facts(read_manifest(path, modalities))
     assert not path.with_name("manifest.csv.index").exists()
     made = facts(read_manifest(path, modalities))
-    monkeypatch.setattr(manifest_index, "_parsed", unread)
+    monkeypatch.setattr(manifest_index, "read_csv", unread)
     assert facts(read_manifest(path, modalities)) == made == plain
     assert [row[0] for row in plain[0]] == ([0, 1, 4] if modalities == ["wli"] else
                                             [0, 2, 3] if modalities == ["nbi"] else
@@ -79,7 +79,7 @@ def test_an_index_moves_with_its_manifest(path, tmp_path, monkeypatch):
     other.mkdir()
     for name in ("manifest.csv", "manifest.csv.index"):
         (tmp_path / name).rename(other / name)
-    monkeypatch.setattr(manifest_index, "_parsed", unread)
+    monkeypatch.setattr(manifest_index, "read_csv", unread)
     assert read_manifest(other / "manifest.csv").rows[0].files["wli"] == other / "a.png"
 
 
@@ -92,9 +92,23 @@ def test_files_are_looked_for_once_and_only_where_they_must_exist(path, monkeypa
     assert len(read_manifest(path, ["nbi"]).rows) == 4
     (path.parent / "absent.png").touch()
     assert len(read_manifest(path).rows) == 6
-    monkeypatch.setattr(manifest_index, "_parsed", unread)
+    monkeypatch.setattr(manifest_index, "read_csv", unread)
     for modalities in (None, ["nbi"]):
         assert read_manifest(path, modalities).rows
+
+
+def test_looking_for_the_files_of_another_modality_does_not_read_the_csv_again(path, monkeypatch):
+    written(path, [*LINES, "6,polyp,0,,train,,absent.png,b.png"])
+    read_manifest(path, ["nbi"])
+    with monkeypatch.context() as context:
+        context.setattr(manifest_index, "read_csv", unread)
+        with pytest.raises(InputError, match=r"line 7: the wli image .*absent\.png does not exist"):
+            read_manifest(path, ["wli"])
+        (path.parent / "absent.png").touch()
+        for _ in range(2):
+            made = facts(read_manifest(path))
+    path.with_name("manifest.csv.index").unlink()
+    assert facts(read_manifest(path)) == made
 
 
 def test_a_damaged_index_is_made_anew(path):
@@ -161,7 +175,7 @@ def test_a_large_manifest_opens_in_little_time_and_memory(tmp_path, monkeypatch)
         for row in range(count)
     ))  # fmt: skip
     read_manifest(path, files_exist=False)
-    monkeypatch.setattr(manifest_index, "_parsed", unread)
+    monkeypatch.setattr(manifest_index, "read_csv", unread)
     start = time.process_time()
     manifest = read_manifest(path, files_exist=False)
     assert not check_manifest(manifest)

@@ -1,0 +1,77 @@
+"""Finding out which of many files exist: whole folders are listed where that is faster."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from mics_fast.data.shards import complete_members, image_exists
+
+_MANY = 16  # files of a folder, from which listing it is faster than looking at each
+_PER_FILE = 4  # entries of a folder that are listed in the time of looking at one file
+
+
+class FileLookup:
+    """Looks for files.
+
+    A listed file is known by the hash of its path, 64 bits: with a million files in the listed
+    folders, an absent one is overlooked with a probability of 5e-14.
+
+    Args:
+        base: folder that paths are relative to.
+        files: number of files that will be looked for, which limits what is listed.
+    """
+
+    def __init__(self, base: str, files: int) -> None:
+        self._base = base
+        self._left = _PER_FILE * files
+        self._listed: set[str] = set()
+        self._hashes = np.empty(0, np.int64)  # sorted
+
+    def all_exist(self, paths: Sequence[str]) -> bool:
+        """Return whether all files exist, as ``file_exists``."""
+        folders = Counter([path[: path.rfind("/") + 1] for path in paths])
+        new = [name for name, n in folders.items() if n >= _MANY and name not in self._listed]
+        if new:
+            self._listed.update(new)
+            listed = [self._hashes_of(name) for name in new]
+            # A stable sort merges runs that are sorted already.
+            self._hashes = np.sort(np.concatenate([self._hashes, *listed]), kind="stable")
+        hashes = np.fromiter(map(hash, paths), np.int64, len(paths))
+        place = np.searchsorted(self._hashes, hashes)
+        unknown = np.append(self._hashes, 0)[place] != hashes
+        unknown |= place == len(self._hashes)
+        return all(file_exists(os.path.join(self._base, paths[k])) for k in np.flatnonzero(unknown))
+
+    def _hashes_of(self, folder: str) -> np.ndarray:
+        """Return the hash of each path into a folder, or of as many as may be listed; sorted."""
+        names = _names_in(os.path.join(self._base, folder), self._left)
+        hashes = np.fromiter((hash(folder + name) for name in names), np.int64)
+        self._left -= len(hashes)
+        return np.sort(hashes)
+
+
+def file_exists(file: str) -> bool:
+    """Return whether an image exists, as ``image_exists``, which takes three times as long."""
+    return image_exists(Path(file)) if ".tar" in file else os.path.isfile(file)
+
+
+def _names_in(folder: str, most: int) -> Iterator[str]:
+    """Yield the names of images in a folder or shard; of a folder's, only the first ``most``.
+
+    If the folder cannot be read to its end, the other names are missing.
+    """
+    with suppress(OSError):
+        if Path(folder).suffix == ".tar":
+            yield from complete_members(Path(folder))
+            return
+        with os.scandir(folder) as entries:
+            for entry in itertools.islice(entries, most):
+                if entry.is_file():
+                    yield entry.name
