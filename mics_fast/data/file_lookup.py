@@ -46,7 +46,6 @@ class FileLookup:
         hashes = np.fromiter(map(hash, paths), np.int64, len(paths))
         place = np.searchsorted(self._hashes, hashes)
         unknown = np.append(self._hashes, 0)[place] != hashes
-        unknown |= place == len(self._hashes)
         return all(file_exists(os.path.join(self._base, paths[k])) for k in np.flatnonzero(unknown))
 
     def _hashes_of(self, folder: str) -> np.ndarray:

@@ -190,8 +190,7 @@ def _blocks(opened: io.BufferedReader) -> Iterator[io.StringIO]:
     rest, encoding = b"", "utf-8-sig"
     while read := opened.read(_BLOCK):
         block = rest + read
-        # No block ends between "\r" and "\n".
-        end = block.rfind(b"\n") + 1 or block.rfind(b"\r", 0, -1) + 1
+        end = block.rfind(b"\n") + 1 or block.rfind(b"\r") + 1
         rest = block[end:]
         if len(rest) > 4 * _LONGEST:  # a character has at most four bytes
             raise RefusedTable

@@ -112,6 +112,7 @@ def table(draw):
 
     names = draw.sample([*RESERVED, "wli", "nbi"], 8)
     lines = [separator.join(names)]
+    wrong = draw.choice([0, 0, 0.05, 0.4])  # of the rows
     for number in range(draw.randint(0, 12)):
         label = draw.choice(LABELS)
         row = {
@@ -124,11 +125,12 @@ def table(draw):
             "wli": draw.choice(IMAGES[:-1]),
             "nbi": draw.choice(IMAGES),
         }
-        if draw.random() < 0.03:
-            changed = draw.choice(names)
-            row[changed] = draw.choice(["", "0", "1", "test", *ABSENT])
+        if draw.random() < wrong:
+            changed = draw.sample(names, draw.randint(1, 2))
+            row |= dict.fromkeys(changed, draw.choice(["", "", "", "0", "1", "\0", *ABSENT]))
+            row |= {"wli": "", "nbi": ""} if draw.random() < 0.1 else {}
         cells = [cell(row[name]) for name in names]
-        if draw.random() < 0.01:
+        if draw.random() < wrong / 5:
             cells = draw.choice([cells[:-1], [*cells, ""]])
         lines += [separator.join(cells), *[""] * (draw.random() < 0.05)]
     text = end.join(lines) + draw.choice(["", end, end * 2])
@@ -151,7 +153,7 @@ def test_mutated_manifests_give_the_rows_and_errors_of_reading_row_by_row(
                 monkeypatch.setattr(module, name, size)
     path = folder / "manifest.csv"
     read, refused = 0, set()
-    for seed in range(400):
+    for seed in range(1000):
         draw = random.Random(seed)
         path.write_bytes(table(draw))
         modalities = draw.choice([None, None, ["wli"], ["nbi", "wli"]])
@@ -167,6 +169,7 @@ def test_mutated_manifests_give_the_rows_and_errors_of_reading_row_by_row(
 
 def test_lines_are_as_long_as_they_are_when_read_row_by_row(folder, monkeypatch):
     monkeypatch.setattr(tables, "_LONGEST", 100)
+    monkeypatch.setattr(tables, "_BLOCK", 16)
     path = folder / "manifest.csv"
     header = ",".join((*RESERVED, "wli")) + "\n"
     for length in (98, 99, 100, 101, 1000):  # with the end of the line
@@ -176,6 +179,14 @@ def test_lines_are_as_long_as_they_are_when_read_row_by_row(folder, monkeypatch)
             wanted = row_by_row(path, None, True)
             assert at_once(path, None, True) == wanted
             assert isinstance(wanted, str) == (length >= 100)
+
+
+def test_only_the_first_byte_order_mark_of_a_file_is_no_text(folder, monkeypatch):
+    monkeypatch.setattr(tables, "_BLOCK", 1)
+    path = folder / "manifest.csv"
+    header = "\ufeff" + ",".join(('"id\n"', *RESERVED[1:], "wli")) + "\n"
+    path.write_text(header + "\ufeff1,,0,,train,,a.png\n")
+    assert [row.id for row in read_manifest(path).rows] == ["\ufeff1"]
 
 
 def test_names_with_one_hash_stay_apart(folder, monkeypatch):
@@ -239,7 +250,7 @@ def test_a_folder_is_listed_once_and_no_further_than_is_worth_it(tmp_path, monke
             yield name
 
     monkeypatch.setattr(file_lookup, "_names_in", counted)
-    lookup = FileLookup(str(tmp_path), 75)  # may list 300
+    lookup = FileLookup(str(tmp_path), 200)
     assert lookup.all_exist(names[:50]) and lookup.all_exist(names[50:75])
     assert sorted(listed) == sorted(names) and not looked_at
     listed.clear()
