@@ -32,21 +32,31 @@ class FileLookup:
         self._base = base
         self._left = _PER_FILE * files
         self._listed: set[str] = set()
-        self._hashes = np.empty(0, np.int64)  # sorted
+        self._hashes: list[np.ndarray] = []  # each sorted, less than half as long as the one before
 
     def all_exist(self, paths: Sequence[str]) -> bool:
         """Return whether all files exist, as ``file_exists``."""
         folders = Counter([path[: path.rfind("/") + 1] for path in paths])
-        new = [name for name, n in folders.items() if n >= _MANY and name not in self._listed]
-        if new:
-            self._listed.update(new)
-            listed = [self._hashes_of(name) for name in new]
-            # A stable sort merges runs that are sorted already.
-            self._hashes = np.sort(np.concatenate([self._hashes, *listed]), kind="stable")
+        for name, asked in folders.items():
+            if asked >= _MANY and name not in self._listed:
+                self._listed.add(name)
+                self._add(self._hashes_of(name))
         hashes = np.fromiter(map(hash, paths), np.int64, len(paths))
-        place = np.searchsorted(self._hashes, hashes)
-        unknown = np.append(self._hashes, 0)[place] != hashes
-        return all(file_exists(os.path.join(self._base, paths[k])) for k in np.flatnonzero(unknown))
+        unknown = np.ones(len(paths), bool)
+        for known in self._hashes:
+            unknown &= known.take(np.searchsorted(known, hashes), mode="clip") != hashes
+        return all(
+            file_exists(os.path.join(self._base, paths[k]))
+            for k in np.flatnonzero(unknown).tolist()
+        )
+
+    def _add(self, hashes: np.ndarray) -> None:
+        """Add sorted hashes; each is merged with others only as often as their number doubles."""
+        while self._hashes and len(self._hashes[-1]) <= 2 * len(hashes):
+            both = np.concatenate([self._hashes.pop(), hashes])
+            hashes = np.sort(both, kind="stable")  # merges what is sorted already
+        if len(hashes):
+            self._hashes.append(hashes)
 
     def _hashes_of(self, folder: str) -> np.ndarray:
         """Return the hash of each path into a folder, or of as many as may be listed; sorted."""

@@ -6,6 +6,7 @@ to name the first such line and what is wrong with it.
 
 from __future__ import annotations
 
+import itertools
 import os
 from array import array
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -90,13 +91,11 @@ def with_files(contents: Contents, path: Path, modalities: Sequence[str]) -> Con
         InputError: one does not exist.
     """
     looked_for = [name for name in modalities if name not in contents.found]
-    for name in looked_for:
-        texts = contents.columns.files[name]
-        count = len(texts.bounds) - 1
-        lookup = FileLookup(str(contents.columns.folder), count)
-        for start in range(0, count, _PART):
-            if not lookup.all_exist(list(filter(None, texts.part(start, start + _PART)))):
-                raise _first_problem(path, looked_for)
+    files, count = contents.columns.files, len(contents.columns.label)
+    lookup = FileLookup(str(contents.columns.folder), count * len(looked_for))
+    for start, name in itertools.product(range(0, count, _PART), looked_for):
+        if not lookup.all_exist(list(filter(None, files[name].part(start, start + _PART)))):
+            raise _first_problem(path, looked_for)
     return Contents(contents.classes, contents.columns, contents.found.union(looked_for))
 
 

@@ -234,6 +234,22 @@ def test_listing_folders_finds_what_looking_at_each_file_finds(folder, monkeypat
             assert lookup.all_exist([*present, name]) == (name in present), name
 
 
+def test_files_of_many_folders_of_different_sizes_are_known_when_listed(tmp_path, monkeypatch):
+    monkeypatch.setattr(file_lookup, "_MANY", 1)
+    lookup, draw, paths = FileLookup(str(tmp_path), 1000), random.Random(0), []
+    for folder in range(40):
+        (tmp_path / str(folder)).mkdir()
+        names = [f"{folder}/{number}.png" for number in range(draw.choice([0, 1, 2, 3, 9, 30]))]
+        for name in names:
+            (tmp_path / name).touch()
+        assert not lookup.all_exist([f"{folder}/absent.png"])
+        paths += names
+        with monkeypatch.context() as context:
+            context.setattr(file_lookup, "file_exists", lambda path: False)
+            assert lookup.all_exist(paths)
+            assert not lookup.all_exist([*paths, "0/absent.png"])
+
+
 def test_a_folder_is_listed_once_and_no_further_than_is_worth_it(tmp_path, monkeypatch):
     names = [f"{number}.png" for number in range(300)]
     for name in names:
