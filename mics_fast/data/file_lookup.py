@@ -36,19 +36,22 @@ class FileLookup:
 
     def all_exist(self, paths: Sequence[str]) -> bool:
         """Return whether all files exist, as ``file_exists``."""
-        folders = Counter([path[: path.rfind("/") + 1] for path in paths])
-        for name, asked in folders.items():
-            if asked >= _MANY and name not in self._listed:
-                self._listed.add(name)
-                self._add(self._hashes_of(name))
         hashes = np.fromiter(map(hash, paths), np.int64, len(paths))
-        unknown = np.ones(len(paths), bool)
+        unknown = self._unknown(hashes, np.argsort(hashes))  # sorted, or searching is slow
+        folders = Counter([paths[place].rpartition("/")[0] for place in unknown.tolist()])
+        for folder, asked in folders.items():
+            if asked >= _MANY and folder not in self._listed:
+                self._listed.add(folder)
+                self._add(self._hashes_of(f"{folder}/" if folder else ""))
+        unknown = self._unknown(hashes, unknown)
+        return all(file_exists(os.path.join(self._base, paths[k])) for k in unknown.tolist())
+
+    def _unknown(self, hashes: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the places whose hashes are those of no listed file."""
         for known in self._hashes:
-            unknown &= known.take(np.searchsorted(known, hashes), mode="clip") != hashes
-        return all(
-            file_exists(os.path.join(self._base, paths[k]))
-            for k in np.flatnonzero(unknown).tolist()
-        )
+            asked = hashes[places]
+            places = places[known.take(np.searchsorted(known, asked), mode="clip") != asked]
+        return places
 
     def _add(self, hashes: np.ndarray) -> None:
         """Add sorted hashes; each is merged with others only as often as their number doubles."""
@@ -59,7 +62,9 @@ class FileLookup:
             self._hashes.append(hashes)
 
     def _hashes_of(self, folder: str) -> np.ndarray:
-        """Return the hash of each path into a folder, or of as many as may be listed; sorted."""
+        """Return the hash of each path that begins with a folder, or of as many as may be listed;
+        sorted.
+        """
         names = _names_in(os.path.join(self._base, folder), self._left)
         hashes = np.fromiter((hash(folder + name) for name in names), np.int64)
         self._left -= len(hashes)
