@@ -42,7 +42,8 @@ class FileLookup:
         for folder, asked in folders.items():
             if asked >= _MANY and folder not in self._listed:
                 self._listed.add(folder)
-                self._add(self._hashes_of(f"{folder}/" if folder else ""))
+                listed = _hashes_in(self._base, f"{folder}/" if folder else "", self._left)
+                self._add(np.sort(np.fromiter(listed, np.int64)))
         unknown = self._unknown(hashes, unknown)
         return all(file_exists(os.path.join(self._base, paths[k])) for k in unknown.tolist())
 
@@ -55,20 +56,12 @@ class FileLookup:
 
     def _add(self, hashes: np.ndarray) -> None:
         """Add sorted hashes; each is merged with others only as often as their number doubles."""
+        self._left = max(self._left - len(hashes), 0)  # shards are listed whole
         while self._hashes and len(self._hashes[-1]) <= 2 * len(hashes):
             both = np.concatenate([self._hashes.pop(), hashes])
             hashes = np.sort(both, kind="stable")  # merges what is sorted already
         if len(hashes):
             self._hashes.append(hashes)
-
-    def _hashes_of(self, folder: str) -> np.ndarray:
-        """Return the hash of each path that begins with a folder, or of as many as may be listed;
-        sorted.
-        """
-        names = _names_in(os.path.join(self._base, folder), self._left)
-        hashes = np.fromiter((hash(folder + name) for name in names), np.int64)
-        self._left -= len(hashes)
-        return np.sort(hashes)
 
 
 def file_exists(file: str) -> bool:
@@ -76,16 +69,21 @@ def file_exists(file: str) -> bool:
     return image_exists(Path(file)) if ".tar" in file else os.path.isfile(file)
 
 
-def _names_in(folder: str, most: int) -> Iterator[str]:
-    """Yield the names of images in a folder or shard; of a folder's, only the first ``most``.
+def _hashes_in(base: str, start: str, most: int) -> Iterator[int]:
+    """Yield the hash of the path of each image in a folder or shard.
 
-    If the folder cannot be read to its end, the other names are missing.
+    If the folder cannot be read to its end, the other images are missing.
+
+    Args:
+        base, start: the folder; paths begin with ``start``.
+        most: number of entries of a folder that are looked at.
     """
-    with suppress(OSError):
+    folder = os.path.join(base, start)
+    with suppress(OSError, ValueError):  # ValueError: a name with a NUL character
         if Path(folder).suffix == ".tar":
-            yield from complete_members(Path(folder))
+            yield from (hash(start + name) for name in complete_members(Path(folder)))
             return
         with os.scandir(folder) as entries:
             for entry in itertools.islice(entries, most):
                 if entry.is_file():
-                    yield entry.name
+                    yield hash(start + entry.name)

@@ -258,17 +258,17 @@ def test_a_folder_is_listed_once_and_no_further_than_is_worth_it(tmp_path, monke
     monkeypatch.setattr(
         file_lookup, "file_exists", lambda path: looked_at.append(path) or Path(path).is_file()
     )
-    whole = file_lookup._names_in
+    whole = file_lookup._hashes_in
 
-    def counted(folder, most):
-        for name in whole(folder, most):
-            listed.append(name)
-            yield name
+    def counted(*arguments):
+        for own in whole(*arguments):
+            listed.append(own)
+            yield own
 
-    monkeypatch.setattr(file_lookup, "_names_in", counted)
+    monkeypatch.setattr(file_lookup, "_hashes_in", counted)
     lookup = FileLookup(str(tmp_path), 200)
     assert lookup.all_exist(names[:50]) and lookup.all_exist(names[50:75])
-    assert sorted(listed) == sorted(names) and not looked_at
+    assert sorted(listed) == sorted(map(hash, names)) and not looked_at
     listed.clear()
     lookup = FileLookup(str(tmp_path), 20)  # may list 80
     assert lookup.all_exist(names) and lookup.all_exist(names)
@@ -276,3 +276,12 @@ def test_a_folder_is_listed_once_and_no_further_than_is_worth_it(tmp_path, monke
     assert not lookup.all_exist([*names, "300.png"])
     looked_at.clear()
     assert FileLookup(str(tmp_path), 20).all_exist(names[:15]) and len(looked_at) == 15
+
+
+def test_a_shard_is_listed_whole_and_leaves_folders_to_be_looked_at(folder, monkeypatch):
+    monkeypatch.setattr(file_lookup, "_MANY", 1)
+    members = " ".join(f"jpg 512 9 {number}.jpg" for number in range(9))
+    (folder / "x.idx").write_text(f"v1.2 1\n{members}\n")
+    lookup = FileLookup(str(folder), 1)  # may list 4
+    assert lookup.all_exist(["x.tar/8.jpg", "a.png"]) and lookup.all_exist(["in/c.png"])
+    assert not lookup.all_exist(["x.tar/9.jpg"]) and not lookup.all_exist(["in/\0/c.png"])
