@@ -142,6 +142,6 @@ def test_the_tile_does_not_change_the_noise(monkeypatch: pytest.MonkeyPatch) -> 
     whole = solve_shift(problem, "triton")
     for rows, columns in ((1, 16), (4, 64), (16, 128)):
         tile = {"D": 100, "R": rows, "K": columns}
-        shift_blocks = "mics_kernels.shift.triton_kernels.shift_blocks"
+        shift_blocks = "mics_kernels.shift.triton_shift.shift_blocks"
         monkeypatch.setattr(shift_blocks, lambda dim, tile=tile: tile)
         assert torch.equal(solve_shift(problem, "triton"), whole)

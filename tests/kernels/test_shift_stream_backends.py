@@ -21,7 +21,7 @@ if "triton" in BACKENDS:
     import triton
     import triton.language as tl
 
-    from mics_kernels.shift.triton_kernels import philox
+    from mics_kernels.shift.triton_shift import philox
 
     @triton.jit
     def words_kernel(key, counters, words, n, K: tl.constexpr):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bench import roofline
-from mics_kernels.shift import triton_kernels as shift_kernels
+from mics_kernels.shift import triton_cross_entropy, triton_moments, triton_shift
 from tools.check_kernels.compiled import Check, Usage, most_of, simply_compiled, usage_of
 from tools.check_kernels.counts import operations, total, wide
 from tools.check_kernels.sass import disassembled, innermost
@@ -48,12 +48,12 @@ def shift_usage(capability: int, dtype: str, soft: bool) -> Usage:
         AssertionError: it does not move features in 16-byte accesses, or moves or computes other
             amounts than the roofline model.
     """
-    kernel = shift_kernels.shift_kernel
+    kernel = triton_shift.shift_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "moved": f"*{dtype}", "spread": "*fp32"}
     signature |= {"target": "*fp32" if soft else "*i64", "seed": "*i64", "row_ids": "*i64"}
     signature |= {"rows": "i32", "strength": "*fp32"}
-    constants = shift_kernels.shift_blocks(768) | {"C": 8, "SOFT": soft, "HAS_IDS": True}
+    constants = triton_shift.shift_blocks(768) | {"C": 8, "SOFT": soft, "HAS_IDS": True}
     constants |= {"IN_MEMORY": True, "STRIDE": 1}
     compiled = simply_compiled(capability, kernel, signature, constants)
     code = compiled.asm["ptx"]
@@ -80,12 +80,12 @@ def check_shift_counts(ttir: str, elements: int, dtype: str) -> None:
 
 def combine_usage(capability: int, dtype: str, soft: bool) -> Usage:
     """Measure the shift along 64 directions."""
-    kernel = shift_kernels.combine_kernel
+    kernel = triton_shift.combine_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "moved": f"*{dtype}", "directions": "*fp32"}
     signature |= {"target": "*fp32" if soft else "*i64", "seed": "*i64", "row_ids": "*i64"}
     signature |= {"rows": "i32", "scale": "fp32", "strength": "*fp32"}
-    constants = shift_kernels.shift_blocks(768) | {"C": 8, "RANK": 64, "SOFT": soft}
+    constants = triton_shift.shift_blocks(768) | {"C": 8, "RANK": 64, "SOFT": soft}
     constants |= {"HAS_IDS": True, "IN_MEMORY": True, "STRIDE": 1}
     return usage_of(simply_compiled(capability, kernel, signature, constants))
 
@@ -97,13 +97,13 @@ def moments_usage(capability: int, dtype: str, soft: bool) -> Usage:
         AssertionError: it reads its features more than once per class, or takes too many
             instructions.
     """
-    kernel = shift_kernels.moments_kernel
+    kernel = triton_moments.moments_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"features": f"*{dtype}", "target": "*fp32" if soft else "*i64", "found": "*i32"}
     signature |= dict.fromkeys(("counts", "means", "m2s"), "*fp64")
     signature |= {"rows": "i32", "segment": "i32"}
     rows, dim, classes = 65536, 768, 8
-    block = shift_kernels.moments_blocks(rows, dim, classes, soft)
+    block = triton_moments.moments_blocks(rows, dim, classes, soft)
     constants: dict[str, Any] = {
         "D": dim,
         "C": classes,
@@ -138,11 +138,15 @@ def joining_usage(capability: int, segments: int) -> Usage:
     segment = dict.fromkeys(("counts", "means", "m2s"), "*fp64")
     constants: dict[str, Any] = {"D": 768, "C": 8, "S": segments, "SP": padded}
     kernels = (
-        (shift_kernels.merge_kernel, {"count": "*fp64", "mean": "*fp32", "m2": "*fp32"}, {"K": 32}),
         (
-            shift_kernels.update_kernel,
-            dict.fromkeys(shift_kernels.update_kernel.arg_names[3:9], "*fp64"),
-            {"K": shift_kernels.update_columns(768, padded), "FADE": -0.01},
+            triton_moments.merge_kernel,
+            {"count": "*fp64", "mean": "*fp32", "m2": "*fp32"},
+            {"K": 32},
+        ),
+        (
+            triton_moments.update_kernel,
+            dict.fromkeys(triton_moments.update_kernel.arg_names[3:9], "*fp64"),
+            {"K": triton_moments.update_columns(768, padded), "FADE": -0.01},
         ),
     )
     usages = []
@@ -154,24 +158,24 @@ def joining_usage(capability: int, segments: int) -> Usage:
 
 def shifted_loss_usage(capability: int, dtype: str, classes: int) -> Usage:
     """Measure the shifted cross-entropy."""
-    kernel = shift_kernels.losses_kernel
+    kernel = triton_cross_entropy.losses_kernel
     signature = dict.fromkeys(kernel.arg_names, "constexpr")
     signature |= {"logits": f"*{dtype}", "gradient": f"*{dtype}", "target": "*i64"}
     signature |= dict.fromkeys(("table", "losses", "strength"), "*fp32") | {"rows": "i32"}
-    constants = {**shift_kernels.loss_blocks(classes), "GRADIENT": True}
+    constants = {**triton_cross_entropy.loss_blocks(classes), "GRADIENT": True}
     constants |= {"IN_MEMORY": True, "STRIDE": 1}
     return usage_of(simply_compiled(capability, kernel, signature, constants))
 
 
 def bound_usage(capability: int, dtype: str, classes: int) -> Usage:
     """Measure the shifted cross-entropy that makes its table, forward and backward."""
-    tile = shift_kernels.bound_blocks(768, classes)
+    tile = triton_cross_entropy.bound_blocks(768, classes)
     common = {"BY_ROW": False, "MEAN": True, "IN_MEMORY": True, "STRIDE": 1} | tile
     numbers = dict.fromkeys(("rows", "steps"), "i32")
     usages = []
     for kernel, own in (
-        (shift_kernels.bound_kernel, {"ALONE": True, "GRADIENT": True}),
-        (shift_kernels.bound_gradient_kernel, {"T": 24}),
+        (triton_cross_entropy.bound_kernel, {"ALONE": True, "GRADIENT": True}),
+        (triton_cross_entropy.bound_gradient_kernel, {"T": 24}),
     ):
         names = kernel.arg_names
         constants: dict[str, Any] = common | own
