@@ -110,10 +110,10 @@ class Operator(Generic[Inputs, Results]):
             return self._named(_Transformed.apply(self, inputs, *_tensors(inputs)))
         if not has_addresses(inputs):
             return self._call_registered(self._wanting(inputs, torch.is_grad_enabled()))
-        if not self._needs_gradient(inputs):
+        tensors = self._differentiable(inputs) if torch.is_grad_enabled() else []
+        if not any(tensor.requires_grad for tensor in tensors):
             return self.run(inputs)
-        inputs = self._wanting(inputs, True)
-        return self._named(_Direct.apply(self, inputs, *self._differentiable(inputs)))
+        return self._named(_Direct.apply(self, self._wanting(inputs, True), *tensors))
 
     def call_below_autograd(self, inputs: Inputs) -> Results:
         """Compute the results without recording a graph."""
@@ -135,7 +135,7 @@ class Operator(Generic[Inputs, Results]):
     def _call_registered(self, inputs: Inputs) -> Results:
         # Numbers as tensors: those of a schema are constants of the graph, and one that changes
         # from step to step would be compiled anew at every step.
-        device = next(_tensors(inputs)).device
+        device = _tensors(inputs)[0].device
         fields: list[Any] = []
         for field, value in zip(self.fields, inputs, strict=True):
             if field in self._numbers:
@@ -155,7 +155,7 @@ class Operator(Generic[Inputs, Results]):
             ctx.mark_non_differentiable(*output[1:])
 
     def _differentiable(self, inputs: Inputs) -> list[Tensor]:
-        return list(_tensors(getattr(inputs, field) for field in self.differentiable))
+        return _tensors([getattr(inputs, field) for field in self.differentiable])
 
     def _needs_gradient(self, inputs: Inputs) -> bool:
         needed = any(tensor.requires_grad for tensor in self._differentiable(inputs))
@@ -248,7 +248,7 @@ def _layout(inputs: Any, fields: Iterable[str]) -> Layout:
         if isinstance(value, Tensor):
             layout.append((field, None))
         elif isinstance(value, list):
-            layout.append((field, len(list(_tensors(value)))))
+            layout.append((field, len(_tensors(value))))
     return layout
 
 
@@ -261,13 +261,15 @@ def _flat(gradients: Gradients, layout: Layout) -> Iterator[Tensor | None]:
             yield from [None] * length if gradient is None else gradient
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors among values and in lists among them."""
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among values and in lists among them."""
+    found = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, list):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
 
 
 def has_addresses(inputs: Iterable[Any]) -> bool:

@@ -3,14 +3,20 @@
 Run as a program: the stand-in cannot be undone.
 """
 
+# The compiler types the arguments of kernels; annotations mean tl.constexpr.
+# mypy: disable-error-code="no-untyped-def"
+
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from dataclasses import astuple
+from itertools import product
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from bench.stub import install
@@ -24,6 +30,7 @@ from mics_kernels import (
     shift_features,
     shifted_cross_entropy,
 )
+from mics_kernels.triton_common import compiled_for
 
 GENERATOR = torch.Generator().manual_seed(0)
 SEED = torch.tensor([17, 0])
@@ -140,13 +147,44 @@ def shift() -> dict[str, Callable[[], object]]:
     }
 
 
+@triton.jit(do_not_specialize=["loose"])
+def probe_kernel(x, several, length, loose, factor, N: tl.constexpr):
+    """Take an argument of every kind."""
+    slot = tl.arange(0, N)
+    total = tl.load(x + slot).to(tl.float32) * factor + tl.load(several[0] + slot)
+    tl.store(several[0] + slot, total, mask=slot < length + loose)
+
+
+def check_that_launches_choose_as_triton_does() -> None:
+    """In any order of arguments, the compiled kernel is the one that Triton would launch."""
+    pair = (torch.zeros(16), torch.zeros(16))
+    arguments = list(
+        product(
+            (torch.zeros(16), misaligned(torch.zeros(16)), torch.zeros(16).bfloat16()),
+            (pair, (misaligned(pair[0]), pair[1])),
+            (1, 2, 16, 2**40),
+            (1, 16, 2**40),
+            (0.5, 1.0),
+        )
+    )
+    for _ in range(2):
+        for given in arguments:
+            compiled, values = compiled_for(probe_kernel, (1,), given, {"N": 16, "num_warps": 1})
+            assert compiled is probe_kernel[(1,)](*given, N=16, num_warps=1), given
+            assert values == (16,)
+
+
 def main() -> None:
     """One JSON object: name of the call -> its launches."""
     stub = install()
+    check_that_launches_choose_as_triton_does()
     found = {}
     for name, call in (consistency() | evidential() | shift()).items():
-        with stub.launches() as launches:
+        with stub.launches() as first:  # compiles
             call()
+        with stub.launches() as launches:  # finds what was compiled
+            call()
+        assert first == launches, name
         found[name] = [astuple(launch) for launch in launches]
     print(json.dumps(found))
 

@@ -241,6 +241,8 @@ def _present_keys(present: Tensor | None, query: Tensor, keys: Tensor, views: in
     if checks.shape_of(present) == (len(keys), views):
         rows = len(keys)
     checks.check_tensor("present", present, (rows, views), checks.FLAGS, query.device)
+    if rows == len(keys):
+        return present
     return torch.cat([present, present.new_ones(len(keys) - rows, views)])
 
 

@@ -42,8 +42,8 @@ def _save_gradients(ctx: Any, inputs: ConsistencyInputs, results: ConsistencyRes
 def _scale_gradients(ctx: Any, outer: Tensor) -> Gradients:
     gradient, slope = ctx.saved_tensors
     sums: list[Tensor | None] = [None] * len(ctx.dtypes)
-    for pair, modality in enumerate(ctx.query_modalities):
-        part = outer[pair].unsqueeze(1) * gradient[pair]
+    parts = (gradient * outer.unsqueeze(2)).unbind()  # of the pairs
+    for part, modality in zip(parts, ctx.query_modalities, strict=True):
         sums[modality] = part if (before := sums[modality]) is None else before + part
     queries = [
         None if total is None else total.to(dtype)

@@ -21,6 +21,7 @@ from the sums of keys, whose probabilities are rounded to the dtype of the keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -29,7 +30,14 @@ import triton.language as tl
 from torch import Tensor
 
 from mics_kernels.consistency.records import ConsistencyInputs, ConsistencyResults
-from mics_kernels.triton_common import chip_of, device_of
+from mics_kernels.triton_common import (
+    cdiv,
+    chip_of,
+    dense,
+    device_of,
+    launch,
+    next_power_of_2,
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -330,6 +338,7 @@ def shared_memory(capability: int) -> int:
     return 1024 * kilobytes.get(capability, 99)
 
 
+@lru_cache
 def tile_for(
     capability: int, batch: int, width: int, itemsize: int, has_ids: bool, exact: bool
 ) -> Tile:
@@ -356,7 +365,7 @@ def tile_for(
         rows = 128
     else:
         rows = 64 if width <= 256 else 32
-    rows = min(rows, max(16, triton.next_power_of_2(2 * batch)))
+    rows = min(rows, max(16, next_power_of_2(2 * batch)))
     large = rows == 128 or width > 256 or rows * width * itemsize > 16384
     warps = 8 if exact or large else 4
     small = rows <= 32 and width <= 64
@@ -379,6 +388,7 @@ def tile_for(
     )
 
 
+@lru_cache
 def splits_for(row_tiles: int, key_tiles: int, processors: int, residents: int) -> int:
     """Number of parts the keys are cut into: the fewest that fill the GPU, the last wave included.
 
@@ -391,7 +401,7 @@ def splits_for(row_tiles: int, key_tiles: int, processors: int, residents: int) 
     splits = max(1, residents * processors // row_tiles)
     while splits < key_tiles:
         programs = splits * row_tiles
-        if programs >= 0.85 * processors * triton.cdiv(programs, processors):
+        if programs >= 0.85 * processors * cdiv(programs, processors):
             break
         splits += 1
     return max(1, min(splits, key_tiles))
@@ -416,15 +426,15 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
     keys = _rows_of(inputs.keys, dtype)
     queues = _rows_of(inputs.queues, queue_dtype)  # converted only where their dtypes differ
     key_ids, ids_step = _ids_of_modalities(inputs.key_ids, inputs.present)
-    key_rows, queue_rows = len(keys[0]), len(queues[0]) if queues else 0
+    key_rows, queue_rows = keys[0].shape[0], queues[0].shape[0] if queues else 0
 
     capability, processors = chip_of(query.device)
-    padded = max(16, triton.next_power_of_2(width))
+    padded = max(16, next_power_of_2(width))
     has_ids = key_ids is not None
     exact = dtype == torch.float32 and _precision() == "ieee"
     tile = tile_for(capability, rows, padded, dtype.itemsize, has_ids, exact)
-    row_tiles = triton.cdiv(2 * rows, tile.rows)
-    key_tiles = triton.cdiv(key_rows, tile.keys) + triton.cdiv(queue_rows, tile.keys)
+    row_tiles = cdiv(2 * rows, tile.rows)
+    key_tiles = cdiv(key_rows, tile.keys) + cdiv(queue_rows, tile.keys)
     residents = 8 // tile.warps  # 8 warps of these programs take all registers
     splits = splits_for(row_tiles * len(pairs), key_tiles, processors, residents)
     sums = query.new_empty((len(pairs), splits, 4, 2, rows), dtype=torch.float32)
@@ -439,10 +449,11 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
         "GRADIENT": wanted,
     }
     with device_of(query):
-        sweep_kernel[(row_tiles, splits, len(pairs))](
-            _rows_of(inputs.queries, dtype), _rows_of(inputs.teachers, dtype), keys, queues,
-            lengths, key_ids, tuple(ids.contiguous() for ids in inputs.queue_ids), sums, pulls,
-            inputs.temperature, ids_step, rows, key_rows, queue_rows, splits, **flags,
+        launch(
+            sweep_kernel, (row_tiles, splits, len(pairs)),
+            (_rows_of(inputs.queries, dtype), _rows_of(inputs.teachers, dtype), keys, queues,
+             lengths, key_ids, tuple(ids.contiguous() for ids in inputs.queue_ids), sums, pulls,
+             inputs.temperature, ids_step, rows, key_rows, queue_rows, splits), **flags,
             DP=padded, M=tile.rows, N=tile.keys,
             HAS_QUEUE=queue_rows > 0, HAS_LENGTHS=len(lengths) > 0,
             LENGTHS_IN_MEMORY=lengths_in_memory, HAS_QUEUE_IDS=len(inputs.queue_ids) > 0,
@@ -450,10 +461,11 @@ def losses_and_gradients(inputs: ConsistencyInputs) -> ConsistencyResults:
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         columns = min(padded, 128)
-        join_kernel[(rows, len(pairs), triton.cdiv(width, columns) if wanted else 1)](
-            keys, key_ids, sums, pulls, *results,
-            inputs.temperature, inputs.alpha, ids_step, rows, splits, **flags,
-            C=columns, S=triton.next_power_of_2(splits), T=16,
+        launch(
+            join_kernel, (rows, len(pairs), cdiv(width, columns) if wanted else 1),
+            (keys, key_ids, sums, pulls, *results,
+             inputs.temperature, inputs.alpha, ids_step, rows, splits), **flags,
+            C=columns, S=next_power_of_2(splits), T=16,
             ALPHA_IN_MEMORY=isinstance(inputs.alpha, Tensor), enable_fp_fusion=True,
             num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -464,12 +476,13 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return the smallest dtype that holds all of them, float32 at most."""
     dtype = tensors[0].dtype
     for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+        if tensor.dtype != dtype:
+            dtype = torch.promote_types(dtype, tensor.dtype)
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _rows_of(tensors: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    return tuple(x.to(dtype).contiguous() for x in tensors)
+    return tuple([dense(x, dtype) for x in tensors])
 
 
 def _ids_of_modalities(key_ids: Tensor | None, present: Tensor | None) -> tuple[Tensor | None, int]:

@@ -23,7 +23,15 @@ from mics_kernels.evidential.records import (
     FusionGradientInputs,
     FusionInputs,
 )
-from mics_kernels.triton_common import constant, device_of, polynomial
+from mics_kernels.triton_common import (
+    cdiv,
+    constant,
+    dense,
+    device_of,
+    launch,
+    next_power_of_2,
+    polynomial,
+)
 
 _H_REST = constant(coefficients.H_REST)
 _DIGAMMA = constant(coefficients.DIGAMMA)
@@ -335,8 +343,8 @@ def blocks(views: int, classes: int) -> dict[str, int]:
 
     Rows of many classes take several steps; a tile has at most 128 rows.
     """
-    padded = triton.next_power_of_2(views)
-    tile = min(triton.next_power_of_2(classes), 256)
+    padded = next_power_of_2(views)
+    tile = min(next_power_of_2(classes), 256)
     return {
         "V": views,
         "VP": padded,
@@ -352,9 +360,9 @@ def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
     rows, classes = values.shape[0], values.shape[-1]
     views = values.shape[1] if values.dim() == 3 else 1
     fuse, soft = inputs.activation is not None, inputs.target.dim() == 2
-    target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
+    target = dense(inputs.target, torch.float32 if soft else torch.int64)
     present = None if inputs.present is None else inputs.present.contiguous()
-    weight = None if inputs.weight is None else inputs.weight.to(torch.float32).contiguous()
+    weight = None if inputs.weight is None else dense(inputs.weight, torch.float32)
     results = EvidentialResults(
         values.new_empty((rows,) if fuse else values.shape[:-1], dtype=torch.float32),
         values.new_empty((rows, classes) if fuse else 0, dtype=torch.float32),
@@ -365,9 +373,10 @@ def loss_and_gradient(inputs: EvidentialInputs) -> EvidentialResults:
     tile = blocks(views, classes)
     with device_of(values):
         count = _count(target, inputs.ignore_index) if inputs.reduction == "mean" else None
-        evidential_rows_kernel[(triton.cdiv(rows, tile["R"]),)](
-            values, target, target, present, weight, count, *results,
-            kl_weight, inputs.ignore_index, rows, **tile,
+        launch(
+            evidential_rows_kernel, (cdiv(rows, tile["R"]),),
+            (values, target, target, present, weight, count, *results,
+             kl_weight, inputs.ignore_index, rows), **tile,
             ACT=_ACTIVATIONS[inputs.activation], SOFT=soft, FUSE=fuse,
             GRADIENT=inputs.want_gradient,
             HAS_PRESENT=present is not None, HAS_WEIGHT=weight is not None,
@@ -404,10 +413,10 @@ def _launch_fuse(
     evidence = inputs.evidence.contiguous()
     present = None if inputs.present is None else inputs.present.contiguous()
     tile = blocks(views, classes)
-    grid = (triton.cdiv(rows, tile["R"]), triton.cdiv(classes, tile["K"]))
+    grid = (cdiv(rows, tile["R"]), cdiv(classes, tile["K"]))
     with device_of(evidence):
-        fuse_kernel[grid](
-            evidence, present, fused, outer, gradient, rows, **tile,
+        launch(
+            fuse_kernel, grid, (evidence, present, fused, outer, gradient, rows), **tile,
             HAS_PRESENT=present is not None, GRADIENT=gradient is not None,
         )  # fmt: skip
 
@@ -416,5 +425,5 @@ def _count(target: Tensor, ignore_index: int) -> Tensor:
     count = target.new_empty(1, dtype=torch.float32)
     if target.dim() == 2:
         return count.fill_(len(target))
-    count_kernel[(1,)](target, count, ignore_index, len(target), BLOCK=1024)
+    launch(count_kernel, (1,), (target, count, ignore_index, len(target)), BLOCK=1024)
     return count

@@ -23,7 +23,12 @@ from mics_kernels.shift.records import (
     ShiftedLossResults,
 )
 from mics_kernels.shift.triton_shift import row_strength, strength_options
-from mics_kernels.triton_common import device_of
+from mics_kernels.triton_common import (
+    cdiv,
+    device_of,
+    launch,
+    next_power_of_2,
+)
 
 # --- With a given table ---------------------------------------------------------------------------
 
@@ -217,7 +222,7 @@ def bound_gradient_kernel(
 
 def loss_blocks(classes: int) -> dict[str, int]:
     """Return the tile of the shifted cross-entropy: 1,024 logits, in whole rows if they fit."""
-    block = min(triton.next_power_of_2(classes), 1024)
+    block = min(next_power_of_2(classes), 1024)
     return {"C": classes, "R": 1024 // block, "K": block}
 
 
@@ -226,22 +231,22 @@ def bound_blocks(dim: int, classes: int) -> dict[str, int]:
 
     A block of rows meets the table as (R, CP, CP), a block of columns as (CP, CP, K).
     """
-    padded = triton.next_power_of_2(classes)
+    padded = next_power_of_2(classes)
     block = max(1, min(2048 // padded**2, 128))
-    columns = max(1, min(2048 // padded**2, 64, triton.next_power_of_2(dim)))
+    columns = max(1, min(2048 // padded**2, 64, next_power_of_2(dim)))
     return {"D": dim, "C": classes, "CP": padded, "R": block, "K": columns}
 
 
 def bound_programs(rows: int, classes: int) -> tuple[int, int]:
     """Return programs and blocks of each; one takes up to 256 rows, as most batches have."""
     block = bound_blocks(1, classes)["R"]
-    steps = min(triton.cdiv(256, block), triton.cdiv(rows, block))
-    return triton.cdiv(rows, block * max(steps, 1)), steps
+    steps = min(cdiv(256, block), cdiv(rows, block))
+    return cdiv(rows, block * max(steps, 1)), steps
 
 
 def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
     """Compute losses, and the gradient of each in its logits, in one sweep."""
-    logits, strength = inputs.logits.contiguous(), strength_options(inputs.strength)
+    logits, (strength, options) = inputs.logits.contiguous(), strength_options(inputs.strength)
     rows, classes = logits.shape
     results = ShiftedLossResults(
         logits.new_empty(rows, dtype=torch.float32),
@@ -251,16 +256,18 @@ def shifted_losses(inputs: ShiftedLossInputs) -> ShiftedLossResults:
         return results
     tile = loss_blocks(classes)
     with device_of(logits):
-        losses_kernel[(triton.cdiv(rows, tile["R"]),)](
-            logits, inputs.target.contiguous(), inputs.table.contiguous(), *results, rows,
-            GRADIENT=inputs.want_gradient, **tile, **strength,
+        launch(
+            losses_kernel, (cdiv(rows, tile["R"]),),
+            (logits, inputs.target.contiguous(), inputs.table.contiguous(), *results, rows,
+             strength),
+            GRADIENT=inputs.want_gradient, **tile, **options,
         )  # fmt: skip
     return results
 
 
 def shifted_cross_entropy(inputs: BoundInputs) -> BoundResults:
     """Compute the reduced loss, and the gradient of each row's loss in its logits."""
-    logits, strength = inputs.logits.contiguous(), strength_options(inputs.strength)
+    logits, (strength, options) = inputs.logits.contiguous(), strength_options(inputs.strength)
     rows, classes = logits.shape
     by_row, mean = inputs.reduction == "none", inputs.reduction == "mean"
     if rows == 0:
@@ -277,14 +284,16 @@ def shifted_cross_entropy(inputs: BoundInputs) -> BoundResults:
         logits.new_empty((parts, 2), dtype=torch.float32),
     )
     with device_of(logits):
-        bound_kernel[(parts,)](
-            logits, inputs.target.contiguous(), inputs.weight.contiguous(),
-            inputs.variance.contiguous(), results.loss, results.sums, results.gradient, rows,
-            steps=steps, ALONE=parts == 1, BY_ROW=by_row, MEAN=mean, GRADIENT=inputs.want_gradient,
-            **tile, **strength,
+        launch(
+            bound_kernel, (parts,),
+            (logits, inputs.target.contiguous(), inputs.weight.contiguous(),
+             inputs.variance.contiguous(), results.loss, results.sums, results.gradient, rows,
+             strength, steps),
+            ALONE=parts == 1, BY_ROW=by_row, MEAN=mean, GRADIENT=inputs.want_gradient,
+            **tile, **options,
         )  # fmt: skip
         if parts > 1 and not by_row:
-            bound_sum_kernel[(1,)](results.sums, results.loss, parts, N=1024, MEAN=mean)
+            launch(bound_sum_kernel, (1,), (results.sums, results.loss, parts), N=1024, MEAN=mean)
     return results
 
 
@@ -296,15 +305,18 @@ def shifted_cross_entropy_gradient(inputs: BoundGradientInputs) -> BoundGradient
         inputs.weight.new_empty(inputs.weight.shape if inputs.want_weight else 0),
     )
     tile = bound_blocks(inputs.weight.shape[1], classes)
-    columns = triton.cdiv(tile["D"], tile["K"]) if inputs.want_weight else 0
-    programs = columns + triton.cdiv(rows, tile["R"])
+    strength, options = strength_options(inputs.strength)
+    columns = cdiv(tile["D"], tile["K"]) if inputs.want_weight else 0
+    programs = columns + cdiv(rows, tile["R"])
     if programs == 0:
         return gradients
     with device_of(inputs.gradient):
-        bound_gradient_kernel[(programs,)](
-            inputs.gradient, inputs.target.contiguous(), inputs.weight.contiguous(),
-            inputs.variance.contiguous(), inputs.outer.contiguous(), inputs.sums, *gradients, rows,
+        launch(
+            bound_gradient_kernel, (programs,),
+            (inputs.gradient, inputs.target.contiguous(), inputs.weight.contiguous(),
+             inputs.variance.contiguous(), inputs.outer.contiguous(), inputs.sums, *gradients, rows,
+             strength),
             T=columns, BY_ROW=inputs.reduction == "none", MEAN=inputs.reduction == "mean",
-            **tile, **strength_options(inputs.strength),
+            **tile, **options,
         )  # fmt: skip
     return gradients

@@ -16,7 +16,13 @@ import triton
 import triton.language as tl
 
 from mics_kernels.shift.records import ClassMoments, MomentsInputs
-from mics_kernels.triton_common import device_of
+from mics_kernels.triton_common import (
+    cdiv,
+    dense,
+    device_of,
+    launch,
+    next_power_of_2,
+)
 
 
 @triton.jit
@@ -204,16 +210,16 @@ def moments_blocks(rows: int, dim: int, classes: int, soft: bool) -> dict[str, i
     They depend on shapes alone, and so does every bit of the result. Weights of posteriors take
     registers of the tile.
     """
-    block = {"R": 32 if soft else 64, "K": min(128, triton.next_power_of_2(dim))}
+    block = {"R": 32 if soft else 64, "K": min(128, next_power_of_2(dim))}
     most = max(1, min(64, 2**23 // (classes * dim)))
-    segment = triton.cdiv(triton.cdiv(max(rows, 1), most), block["R"]) * block["R"]
-    labels = min(1024, triton.next_power_of_2(segment))
-    return {**block, "L": labels, "segment": segment, "S": triton.cdiv(max(rows, 1), segment)}
+    segment = cdiv(cdiv(max(rows, 1), most), block["R"]) * block["R"]
+    labels = min(1024, next_power_of_2(segment))
+    return {**block, "L": labels, "segment": segment, "S": cdiv(max(rows, 1), segment)}
 
 
 def update_columns(dim: int, segments: int) -> int:
     """Return the columns that a program of ``update_kernel`` takes at once, a power of 2."""
-    return min(triton.next_power_of_2(dim), 512, max(32, 2048 // segments))
+    return min(next_power_of_2(dim), 512, max(32, 2048 // segments))
 
 
 def class_moments(inputs: MomentsInputs) -> ClassMoments:
@@ -227,7 +233,8 @@ def class_moments(inputs: MomentsInputs) -> ClassMoments:
     )
     with device_of(features):
         segments, options = _moments_of_segments(inputs)
-        merge_kernel[(classes, triton.cdiv(shape[1], 32))](*segments, *moments, K=32, **options)
+        grid = (classes, cdiv(shape[1], 32))
+        launch(merge_kernel, grid, (*segments, *moments), K=32, **options)
     return moments
 
 
@@ -239,9 +246,10 @@ def update_statistics(
         segments, options = _moments_of_segments(inputs)
         columns = update_columns(options["D"], options["SP"])
         fade = 0.0 if momentum is None else math.log1p(-momentum)
-        update_kernel[(inputs.num_classes,)](
-            *segments, *pending, *running, K=columns, FADE=fade, **options
-        )
+        launch(
+            update_kernel, (inputs.num_classes,), (*segments, *pending, *running),
+            K=columns, FADE=fade, **options,
+        )  # fmt: skip
 
 
 def _moments_of_segments(inputs: MomentsInputs) -> tuple[ClassMoments, dict[str, int]]:
@@ -249,19 +257,20 @@ def _moments_of_segments(inputs: MomentsInputs) -> tuple[ClassMoments, dict[str,
     features, classes = inputs.features.contiguous(), inputs.num_classes
     soft = inputs.target.dim() == 2
     rows, dim = features.shape
-    target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
-    weight = None if inputs.weight is None else inputs.weight.to(torch.float32).contiguous()
+    target = dense(inputs.target, torch.float32 if soft else torch.int64)
+    weight = None if inputs.weight is None else dense(inputs.weight, torch.float32)
     tile = moments_blocks(rows, dim, classes, soft)
-    parts, segment, columns = tile["S"], tile["segment"], triton.cdiv(dim, tile["K"])
+    parts, segment, columns = tile["S"], tile["segment"], cdiv(dim, tile["K"])
     segments = ClassMoments(
         features.new_empty((parts, classes), dtype=torch.float64),
         features.new_empty((parts, classes, dim), dtype=torch.float64),
         features.new_empty((parts, classes, dim), dtype=torch.float64),
     )
     found = None if soft else features.new_empty((parts, columns, segment), dtype=torch.int32)
-    moments_kernel[(parts, columns)](
-        features, target, weight, found, *segments, rows, segment,
+    launch(
+        moments_kernel, (parts, columns),
+        (features, target, weight, found, *segments, rows, segment),
         D=dim, C=classes, R=tile["R"], K=tile["K"], L=tile["L"], SOFT=soft,
         HAS_WEIGHT=weight is not None,
     )  # fmt: skip
-    return segments, {"D": dim, "C": classes, "S": parts, "SP": triton.next_power_of_2(parts)}
+    return segments, {"D": dim, "C": classes, "S": parts, "SP": next_power_of_2(parts)}

@@ -8,6 +8,8 @@ A program works on R rows and K columns, and draws their random numbers from row
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,15 @@ from torch import Tensor
 
 from mics_kernels import coefficients
 from mics_kernels.shift.records import ShiftInputs
-from mics_kernels.triton_common import constant, device_of, polynomial
+from mics_kernels.triton_common import (
+    cdiv,
+    constant,
+    dense,
+    device_of,
+    launch,
+    next_power_of_2,
+    polynomial,
+)
 
 _LOG = constant(coefficients.LOG_SHORT)
 _SINE = constant(coefficients.SINE)
@@ -223,7 +233,7 @@ def shift_blocks(dim: int) -> dict[str, int]:
     """
     block = dim & -dim
     if block < 32:
-        block = triton.next_power_of_2(dim)
+        block = next_power_of_2(dim)
     block = max(4, min(block, 256))
     return {"D": dim, "R": 4096 // block, "K": block}
 
@@ -233,36 +243,39 @@ def shift_features(inputs: ShiftInputs) -> Tensor:
     features, directions = inputs.features.contiguous(), inputs.directions
     soft = inputs.target.dim() == 2
     rows, dim = features.shape
-    target = inputs.target.to(torch.float32 if soft else torch.int64).contiguous()
+    target = dense(inputs.target, torch.float32 if soft else torch.int64)
     moved = features.new_empty(features.shape)
     if moved.numel() == 0:
         return moved
     tile = shift_blocks(dim)
-    grid = (triton.cdiv(rows, tile["R"]), triton.cdiv(dim, tile["K"]))
+    grid = (cdiv(rows, tile["R"]), cdiv(dim, tile["K"]))
     seed = inputs.seed.contiguous()
     row_ids = None if inputs.row_ids is None else inputs.row_ids.contiguous()
-    options = {**strength_options(inputs.strength), "SOFT": soft, "HAS_IDS": row_ids is not None}
+    strength, options = strength_options(inputs.strength)
+    options = {**options, **tile, "SOFT": soft, "HAS_IDS": row_ids is not None}
     with device_of(features):
         if directions is not None:
-            directions = directions.to(torch.float32).contiguous()
+            directions = dense(directions, torch.float32)
             classes, rank, _ = directions.shape
-            combine_kernel[grid](
-                features, target, directions, seed, row_ids, moved, rows, rank**-0.5,
-                C=classes, RANK=rank, **tile, **options,
+            launch(
+                combine_kernel, grid,
+                (features, target, directions, seed, row_ids, moved, rows, rank**-0.5, strength),
+                C=classes, RANK=rank, **options,
             )  # fmt: skip
         else:
             assert inputs.variance is not None
-            spread = inputs.variance.to(torch.float32).contiguous()
+            spread = dense(inputs.variance, torch.float32)
             spread = spread if soft else spread.sqrt()  # once per class, not once per row
-            shift_kernel[grid](
-                features, target, spread, seed, row_ids, moved, rows,
-                C=len(spread), **tile, **options,
+            launch(
+                shift_kernel, grid,
+                (features, target, spread, seed, row_ids, moved, rows, strength),
+                C=len(spread), **options,
             )  # fmt: skip
     return moved
 
 
-def strength_options(strength: float | Tensor) -> dict[str, bool | int | float | Tensor]:
-    """Return a kernel's arguments for a number, a tensor with one, or one per row."""
+def strength_options(strength: float | Tensor) -> tuple[float | Tensor, dict[str, Any]]:
+    """Return a kernel's argument for a number, a tensor with one, or one per row; its constants."""
     if isinstance(strength, Tensor):
-        return {"strength": strength.contiguous(), "IN_MEMORY": True, "STRIDE": strength.dim()}
-    return {"strength": strength, "IN_MEMORY": False, "STRIDE": 0}
+        return strength.contiguous(), {"IN_MEMORY": True, "STRIDE": strength.dim()}
+    return strength, {"IN_MEMORY": False, "STRIDE": 0}
