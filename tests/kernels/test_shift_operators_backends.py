@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mics_kernels import class_moments, shift_features, shifted_cross_entropy
 from mics_kernels.backends import explain
-from tests.kernels.implementations import INTERPRETED, device_of
+from tests.kernels.implementations import BACKENDS, INTERPRETED, device_of
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 SEED = (2**40 + 17, 5)
@@ -120,6 +120,42 @@ def test_the_registered_operators_pass_opcheck(
     monkeypatch.undo()  # opcheck makes tensors of its own
     operator = getattr(torch.ops.mics_kernels, call.partition(" ")[0]).default
     torch.library.opcheck(operator, registered_calls(backend)[call])
+
+
+def bound_calls() -> dict[str, tuple[object, ...]]:
+    device = device_of("triton")
+    target = torch.tensor([0, 1, -1, 2, 2, 0], device=device)
+    variance, strength = torch.rand(3, 5, device=device), torch.tensor(0.5, device=device)
+    logits = torch.randn(3, 6, device=device).T.requires_grad_()
+    weight = torch.randn(5, 3, device=device).T.requires_grad_()
+    plain, head = logits.detach(), weight.detach()
+    sums, outer = torch.tensor([[5.0, 1.0]], device=device), torch.tensor(0.7, device=device)
+    by_row = torch.rand(6, device=device)
+    given = (target, head, variance)
+    return {
+        "shifted_cross_entropy": (
+            logits, target, weight, variance, strength, "mean", "triton", True,
+        ),
+        "shifted_cross_entropy alone": (plain, *given, by_row, "none", "triton", False),
+        "shifted_cross_entropy_gradient": (
+            plain, sums, *given, strength, outer, "mean", "triton", True,
+        ),
+        "shifted_cross_entropy_gradient by row": (
+            plain, sums, *given, by_row, by_row, "none", "triton", False,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton on a GPU or interpreted")
+@pytest.mark.parametrize(
+    "call",
+    ["shifted_cross_entropy", "shifted_cross_entropy alone", "shifted_cross_entropy_gradient",
+     "shifted_cross_entropy_gradient by row"],
+)  # fmt: skip
+def test_the_registered_bound_passes_opcheck(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # opcheck makes tensors of its own
+    operator = getattr(torch.ops.mics_kernels, call.partition(" ")[0]).default
+    torch.library.opcheck(operator, bound_calls()[call])
 
 
 @pytest.mark.skipif(INTERPRETED, reason="C++ backend: needs a run without interpreter")

@@ -118,7 +118,7 @@ def _bound_shapes(inputs: BoundInputs) -> BoundResults:
     return BoundResults(
         logits.new_empty(rows if by_row else (), dtype=torch.float32),
         logits.new_empty(logits.shape if inputs.want_gradient else 0),
-        logits.new_empty((max(parts, 1), 2), dtype=torch.float32),
+        logits.new_empty((0 if by_row else max(parts, 1), 2), dtype=torch.float32),
     )
 
 

@@ -132,7 +132,8 @@ class BoundResults(NamedTuple):
     Args:
         loss: float32, 0-d, or (B,) where the reduction is "none".
         gradient: (B, C), of each row's loss in its own logits, like them; empty where not wanted.
-        sums: (G, 2) float32, first the number of rows that count, for the backward pass.
+        sums: (G, 2) float32, first the number of rows that count, for the backward pass; empty
+            where the reduction is "none".
     """
 
     loss: Tensor

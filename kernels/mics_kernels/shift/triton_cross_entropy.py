@@ -274,14 +274,14 @@ def shifted_cross_entropy(inputs: BoundInputs) -> BoundResults:
         return BoundResults(
             logits.new_zeros(0 if by_row else (), dtype=torch.float32),
             logits.new_empty(logits.shape if inputs.want_gradient else 0),
-            logits.new_zeros((1, 2), dtype=torch.float32),
+            logits.new_zeros((0 if by_row else 1, 2), dtype=torch.float32),
         )
     tile = bound_blocks(inputs.weight.shape[1], classes)
     parts, steps = bound_programs(rows, classes)
     results = BoundResults(
         logits.new_empty(rows if by_row else (), dtype=torch.float32),
         logits.new_empty(logits.shape if inputs.want_gradient else 0),
-        logits.new_empty((parts, 2), dtype=torch.float32),
+        logits.new_empty((0 if by_row else parts, 2), dtype=torch.float32),
     )
     with device_of(logits):
         launch(
