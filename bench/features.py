@@ -108,7 +108,8 @@ def turn(
 ) -> list[tuple[float, float]]:
     """Run steps in a row, at least two; return the times of all but the first."""
     seconds(step, batch, number, device)
-    found, end = [], time.monotonic() + TURN
+    found: list[tuple[float, float]] = []
+    end = time.monotonic() + TURN
     while not found or time.monotonic() < end:
         found.append(seconds(step, batch, number, device))
     return found
