@@ -88,7 +88,8 @@ def _save_evidence(ctx: Any, inputs: FusionInputs, _fused: Tensor) -> None:
 
 @differentiable_once
 def _scale_evidence(ctx: Any, outer: Tensor) -> Gradients:
-    inputs = FusionGradientInputs(*ctx.saved_tensors, outer, ctx.backend)
+    evidence, present = ctx.saved_tensors
+    inputs = FusionGradientInputs(evidence, present, outer, ctx.backend)
     return {"evidence": fused_evidence_gradient(inputs)}
 
 
