@@ -10,7 +10,9 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,11 +21,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton.runtime.jit import JITFunction
 
 from mics_fast.data import batch as batches
 from mics_fast.data import cache, views
-from mics_kernels import registration
+from mics_kernels import registration, triton_common
 
 GPU = torch.device("cuda", 0)
 STREAM = object()
@@ -115,12 +116,17 @@ class Watch(TorchDispatchMode):
 launched: set[str] = set()
 
 
-def launch(kernel, *args, grid, warmup, **options):
+def launch(kernel, *arguments):
     """Replaces a launch: checks that a kernel gets contiguous tensors of the GPU."""
-    for tensor in tree_leaves((args, options)):
+    for tensor in tree_leaves(arguments):
         if isinstance(tensor, Tensor):
             assert tensor.device.type == "cuda" and tensor.is_contiguous(), kernel.__name__
     launched.add(kernel.__name__)
+
+
+def compiled_for(kernel, grid, arguments, constants):
+    """``triton_common.compiled_for``, of a kernel for any grid."""
+    return defaultdict(lambda: partial(launch, kernel)), ()
 
 
 def pin(tensor):
@@ -156,7 +162,7 @@ def pretended_gpu(folder):
     patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 0)
     patch.setattr(torch.cuda, "is_bf16_supported", lambda *args, **options: True)
     patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    patch.setattr(JITFunction, "run", launch)
+    patch.setattr(triton_common, "compiled_for", compiled_for)
     patch.setattr(Tensor, "pin_memory", pin)
     patch.setattr(torch.nn.Module, "to", move)
     patch.setattr(torch.cuda, "current_stream", lambda device: STREAM)
